@@ -1,0 +1,117 @@
+"""Ray itself: connecting, and what each role asks of the cluster."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+
+from onpolicy_skd.config import ConfigError, Settings
+
+CPUS_PER_ROLE = 0.25  # roles take turns on the processors; a small share lets all of them fit on two cores
+FORWARDED = ("HF_HOME", "HF_HUB_OFFLINE", "HF_HUB_DISABLE_TELEMETRY", "CUDA_DEVICE_ORDER")
+log = logging.getLogger(__name__)
+
+
+class ClusterError(ConfigError):
+    """The cluster cannot be reached or has less than the run asks for; the message shows the arithmetic."""
+
+
+@dataclass(frozen=True, slots=True)
+class Role:
+    name: str
+    count: int
+    gpus: float  # of each actor
+
+    def options(self) -> dict[str, Any]:
+        """Arguments of ``ActorClass.options``."""
+        environment = {"TOKENIZERS_PARALLELISM": "false"} | {n: os.environ[n] for n in FORWARDED if n in os.environ}
+        if not self.gpus:
+            environment["OMP_NUM_THREADS"] = "1"  # roles share the cores; the learner raises its own share
+        return {
+            "num_cpus": CPUS_PER_ROLE,
+            "num_gpus": self.gpus,
+            "runtime_env": {"env_vars": environment},
+            "max_restarts": 0,
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class Resources:
+    learner: Role
+    teacher: Role
+    rollout: Role
+
+    @property
+    def roles(self) -> tuple[Role, ...]:
+        return (self.learner, self.teacher, self.rollout)
+
+
+def plan(settings: Settings, available_gpus: float) -> Resources:
+    """What each role asks for; run.device=auto means GPUs if the cluster has any.
+
+    Raises ClusterError, with the arithmetic, if that is more than ``available_gpus``.
+    """
+    own = settings.cluster
+    asked = [own.learner_gpus, own.teacher_gpus, own.rollout_gpus]
+    on_gpu = settings.run.device == "cuda" or (settings.run.device == "auto" and (available_gpus > 0 or any(asked)))
+
+    def gpus(setting: float | None, default: float) -> float:
+        return 0.0 if not on_gpu else default if setting is None else setting
+
+    engine = float(settings.rollout.tensor_parallel if settings.rollout.engine == "vllm" else 1)
+    resources = Resources(
+        learner=Role("learner", 1, gpus(own.learner_gpus, 1.0)),
+        teacher=Role("teacher", int(settings.teacher.placement == "actor"), gpus(own.teacher_gpus, 1.0)),
+        rollout=Role("rollout", settings.rollout.actors, gpus(own.rollout_gpus, engine)),
+    )
+    needed = sum(role.count * role.gpus for role in resources.roles)
+    if needed > available_gpus + 1e-9:
+        terms = " + ".join(f"{r.name} {r.count} x {r.gpus:g}" for r in resources.roles if r.count)
+        raise ClusterError(
+            f"the run asks for {needed:g} GPUs ({terms}) but the cluster has {available_gpus:g}; use fewer "
+            "(cluster.learner_gpus, cluster.teacher_gpus, cluster.rollout_gpus, rollout.actors, "
+            "teacher.placement=learner) or run.device=cpu"
+        )
+    return resources
+
+
+def check_cpus(resources: Resources, available_cpus: float) -> None:
+    """Raises ClusterError, with the arithmetic, if the roles' processor shares do not fit."""
+    count = sum(role.count for role in resources.roles)
+    if count * CPUS_PER_ROLE > available_cpus:
+        raise ClusterError(
+            f"the run's {count} actors ask for {count} x {CPUS_PER_ROLE:g} = {count * CPUS_PER_ROLE:g} CPUs but the "
+            f"cluster has {available_cpus:g}; lower rollout.actors"
+        )
+
+
+@contextmanager
+def connect(settings: Settings) -> Iterator[Resources]:
+    """Uses the running cluster (``cluster.address``, the job's, or this machine's), else starts a local one.
+
+    Yields what each role asks for; disconnects, and stops a Ray that it started, on leaving.  Raises ClusterError.
+    """
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    options: dict[str, Any] = {"logging_level": logging.WARNING, "log_to_driver": False}
+    try:
+        ray.init(address=settings.cluster.address or os.environ.get("RAY_ADDRESS") or "auto", **options)
+    except (ConnectionError, ValueError, RuntimeError) as error:
+        if settings.cluster.address or os.environ.get("RAY_ADDRESS"):
+            where = settings.cluster.address or os.environ.get("RAY_ADDRESS")
+            raise ClusterError(
+                f"no Ray cluster answers at {where}: {error}; leave cluster.address empty for a local one"
+            ) from None
+        ray.init(address="local", include_dashboard=False, **options)
+    try:
+        total = ray.cluster_resources()
+        resources = plan(settings, total.get("GPU", 0.0))
+        check_cpus(resources, total.get("CPU", 0.0))
+        yield resources
+    finally:
+        ray.shutdown()

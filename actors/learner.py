@@ -1,0 +1,95 @@
+"""The learner as an actor."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import ray
+import torch
+from ray.actor import ActorHandle
+
+from actors.teacher import RemoteTeacher, build_teacher
+from actors.transport import Packed, pack_named
+from onpolicy_skd import checkpoint
+from onpolicy_skd.config import Settings
+from onpolicy_skd.learner import Learner
+from onpolicy_skd.models import load_model, load_tokenizer, pick_device, pick_dtype, split
+from onpolicy_skd.teacher import Teacher
+from onpolicy_skd.trajectory import FilterReport, Trajectory
+
+
+@ray.remote
+class LearnerActor:
+    """Owns the student and, with ``teacher.placement=learner``, the teacher too."""
+
+    def __init__(self, settings: Settings, vocabulary: int, steps: int, teacher: ActorHandle | None = None) -> None:
+        own = settings.student
+        device = pick_device(settings.run.device)
+        if device == "cpu":  # one core is left to the teacher, which works at the same time
+            torch.set_num_threads(settings.learner.threads or max(1, (os.cpu_count() or 2) - 1))
+        self._settings = settings
+        self._tokenizer = load_tokenizer(own.model, own.trust_remote_code)
+        pad_id = self._tokenizer.pad_token_id
+        model = load_model(own.model, torch.float32, device, own.trust_remote_code)
+        self._teacher: Teacher | RemoteTeacher = (
+            RemoteTeacher(teacher, device) if teacher else build_teacher(settings, vocabulary, pad_id)
+        )
+        self._learner = Learner(split(model, vocabulary), self._teacher, settings, pad_id, steps)
+
+    def ready(self) -> bool:
+        return True
+
+    def version(self) -> int:
+        return self._learner.version
+
+    def filter(self, *parts: Sequence[Trajectory]) -> tuple[FilterReport, list[Trajectory]]:
+        """The report for the driver and the kept trajectories, which stay in the object store."""
+        generated = [t for part in parts for t in part]
+        report = self._learner.filter(generated)
+        kept = set(report.kept)
+        return report, [t for t in generated if t.key in kept]
+
+    def step(self, trajectories: Sequence[Trajectory], encoded: list[ray.ObjectRef]) -> dict[str, float]:
+        self._expect(trajectories, encoded)
+        try:
+            return self._learner.step(trajectories)
+        finally:
+            self._release(trajectories)
+
+    def divergence(self, trajectories: Sequence[Trajectory], encoded: list[ray.ObjectRef]) -> float:
+        self._expect(trajectories, encoded)
+        try:
+            return self._learner.divergence(trajectories)
+        finally:
+            self._release(trajectories)
+
+    def rank(self, trajectories: Sequence[Trajectory]) -> list[float]:
+        return self._learner.rank(trajectories)
+
+    def weights(self) -> dict[str, Packed]:
+        device = pick_device(self._settings.run.device)
+        return pack_named(self._learner.weights(pick_dtype(self._settings.rollout.dtype, device)))
+
+    def save(self, folder: Path, step: int, state: dict[str, Any], keep: int) -> Path:
+        state = state | {"version": self._learner.version}
+        return checkpoint.save(folder, step, state, self._learner.tensors(), keep)
+
+    def restore(self, path: Path) -> None:
+        loaded = checkpoint.load(path)
+        self._learner.restore(loaded.tensors, loaded.state["version"])
+
+    def save_pretrained(self, folder: Path) -> None:
+        self._learner.save_pretrained(folder, self._tokenizer)
+
+    def _expect(self, trajectories: Sequence[Trajectory], encoded: list[ray.ObjectRef]) -> None:
+        if isinstance(self._teacher, RemoteTeacher):
+            self._teacher.expect(encoded[0])
+        else:
+            self._teacher.encode(trajectories)
+
+    def _release(self, trajectories: Sequence[Trajectory]) -> None:
+        if isinstance(self._teacher, Teacher):
+            self._teacher.release([t.key for t in trajectories])

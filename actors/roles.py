@@ -1,0 +1,103 @@
+"""The run's actors as plain methods: what the drivers call, so that a schedule reads as one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import ray
+
+from actors.cluster import Resources
+from actors.learner import LearnerActor
+from actors.rollout import RolloutGroup
+from actors.sync import ObjectStoreSync
+from actors.teacher import TeacherActor
+from onpolicy_skd.config import Settings
+from onpolicy_skd.trajectory import FilterReport, RolloutRequest, Sampling, Trajectory
+
+Refs = list[ray.ObjectRef]
+
+
+class Roles:
+    """Student rollouts, teacher and learner of one run, started together.
+
+    Methods that take or return ``Refs`` move references only; trajectories and tensors stay with the actors.
+    """
+
+    def __init__(self, settings: Settings, resources: Resources, vocabulary: int, pad_id: int, steps: int) -> None:
+        own = settings.student
+        self.rollouts = RolloutGroup(own.model, settings, resources, settings.rollout.actors, own.trust_remote_code)
+        self._teacher: Any = None
+        if settings.teacher.placement == "actor":
+            options = resources.teacher.options()
+            self._teacher = TeacherActor.options(**options).remote(settings, vocabulary, pad_id)
+        self._learner: Any = LearnerActor.options(**resources.learner.options()).remote(
+            settings, vocabulary, steps, self._teacher
+        )
+        self._sync = ObjectStoreSync(self._learner, self.rollouts)
+
+    def wait_ready(self) -> None:
+        """Blocks until every actor is up; raises what a start raised."""
+        ray.get([a.ready.remote() for a in (self._learner, self._teacher) if a])
+        self.rollouts.wait_ready()
+
+    def generate(self, requests: Sequence[RolloutRequest], sampling: Sampling) -> Refs:
+        return self.rollouts.generate(requests, sampling)
+
+    def filter(self, parts: Refs) -> tuple[FilterReport, ray.ObjectRef]:
+        """What the sample filter kept, and a reference to the kept trajectories."""
+        report, kept = self._learner.filter.options(num_returns=2).remote(*parts)
+        return ray.get(report), kept
+
+    def encode(self, kept: ray.ObjectRef) -> Refs:
+        """The teacher starts on ``kept`` at once; the learner awaits the result when it first wants rows."""
+        return [self._teacher.encode.remote(kept)] if self._teacher else []
+
+    def step(self, kept: ray.ObjectRef, encoded: Refs, report: FilterReport) -> dict[str, float]:
+        """One optimizer step; the teacher forgets ``kept`` afterwards."""
+        metrics: Any = ray.get(self._learner.step.remote(kept, encoded))
+        self._release(report.kept)
+        return metrics
+
+    def divergence(self, parts: Refs) -> float:
+        """Mean divergence per response token of the generated trajectories, nats; no update."""
+        report, kept = self.filter_valid(parts)
+        value: Any = ray.get(self._learner.divergence.remote(kept, self.encode(kept)))
+        self._release(report)
+        return value
+
+    def filter_valid(self, parts: Refs) -> tuple[list[str], ray.ObjectRef]:
+        """Keys and reference of all trajectories with a response, without ranking."""
+        valid = [t for part in ray.get(parts) for t in part if len(t.response_ids)]
+        return [t.key for t in valid], ray.put(valid)
+
+    def rank(self, trajectories: Sequence[Trajectory]) -> list[float]:
+        return ray.get(self._learner.rank.remote(trajectories))
+
+    def push_weights(self) -> int:
+        """Gives every rollout engine the learner's weights; returns their policy version."""
+        version: Any = ray.get(self._learner.version.remote())
+        self._sync.push(version)
+        return version
+
+    def save(self, folder: Path, step: int, state: dict[str, Any], keep: int) -> Path:
+        return ray.get(self._learner.save.remote(folder.absolute(), step, state, keep))
+
+    def restore(self, path: Path) -> int:
+        """Loads a checkpoint into the learner and its weights into the engines; returns the policy version."""
+        ray.get(self._learner.restore.remote(path.absolute()))
+        return self.push_weights()
+
+    def save_pretrained(self, folder: Path) -> None:
+        ray.get(self._learner.save_pretrained.remote(folder.absolute()))
+
+    def _release(self, keys: Sequence[str]) -> None:
+        if self._teacher:
+            ray.get(self._teacher.release.remote(keys))
+
+    def close(self) -> None:
+        self.rollouts.close()
+        for actor in (self._learner, self._teacher):
+            if actor:
+                ray.kill(actor)

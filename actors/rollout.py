@@ -1,0 +1,50 @@
+"""Rollout actors: each owns one engine; a group splits every batch among them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import ray
+
+from actors.cluster import Resources
+from actors.transport import Packed, unpack_named
+from onpolicy_skd.config import Settings
+from onpolicy_skd.rollout import build_engine
+from onpolicy_skd.trajectory import RolloutRequest, Sampling, Trajectory
+
+
+@ray.remote
+class RolloutActor:
+    def __init__(self, model: str, settings: Settings, trust_remote_code: bool = False) -> None:
+        self._engine = build_engine(model, settings, trust_remote_code)
+
+    def ready(self) -> bool:
+        return True
+
+    def generate(self, requests: Sequence[RolloutRequest], sampling: Sampling) -> list[Trajectory]:
+        return self._engine.generate(requests, sampling)
+
+    def load_weights(self, weights: dict[str, Packed], version: int) -> None:
+        self._engine.load_weights(unpack_named(weights), version)
+
+
+class RolloutGroup:
+    """Several rollout actors that share each batch; which actor serves a request does not change its response."""
+
+    def __init__(self, model: str, settings: Settings, resources: Resources, count: int, trust: bool = False) -> None:
+        options = resources.rollout.options()
+        self.actors: list[Any] = [RolloutActor.options(**options).remote(model, settings, trust) for _ in range(count)]
+
+    def wait_ready(self) -> None:
+        """Blocks until every engine is up; raises what its start raised."""
+        ray.get([actor.ready.remote() for actor in self.actors])
+
+    def generate(self, requests: Sequence[RolloutRequest], sampling: Sampling) -> list[ray.ObjectRef]:
+        """One ref to a list of trajectories per actor.  Requests go round, so that actors get like shares."""
+        shares = [list(requests[i :: len(self.actors)]) for i in range(len(self.actors))]
+        return [a.generate.remote(share, sampling) for a, share in zip(self.actors, shares, strict=True) if share]
+
+    def close(self) -> None:
+        for actor in self.actors:
+            ray.kill(actor)

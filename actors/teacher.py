@@ -1,0 +1,74 @@
+"""The teacher as an actor, and the learner's view of it from another process."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import ray
+from torch import Tensor
+
+from actors.transport import Packed, pack, unpack
+from onpolicy_skd.config import Settings
+from onpolicy_skd.models import load_model, pick_device, pick_dtype, split
+from onpolicy_skd.teacher import Teacher, Wanted
+from onpolicy_skd.trajectory import Trajectory
+
+
+def build_teacher(settings: Settings, vocabulary: int, pad_id: int) -> Teacher:
+    own = settings.teacher
+    device = pick_device(settings.run.device)
+    model = load_model(own.model, pick_dtype(own.dtype, device), device, own.trust_remote_code)
+    return Teacher(split(model, vocabulary), own.tokens_per_batch, pad_id, settings.alignment.temperature)
+
+
+@ray.remote
+class TeacherActor:
+    def __init__(self, settings: Settings, vocabulary: int, pad_id: int) -> None:
+        self._teacher = build_teacher(settings, vocabulary, pad_id)
+
+    def ready(self) -> bool:
+        return True
+
+    def head(self) -> Packed:
+        return pack(self._teacher.head())
+
+    def encode(self, trajectories: Sequence[Trajectory]) -> None:
+        self._teacher.encode(trajectories)
+
+    def rows(self, wanted: Wanted) -> Packed:
+        return pack(self._teacher.rows(wanted))
+
+    def scalars(self, key: str) -> tuple[Packed, Packed]:
+        entropy, logprob = self._teacher.scalars(key)
+        return pack(entropy), pack(logprob)
+
+    def release(self, keys: Sequence[str]) -> None:
+        self._teacher.release(keys)
+
+
+class RemoteTeacher:
+    """TeacherRows over a TeacherActor: fetches the LM head once, and rows as they are wanted."""
+
+    def __init__(self, actor: Any, device: str) -> None:
+        self._actor = actor
+        self._device = device
+        self._head: Tensor | None = None
+        self._encoded: ray.ObjectRef | None = None
+
+    def expect(self, encoded: ray.ObjectRef) -> None:
+        """The rows wanted next exist once ``encoded`` does; calls of two processes have no order of their own."""
+        self._encoded = encoded
+
+    def head(self) -> Tensor:
+        if self._head is None:
+            packed: Any = ray.get(self._actor.head.remote())
+            self._head = unpack(packed).to(self._device)
+        return self._head
+
+    def rows(self, wanted: Wanted) -> Tensor:
+        if self._encoded is not None:
+            ray.get(self._encoded)
+            self._encoded = None
+        packed: Any = ray.get(self._actor.rows.remote(wanted))
+        return unpack(packed).to(self._device)

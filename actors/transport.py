@@ -1,0 +1,33 @@
+"""Tensors on Ray's wire, as numpy arrays: shared memory without a copy, several times faster than pickled tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+import numpy as np
+import torch
+from torch import Tensor
+
+Packed = tuple[np.ndarray, str]  # the array (bfloat16 as int16, which numpy knows) and torch's name of the dtype
+
+
+def pack(tensor: Tensor) -> Packed:
+    tensor = tensor.detach().contiguous().cpu()
+    name = str(tensor.dtype).removeprefix("torch.")
+    return (tensor.view(torch.int16) if tensor.dtype == torch.bfloat16 else tensor).numpy(), name
+
+
+def unpack(packed: Packed) -> Tensor:
+    """A tensor of its own: arrays from the object store are read-only."""
+    array, name = packed
+    tensor = torch.from_numpy(array.copy())
+    return tensor.view(torch.bfloat16) if name == "bfloat16" else tensor
+
+
+def pack_named(named: Iterable[tuple[str, Tensor]]) -> dict[str, Packed]:
+    return {name: pack(tensor) for name, tensor in named}
+
+
+def unpack_named(packed: dict[str, Packed]) -> Iterator[tuple[str, Tensor]]:
+    for name, value in packed.items():
+        yield name, unpack(value)

@@ -1,0 +1,1 @@
+"""Evaluation: exact match on GSM8K-style answers, and performance measurements."""

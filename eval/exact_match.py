@@ -1,0 +1,92 @@
+"""When is an answer right?  Two rules, scored side by side.
+
+``strict``: the number after the first ``####`` equals the reference's, as text without thousands separators; the rule
+of the GSM8K authors and of lm-eval's strict-match.
+``match``: the final answer (after the last ``####``, else in the last ``\\boxed{}``, else the last number) equals the
+reference's by math-verify, so that 18, 18.00 and $18 agree.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import re
+from dataclasses import dataclass
+
+from math_verify import parse, verify
+
+ANSWER_TAIL = 4_000  # characters from the end that may hold the final answer
+STRICT = re.compile(r"#### (-?[0-9.,]+)")
+NUMBER = re.compile(r"[-\u2212]?\$?\d[\d,]*(?:\.\d+)?|[-\u2212]?\$?\.\d+")
+LONGEST_ANSWER = 100  # characters; a longer "final answer" is none
+logging.getLogger("math_verify").setLevel(logging.CRITICAL)  # its warnings are about single answers
+
+
+@dataclass(frozen=True, slots=True)
+class Score:
+    match: bool
+    strict: bool
+    extracted: str | None  # the final answer that ``match`` looked at
+
+
+def reference_number(answer: str) -> str:
+    """The number after ``####`` of a GSM8K reference answer, or the whole answer if there is none."""
+    found = STRICT.search(answer)
+    return _plain(found.group(1)) if found else answer.strip()
+
+
+def final_answer(output: str) -> str | None:
+    """The part of ``output`` that states its final answer, or None."""
+    tail = output[-ANSWER_TAIL:]
+    _, marker, after = tail.rpartition("####")
+    if marker:
+        line = after.strip().split("\n", 1)[0].strip()
+        return line[:LONGEST_ANSWER] or None
+    boxed = tail.rfind("\\boxed{")
+    if boxed >= 0:
+        return _braced(tail[boxed + len("\\boxed") :])
+    numbers = NUMBER.findall(tail)
+    return numbers[-1] if numbers else None
+
+
+def score(output: str, answer: str) -> Score:
+    """Scores ``output`` against the reference ``answer``; takes well under a second for any text."""
+    gold = reference_number(answer)
+    found = STRICT.search(output)
+    extracted = final_answer(output)
+    return Score(
+        match=extracted is not None and _equal(gold, extracted),
+        strict=found is not None and _plain(found.group(1)) == gold,
+        extracted=extracted,
+    )
+
+
+def _equal(gold: str, extracted: str) -> bool:
+    number = NUMBER.search(extracted)
+    if number and number.group() == extracted.rstrip(".").rstrip():  # the usual case needs no symbolic algebra
+        extracted = _plain(number.group())
+    truth, guess = (parse(f"${text}$", parsing_timeout=1) for text in (gold, extracted))
+    return bool(truth and guess) and verify(truth, guess, timeout_seconds=1)
+
+
+def _plain(number: str) -> str:
+    return number.replace(",", "").replace("$", "").replace("\u2212", "-").rstrip(".")
+
+
+def _braced(text: str) -> str | None:
+    depth = 0
+    for place, char in enumerate(text[: LONGEST_ANSWER + 2]):
+        depth += (char == "{") - (char == "}")
+        if depth == 0:
+            return text[1:place].strip() or None
+    return None
+
+
+def wilson(right: int, total: int, z: float = 1.959964) -> tuple[float, float]:
+    """95 % interval of a share (Wilson, 1927): holds near 0 and 1, where the normal one does not."""
+    if total == 0:
+        return (0.0, 1.0)
+    share, spread = right / total, z * z / total
+    centre = (share + spread / 2) / (1 + spread)
+    half = z / (1 + spread) * math.sqrt(share * (1 - share) / total + spread / (4 * total))
+    return (max(0.0, centre - half), min(1.0, centre + half))

@@ -1,0 +1,130 @@
+"""Durable state: written beside, fsynced, renamed; safetensors and JSON only, so that loading never unpickles.
+
+A checkpoint is a folder ``step-00000050`` with tensors and ``state.json``; the latter lists each file's SHA-256.  A
+folder that is damaged is skipped, with a warning, in favour of the newest good one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from onpolicy_skd.config import ConfigError
+
+log = logging.getLogger(__name__)
+STATE = "state.json"
+TENSORS = "tensors.safetensors"
+
+
+class CheckpointError(ConfigError):
+    """A checkpoint that cannot be used; the message names the file."""
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    step: int  # batches of prompts consumed
+    state: dict[str, Any]
+    tensors: dict[str, Tensor]
+
+
+def save(folder: Path, step: int, state: dict[str, Any], tensors: dict[str, Tensor], keep: int) -> Path:
+    """Writes ``folder/step-N`` atomically, then removes all but the newest ``keep``; returns its path."""
+    folder.mkdir(parents=True, exist_ok=True)
+    final = folder / f"step-{step:08d}"
+    beside = folder / f".{final.name}.tmp"
+    shutil.rmtree(beside, ignore_errors=True)
+    beside.mkdir()
+    save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, beside / TENSORS)
+    record = {"format": 1, "step": step, "state": state, "sha256": {TENSORS: sha256(beside / TENSORS)}}
+    write_text(beside / STATE, json.dumps(record, indent=1))
+    _sync(beside / TENSORS)
+    _sync(beside)
+    shutil.rmtree(final, ignore_errors=True)
+    beside.rename(final)
+    _sync(folder)
+    for old in _newest_first(folder)[keep:]:
+        shutil.rmtree(old)
+    return final
+
+
+def load(path: Path) -> Checkpoint:
+    """Raises CheckpointError naming what is missing, damaged or unknown."""
+    try:
+        record = json.loads((path / STATE).read_text(encoding="utf-8"))
+        if record["format"] != 1:
+            raise CheckpointError(f"checkpoint {path}: format {record['format']!r}, this version reads format 1")
+        for name, digest in record["sha256"].items():
+            if sha256(path / name) != digest:
+                raise CheckpointError(f"checkpoint {path}: {name} is damaged (its SHA-256 differs)")
+        return Checkpoint(record["step"], record["state"], load_file(path / TENSORS))
+    except CheckpointError:
+        raise
+    except Exception as error:  # damage shows in many ways: missing files, broken JSON, lost keys
+        raise CheckpointError(f"checkpoint {path}: unreadable: {type(error).__name__}: {error}") from error
+
+
+def newest(folder: Path) -> Checkpoint | None:
+    """The newest good checkpoint under ``folder``; damaged ones are skipped with a warning."""
+    for path in _newest_first(folder):
+        try:
+            return load(path)
+        except CheckpointError as error:
+            log.warning("%s; trying the one before", error)
+    return None
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replaces ``path`` by ``text``, atomically and durably."""
+    beside = path.with_name(f".{path.name}.tmp")
+    beside.write_text(text, encoding="utf-8")
+    _sync(beside)
+    beside.replace(path)
+
+
+def sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def optimizer_tensors(optimizer: torch.optim.Optimizer, named: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """AdamW's moments and step counts under the names of the parameters they belong to."""
+    return {
+        f"optimizer/{key}/{name}": torch.as_tensor(value)
+        for name, parameter in named.items()
+        for key, value in optimizer.state.get(parameter, {}).items()
+    }
+
+
+def load_optimizer_tensors(
+    optimizer: torch.optim.Optimizer, named: Mapping[str, Tensor], tensors: dict[str, Tensor]
+) -> None:
+    """Inverse of ``optimizer_tensors``."""
+    for full, tensor in tensors.items():
+        kind, _, rest = full.partition("/")
+        if kind == "optimizer":
+            key, _, name = rest.partition("/")
+            on_device = tensor if key == "step" else tensor.to(named[name].device)
+            optimizer.state[named[name]][key] = on_device
+
+
+def _newest_first(folder: Path) -> list[Path]:
+    return sorted((p for p in folder.glob("step-*") if p.is_dir()), reverse=True)
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

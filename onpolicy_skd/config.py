@@ -1,0 +1,390 @@
+"""The one tree of settings and the only home of defaults.
+
+``load_settings(["--config", "configs/demo.yaml", "learner.lr=5e-6"])`` reads a YAML file (which may name another one
+under ``extends``), applies the overrides, and refuses unknown keys, wrong types and impossible combinations with the
+key's name and what is accepted.  This module imports neither torch nor Ray nor vLLM.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import math
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+Share = Annotated[float, Field(gt=0, le=1)]
+Positive = Annotated[int, Field(ge=1)]
+NonNegative = Annotated[int, Field(ge=0)]
+
+
+class ConfigError(ValueError):
+    """A setting, file or combination that cannot be used; the message says what would be accepted."""
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+
+
+class RunSettings(Section):
+    name: str = Field(default="run", description="name of the run; its folder is DIR/NAME")
+    dir: Path = Field(default=Path("runs"), description="folder that holds all runs")
+    seed: NonNegative = Field(default=1340, description="seed of prompts order, sampling and random selection")
+    steps: NonNegative | None = Field(default=None, description="optimizer steps; overrides run.epochs")
+    epochs: Annotated[float, Field(gt=0)] = Field(default=1.0, description="passes over the (filtered) prompts")
+    evaluate_every: NonNegative = Field(default=0, description="steps between evaluations; 0: only before and after")
+    checkpoint_every: NonNegative = Field(default=50, description="steps between checkpoints; 0: only at the end")
+    keep_checkpoints: Positive = Field(default=2, description="how many of the newest checkpoints stay on disk")
+    device: Literal["auto", "cpu", "cuda"] = Field(
+        default="auto", description="where models live; auto: cuda when present"
+    )
+    tensorboard: bool = Field(default=True, description="write TensorBoard events into the run's folder")
+
+    @property
+    def folder(self) -> Path:
+        return self.dir / self.name
+
+
+class DataSettings(Section):
+    source: Literal["gsm8k", "demo", "jsonl", "hub"] = Field(
+        default="gsm8k", description="gsm8k: openai/gsm8k or local files under data.path; demo: the generated task; "
+        "jsonl: data.train_file and data.eval_file; hub: the data set data.name"
+    )  # fmt: skip
+    path: Path | None = Field(
+        default=None, description="folder with GSM8K's train.jsonl and test.jsonl; empty: the hub"
+    )
+    name: str | None = Field(default=None, description="hub data set, for source hub")
+    subset: str | None = Field(default=None, description="hub configuration name, for source hub")
+    train_file: Path | None = Field(default=None, description="training questions, for source jsonl")
+    eval_file: Path | None = Field(default=None, description="evaluation questions, for source jsonl")
+    train_split: str = Field(default="train", description="split to train on")
+    eval_split: str = Field(default="test", description="split to evaluate on")
+    question_column: str = Field(default="question", description="column that holds the question")
+    answer_column: str = Field(default="answer", description="column that holds the reference answer")
+    train_problems: Positive | None = Field(default=None, description="use only the first N training problems")
+    template: Literal["chat", "plain"] = Field(
+        default="chat", description="chat: the tokenizer's template; plain: data.plain"
+    )
+    plain: str = Field(
+        default="Question: {question}\nAnswer:", description="prompt of base models; must contain {question}"
+    )
+    system: str | None = Field(default=None, description="system message of the chat template")
+    instruction: str = Field(default="", description="text appended to every question")
+    thinking: bool = Field(default=False, description="thinking mode of templates that have one (Qwen3)")
+    max_prompt_tokens: Positive = Field(default=512, description="longest prompt, tokens")
+    overlong: Literal["error", "drop"] = Field(default="error", description="what becomes of longer prompts")
+
+    @model_validator(mode="after")
+    def _complete(self) -> DataSettings:
+        if self.source == "hub" and not self.name:
+            raise ValueError("data.name: needed for data.source=hub; give the hub data set, e.g. openai/gsm8k")
+        if self.source == "jsonl" and not self.train_file:
+            raise ValueError("data.train_file: needed for data.source=jsonl; give a file with one JSON object a line")
+        if "{question}" not in self.plain:
+            raise ValueError("data.plain: must contain {question}")
+        return self
+
+
+class StudentSettings(Section):
+    model: str = Field(default="Qwen/Qwen3-1.7B", description="hub name, folder, or bundled:demo_student")
+    activation_checkpointing: bool = Field(default=False, description="recompute activations in backward; saves memory")
+    trust_remote_code: bool = Field(
+        default=False, description="run code that comes with the model: only if you trust it"
+    )
+
+
+class TeacherSettings(Section):
+    model: str = Field(default="Qwen/Qwen3-8B", description="hub name, folder, or bundled:demo_teacher")
+    dtype: Literal["auto", "float32", "bfloat16"] = Field(
+        default="auto", description="auto: bfloat16 on cuda, else float32"
+    )
+    placement: Literal["actor", "learner"] = Field(
+        default="actor", description="actor: a process (and device) of its own; learner: in the learner's process"
+    )
+    tokens_per_batch: Positive = Field(
+        default=16_384, description="token budget of one teacher forward, padding included"
+    )
+    trust_remote_code: bool = Field(
+        default=False, description="run code that comes with the model: only if you trust it"
+    )
+
+
+class RolloutSettings(Section):
+    engine: Literal["vllm", "transformers"] = Field(default="vllm", description="what generates")
+    actors: Positive = Field(default=1, description="rollout actors that share every batch")
+    tensor_parallel: Positive = Field(default=1, description="GPUs of one vLLM engine")
+    n: Positive = Field(default=1, description="rollouts per prompt")
+    max_tokens: Positive = Field(default=512, description="longest response, tokens")
+    temperature: Annotated[float, Field(gt=0)] = Field(default=1.0, description="sampling temperature")
+    top_p: Share = Field(default=1.0, description="nucleus of the sampling distribution")
+    dtype: Literal["auto", "float32", "bfloat16"] = Field(
+        default="auto", description="auto: bfloat16 on cuda, else float32"
+    )
+    max_sequences: Positive = Field(default=256, description="sequences generated at the same time by one engine")
+    gpu_memory: Share = Field(default=0.85, description="share of a GPU that a vLLM engine takes")
+    kv_cache_mib: Positive = Field(default=256, description="KV cache of a vLLM engine on CPU, MiB")
+
+
+class SampleSettings(Section):
+    metric: Literal["student_entropy", "random"] = Field(default="student_entropy", description="what ranks samples")
+    keep: Share = Field(default=1.0, description="share l of the samples that is kept")
+    when: Literal["rollout", "prefilter"] = Field(
+        default="rollout",
+        description="rollout: rank each step's rollouts; prefilter: rank all prompts once, before training",
+    )
+    prefilter_text: Literal["prompt", "prompt+answer", "rollout"] = Field(
+        default="prompt+answer", description="text whose mean student entropy ranks a prompt"
+    )
+    truncated: Literal["drop", "keep"] = Field(
+        default="drop", description="responses without an end within rollout.max_tokens"
+    )
+
+
+class PositionSettings(Section):
+    metric: Literal["student_entropy", "student_ce", "random", "prefix"] = Field(
+        default="student_entropy", description="score u(t) of a position"
+    )
+    policy: Literal["top_k", "full"] = Field(default="top_k", description="how scores become a selection")
+    k: Share = Field(default=0.2, description="share of each response's positions that is supervised")
+
+
+class AlignmentSettings(Section):
+    divergence: Literal["reverse_kl", "forward_kl", "jsd"] = Field(
+        default="reverse_kl", description="what is minimised"
+    )
+    beta: Annotated[float, Field(ge=0, le=1)] = Field(default=0.5, description="weight of the teacher in jsd's mixture")
+    temperature: Annotated[float, Field(gt=0)] = Field(
+        default=1.0, description="distillation temperature T of both models"
+    )
+    kd_weight: Annotated[float, Field(ge=0, le=1)] = Field(
+        default=1.0,
+        description="lambda: loss = lambda * divergence + (1 - lambda) * cross-entropy of the sampled token",
+    )
+    chunk_rows: Positive | None = Field(
+        default=None, description="rows of logits that exist at once; empty: from V and memory"
+    )
+
+
+class LearnerSettings(Section):
+    batch_size: Positive = Field(
+        default=16, description="trajectories of one optimizer step, after the sample filter's share"
+    )
+    tokens_per_micro_batch: Positive = Field(default=8_192, description="token budget of one forward, padding included")
+    lr: Annotated[float, Field(gt=0)] = Field(default=1e-5, description="peak learning rate")
+    schedule: Literal["constant", "linear", "cosine"] = Field(
+        default="cosine", description="after warm-up, to min_lr_ratio"
+    )
+    warmup_steps: NonNegative = Field(default=10, description="steps of linear warm-up")
+    min_lr_ratio: Annotated[float, Field(ge=0, le=1)] = Field(
+        default=0.1, description="last learning rate over the peak"
+    )
+    weight_decay: Annotated[float, Field(ge=0)] = Field(default=0.0, description="AdamW's decoupled weight decay")
+    beta1: Annotated[float, Field(ge=0, lt=1)] = Field(default=0.9, description="AdamW")
+    beta2: Annotated[float, Field(ge=0, lt=1)] = Field(default=0.95, description="AdamW")
+    clip: Annotated[float, Field(gt=0)] = Field(default=1.0, description="largest gradient norm")
+    compute_dtype: Literal["auto", "float32", "bfloat16"] = Field(
+        default="auto", description="of the forward; weights stay float32 masters; auto: bfloat16 on cuda, else float32"
+    )
+    threads: Positive | None = Field(default=None, description="CPU threads of the learner; empty: all cores but one")
+
+
+class SyncSettings(Section):
+    method: Literal["object_store"] = Field(
+        default="object_store", description="how new weights reach the rollout engines"
+    )
+    max_gap: Annotated[float, Field(gt=0)] = Field(
+        default=0.1, description="largest mean |log-probability of sampler - of learner| on the sampled tokens, nats"
+    )
+
+
+class EvalSettings(Section):
+    problems: NonNegative = Field(default=0, description="problems of an evaluation; 0: the whole split")
+    during: NonNegative = Field(default=200, description="problems of an evaluation during training; 0: eval.problems")
+    before: bool = Field(default=True, description="evaluate the student before training")
+    teacher: bool = Field(default=True, description="evaluate the teacher once (needs room for its engine)")
+    max_tokens: Positive | None = Field(
+        default=None, description="longest response in evaluation; empty: rollout.max_tokens"
+    )
+    divergence_prompts: NonNegative = Field(
+        default=0, description="held-out prompts on whose sampled rollouts each evaluation measures the divergence"
+    )
+
+
+class ClusterSettings(Section):
+    address: str | None = Field(default=None, description="Ray address; empty: the running cluster, else a local one")
+    learner_gpus: Annotated[float, Field(ge=0)] | None = Field(default=None, description="empty: 1 on cuda, 0 on cpu")
+    teacher_gpus: Annotated[float, Field(ge=0)] | None = Field(default=None, description="empty: 1 on cuda, 0 on cpu")
+    rollout_gpus: Annotated[float, Field(ge=0)] | None = Field(
+        default=None,
+        description="per rollout actor; empty: rollout.tensor_parallel on cuda (transformers: 1), 0 on cpu",
+    )
+
+
+class Settings(Section):
+    """Every setting of a run."""
+
+    mode: Literal["on_policy"] = Field(
+        default="on_policy", description="where trajectories come from: the student itself"
+    )
+    resume: Literal["never", "auto"] = Field(
+        default="never", description="auto: go on from the run's newest good checkpoint, if there is one"
+    )
+    run: RunSettings = RunSettings()
+    data: DataSettings = DataSettings()
+    student: StudentSettings = StudentSettings()
+    teacher: TeacherSettings = TeacherSettings()
+    rollout: RolloutSettings = RolloutSettings()
+    samples: SampleSettings = SampleSettings()
+    positions: PositionSettings = PositionSettings()
+    alignment: AlignmentSettings = AlignmentSettings()
+    learner: LearnerSettings = LearnerSettings()
+    sync: SyncSettings = SyncSettings()
+    eval: EvalSettings = EvalSettings()
+    cluster: ClusterSettings = ClusterSettings()
+
+    @model_validator(mode="after")
+    def _possible(self) -> Settings:
+        longest = self.max_sequence
+        if longest > self.learner.tokens_per_micro_batch:
+            raise ValueError(
+                f"learner.tokens_per_micro_batch={self.learner.tokens_per_micro_batch}: one sample may have "
+                f"data.max_prompt_tokens + rollout.max_tokens = {longest} tokens; accepted: at least that"
+            )
+        if longest > self.teacher.tokens_per_batch:
+            raise ValueError(
+                f"teacher.tokens_per_batch={self.teacher.tokens_per_batch}: one sample may have {longest} tokens; "
+                "accepted: at least that"
+            )
+        if self.rollout.tensor_parallel > 1 and self.rollout.engine != "vllm":
+            raise ValueError("rollout.tensor_parallel: accepted for rollout.engine=vllm only")
+        return self
+
+    @property
+    def max_sequence(self) -> int:
+        """Longest prompt plus longest response, tokens."""
+        return self.data.max_prompt_tokens + self.rollout.max_tokens
+
+    @property
+    def rollouts_per_step(self) -> int:
+        """Trajectories generated for one optimizer step: batch_size / l if each step's rollouts are ranked."""
+        ranked = self.samples.when == "rollout"
+        return math.ceil(round(self.learner.batch_size / self.samples.keep, 9)) if ranked else self.learner.batch_size
+
+    @property
+    def prompts_per_step(self) -> int:
+        return math.ceil(self.rollouts_per_step / self.rollout.n)
+
+
+def walk(section: type[Section] = Settings, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Every leaf as (dotted key, pydantic field)."""
+    for name, field in section.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, Section):
+            yield from walk(field.annotation, f"{prefix}{name}.")
+        else:
+            yield prefix + name, field
+
+
+def describe() -> str:
+    """The text of ``--help``: each setting with its default, what is accepted, and its meaning."""
+    lines = []
+    for key, field in walk():
+        accepted = _choices(field.annotation)
+        lines.append(f"  {key}={_shown(field.default)}" + (f"   [{accepted}]" if accepted else ""))
+        lines.append(f"      {field.description}")
+    return "\n".join(lines)
+
+
+def _shown(value: Any) -> str:
+    return "" if value is None else repr(value) if value == "" or "\n" in str(value) else str(value)
+
+
+def _choices(annotation: Any) -> str:
+    values = get_args(annotation)
+    return " | ".join(map(str, values)) if values and all(isinstance(v, str) for v in values) else ""
+
+
+def resolve(tree: dict[str, Any]) -> Settings:
+    """Validated settings of a nested mapping. Raises ConfigError with one line per problem."""
+    known = [key for key, _ in walk()] + list(Settings.model_fields)
+    try:
+        return Settings.model_validate(tree)
+    except ValidationError as error:
+        problems = []
+        for item in error.errors():
+            key = ".".join(str(part) for part in item["loc"])
+            if item["type"] == "extra_forbidden":
+                near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+                near = near or [k for k in known if k.rsplit(".")[-1] == key.rsplit(".")[-1]][:1]
+                hint = f"; did you mean {near[0]!r}?" if near else "; see --help for all settings"
+                problems.append(f"unknown setting {key!r}{hint}")
+            else:
+                message = item["msg"].removeprefix("Value error, ")
+                own = item["type"] == "value_error"
+                problems.append(message if own else f"{key}={item['input']!r}: {message[0].lower()}{message[1:]}")
+        raise ConfigError("\n".join(problems)) from None
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The mapping in ``path``, merged over the file that its ``extends`` names (relative to itself)."""
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except OSError as error:
+        raise ConfigError(f"--config {path}: cannot be read ({error.strerror}); give a YAML file") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"--config {path}: not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(tree, dict):
+        raise ConfigError(f"--config {path}: must hold a mapping of settings, not {type(tree).__name__}")
+    parent = tree.pop("extends", None)
+    return merge(read_yaml(path.parent / parent), tree) if parent else tree
+
+
+def merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    """``base`` with ``over`` laid on top, section by section."""
+    merged = dict(base)
+    for key, value in over.items():
+        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
+        merged[key] = merge(merged[key], value) if both else value
+    return merged
+
+
+def parse_override(text: str) -> dict[str, Any]:
+    """``"a.b=value"`` as a nested mapping; the value is YAML."""
+    key, equals, value = text.partition("=")
+    if not equals or not key:
+        raise ConfigError(f"{text!r}: an override reads section.name=value, for example learner.lr=5e-6")
+    try:
+        node: Any = yaml.safe_load(value)
+    except yaml.YAMLError:
+        raise ConfigError(f"{text!r}: the value is not YAML") from None
+    for part in reversed(key.split(".")):
+        node = {part: node}
+    return node
+
+
+def load_settings(argv: Sequence[str], program: str = "onpolicy_skd.train", about: str = "") -> Settings:
+    """Settings of a command line: ``--config FILE`` and ``a.b=value`` overrides.
+
+    ``--help`` prints every setting and exits.  Raises ConfigError.
+    """
+    parser = argparse.ArgumentParser(
+        prog=f"python -m {program}",
+        description=about,
+        epilog="settings (name=default, what is accepted, meaning):\n" + describe().replace("%", "%%"),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--config", type=Path, help="a YAML file with any of the settings below")
+    parser.add_argument("overrides", nargs="*", metavar="a.b=value", help="settings that win over the file's")
+    args = parser.parse_args(argv)
+    tree = read_yaml(args.config) if args.config else {}
+    for text in args.overrides:
+        tree = merge(tree, parse_override(text))
+    return resolve(tree)
+
+
+def dump(settings: Settings) -> str:
+    """The resolved settings as YAML; ``resolve(yaml.safe_load(dump(s))) == s``."""
+    return yaml.safe_dump(settings.model_dump(mode="json"), sort_keys=False)

@@ -1,0 +1,146 @@
+"""Questions become prompt token ids: loading, templates, and the order in which a run sees them."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from onpolicy_skd.config import ConfigError, DataSettings
+from onpolicy_skd.data import demo_task
+from onpolicy_skd.trajectory import Prompt
+
+DEMO_TRAIN_PROBLEMS = 20_000
+DEMO_TEST_PROBLEMS = 1_000
+GSM8K = dict(name="openai/gsm8k", subset="main")
+
+
+class DataError(ConfigError):
+    """A data file or row that cannot be used; the message names file and row."""
+
+
+def load_questions(settings: DataSettings, split: str) -> Iterator[tuple[str, str, str]]:
+    """(key, question, answer) of every row of ``split`` ("train" or "eval").  Raises DataError."""
+    training = split == "train"
+    name = settings.train_split if training else settings.eval_split
+    if settings.source == "demo":
+        count = DEMO_TRAIN_PROBLEMS if training else DEMO_TEST_PROBLEMS
+        rows: Iterator[Any] = itertools.islice(demo_task.problems(name), count)
+        where = f"demo:{name}"
+    elif settings.source == "jsonl" or settings.path:
+        own = settings.train_file if training else settings.eval_file
+        file = settings.path / f"{name}.jsonl" if settings.path else own
+        if file is None:
+            raise DataError("data.eval_file: needed to evaluate with data.source=jsonl; give a file or run without it")
+        rows, where = read_jsonl(file), file.name
+    else:
+        spec = GSM8K if settings.source == "gsm8k" else dict(name=settings.name, subset=settings.subset)
+        rows, where = _read_hub(str(spec["name"]), spec["subset"], name), f"{spec['name']}:{name}"
+    limit = settings.train_problems if training else None
+    columns = (settings.question_column, settings.answer_column)
+    for number, row in enumerate(itertools.islice(rows, limit), 1):
+        for column in columns:
+            if not isinstance(row.get(column), str):
+                raise DataError(
+                    f"{where} row {number}: column {column!r} is missing or not text; this row has "
+                    f"{', '.join(map(repr, row)) or 'no columns'} (set data.question_column / data.answer_column)"
+                )
+        if not row[columns[0]].strip():
+            raise DataError(f"{where} row {number}: column {columns[0]!r} is empty")
+        yield f"{where}#{number}", row[columns[0]], row[columns[1]]
+
+
+def read_jsonl(file: Path) -> Iterator[dict[str, Any]]:
+    """One object a line; blank lines are skipped.  Raises DataError naming file and line."""
+    try:
+        with file.open(encoding="utf-8") as lines:
+            for number, line in enumerate(lines, 1):
+                if not line.strip():
+                    continue
+                try:
+                    row = json.loads(line)
+                except (json.JSONDecodeError, RecursionError) as error:
+                    raise DataError(f"{file} line {number}: not JSON ({error}); one JSON object a line") from None
+                if not isinstance(row, dict):
+                    raise DataError(f"{file} line {number}: a {type(row).__name__}, but must be a JSON object")
+                yield row
+    except UnicodeDecodeError as error:
+        raise DataError(f"{file}: not UTF-8 text ({error.reason} at byte {error.start})") from None
+    except OSError as error:
+        raise DataError(f"{file}: cannot be read ({error.strerror})") from None
+
+
+def _read_hub(name: str, subset: str | None, split: str) -> Iterator[dict[str, Any]]:
+    from datasets import load_dataset  # takes seconds to import and is needed for hub data only
+
+    try:
+        rows: Any = load_dataset(name, subset, split=split)
+        yield from rows
+    except Exception as error:  # the hub client raises many kinds; each means that the set is not to be had
+        raise DataError(
+            f"data set {name} ({subset or 'default'}, {split}) cannot be loaded from the hub: "
+            f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}; "
+            "give local files with data.path or data.source=jsonl"
+        ) from error
+
+
+def render(question: str, tokenizer: Any, settings: DataSettings) -> list[int]:
+    """Prompt token ids of ``question``.  Raises DataError if a chat template is asked for but missing."""
+    text = question + settings.instruction
+    if settings.template == "plain":
+        return tokenizer(settings.plain.replace("{question}", text))["input_ids"]
+    if not tokenizer.chat_template:
+        raise DataError("data.template=chat: the student's tokenizer has no chat template; use data.template=plain")
+    system = [{"role": "system", "content": settings.system}] if settings.system is not None else []
+    return tokenizer.apply_chat_template(
+        [*system, {"role": "user", "content": text}],
+        add_generation_prompt=True,
+        enable_thinking=settings.thinking,
+        return_dict=False,
+    )
+
+
+def load_prompts(settings: DataSettings, tokenizer: Any, split: str, limit: int | None = None) -> list[Prompt]:
+    """The prompts of ``split``.  Raises DataError, also for a prompt over ``data.max_prompt_tokens``."""
+    prompts = []
+    for key, question, answer in itertools.islice(load_questions(settings, split), limit):
+        ids = render(question, tokenizer, settings)
+        if len(ids) > settings.max_prompt_tokens:
+            if settings.overlong == "drop":
+                continue
+            raise DataError(
+                f"{key}: the prompt has {len(ids)} tokens, data.max_prompt_tokens={settings.max_prompt_tokens}; "
+                "raise the limit or set data.overlong=drop"
+            )
+        prompts.append(Prompt(key, ids, question, answer))
+    if not prompts:
+        raise DataError(f"data: no prompt is left in the {split} split of source {settings.source}")
+    return prompts
+
+
+def prompts_of_step(count: int, per_step: int, step: int, seed: int) -> list[int]:
+    """Indices of the prompts of ``step`` (0-based) among ``count``: a pure function, so resuming needs only the step.
+
+    Every epoch is a fresh permutation; a step may span two epochs, and no prompt is left out at their border.
+    """
+    indices = []
+    for place in range(step * per_step, (step + 1) * per_step):
+        epoch, offset = divmod(place, count)
+        indices.append(int(_permutation(count, seed, epoch)[offset]))
+    return indices
+
+
+_permutations: dict[tuple[int, int, int], np.ndarray] = {}
+
+
+def _permutation(count: int, seed: int, epoch: int) -> np.ndarray:
+    key = (count, seed, epoch)
+    if key not in _permutations:
+        if len(_permutations) > 4:
+            _permutations.clear()
+        _permutations[key] = np.random.default_rng([seed, epoch]).permutation(count)
+    return _permutations[key]

@@ -1,0 +1,178 @@
+"""Loading causal language models, and telling a model's trunk from its LM head."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from onpolicy_skd.config import ConfigError
+from onpolicy_skd.trajectory import Batch
+
+ASSETS = Path(__file__).parent / "assets"
+BUNDLED = "bundled:"
+log = logging.getLogger(__name__)
+
+
+class ModelError(ConfigError):
+    """A model or tokenizer that cannot be used; the message names it and says what would be accepted."""
+
+
+def resolve_path(model: str) -> str:
+    """A folder for ``bundled:NAME`` and existing paths, else the hub name.  Raises ModelError."""
+    if model.startswith(BUNDLED):
+        folder = ASSETS / model.removeprefix(BUNDLED)
+        if not (folder / "config.json").exists():
+            known = ", ".join(BUNDLED + p.parent.name for p in sorted(ASSETS.glob("*/config.json")))
+            raise ModelError(f"model {model!r}: not bundled; accepted: {known}")
+        return str(folder)
+    path = Path(model)
+    if path.is_dir() and not (path / "config.json").exists():
+        raise ModelError(f"model {model!r}: the folder has no config.json, so it is no transformers checkpoint")
+    looks_local = path.is_absolute() or model.startswith(".") or model.count("/") > 1
+    if not path.exists() and looks_local:
+        raise ModelError(f"model {model!r}: no such folder; give a transformers checkpoint or a hub name OWNER/NAME")
+    return model
+
+
+def load_tokenizer(model: str, trust_remote_code: bool = False) -> Any:
+    """The tokenizer of ``model``, with a padding token.  Raises ModelError."""
+    from transformers import AutoTokenizer
+
+    tokenizer = _from_pretrained(AutoTokenizer, model, trust_remote_code=trust_remote_code)
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def load_config(model: str, trust_remote_code: bool = False) -> Any:
+    """The configuration of ``model`` without its weights.  Raises ModelError."""
+    from transformers import AutoConfig
+
+    return _from_pretrained(AutoConfig, model, trust_remote_code=trust_remote_code)
+
+
+def load_model(model: str, dtype: torch.dtype, device: str, trust_remote_code: bool = False) -> Any:
+    """The causal language model ``model`` on ``device``, from safetensors only.  Raises ModelError."""
+    from transformers import AutoModelForCausalLM
+
+    loaded = _from_pretrained(
+        AutoModelForCausalLM, model, dtype=dtype, trust_remote_code=trust_remote_code, use_safetensors=True
+    )
+    return loaded.to(device)
+
+
+def _from_pretrained(kind: Any, model: str, **options: Any) -> Any:
+    if options.get("trust_remote_code"):
+        log.warning("trust_remote_code is on: Python code that comes with %s runs on this machine", model)
+    try:
+        return kind.from_pretrained(resolve_path(model), **options)
+    except ModelError:
+        raise
+    except Exception as error:  # transformers raises many kinds; each means that this model is not to be had
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else ""
+        raise ModelError(
+            f"model {model!r} cannot be loaded: {type(error).__name__}: {reason}; "
+            "give a folder with a transformers checkpoint or a hub name OWNER/NAME"
+        ) from error
+
+
+def check_same_tokenizer(student: Any, teacher: Any, student_name: str, teacher_name: str) -> None:
+    """Raises ModelError unless both map the same tokens to the same ids (added padding ids may differ)."""
+    ours, theirs = student.get_vocab(), teacher.get_vocab()
+    if ours == theirs:
+        return
+    different = sorted(t for t in ours.keys() | theirs.keys() if ours.get(t) != theirs.get(t))
+    example = different[0]
+    raise ModelError(
+        f"the tokenizers of student {student_name!r} ({len(ours)} tokens) and teacher {teacher_name!r} "
+        f"({len(theirs)} tokens) differ in {len(different)} tokens, for example {example!r}: "
+        f"id {ours.get(example)} and {theirs.get(example)}; distillation compares distributions over one vocabulary, "
+        "so use models of one tokenizer"
+    )
+
+
+def shared_vocabulary(student_config: Any, teacher_config: Any, tokenizer_size: int) -> int:
+    """Rows of the LM heads that both models have: a vocabulary padded in one of them is cut.  Raises ModelError."""
+    sizes = (student_config.get_text_config().vocab_size, teacher_config.get_text_config().vocab_size)
+    if min(sizes) < tokenizer_size:
+        raise ModelError(
+            f"the LM heads have {sizes[0]} (student) and {sizes[1]} (teacher) rows but the tokenizer has "
+            f"{tokenizer_size} tokens; both heads must cover the tokenizer"
+        )
+    return min(sizes)
+
+
+@dataclass(frozen=True)
+class SplitModel:
+    """A causal language model as trunk (all but the LM head, final norm included) and head weight ``[V, H]``."""
+
+    model: Any  # a transformers PreTrainedModel
+    vocabulary: int  # rows of the head in use
+
+    @property
+    def trunk(self) -> Any:
+        return self.model.base_model
+
+    @property
+    def head_VH(self) -> Tensor:
+        return self.model.get_output_embeddings().weight[: self.vocabulary]
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.get_output_embeddings().weight.device
+
+    def hidden(self, batch: Batch) -> Tensor:
+        """``[N, H]``: last hidden states, after the final norm, at the eligible positions."""
+        out = self.trunk(
+            input_ids=batch.input_ids,
+            attention_mask=batch.attention_mask,
+            position_ids=batch.position_ids,
+            use_cache=False,
+        )
+        return batch.eligible(out.last_hidden_state)
+
+
+@torch.no_grad()
+def split(model: Any, vocabulary: int) -> SplitModel:
+    """Tells trunk and head apart and checks on a short input that together they are the model.
+
+    Raises ModelError for models whose logits are more than ``head @ trunk`` (biases, scales, soft caps).
+    """
+    name = type(model).__name__
+    head = model.get_output_embeddings()
+    if head is None or model.base_model is model:
+        raise ModelError(f"{name}: its trunk and LM head cannot be told apart; use a causal LM with output embeddings")
+    if model.get_input_embeddings().weight.shape[0] < vocabulary:
+        raise ModelError(f"{name}: fewer input embeddings than the vocabulary of {vocabulary}")
+    ids = torch.arange(1, 9, device=head.weight.device)[None] % vocabulary
+    was_training = model.training
+    model.eval()
+    direct = model(input_ids=ids, use_cache=False).logits.float()
+    hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
+    composed = (hidden @ head.weight.T).float()
+    model.train(was_training)
+    tolerance = 1e-3 if head.weight.dtype == torch.float32 else 5e-2
+    if direct.shape != composed.shape or not torch.allclose(direct, composed, rtol=tolerance, atol=tolerance):
+        raise ModelError(
+            f"{name}: its logits are not LM head @ last hidden state (a bias, scale or soft cap?); "
+            "accepted: models such as Qwen, Llama, Mistral, SmolLM, GPT-NeoX"
+        )
+    return SplitModel(model, vocabulary)
+
+
+def pick_device(setting: str) -> str:
+    """Either cuda or cpu.  Raises ModelError if cuda is asked for but absent."""
+    if setting == "cuda" and not torch.cuda.is_available():
+        raise ModelError("run.device=cuda: no CUDA device is visible here; accepted: auto, cpu")
+    return ("cuda" if torch.cuda.is_available() else "cpu") if setting == "auto" else setting
+
+
+def pick_dtype(setting: str, device: str) -> torch.dtype:
+    if setting == "auto":
+        return torch.bfloat16 if device == "cuda" else torch.float32
+    return {"float32": torch.float32, "bfloat16": torch.bfloat16}[setting]

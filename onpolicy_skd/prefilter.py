@@ -1,0 +1,85 @@
+"""The sample filter that runs once, before training: no rollout and no teacher forward is spent on what it drops.
+
+Scores are written to disk, keyed by data and student, and later runs reuse them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from onpolicy_skd.checkpoint import sha256, write_text
+from onpolicy_skd.config import Settings
+from onpolicy_skd.models import load_config, resolve_path
+from onpolicy_skd.selection.samples import top_share
+from onpolicy_skd.trajectory import Prompt, Trajectory
+
+BATCH = 256  # prompts scored between two progress messages
+
+
+def kept_prompts(
+    settings: Settings,
+    prompts: list[Prompt],
+    tokenizer: Any,
+    rank: Callable[[Sequence[Trajectory]], list[float]],
+    roll: Callable[[Sequence[Prompt]], list[Trajectory]],
+    say: Callable[[str], None],
+) -> list[Prompt]:
+    """The top ``samples.keep`` of ``prompts`` under the initial student, in their own order.
+
+    ``rank`` scores trajectories; ``roll`` makes one rollout per prompt, for ``samples.prefilter_text=rollout``.
+    """
+    own = settings.samples
+    path = settings.run.dir / "prefilter" / f"{fingerprint(settings, prompts)}.json"
+    if path.exists():
+        say(f"prefilter: scores of {len(prompts)} prompts reused from {path}")
+        scores = json.loads(path.read_text(encoding="utf-8"))["scores"]
+    else:
+        scores = []
+        for start in range(0, len(prompts), BATCH):
+            part = prompts[start : start + BATCH]
+            texts = (
+                roll(part)
+                if own.prefilter_text == "rollout"
+                else [as_text(p, own.prefilter_text, tokenizer) for p in part]
+            )
+            scores += rank(texts)
+            say(f"prefilter: {len(scores)}/{len(prompts)} prompts scored")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_text(path, json.dumps({"metric": own.metric, "text": own.prefilter_text, "scores": scores}))
+    kept = [prompts[i] for i in top_share(scores, own.keep)]
+    say(f"prefilter: {len(kept)} of {len(prompts)} prompts kept by {own.metric} of {own.prefilter_text}")
+    return kept
+
+
+def as_text(prompt: Prompt, text: str, tokenizer: Any) -> Trajectory:
+    """A trajectory whose eligible positions are those to score: the prompt's own tokens, or the reference answer's."""
+    if text == "prompt":
+        ids, response = prompt.token_ids[:1], prompt.token_ids[1:]
+    else:
+        answer = tokenizer(prompt.answer, add_special_tokens=False)["input_ids"]
+        ids, response = prompt.token_ids, [*answer, tokenizer.eos_token_id]
+    return Trajectory(prompt.key, np.asarray(ids), np.asarray(response), np.zeros(len(response), np.float32), "stop", 0)
+
+
+def fingerprint(settings: Settings, prompts: Sequence[Prompt]) -> str:
+    """Changes with the student's weights, the prompts, their answers, and what is scored."""
+    own = settings.samples
+    digest = hashlib.sha256(json.dumps([own.metric, own.prefilter_text, _weights(settings.student.model)]).encode())
+    if own.prefilter_text == "rollout" or own.metric == "random":
+        digest.update(json.dumps([settings.run.seed, settings.rollout.model_dump(mode="json")]).encode())
+    for prompt in prompts:
+        digest.update(json.dumps([prompt.key, prompt.token_ids, prompt.answer]).encode())
+    return digest.hexdigest()[:24]
+
+
+def _weights(model: str) -> list[str]:
+    folder = Path(resolve_path(model))
+    if folder.is_dir():
+        return [sha256(file) for file in sorted(folder.glob("*.safetensors"))]
+    return [model, str(getattr(load_config(model), "_commit_hash", None))]

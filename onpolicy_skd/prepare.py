@@ -1,0 +1,132 @@
+"""Everything that can be checked and known before a model loads: data, tokenizers, vocabulary, the run's folder."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from onpolicy_skd import checkpoint, config, models
+from onpolicy_skd.config import ConfigError, Settings
+from onpolicy_skd.data.prompts import load_prompts, prompts_of_step
+from onpolicy_skd.report import metrics
+from onpolicy_skd.selection.positions import quota
+from onpolicy_skd.trajectory import Prompt, RolloutRequest, Sampling, seed_of
+
+# Settings that may change when a run is resumed: they do not touch what is trained.
+RESUMABLE = ("resume", "run.dir", "run.name", "run.evaluate_every", "run.checkpoint_every", "run.keep_checkpoints",
+             "run.tensorboard", "eval.", "cluster.")  # fmt: skip
+
+
+@dataclass
+class Run:
+    """What a driver needs to know of its run."""
+
+    settings: Settings
+    tokenizer: Any
+    vocabulary: int
+    train: list[Prompt]
+    held_out: list[Prompt]
+
+    @property
+    def folder(self) -> Path:
+        return self.settings.run.folder
+
+    @property
+    def steps(self) -> int:
+        """Batches of prompts of the whole run; known before a prefilter ran, from counts alone."""
+        own = self.settings
+        if own.run.steps is not None:
+            return own.run.steps
+        prefiltered = own.samples.when == "prefilter"
+        count = quota(own.samples.keep, len(self.train)) if prefiltered else len(self.train)
+        return math.ceil(round(own.run.epochs * count / own.prompts_per_step, 9))
+
+    @property
+    def sampling(self) -> Sampling:
+        own = self.settings.rollout
+        return Sampling(own.max_tokens, own.temperature, own.top_p)
+
+    @property
+    def greedy(self) -> Sampling:
+        return Sampling(self.settings.eval.max_tokens or self.settings.rollout.max_tokens, 0.0)
+
+    def requests(self, prompts: Sequence[Prompt], step: int) -> list[RolloutRequest]:
+        """The rollouts of ``step``: its prompts, ``rollout.n`` times each, a seed for each."""
+        own, seed = self.settings, self.settings.run.seed
+        chosen = [prompts[i] for i in prompts_of_step(len(prompts), own.prompts_per_step, step, seed)]
+        asked = [
+            RolloutRequest(f"{place}:{p.key}/{i}", p.token_ids, seed_of(seed, step, place, p.key, i))
+            for place, p in enumerate(chosen)  # the place keeps keys apart if a small set repeats within a step
+            for i in range(own.rollout.n)
+        ]
+        return asked[: own.rollouts_per_step]
+
+
+def prepare(settings: Settings) -> Run:
+    """Loads data and tokenizers and checks that they fit.  Raises ConfigError (or one of its kinds)."""
+    if settings.rollout.engine == "vllm":
+        from onpolicy_skd.vllm_engine import require_vllm
+
+        require_vllm()
+    student, teacher = settings.student, settings.teacher
+    tokenizer = models.load_tokenizer(student.model, student.trust_remote_code)
+    models.check_same_tokenizer(
+        tokenizer, models.load_tokenizer(teacher.model, teacher.trust_remote_code), student.model, teacher.model
+    )
+    vocabulary = models.shared_vocabulary(
+        models.load_config(student.model, student.trust_remote_code),
+        models.load_config(teacher.model, teacher.trust_remote_code),
+        len(tokenizer),
+    )
+    train = load_prompts(settings.data, tokenizer, "train")
+    has_eval = settings.data.source != "jsonl" or settings.data.eval_file or settings.data.path
+    held_out = load_prompts(settings.data, tokenizer, "eval", settings.eval.problems or None) if has_eval else []
+    return Run(settings, tokenizer, vocabulary, train, held_out)
+
+
+def open_folder(settings: Settings) -> Path | None:
+    """Creates the run's folder or, with ``resume=auto``, finds its newest good checkpoint; saves config.yaml.
+
+    Raises ConfigError if the folder holds another run, or one whose settings differ in what is trained.
+    """
+    folder, saved = settings.run.folder, settings.run.folder / "config.yaml"
+    if settings.resume == "never" and (folder / metrics.FILE).exists():
+        raise ConfigError(
+            f"run.name={settings.run.name}: {folder} already holds a run; give another name, resume=auto to go on with "
+            "it, or remove the folder"
+        )
+    if settings.resume == "auto" and saved.exists():
+        _check_resumable(saved, settings)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        checkpoint.write_text(saved, config.dump(settings))
+    except OSError as error:
+        raise ConfigError(f"run.dir={settings.run.dir}: {folder} cannot be written ({error.strerror})") from None
+    found = checkpoint.newest(folder / "checkpoints") if settings.resume == "auto" else None
+    return folder / "checkpoints" / f"step-{found.step:08d}" if found else None
+
+
+def _check_resumable(saved: Path, settings: Settings) -> None:
+    before, now = flat(yaml.safe_load(saved.read_text(encoding="utf-8"))), flat(settings.model_dump(mode="json"))
+    changed = [k for k in sorted(before.keys() | now.keys()) if before.get(k) != now.get(k)]
+    blocking = [k for k in changed if not k.startswith(RESUMABLE)]
+    if blocking:
+        listed = ", ".join(f"{k}: {json.dumps(before.get(k))} then, {json.dumps(now.get(k))} now" for k in blocking)
+        raise ConfigError(
+            f"resume=auto: the run in {saved.parent} was started with other settings ({listed}); "
+            "restore them, or start a new run.name"
+        )
+
+
+def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Leaves of nested mappings by dotted key."""
+    leaves: dict[str, Any] = {}
+    for key, value in tree.items():
+        leaves |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return leaves

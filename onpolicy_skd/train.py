@@ -1,0 +1,252 @@
+"""On-policy selective distillation: ``python -m onpolicy_skd.train --config configs/demo.yaml [a.b=value ...]``.
+
+``train`` below is the whole schedule of a run.  One step, as data:
+
+    prompts -> rollout actors -> trajectories -> sample filter -> kept trajectories -> teacher (hidden states)
+                                                                                    -> learner (entropy, positions,
+    rollout actors <- weights <- optimizer step <- gradient <- reverse KL on those rows <- teacher's rows for these)
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+import time
+from collections.abc import Sequence
+from contextlib import ExitStack
+from typing import Any
+
+import ray
+from ray.exceptions import RayError
+
+from actors.cluster import Resources, connect
+from actors.roles import Roles
+from actors.rollout import RolloutGroup
+from eval.gsm8k import Evaluation, evaluate
+from onpolicy_skd import checkpoint
+from onpolicy_skd.config import ConfigError, Settings, load_settings
+from onpolicy_skd.prefilter import kept_prompts
+from onpolicy_skd.prepare import Run, open_folder, prepare
+from onpolicy_skd.report import summary
+from onpolicy_skd.report.console import Display
+from onpolicy_skd.report.metrics import MetricsLog
+from onpolicy_skd.stop import StopSignal
+from onpolicy_skd.trajectory import Prompt, RolloutRequest, Sampling, Trajectory, seed_of
+
+EXIT_OK, EXIT_CONFIG, EXIT_FAILED, EXIT_STOPPED = 0, 2, 1, 3
+
+
+def train(run: Run, roles: Roles, book: Logbook, first_step: int, stop: StopSignal) -> None:
+    """Steps ``first_step`` to the end, or to a stop signal; leaves a checkpoint behind."""
+    own = run.settings.run
+    prompts = prefilter(run, roles, book) if run.settings.samples.when == "prefilter" else run.train
+    step = first_step
+    while step < run.steps and not stop.requested:
+        clock = Clock()
+        parts = roles.generate(run.requests(prompts, step), run.sampling)
+        ray.wait(parts, num_returns=len(parts), fetch_local=False)
+        clock.lap("rollout")
+        report, kept = roles.filter(parts)
+        clock.lap("filter")
+        if report.kept:
+            encoded = roles.encode(kept)  # the teacher works while the learner runs its own trunk
+            found = roles.step(kept, encoded, report)
+            clock.lap("learn")
+            version = roles.push_weights()
+            clock.lap("sync")
+            book.step(step, version, report, found, clock)
+        else:
+            book.empty_batch(step, report)
+        step += 1
+        if own.evaluate_every and step % own.evaluate_every == 0 and step < run.steps:
+            book.evaluation("during", step, student_evaluation(run, roles, run.settings.eval.during))
+        if own.checkpoint_every and step % own.checkpoint_every == 0 and step < run.steps:
+            roles.save(run.folder / "checkpoints", step, book.state(), own.keep_checkpoints)
+    roles.save(run.folder / "checkpoints", step, book.state(), own.keep_checkpoints)
+    if step >= run.steps:
+        roles.save_pretrained(run.folder / "final")
+        book.finished = True
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command line; returns the exit code: 0 finished, 1 failed, 2 bad input, 3 stopped with a checkpoint."""
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    try:
+        settings = load_settings(sys.argv[1:] if argv is None else argv, about=(__doc__ or "").splitlines()[0])
+        return run_settings(settings)
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return EXIT_CONFIG
+    except RayError as error:
+        cause = getattr(error, "cause", None)
+        print(f"error: {cause or error}", file=sys.stderr)
+        return EXIT_CONFIG if isinstance(cause, ConfigError) else EXIT_FAILED
+
+
+def run_settings(settings: Settings) -> int:
+    """One run from settings to summary.json."""
+    run = prepare(settings)
+    with connect(settings) as resources, StopSignal() as stop:  # what the cluster lacks is said before a folder exists
+        path = open_folder(settings)
+        loaded = checkpoint.load(path) if path else None
+        first_step = loaded.step if loaded else 0
+        with Logbook(run, first_step, loaded.state if loaded else {}) as book:
+            book.say(f"run folder: {run.folder.absolute()}")
+            book.say(f"{len(run.train)} prompts, {run.steps} steps of {settings.rollouts_per_step} rollouts")
+            if loaded:
+                book.say(f"resuming after step {first_step}")
+            if settings.eval.teacher and run.held_out and "teacher" not in book.evaluations:
+                book.evaluation("teacher", 0, teacher_evaluation(run, resources))
+            book.say("starting the student's rollout engine, the teacher and the learner")
+            roles = Roles(settings, resources, run.vocabulary, run.tokenizer.pad_token_id, run.steps)
+            with ExitStack() as stack:
+                stack.callback(roles.close)
+                roles.wait_ready()
+                if path:
+                    roles.restore(path)
+                if settings.eval.before and run.held_out and "before" not in book.evaluations:
+                    book.evaluation("before", 0, student_evaluation(run, roles))
+                train(run, roles, book, first_step, stop)
+                if book.finished and run.held_out:
+                    book.evaluation("after", run.steps, student_evaluation(run, roles))
+        book.conclude()
+        return EXIT_OK if book.finished else EXIT_STOPPED
+
+
+def prefilter(run: Run, roles: Roles, book: Logbook) -> list[Prompt]:
+    """The prompts that the once-for-all sample filter keeps."""
+
+    def roll(prompts: Sequence[Prompt]) -> list[Trajectory]:
+        seed = run.settings.run.seed
+        requests = [RolloutRequest(p.key, p.token_ids, seed_of(seed, "prefilter", p.key)) for p in prompts]
+        return gather(roles.rollouts, requests, run.sampling)
+
+    return kept_prompts(run.settings, run.train, run.tokenizer, roles.rank, roll, book.say)
+
+
+def gather(group: RolloutGroup, requests: Sequence[RolloutRequest], sampling: Sampling) -> list[Trajectory]:
+    """Trajectories brought to the driver: for evaluation, where their text is judged."""
+    return [t for part in ray.get(group.generate(requests, sampling)) for t in part]
+
+
+def student_evaluation(run: Run, roles: Roles, problems: int = 0) -> Evaluation:
+    """Greedy exact match of the current student, and its divergence from the teacher on held-out rollouts."""
+    prompts = run.held_out[: problems or None]
+    done = evaluate(lambda r, s: gather(roles.rollouts, r, s), prompts, run.tokenizer, run.greedy)
+    if run.settings.eval.divergence_prompts:
+        few = run.held_out[: run.settings.eval.divergence_prompts]
+        seed = run.settings.run.seed
+        requests = [RolloutRequest(p.key, p.token_ids, seed_of(seed, "divergence", p.key)) for p in few]
+        done.result["divergence"] = roles.divergence(roles.generate(requests, run.sampling))
+    return done
+
+
+def teacher_evaluation(run: Run, resources: Resources) -> Evaluation:
+    """Greedy exact match of the teacher, on an engine that is gone afterwards."""
+    own = run.settings.teacher
+    group = RolloutGroup(own.model, run.settings, resources, 1, own.trust_remote_code)
+    try:
+        return evaluate(lambda r, s: gather(group, r, s), run.held_out, run.tokenizer, run.greedy)
+    finally:
+        group.close()
+
+
+class Clock:
+    """Seconds of each phase of a step."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._last = time.perf_counter()
+
+    def lap(self, phase: str) -> None:
+        now = time.perf_counter()
+        self.seconds[phase] = now - self._last
+        self._last = now
+
+
+class Logbook:
+    """What the run has found out: shown, written to metrics.jsonl, and carried in checkpoints."""
+
+    def __init__(self, run: Run, first_step: int, state: dict[str, Any]) -> None:
+        self.evaluations: dict[str, Any] = dict(state.get("evaluations", {}))
+        self.finished = False
+        self._run = run
+        self._seconds_before = state.get("seconds", 0.0)
+        self._started = time.monotonic()
+        self._steps = first_step
+        self._metrics = MetricsLog(run.folder, first_step, run.settings.run.tensorboard)
+        self._display = Display(run.steps, first_step)
+
+    def __enter__(self) -> Logbook:
+        self._display.__enter__()
+        return self
+
+    def __exit__(self, *problem: Any) -> None:
+        self._display.__exit__(*problem)
+        self._metrics.close()
+
+    def say(self, text: str) -> None:
+        self._display.say(text)
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint keeps of the logbook."""
+        return {"evaluations": self.evaluations, "seconds": self._seconds()}
+
+    def step(self, step: int, version: int, report: Any, found: dict[str, float], clock: Clock) -> None:
+        total = sum(clock.seconds.values())
+        record = {
+            "step": step,
+            "version": version,
+            "generated": report.generated,
+            "dropped": report.dropped,
+            **found,
+            "seconds": clock.seconds | {"step": total},
+            "tokens_per_second": found["train_tokens"] / total,
+        }
+        self._steps = step + 1
+        self._metrics.write(record)
+        self._display.step(record)
+
+    def empty_batch(self, step: int, report: Any) -> None:
+        self._steps = step + 1
+        self._metrics.write(
+            {"step": step, "event": "empty_batch", "generated": report.generated, "dropped": report.dropped}
+        )
+        reasons = ", ".join(f"{count} {reason}" for reason, count in report.dropped.items())
+        self.say(
+            f"step {step}: no sample left of {report.generated} ({reasons}); no update. If this goes on, raise "
+            "rollout.max_tokens or set samples.truncated=keep"
+        )
+
+    def evaluation(self, name: str, step: int, done: Evaluation) -> None:
+        self.evaluations[name] = done.result
+        done.write_records(self._run.folder / "evaluations" / f"{name}-{step:06d}.jsonl")
+        if name != "teacher":
+            self._metrics.write({"step": step, "event": "evaluation", "name": name, **done.result})
+        match, strict = done.result["match"], done.result["strict"]
+        line = f"{name}: exact match {summary.percent(match['share'], match['interval'])} of {done.result['problems']}"
+        line += f", strict {summary.percent(strict['share'], None)}"
+        if "divergence" in done.result:
+            line += f", divergence {done.result['divergence']:.4f} nats per token"
+        self.say(line)
+
+    def conclude(self) -> None:
+        """summary.json, report.md and the closing lines."""
+        status = "finished" if self.finished else "stopped"
+        settings = self._run.settings
+        built = summary.build(settings, self.evaluations, status, self._steps, self._seconds())
+        report = summary.write(self._run.folder, built, settings)
+        shares, intervals = built["exact_match"], built["exact_match_interval"]
+        for name in summary.WHEN:
+            if shares[name] is not None:
+                self.say(f"exact match {name:>7}: {summary.percent(shares[name], intervals[name])}")
+        self.say(f"{status} after {self._steps} steps, {built['seconds']:.0f} s; report: {report}")
+        if not self.finished:
+            self.say("a checkpoint was written; the same command with resume=auto goes on from it")
+
+    def _seconds(self) -> float:
+        return self._seconds_before + time.monotonic() - self._started
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,145 @@
+"""The few typed records that travel between rollout, teacher, learner and driver, and how they become a batch.
+
+Notation (docs/method.md): a trajectory is prompt ids followed by response ids ``y_1..y_n``.  Position t predicts
+``y_t``; the **eligible positions** are exactly the n positions whose target is a response token.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+import numpy as np
+import torch
+
+FinishReason = Literal["stop", "length"]
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    key: str  # names the data row, the same in every run
+    token_ids: list[int]
+    question: str
+    answer: str  # reference answer, in GSM8K's format for GSM8K-like data
+
+
+@dataclass(frozen=True, slots=True)
+class Trajectory:
+    key: str  # "PROMPT KEY/SAMPLE", unique within a step
+    prompt_ids: np.ndarray  # int64 [prompt tokens]
+    response_ids: np.ndarray  # int64 [n]; ends with the end-of-sequence token if one was produced
+    sampler_logprobs: np.ndarray  # float32 [n]; nats, of the unmodified model at temperature 1
+    finish: FinishReason  # "length": no end of sequence within the limit
+    policy_version: int  # optimizer steps behind the weights that sampled it
+
+    @property
+    def length(self) -> int:
+        return len(self.prompt_ids) + len(self.response_ids)
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How to generate; temperature 0 is greedy decoding."""
+
+    max_tokens: int
+    temperature: float = 1.0
+    top_p: float = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class RolloutRequest:
+    """One response to generate; its seed makes it the same in any batch, on any actor."""
+
+    key: str
+    prompt_ids: list[int]
+    seed: int
+
+
+@dataclass(slots=True)
+class FilterReport:
+    """What a sample filter kept of one batch and why it dropped the rest."""
+
+    kept: list[str]  # trajectory keys
+    generated: int
+    dropped: dict[str, int] = field(default_factory=dict)  # count per reason
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """A padded micro-batch of B sequences with N eligible positions in all, ordered by sequence, then by time."""
+
+    input_ids: torch.Tensor  # int64 [B, L]
+    attention_mask: torch.Tensor  # int64 [B, L]
+    position_ids: torch.Tensor  # int64 [B, L]
+    rows: torch.Tensor  # int64 [N]; sequence of each eligible position
+    columns: torch.Tensor  # int64 [N]; its column: the token *before* its target
+    targets: torch.Tensor  # int64 [N]; y_t
+    counts: list[int]  # eligible positions of each sequence; sums to N
+
+    def eligible(self, hidden_BLH: torch.Tensor) -> torch.Tensor:
+        """``[N, H]``: the hidden states at the eligible positions."""
+        return hidden_BLH[self.rows, self.columns]
+
+
+def collate(
+    trajectories: Sequence[Trajectory],
+    pad_id: int,
+    device: torch.device | str = "cpu",
+    padding_side: Literal["right", "left"] = "right",
+) -> Batch:
+    """Pads ``trajectories`` to the longest.  Raises ValueError if one has no response or no prompt."""
+    length = max(t.length for t in trajectories)
+    ids = np.full((len(trajectories), length), pad_id, dtype=np.int64)
+    mask = np.zeros_like(ids)
+    positions = np.zeros_like(ids)
+    rows, columns, targets = [], [], []
+    for row, t in enumerate(trajectories):
+        if not len(t.response_ids) or not len(t.prompt_ids):
+            raise ValueError(f"trajectory {t.key}: needs at least one prompt and one response token")
+        start = 0 if padding_side == "right" else length - t.length
+        ids[row, start : start + t.length] = np.concatenate([t.prompt_ids, t.response_ids])
+        mask[row, start : start + t.length] = 1
+        positions[row, start : start + t.length] = np.arange(t.length)
+        first = start + len(t.prompt_ids) - 1  # the last prompt token predicts y_1
+        rows.append(np.full(len(t.response_ids), row))
+        columns.append(np.arange(first, first + len(t.response_ids)))
+        targets.append(t.response_ids)
+    moved = (torch.as_tensor(a, device=device) for a in (ids, mask, positions))
+    flat = (torch.as_tensor(np.concatenate(a), device=device) for a in (rows, columns, targets))
+    return Batch(*moved, *flat, counts=[len(t.response_ids) for t in trajectories])
+
+
+def micro_batches(lengths: Sequence[int], token_budget: int) -> list[list[int]]:
+    """Indices of ``lengths`` cut into groups of at most ``token_budget`` padded tokens, longest first.
+
+    Sorting by length keeps padding small; the longest group comes first so that memory peaks at the start.
+    A single sequence over the budget gets a group of its own.
+    """
+    groups: list[list[int]] = []
+    for index in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+        if groups and lengths[groups[-1][0]] * (len(groups[-1]) + 1) <= token_budget:
+            groups[-1].append(index)
+        else:
+            groups.append([index])
+    return groups
+
+
+def check_version(trajectories: Iterable[Trajectory], version: int, max_staleness: int = 0) -> None:
+    """Refuses trajectories that another policy than ``version`` sampled (design: staleness is this comparison).
+
+    Raises RuntimeError naming the first one that is too old or comes from the future.
+    """
+    for t in trajectories:
+        if not 0 <= version - t.policy_version <= max_staleness:
+            raise RuntimeError(
+                f"trajectory {t.key} was sampled by policy version {t.policy_version}, the learner is at {version}; "
+                f"at most {max_staleness} steps of staleness are allowed"
+            )
+
+
+def seed_of(*parts: object) -> int:
+    """A 31-bit seed that depends on every part, the same on every machine."""
+    digest = hashlib.sha256("/".join(map(str, parts)).encode()).digest()
+    return int.from_bytes(digest[:4], "big") >> 1

