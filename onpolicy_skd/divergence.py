@@ -21,7 +21,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from onpolicy_skd.lm_head import blocks, chunks, project
+from onpolicy_skd.lm_head import Projector, blocks, chunks, log_softmax_
 
 KINDS = ("reverse_kl", "forward_kl", "jsd")
 
@@ -76,11 +76,13 @@ class _Loss(torch.autograd.Function):
         grad_head = torch.zeros_like(student_head) if wants_head else None
         head = student_head.to(student_NH.dtype)  # one copy a call where compute and master dtypes differ
         other = teacher_head.to(teacher_NG.dtype)
+        room = (len(student_NH), alignment.temperature, alignment.chunk_rows)
+        student_logits, teacher_logits = Projector(head, *room), Projector(other, *room)
         loss = torch.zeros((), dtype=torch.float32, device=student_NH.device)
         values_N = torch.empty(len(student_NH), dtype=torch.float32, device=student_NH.device)
         for rows in chunks(len(student_NH), len(head), alignment.chunk_rows):
-            logits_cV = project(student_NH[rows], head, alignment.temperature)
-            teacher_cV = project(teacher_NG[rows], other, alignment.temperature)
+            logits_cV = student_logits(student_NH[rows])
+            teacher_cV = teacher_logits(teacher_NG[rows])
             for block in blocks(logits_cV):
                 loss_b, values_N[rows][block] = _block(
                     logits_cV[block], teacher_cV[block], weights_N[rows][block], targets_N[rows][block], alignment
@@ -91,7 +93,7 @@ class _Loss(torch.autograd.Function):
                 grad_hidden[rows] = grad_logits_cV @ head
             if grad_head is not None:
                 _accumulate(grad_head, grad_logits_cV, student_NH[rows])
-        ctx.save_for_backward(grad_hidden, grad_head)
+        ctx.gradients = (grad_hidden, grad_head)
         ctx.mark_non_differentiable(values_N)
         ctx.set_materialize_grads(False)
         return loss, values_N
@@ -99,9 +101,15 @@ class _Loss(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_loss, _):  # type: ignore[override]
-        # In place: these buffers belong to this call alone. Nothing to do for the usual upstream gradient of one.
-        scaled = [g if g is None or grad_loss == 1 else g.mul_(grad_loss) for g in ctx.saved_tensors]
-        return (*scaled, None, None, None, None, None)
+        # The buffers belong to this call alone: scaled in place, and handed over so that autograd need not copy them.
+        gradients, ctx.gradients = ctx.gradients, None
+        if gradients is None:
+            raise RuntimeError("the distillation loss was already differentiated; its gradients are formed only once")
+        if grad_loss != 1:
+            for gradient in gradients:
+                if gradient is not None:
+                    gradient.mul_(grad_loss)
+        return (*gradients, None, None, None, None, None)
 
 
 def _accumulate(grad_head_VH: Tensor, grad_logits_cV: Tensor, hidden_cH: Tensor) -> None:
@@ -112,8 +120,11 @@ def _accumulate(grad_head_VH: Tensor, grad_logits_cV: Tensor, hidden_cH: Tensor)
 
 
 def _block(logits: Tensor, teacher: Tensor, weights: Tensor, targets: Tensor, alignment: Alignment):
-    """Loss and divergences of a few rows; **overwrites** ``logits`` with the gradient of the loss at the raw logits."""
-    log_q, log_p = torch.log_softmax(logits, -1), torch.log_softmax(teacher, -1)
+    """Loss and divergences of a few rows; **overwrites** ``logits`` with the gradient of the loss at the raw logits.
+
+    ``teacher`` is overwritten too: at most a scratch is allocated here.
+    """
+    log_q, log_p = log_softmax_(logits), log_softmax_(teacher)
     target_log_q = log_q.gather(1, targets[:, None])[:, 0]
     values, gradient, q = _divergence(log_q, log_p, alignment)  # reuses the storage of log_q and log_p
     kd = alignment.kd_weight

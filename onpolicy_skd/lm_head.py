@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 LOGITS_PER_CHUNK = 20_000_000  # elements of one chunk of logits: 80 MB in float32
-LOGITS_PER_BLOCK = 600_000  # elements that the reductions touch at once on CPU: stays in its cache
+LOGITS_PER_BLOCK = 300_000  # elements that the reductions touch at once on CPU: stays in its cache
 
 
 def chunks(rows: int, vocabulary: int, chunk_rows: int | None = None) -> Iterator[slice]:
@@ -30,10 +30,55 @@ def blocks(logits_cV: Tensor) -> Iterator[slice]:
         yield slice(start, start + size)
 
 
-def project(hidden_cH: Tensor, head_VH: Tensor, temperature: float = 1.0) -> Tensor:
-    """float32 logits ``[c, V]`` over the temperature."""
-    logits_cV = (hidden_cH @ head_VH.T).float()
-    return logits_cV if temperature == 1.0 else logits_cV.div_(temperature)
+class Projector:
+    """Logits of one chunk after another in one float32 buffer: fresh ones would cost their page faults each time.
+
+    What ``__call__`` returns is overwritten by the next call.
+    """
+
+    def __init__(self, head_VH: Tensor, rows: int, temperature: float = 1.0, chunk_rows: int | None = None) -> None:
+        self._head_HV = head_VH.T
+        self._temperature = temperature
+        size = min(rows, chunk_rows or max(1, LOGITS_PER_CHUNK // len(head_VH)))
+        self._buffer = torch.empty(size, len(head_VH), dtype=torch.float32, device=head_VH.device)
+
+    def __call__(self, hidden_cH: Tensor) -> Tensor:
+        """float32 logits ``[c, V]`` over the temperature."""
+        logits_cV = self._buffer[: len(hidden_cH)]
+        if hidden_cH.dtype == torch.float32:
+            torch.mm(hidden_cH, self._head_HV, out=logits_cV)
+        else:
+            logits_cV.copy_(hidden_cH @ self._head_HV)
+        return logits_cV if self._temperature == 1.0 else logits_cV.div_(self._temperature)
+
+
+def shift_exp(logits_bV: Tensor) -> tuple[Tensor, Tensor]:
+    """Shifts each row **in place** so that its maximum is 0; returns exp of it ``[b, V]`` and the sums of that ``[b]``.
+
+    log softmax is then ``logits - sums.log()``.  What is returned lives in a scratch that the next call overwrites.
+    """
+    logits_bV.sub_(logits_bV.amax(-1, keepdim=True))
+    weight = torch.exp(logits_bV, out=_scratch(logits_bV))
+    return weight, weight.sum(-1)
+
+
+_scratches: dict[torch.device, Tensor] = {}
+
+
+def _scratch(like: Tensor) -> Tensor:
+    """A float32 tensor of the shape of ``like``; one allocation a device, since fresh memory costs page faults."""
+    if like.device.type != "cpu":
+        return torch.empty_like(like)
+    known = _scratches.get(like.device)
+    if known is None or known.numel() < like.numel():
+        known = _scratches[like.device] = torch.empty(like.numel(), device=like.device)
+    return known[: like.numel()].view_as(like)
+
+
+def log_softmax_(logits_bV: Tensor) -> Tensor:
+    """log softmax of each row, **in place**."""
+    _, total = shift_exp(logits_bV)
+    return logits_bV.sub_(total.log_()[:, None])
 
 
 @torch.no_grad()
@@ -50,14 +95,15 @@ def row_statistics(
     """
     entropy_N = torch.empty(len(hidden_NH), dtype=torch.float32, device=hidden_NH.device)
     logprob_N = torch.empty_like(entropy_N)
-    head_VH = head_VH.to(hidden_NH.dtype)
+    project = Projector(head_VH.to(hidden_NH.dtype), len(hidden_NH), chunk_rows=chunk_rows)
     for rows in chunks(len(hidden_NH), len(head_VH), chunk_rows):
-        logits_cV = project(hidden_NH[rows], head_VH)
+        logits_cV = project(hidden_NH[rows])
         entropy_c, logprob_c = entropy_N[rows], logprob_N[rows]
         for block in blocks(logits_cV):
-            log_q = torch.log_softmax(logits_cV[block], -1)
-            logprob_c[block] = log_q.gather(1, targets_N[rows][block, None])[:, 0]
+            logits = logits_cV[block]
+            weight, total = shift_exp(logits)
+            logprob_c[block] = logits.gather(1, targets_N[rows][block, None])[:, 0] - total.log()
             if temperature != 1.0:
-                log_q = torch.log_softmax(log_q.div_(temperature), -1)
-            entropy_c[block] = -torch.linalg.vecdot(log_q.exp(), log_q)
+                weight, total = shift_exp(logits.div_(temperature))
+            entropy_c[block] = total.log() - torch.linalg.vecdot(weight, logits) / total
     return entropy_N, logprob_N

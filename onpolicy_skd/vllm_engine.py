@@ -57,6 +57,7 @@ class VLLMEngine:
         else:
             room = dict(gpu_memory_utilization=own.gpu_memory, tensor_parallel_size=own.tensor_parallel)
         self.version = 0
+        self._on_cpu = device == "cpu"
         self._ends = _ends(path, trust_remote_code)
         self._llm = LLM(
             path,
@@ -72,6 +73,8 @@ class VLLMEngine:
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
         self._llm.collective_rpc("reload_weights", kwargs=dict(weights_iterator=iter(weights)))
+        if self._on_cpu:
+            self._llm.apply_model(_repack_heads)
         self._llm.reset_prefix_cache()  # reloading keeps it, and its entries belong to the old weights
         self.version = version
 
@@ -104,6 +107,16 @@ class VLLMEngine:
             finish="stop" if out.finish_reason == "stop" else "length",
             policy_version=self.version,
         )
+
+
+def _repack_heads(model: Any) -> None:
+    """vLLM's CPU backend computes logits from a packed copy of the LM head; reloading renews it for an untied head
+    only, so with tied embeddings the engine would go on sampling through the old head."""
+    from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
+
+    for module in model.modules():
+        if isinstance(module, ParallelLMHead):
+            module.quant_method.process_weights_after_loading(module)
 
 
 def _ends(path: str, trust_remote_code: bool) -> list[int]:

@@ -1,0 +1,82 @@
+"""A smaller student from a model: every second layer removed, everything else kept.
+
+    python -m onpolicy_skd.prune --model HuggingFaceTB/SmolLM2-135M-Instruct --every 2 --out models/smollm2-pruned
+
+``--every 1`` keeps all layers: with ``--gguf-file`` it turns a GGUF file (32-bit weights after dequantisation) into an
+ordinary transformers checkpoint.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from onpolicy_skd.config import ConfigError
+from onpolicy_skd.models import ModelError, load_tokenizer, resolve_path
+
+
+def prune_layers(model: Any, every: int) -> Any:
+    """A copy of ``model`` with layers 0, every, 2*every, ... of its trunk.  Raises ModelError if it has no such list."""
+    layers = getattr(model.base_model, "layers", None)
+    if layers is None:
+        raise ModelError(f"{type(model).__name__}: its trunk has no list of layers to prune")
+    kept = list(range(0, len(layers), every))
+    config = type(model.config).from_dict(_without_quantization(model.config.to_dict()))
+    config.num_hidden_layers = len(kept)
+    if getattr(config, "layer_types", None):
+        config.layer_types = [config.layer_types[i] for i in kept]
+    config.dtype = torch.float32
+    pruned = type(model)(config).float()
+    state = {}
+    for name, tensor in model.state_dict().items():
+        head, found, tail = name.partition(".layers.")
+        if not found:
+            state[name] = tensor
+        else:
+            number, _, rest = tail.partition(".")
+            if int(number) in kept:
+                state[f"{head}.layers.{kept.index(int(number))}.{rest}"] = tensor
+    pruned.load_state_dict(state)
+    pruned.generation_config = model.generation_config
+    return pruned
+
+
+def _without_quantization(config: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in config.items() if name != "quantization_config"}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m onpolicy_skd.prune", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", required=True, help="hub name or folder")
+    parser.add_argument("--gguf-file", help="a GGUF file within --model (needs the package gguf)")
+    parser.add_argument("--every", type=int, default=2, help="keep layers 0, N, 2N, ... (default: 2)")
+    parser.add_argument("--out", type=Path, required=True, help="folder of the new checkpoint")
+    args = parser.parse_args(argv)
+    try:
+        if args.every < 1:
+            raise ConfigError("--every must be at least 1")
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+
+        options = {"gguf_file": args.gguf_file} if args.gguf_file else {}
+        folder = args.model if args.gguf_file else resolve_path(args.model)
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **options)
+        tokenizer = AutoTokenizer.from_pretrained(folder, **options) if options else load_tokenizer(args.model)
+        pruned = prune_layers(model, args.every)
+    except (ConfigError, OSError, ImportError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    pruned.save_pretrained(args.out)
+    tokenizer.save_pretrained(args.out)
+    print(f"{args.out}: {pruned.config.num_hidden_layers} layers, {pruned.num_parameters():,} parameters")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

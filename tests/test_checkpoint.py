@@ -1,0 +1,115 @@
+import json
+import logging
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from onpolicy_skd import checkpoint
+from onpolicy_skd.checkpoint import CheckpointError
+from onpolicy_skd.report.metrics import MetricsLog, read
+
+TENSORS = {"a": torch.arange(5.0), "deep/b": torch.ones(2, 3, dtype=torch.bfloat16)}
+
+
+def test_round_trip_and_only_the_newest_are_kept(tmp_path):
+    for step in (1, 20, 3, 100):
+        checkpoint.save(tmp_path, step, {"note": step}, TENSORS, keep=2)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["step-00000020", "step-00000100"]
+    loaded = checkpoint.newest(tmp_path)
+    assert (loaded.step, loaded.state) == (100, {"note": 100})
+    assert all(torch.equal(loaded.tensors[n], t) for n, t in TENSORS.items())
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.sampled_from([checkpoint.STATE, checkpoint.TENSORS]), st.floats(0, 0.999), st.integers(1, 255))
+def test_one_flipped_byte_is_found_and_the_one_before_is_used(tmp_path_factory, name, place, flip):
+    folder = tmp_path_factory.mktemp("run")
+    checkpoint.save(folder, 1, {"good": True}, TENSORS, keep=3)
+    damaged = checkpoint.save(folder, 2, {"good": False}, TENSORS, keep=3) / name
+    content = bytearray(damaged.read_bytes())
+    content[int(place * len(content))] ^= flip
+    damaged.write_bytes(bytes(content))
+    found = checkpoint.newest(folder)
+    assert found is not None
+    if found.step == 2:  # the flip fell on white space or on a digit of the step's own text
+        assert name == checkpoint.STATE
+    else:
+        assert found.state == {"good": True}
+
+
+@pytest.mark.parametrize("damage", ["no state", "no tensors", "future"])
+def test_damage_is_named(tmp_path, damage, caplog):
+    path = checkpoint.save(tmp_path, 7, {}, TENSORS, keep=1)
+    if damage == "no state":
+        (path / checkpoint.STATE).unlink()
+    elif damage == "no tensors":
+        (path / checkpoint.TENSORS).unlink()
+    else:
+        state = json.loads((path / checkpoint.STATE).read_text()) | {"format": 99}
+        (path / checkpoint.STATE).write_text(json.dumps(state))
+    with pytest.raises(CheckpointError, match=r"step-00000007"):
+        checkpoint.load(path)
+    with caplog.at_level(logging.WARNING):
+        assert checkpoint.newest(tmp_path) is None
+    assert "step-00000007" in caplog.text
+
+
+def test_an_interrupted_write_leaves_no_checkpoint(tmp_path, monkeypatch):
+    checkpoint.save(tmp_path, 1, {}, TENSORS, keep=2)
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoint, "save_file", full)
+    with pytest.raises(OSError, match="No space left"):
+        checkpoint.save(tmp_path, 2, {}, TENSORS, keep=1)
+    assert checkpoint.newest(tmp_path).step == 1
+    monkeypatch.undo()
+    checkpoint.save(tmp_path, 2, {}, TENSORS, keep=2)  # what was left lying does not disturb the next try
+    assert checkpoint.newest(tmp_path).step == 2
+
+
+def test_optimizer_state_round_trips_exactly():
+    def make():
+        torch.manual_seed(0)
+        model = torch.nn.Linear(3, 2)
+        return model, torch.optim.AdamW(model.parameters(), lr=0.1)
+
+    def work(model, optimizer, steps):
+        for _ in range(steps):
+            model(torch.ones(4, 3)).square().sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+    whole, optimizer = make()
+    work(whole, optimizer, 6)
+    half, optimizer = make()
+    work(half, optimizer, 3)
+    saved = checkpoint.optimizer_tensors(optimizer, dict(half.named_parameters()))
+    other, fresh = make()
+    other.load_state_dict(half.state_dict())
+    checkpoint.load_optimizer_tensors(fresh, dict(other.named_parameters()), saved)
+    work(other, fresh, 3)
+    assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), other.parameters(), strict=True))
+
+
+def test_metrics_of_steps_that_are_done_again_are_forgotten(tmp_path):
+    log = MetricsLog(tmp_path)
+    for step in range(5):
+        log.write({"step": step, "loss": step / 2})
+    log.close()
+    with log.path.open("a") as file:
+        file.write('{"step": 5, "lo')  # a kill in the middle of a line
+    assert [r["step"] for r in read(log.path)] == [0, 1, 2, 3, 4]
+    resumed = MetricsLog(tmp_path, first_step=3)
+    resumed.write({"step": 3, "loss": 9})
+    resumed.close()
+    assert [(r["step"], r["loss"]) for r in read(log.path)] == [(0, 0), (1, 0.5), (2, 1.0), (3, 9)]
+
+
+def test_damage_inside_a_metrics_file_is_not_hidden(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 0}\n{"st\n{"step": 2}\n')
+    with pytest.raises(json.JSONDecodeError):
+        read(tmp_path / "metrics.jsonl")

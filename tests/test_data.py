@@ -1,0 +1,139 @@
+import itertools
+import json
+from collections import Counter
+
+import pytest
+from conftest import tiny_settings
+from hypothesis import given
+from hypothesis import strategies as st
+
+from eval.exact_match import reference_number
+from onpolicy_skd.data import demo_task
+from onpolicy_skd.data.prompts import DataError, load_prompts, load_questions, prompts_of_step, read_jsonl, render
+from onpolicy_skd.models import load_tokenizer
+
+TOKENIZER = load_tokenizer("bundled:demo_student")
+
+
+def settings_for(**data):
+    return tiny_settings(data=data).data
+
+
+def test_the_real_gsm8k_loads_whole(gsm8k):
+    own = settings_for(source="gsm8k", path=str(gsm8k))
+    train, test = list(load_questions(own, "train")), list(load_questions(own, "eval"))
+    assert (len(train), len(test)) == (7473, 1319)
+    assert train[0][0] == "train.jsonl#1"
+    assert reference_number(train[0][2]) == "72"
+    assert all(float(reference_number(answer)) is not None for _, _, answer in train + test)
+
+
+def test_gsm8k_prompts_round_trip_and_over_long_ones_are_named(gsm8k):
+    own = settings_for(source="gsm8k", path=str(gsm8k), max_prompt_tokens=4000, train_problems=50)
+    prompts = load_prompts(own, TOKENIZER, "train")
+    assert len(prompts) == 50
+    for p in prompts:
+        assert p.question in TOKENIZER.decode(p.token_ids)
+    tight = own.model_copy(update={"max_prompt_tokens": 200})
+    with pytest.raises(DataError, match=r"train\.jsonl#\d+: the prompt has \d+ tokens, data\.max_prompt_tokens=200"):
+        load_prompts(tight, TOKENIZER, "train")
+    dropped = load_prompts(tight.model_copy(update={"overlong": "drop"}), TOKENIZER, "train")
+    assert dropped == [p for p in prompts if len(p.token_ids) <= 200]
+
+
+def test_any_jsonl_with_named_columns(tmp_path):
+    file = tmp_path / "own.jsonl"
+    file.write_text('{"q": "1+1?", "a": "2"}\n\n{"q": "2+2?", "a": "4", "more": 1}\n')
+    own = settings_for(source="jsonl", train_file=str(file), question_column="q", answer_column="a")
+    assert [q for _, q, _ in load_questions(own, "train")] == ["1+1?", "2+2?"]
+    with pytest.raises(DataError, match=r"data\.eval_file"):
+        list(load_questions(own, "eval"))
+
+
+@pytest.mark.parametrize(
+    ("content", "needle"),
+    [
+        (b'{"question": "a", "answer": "b"}\n{"question": \n', "line 2: not JSON"),
+        (b'["question"]\n', "line 1: a list"),
+        (b'{"question": "a"}\n', r"row 1: column 'answer' is missing or not text; this row has 'question'"),
+        (b'{"question": 3, "answer": "b"}\n', r"row 1: column 'question' is missing or not text"),
+        (b'{"question": "  ", "answer": "b"}\n', "row 1: column 'question' is empty"),
+        (b"\xff\xfe\x00", "not UTF-8"),
+        (b"", "no prompt is left"),
+        (b"[" * 100_000, "line 1: not JSON"),
+    ],
+)
+def test_bad_rows_are_one_error_that_names_file_and_row(tmp_path, content, needle):
+    file = tmp_path / "rows.jsonl"
+    file.write_bytes(content)
+    with pytest.raises(DataError, match=needle):
+        load_prompts(settings_for(source="jsonl", train_file=str(file)), TOKENIZER, "train")
+
+
+def test_a_missing_file_is_named(tmp_path):
+    with pytest.raises(DataError, match=r"gone\.jsonl: cannot be read"):
+        list(read_jsonl(tmp_path / "gone.jsonl"))
+
+
+def test_a_hub_set_that_cannot_be_had_is_one_error():
+    with pytest.raises(DataError, match=r"openai/gsm8k .main, train. cannot be loaded from the hub"):
+        list(load_questions(settings_for(source="gsm8k"), "train"))
+
+
+def test_templates():
+    chat = render("Hi?", TOKENIZER, settings_for(system="Be brief.", instruction=" Think."))
+    assert TOKENIZER.decode(chat) == "<|system|>Be brief.<|user|>Hi? Think.<|assistant|>"
+    plain = render("Hi {x}?", TOKENIZER, settings_for(template="plain"))
+    assert TOKENIZER.decode(plain) == "Question: Hi {x}?\nAnswer:"
+    bare = load_tokenizer("bundled:demo_student")
+    bare.chat_template = None
+    with pytest.raises(DataError, match=r"data\.template=plain"):
+        render("Hi?", bare, settings_for())
+
+
+def test_thinking_mode_reaches_the_template():
+    tokenizer = load_tokenizer("bundled:demo_student")
+    tokenizer.chat_template = "{{ enable_thinking }}"
+    assert tokenizer.decode(render("Hi", tokenizer, settings_for())) == "False"
+    assert tokenizer.decode(render("Hi", tokenizer, settings_for(thinking=True))) == "True"
+
+
+@given(st.integers(1, 40), st.integers(1, 17), st.integers(0, 30), st.integers(0, 3))
+def test_every_epoch_sees_every_prompt_once(count, per_step, first, seed):
+    steps = range(first, first + 3 * count)
+    order = [i for step in steps for i in prompts_of_step(count, per_step, step, seed)]
+    assert order == [i for step in steps for i in prompts_of_step(count, per_step, step, seed)]
+    start = -(-first * per_step // count) * count - first * per_step  # the next epoch's border
+    assert sorted(order[start : start + count]) == list(range(count))
+
+
+def test_different_seeds_give_different_orders():
+    assert prompts_of_step(1000, 16, 0, 1) != prompts_of_step(1000, 16, 0, 2)
+    assert prompts_of_step(1000, 16, 0, 1) != prompts_of_step(1000, 16, 1000, 1)
+
+
+def test_demo_problems_are_solvable_distinct_and_split():
+    train = list(itertools.islice(demo_task.problems("train"), 3000))
+    test = list(itertools.islice(demo_task.problems("test"), 500))
+    questions = [p["question"] for p in train + test]
+    assert len(set(questions)) == 3500
+    assert all(demo_task.split_of(p["question"]) == "test" for p in test)
+    for p in train + test:
+        for step in p["answer"].split("<<")[1:]:
+            sum_, rest = step.split(">>")
+            left, right = sum_.split("=")
+            assert eval(left.replace("/", "//")) == int(right)  # our own arithmetic
+            assert rest.startswith(right)
+        assert p["answer"].rsplit(">>", 1)[1].split()[0] == reference_number(p["answer"])
+    assert train == list(itertools.islice(demo_task.problems("train"), 3000))
+    with pytest.raises(ValueError, match="accepted: train, test"):
+        next(demo_task.problems("dev"))
+
+
+def test_demo_text_survives_the_tokenizer_with_single_digits():
+    for p in itertools.islice(demo_task.problems("test"), 200):
+        text = p["question"] + p["answer"]
+        ids = TOKENIZER(text)["input_ids"]
+        assert TOKENIZER.decode(ids) == text
+        assert not [t for t in TOKENIZER.convert_ids_to_tokens(ids) if sum(c.isdigit() for c in t) > 1]
+    assert Counter(json.dumps(p) for p in itertools.islice(demo_task.problems("test"), 100)).most_common(1)[0][1] == 1

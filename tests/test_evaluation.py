@@ -1,0 +1,130 @@
+import json
+import time
+
+import numpy as np
+import pytest
+from conftest import tiny_settings
+
+from eval import gsm8k as evaluation
+from eval.exact_match import final_answer, reference_number, score, wilson
+from onpolicy_skd.data.prompts import load_questions
+from onpolicy_skd.models import load_tokenizer
+from onpolicy_skd.trajectory import Prompt, Sampling, Trajectory
+
+
+@pytest.mark.parametrize(
+    ("output", "reference", "match", "strict"),
+    [
+        ("48/2=24\n#### 24", "#### 24", True, True),
+        ("#### 1,234", "#### 1234", True, True),
+        ("#### 1234", "#### 1,234", True, True),
+        ("#### $18", "#### 18", True, False),
+        ("#### 18.00", "#### 18", True, False),
+        ("The answer is 18.", "#### 18", True, False),
+        ("The answer is $18.00.", "#### 18", True, False),
+        (r"so \boxed{18}", "#### 18", True, False),
+        (r"so \boxed{\frac{36}{2}}", "#### 18", True, False),
+        ("#### \u22125", "#### -5", True, False),
+        ("#### -5", "#### 5", False, False),
+        ("#### 18 apples", "#### 18", True, True),
+        ("#### 17\nNo, wait.\n#### 18", "#### 18", True, False),
+        ("#### 18\n#### 17", "#### 18", False, True),
+        ("#### 1/2", "#### 0.5", True, False),
+        ("18 is not it: 19", "#### 18", False, False),
+        ("####", "#### 18", False, False),
+        ("", "#### 18", False, False),
+        ("no number here", "#### 18", False, False),
+        (r"\boxed{", "#### 18", False, False),
+        ("#### 9**9**9**9**9", "#### 18", False, False),
+        ("<script>alert(18)</script>", "#### 18", True, False),
+    ],
+)
+def test_both_rules_on_nasty_outputs(output, reference, match, strict):
+    found = score(output, reference)
+    assert (found.match, found.strict) == (match, strict), found.extracted
+
+
+@pytest.mark.parametrize(
+    "text", ["9" * 1_000_000, "#### " * 200_000, "{" * 1_000_000, "1," * 500_000, r"\boxed{" * 99999]
+)
+def test_no_output_takes_a_second(text):
+    started = time.perf_counter()
+    score(text, "#### 18")
+    assert time.perf_counter() - started < 1.0
+
+
+def test_every_real_reference_answer_is_right_by_both_rules(gsm8k):
+    own = tiny_settings(data={"source": "gsm8k", "path": str(gsm8k)}).data
+    for _, _, answer in load_questions(own, "eval"):
+        found = score(answer, answer)
+        assert found.match, answer
+        assert found.strict, answer
+        worked = answer.replace("####", "The answer is")
+        assert score(worked, answer).match, answer
+        assert not score(worked, answer).strict
+        wrong = f"#### {float(reference_number(answer)) + 1:g}"
+        assert not score(wrong, answer).match
+
+
+def test_the_final_answer_is_the_last_one_stated():
+    assert final_answer("1 then 2 then 3.5 eggs") == "3.5"
+    assert final_answer("a #### 7 b\nrest 9") == "7 b"
+    assert final_answer(r"\boxed{1} \boxed{2}") == "2"
+    assert final_answer("word") is None
+
+
+def test_wilson_interval():
+    assert wilson(0, 0) == (0.0, 1.0)
+    low, high = wilson(50, 100)
+    assert (low, high) == (pytest.approx(0.4038, abs=1e-4), pytest.approx(0.5962, abs=1e-4))
+    assert wilson(0, 10)[0] == 0.0
+    assert wilson(10, 10)[1] == pytest.approx(1.0)
+
+
+def fake_generate(tokenizer, answers):
+    def generate(requests, sampling):
+        made = []
+        for place, r in enumerate(requests):
+            ids = np.asarray(tokenizer(answers[place % len(answers)])["input_ids"])
+            made.append(Trajectory(r.key, np.array([1]), ids, np.zeros(len(ids), np.float32), "stop", 0))
+        return made[::-1]  # engines may answer in any order
+
+    return generate
+
+
+def test_evaluation_counts_and_records(tmp_path):
+    tokenizer = load_tokenizer("bundled:demo_student")
+    prompts = [Prompt(f"p{i}", [5, 6], f"q{i}", "#### 7") for i in range(4)]
+    generate = fake_generate(tokenizer, ["so\n#### 7", "7", "#### 8", ""])
+    done = evaluation.evaluate(generate, prompts, tokenizer, Sampling(8, 0.0))
+    assert done.result["match"]["share"] == 0.5
+    assert done.result["strict"]["share"] == 0.25
+    assert done.result["match"]["interval"] == wilson(2, 4)
+    assert [r["match"] for r in done.records] == [True, True, False, False]
+    done.write_records(tmp_path / "deep" / "r.jsonl")
+    assert [json.loads(line)["key"] for line in (tmp_path / "deep" / "r.jsonl").read_text().splitlines()] == [
+        "p0/0", "p1/0", "p2/0", "p3/0"]  # fmt: skip
+    several = evaluation.evaluate(generate, prompts, tokenizer, Sampling(8, 1.0), samples=2)
+    assert several.result["match"]["share"] == 0.5
+    low, high = several.result["match"]["interval"]
+    assert low <= 0.5 <= high
+
+
+@pytest.mark.parametrize("engine", ["vllm", "transformers"])
+def test_command_line_on_the_bundled_teacher(tmp_path, capsys, engine):
+    code = evaluation.main(
+        ["--model", "bundled:demo_teacher", "--problems", "40", "--out", str(tmp_path), "data.source=demo",
+         "data.max_prompt_tokens=96", "rollout.max_tokens=128", "run.device=cpu", f"rollout.engine={engine}"]
+    )  # fmt: skip
+    assert code == 0
+    result = json.loads((tmp_path / "result.json").read_text())
+    assert result["match"]["share"] >= 0.9
+    assert result["problems"] == len((tmp_path / "records.jsonl").read_text().splitlines()) == 40
+    assert "match:" in capsys.readouterr().out
+
+
+def test_command_line_errors(capsys):
+    assert evaluation.main(["--model", "bundled:none", "data.source=demo"]) == 2
+    assert evaluation.main(["--model", "bundled:demo_teacher", "--samples", "0"]) == 2
+    assert evaluation.main(["--model", "bundled:demo_teacher", "data.sorce=demo"]) == 2
+    assert "did you mean 'data.source'" in capsys.readouterr().err

@@ -1,0 +1,133 @@
+import json
+import shutil
+
+import pytest
+import torch
+from conftest import VOCABULARY, make_trajectories, tiny_model
+
+from onpolicy_skd.lm_head import row_statistics
+from onpolicy_skd.models import (
+    ModelError,
+    check_same_tokenizer,
+    load_config,
+    load_model,
+    load_tokenizer,
+    pick_device,
+    resolve_path,
+    shared_vocabulary,
+    split,
+)
+from onpolicy_skd.prune import main as prune
+from onpolicy_skd.prune import prune_layers
+from onpolicy_skd.teacher import Teacher
+from onpolicy_skd.trajectory import collate
+
+FAMILIES = [(f, tied) for f in ("qwen3", "llama", "gpt_neox") for tied in (True, False)]
+
+
+@pytest.mark.parametrize(("family", "tied"), FAMILIES)
+def test_trunk_and_head_are_the_model(family, tied):
+    model = tiny_model(family, tied)
+    whole = split(model, VOCABULARY)
+    batch = collate(make_trajectories([(4, 6), (9, 3)]), 0)
+    logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
+    assert torch.allclose(whole.hidden(batch) @ whole.head_VH.T, batch.eligible(logits), atol=1e-4)
+
+
+def test_models_whose_logits_are_more_than_head_times_trunk_are_refused():
+    from transformers import Gemma2Config, Gemma2ForCausalLM, PhiConfig, PhiForCausalLM
+
+    shape = dict(vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2,
+                 pad_token_id=0, bos_token_id=1, eos_token_id=1)  # fmt: skip
+    capped = Gemma2ForCausalLM(Gemma2Config(**shape, num_key_value_heads=1, head_dim=16, final_logit_softcapping=0.1))
+    biased = PhiForCausalLM(PhiConfig(**shape))
+    torch.nn.init.normal_(biased.lm_head.bias)
+    for model in (capped, biased):
+        with pytest.raises(ModelError, match="logits are not LM head @ last hidden state"):
+            split(model, 64)
+
+
+def test_missing_and_broken_models_are_one_clear_error(tmp_path):
+    with pytest.raises(ModelError, match=r"'/nowhere/at/all': no such folder"):
+        resolve_path("/nowhere/at/all")
+    with pytest.raises(ModelError, match=r"config\.json"):
+        load_model(str(tmp_path), torch.float32, "cpu")
+    with pytest.raises(ModelError, match="bundled:demo_student, bundled:demo_teacher"):
+        resolve_path("bundled:huge")
+    with pytest.raises(ModelError, match="'nobody/nothing' cannot be loaded"):
+        load_config("nobody/nothing")
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "qwen3"}))
+    (tmp_path / "model.safetensors").write_bytes(b"not a safetensors file")
+    with pytest.raises(ModelError, match="cannot be loaded"):
+        load_model(str(tmp_path), torch.float32, "cpu")
+
+
+def test_weights_are_read_from_safetensors_only(tmp_path):
+    tiny_model("qwen3", True).save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    torch.save({}, tmp_path / "pytorch_model.bin")
+    with pytest.raises(ModelError, match="safetensors"):
+        load_model(str(tmp_path), torch.float32, "cpu")
+
+
+def test_tokenizers_that_differ_are_named_with_an_example(tmp_path):
+    student = load_tokenizer("bundled:demo_student")
+    check_same_tokenizer(student, load_tokenizer("bundled:demo_teacher"), "a", "b")
+    shutil.copytree(resolve_path("bundled:demo_teacher"), tmp_path / "other")
+    other = load_tokenizer(str(tmp_path / "other"))
+    other.add_tokens(["<|extra|>"])
+    with pytest.raises(ModelError, match=r"differ in 1 tokens, for example '<\|extra\|>': id None and 438"):
+        check_same_tokenizer(student, other, "a", "b")
+
+
+def test_shared_vocabulary_cuts_padding_but_covers_the_tokenizer():
+    small, large = tiny_model("qwen3", True).config, tiny_model("llama", True, vocabulary=128).config
+    assert shared_vocabulary(small, large, 90) == VOCABULARY
+    with pytest.raises(ModelError, match="97 .student. and 128 .teacher. rows but the tokenizer has 120"):
+        shared_vocabulary(small, large, 120)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="tests the refusal where no GPU is present")
+def test_a_missing_gpu_is_said():
+    with pytest.raises(ModelError, match=r"run\.device=cuda"):
+        pick_device("cuda")
+    assert pick_device("auto") == "cpu"
+
+
+def test_teacher_hands_out_rows_and_scalars_for_what_was_encoded():
+    model = tiny_model("llama", False, hidden=48)
+    teacher = Teacher(split(model, VOCABULARY), tokens_per_batch=30, pad_id=0)
+    members = make_trajectories([(4, 6), (9, 3), (2, 12)])
+    teacher.encode(members)
+    whole = split(model, VOCABULARY)
+    for t in members:
+        one = collate([t], 0)
+        with torch.no_grad():
+            hidden = whole.hidden(one)
+        positions = [len(t.response_ids) - 1, 0]
+        assert torch.allclose(teacher.rows([(t.key, positions)]), hidden[positions], atol=1e-5)
+        entropy, logprob = teacher.scalars(t.key)
+        expected = row_statistics(hidden, whole.head_VH, one.targets)
+        assert torch.allclose(entropy, expected[0], atol=1e-5)
+        assert torch.allclose(logprob, expected[1], atol=1e-5)
+    order = teacher.rows([("t2", [1]), ("t0", [5, 2])])
+    assert torch.equal(order, torch.cat([teacher.rows([("t2", [1])]), teacher.rows([("t0", [5, 2])])]))
+    teacher.release(["t0", "t1"])
+    assert teacher.stored == 1
+    with pytest.raises(KeyError, match="t0"):
+        teacher.rows([("t0", [0])])
+
+
+def test_pruning_keeps_every_second_layer_and_everything_else(tmp_path):
+    model = load_model("bundled:demo_teacher", torch.float32, "cpu")
+    small = prune_layers(model, 2)
+    assert small.config.num_hidden_layers == 2
+    own, whole = small.state_dict(), model.state_dict()
+    for name, tensor in own.items():
+        source = name.replace("layers.1.", "layers.2.")
+        assert torch.equal(tensor, whole[source])
+    assert prune(["--model", "bundled:demo_teacher", "--out", str(tmp_path / "half")]) == 0
+    loaded = load_model(str(tmp_path / "half"), torch.float32, "cpu")
+    assert all(torch.equal(t, own[n]) for n, t in loaded.state_dict().items())
+    assert prune(["--model", "bundled:demo_teacher", "--every", "0", "--out", str(tmp_path / "x")]) == 2
+    assert prune(["--model", "bundled:none", "--out", str(tmp_path / "x")]) == 2

@@ -1,0 +1,130 @@
+"""Both engines on the bundled pair: ids in, ids out, log-probabilities of the model, seeds, and new weights."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+from conftest import tiny_settings
+
+from onpolicy_skd.data.prompts import load_prompts
+from onpolicy_skd.lm_head import row_statistics
+from onpolicy_skd.models import load_model, load_tokenizer, split
+from onpolicy_skd.rollout import TransformersEngine, build_engine
+from onpolicy_skd.trajectory import RolloutRequest, Sampling, collate
+
+SAMPLED = Sampling(max_tokens=128)
+GREEDY = Sampling(max_tokens=128, temperature=0.0)
+STUDENT, TEACHER = "bundled:demo_student", "bundled:demo_teacher"  # the one has a tied head, the other has not
+
+
+@pytest.fixture(scope="module")
+def requests():
+    settings = tiny_settings()
+    prompts = load_prompts(settings.data, load_tokenizer(STUDENT), "eval", 24)
+    return [RolloutRequest(p.key, p.token_ids, seed) for seed, p in enumerate(prompts)]
+
+
+@pytest.fixture(scope="module", params=["transformers", "vllm"])
+def engine(request):
+    return build_engine(STUDENT, tiny_settings(rollout={"engine": request.param}))
+
+
+def learner_gap(trajectories, model):
+    """Mean |sampler - model| log-probability of the sampled tokens, nats."""
+    whole = split(model, 512)
+    batch = collate(trajectories, 0)
+    with torch.no_grad():
+        _, logprob = row_statistics(whole.hidden(batch), whole.head_VH, batch.targets)
+    return (torch.as_tensor(np.concatenate([t.sampler_logprobs for t in trajectories])) - logprob).abs().mean().item()
+
+
+def same(one, other):
+    return [(a.response_ids.tolist(), a.finish) for a in one] == [(b.response_ids.tolist(), b.finish) for b in other]
+
+
+def test_log_probabilities_are_the_models_own_at_any_sampling_temperature(engine, requests):
+    model = load_model(STUDENT, torch.float32, "cpu")
+    for sampling in (SAMPLED, GREEDY, Sampling(128, 0.7, 0.9)):
+        assert learner_gap(engine.generate(requests, sampling), model) < 1e-5
+
+
+def test_a_request_gives_the_same_response_in_any_batch(engine, requests):
+    whole = engine.generate(requests, SAMPLED)
+    assert same(engine.generate(requests[5:9], SAMPLED), whole[5:9])
+    assert same(engine.generate(requests[::-1], SAMPLED), whole[::-1])
+    other = [dataclasses.replace(r, seed=r.seed + 1000) for r in requests]
+    assert not same(engine.generate(other, SAMPLED), whole)
+
+
+def test_ids_end_to_end(engine, requests):
+    tokenizer = load_tokenizer(STUDENT)
+    for asked, t in zip(requests, engine.generate(requests, SAMPLED), strict=True):
+        assert t.key == asked.key
+        assert t.prompt_ids.tolist() == asked.prompt_ids
+        assert len(t.sampler_logprobs) == len(t.response_ids)
+        assert t.finish == "stop"
+        assert t.response_ids[-1] == tokenizer.eos_token_id  # the end belongs to the response, once
+        assert (t.response_ids[:-1] != tokenizer.eos_token_id).all()
+
+
+def test_truncated_responses_say_so_and_get_no_end(engine, requests):
+    tokenizer = load_tokenizer(STUDENT)
+    for t in engine.generate(requests, Sampling(max_tokens=5)):
+        assert t.finish == "length"
+        assert len(t.response_ids) == 5
+        assert tokenizer.eos_token_id not in t.response_ids
+
+
+def test_greedy_decoding_is_the_models_argmax(engine, requests):
+    model = load_model(STUDENT, torch.float32, "cpu")
+    for t in engine.generate(requests[:8], GREEDY):
+        ids = torch.as_tensor(np.concatenate([t.prompt_ids, t.response_ids]))[None]
+        guess = model(input_ids=ids).logits[0, len(t.prompt_ids) - 1 : -1].argmax(-1)
+        assert guess.tolist() == t.response_ids.tolist()
+
+
+@pytest.mark.parametrize("name", ["transformers", "vllm"])
+@pytest.mark.parametrize("start", [STUDENT, TEACHER], ids=["tied", "untied"])
+def test_new_weights_are_sampled_from_at_once(name, start, requests):
+    """Every parameter moves, the tied embedding too; afterwards the engine agrees with the moved model."""
+    model = load_model(start, torch.float32, "cpu")
+    fresh = build_engine(start, tiny_settings(rollout={"engine": name}))
+    fresh.generate(requests, SAMPLED)  # fills a prefix cache with entries of the old weights
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.05 * parameter.abs().mean() * torch.randn_like(parameter))
+    fresh.load_weights([(n, p.detach()) for n, p in model.named_parameters()], version=7)
+    trajectories = fresh.generate(requests, SAMPLED)
+    assert learner_gap(trajectories, model) < 1e-5
+    assert {t.policy_version for t in trajectories} == {7}
+
+
+def test_sampling_follows_the_distribution():
+    """First tokens of many seeds against the model's own probabilities, by a chi-squared bound."""
+    engine = TransformersEngine(STUDENT, tiny_settings(rollout={"max_sequences": 4096}))
+    prompt = load_tokenizer(STUDENT)("Now Zoe has <<")["input_ids"]
+    draws = 4000
+    requests = [RolloutRequest(str(i), prompt, i) for i in range(draws)]
+    first = np.array([t.response_ids[0] for t in engine.generate(requests, Sampling(1))])
+    with torch.no_grad():
+        q = torch.softmax(engine._model(input_ids=torch.tensor([prompt])).logits[0, -1].double(), -1).numpy()
+    likely = np.flatnonzero(q * draws >= 5)
+    seen = np.array([(first == i).sum() for i in likely])
+    expected = q[likely] * draws
+    statistic = ((seen - expected) ** 2 / expected).sum()
+    freedom = len(likely)
+    assert statistic < freedom + 5 * np.sqrt(2 * freedom)
+    nucleus = [t.response_ids[0] for t in engine.generate(requests[:500], Sampling(1, 1.0, top_p=0.5))]
+    order = np.argsort(-q)
+    inside = order[: int(np.searchsorted(np.cumsum(q[order]), 0.5)) + 1]
+    assert set(nucleus) <= set(inside.tolist())
+
+
+def test_vllm_and_transformers_agree_greedily(requests):
+    answers = [
+        build_engine(STUDENT, tiny_settings(rollout={"engine": name})).generate(requests, GREEDY)
+        for name in ("transformers", "vllm")
+    ]
+    assert same(*answers)
