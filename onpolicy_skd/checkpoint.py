@@ -1,7 +1,7 @@
 """Durable state: written beside, fsynced, renamed; safetensors and JSON only, so that loading never unpickles.
 
-A checkpoint is a folder ``step-00000050`` with tensors and ``state.json``; the latter lists each file's SHA-256.  A
-folder that is damaged is skipped, with a warning, in favour of the newest good one.
+A checkpoint is a folder ``step-00000050`` with tensors and ``state.json``; the latter holds each file's SHA-256 and its
+own.  A folder that is damaged is skipped, with a warning, in favour of the newest good one.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def save(folder: Path, step: int, state: dict[str, Any], tensors: dict[str, Tens
     beside.mkdir()
     save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, beside / TENSORS)
     record = {"format": 1, "step": step, "state": state, "sha256": {TENSORS: sha256(beside / TENSORS)}}
-    write_text(beside / STATE, json.dumps(record, indent=1))
+    write_text(beside / STATE, json.dumps(record | {"digest": _digest(record)}, indent=1))
     _sync(beside / TENSORS)
     _sync(beside)
     shutil.rmtree(final, ignore_errors=True)
@@ -64,6 +64,8 @@ def load(path: Path) -> Checkpoint:
         record = json.loads((path / STATE).read_text(encoding="utf-8"))
         if record["format"] != 1:
             raise CheckpointError(f"checkpoint {path}: format {record['format']!r}, this version reads format 1")
+        if record.pop("digest") != _digest(record):
+            raise CheckpointError(f"checkpoint {path}: {STATE} is damaged (its digest differs)")
         for name, digest in record["sha256"].items():
             if sha256(path / name) != digest:
                 raise CheckpointError(f"checkpoint {path}: {name} is damaged (its SHA-256 differs)")
@@ -95,6 +97,10 @@ def write_text(path: Path, text: str) -> None:
 def sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _digest(record: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer, named: Mapping[str, Tensor]) -> dict[str, Tensor]:

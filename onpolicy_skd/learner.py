@@ -316,7 +316,6 @@ def learning_rate(settings: LearnerSettings, step: int, steps: int) -> float:
 def _no_dropout(model: Any) -> None:
     """The distribution that is trained must be the one that was sampled from."""
     for module in model.modules():
-        if isinstance(module, torch.nn.Dropout):
-            module.p = 0.0
-        if isinstance(getattr(module, "attention_dropout", None), float):
-            module.attention_dropout = 0.0
+        name = "p" if isinstance(module, torch.nn.Dropout) else "attention_dropout"
+        if isinstance(getattr(module, name, None), float):
+            setattr(module, name, 0.0)

@@ -21,7 +21,7 @@ from onpolicy_skd.models import ModelError, load_tokenizer, resolve_path
 
 
 def prune_layers(model: Any, every: int) -> Any:
-    """A copy of ``model`` with layers 0, every, 2*every, ... of its trunk.  Raises ModelError if it has no such list."""
+    """A copy of ``model`` with layers 0, every, 2 * every, ... of its trunk.  Raises ModelError if it lists none."""
     layers = getattr(model.base_model, "layers", None)
     if layers is None:
         raise ModelError(f"{type(model).__name__}: its trunk has no list of layers to prune")

@@ -1,4 +1,4 @@
-"""Shared fixtures: tiny real models of three architectures, the bundled pair, and the real GSM8K where it is present."""
+"""Shared fixtures: tiny models of three architectures, settings, and the real GSM8K where it is present."""
 
 from __future__ import annotations
 

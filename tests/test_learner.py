@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import itertools
 
 import numpy as np
 import pytest
@@ -224,7 +225,7 @@ def test_learning_rate_warms_up_and_falls():
     rates = [learning_rate(own, s, 103) for s in range(103)]
     assert rates[:4] == [0.25, 0.5, 0.75, 1.0]
     assert rates[-1] == pytest.approx(0.1, abs=1e-3)
-    assert all(a >= b for a, b in zip(rates[3:], rates[4:], strict=False))
+    assert all(a >= b for a, b in itertools.pairwise(rates[3:]))
     linear = own.model_copy(update={"schedule": "linear"})
     assert learning_rate(linear, 53, 103) == pytest.approx(0.55)
     assert learning_rate(own.model_copy(update={"schedule": "constant"}), 90, 103) == 1.0

@@ -83,7 +83,7 @@ def test_tokenizers_that_differ_are_named_with_an_example(tmp_path):
 def test_shared_vocabulary_cuts_padding_but_covers_the_tokenizer():
     small, large = tiny_model("qwen3", True).config, tiny_model("llama", True, vocabulary=128).config
     assert shared_vocabulary(small, large, 90) == VOCABULARY
-    with pytest.raises(ModelError, match="97 .student. and 128 .teacher. rows but the tokenizer has 120"):
+    with pytest.raises(ModelError, match=r"97 .student. and 128 .teacher. rows but the tokenizer has 120"):
         shared_vocabulary(small, large, 120)
 
 

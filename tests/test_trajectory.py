@@ -1,6 +1,5 @@
 import numpy as np
 import pytest
-import torch
 from conftest import make_trajectories
 from hypothesis import given
 from hypothesis import strategies as st

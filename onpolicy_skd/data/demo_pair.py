@@ -53,11 +53,12 @@ def train_tokenizer() -> PreTrainedTokenizerFast:
     return tokenizer
 
 
-def build_model(shape: dict[str, Any], tokenizer: PreTrainedTokenizerFast) -> Qwen3ForCausalLM:
+def build_model(shape: dict[str, Any], tokenizer: Any) -> Qwen3ForCausalLM:
     torch.manual_seed(0)
     config = Qwen3Config(
-        vocab_size=VOCABULARY, head_dim=32, max_position_embeddings=512, rope_parameters={"rope_type": "default", "rope_theta": 10_000.0},
-        bos_token_id=None, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, **shape,
+        vocab_size=VOCABULARY, head_dim=32, max_position_embeddings=512, bos_token_id=None,
+        rope_parameters={"rope_type": "default", "rope_theta": 10_000.0},
+        eos_token_id=tokenizer.convert_tokens_to_ids("<|end|>"), pad_token_id=0, **shape,
     )  # fmt: skip
     return Qwen3ForCausalLM(config).float()
 

@@ -1,0 +1,252 @@
+"""The driver end to end: real Ray, real vLLM, the bundled pair.  Each run is a process of its own, as a user's is."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from onpolicy_skd.report.metrics import read
+
+ROOT = Path(__file__).parents[1]
+BASE = [
+    "--config", str(ROOT / "configs" / "demo.yaml"), "learner.batch_size=8", "run.tensorboard=false",
+    "run.evaluate_every=0", "run.checkpoint_every=2", "eval.problems=16", "eval.teacher=false", "eval.before=false",
+]  # fmt: skip
+TRANSFORMERS = ["rollout.engine=transformers", "sync.max_gap=1e-3"]  # starts in half the time of vLLM
+LOSSES = ("loss", "grad_norm", "entropy", "divergence_selected", "positions", "lr")
+
+
+def command(folder, *overrides):
+    return [sys.executable, "-m", "onpolicy_skd.train", *BASE, f"run.dir={folder}", *overrides]
+
+
+def run(folder, *overrides, timeout=300):
+    environment = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}
+    return subprocess.run(
+        command(folder, *overrides),
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        cwd=ROOT,
+        env=environment,
+        check=False,
+    )
+
+
+def losses(folder):
+    return [{k: r[k] for k in LOSSES} for r in read(folder / "metrics.jsonl") if "loss" in r]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """One uninterrupted run of five steps with vLLM and everything on."""
+    folder = tmp_path_factory.mktemp("whole")
+    done = run(folder, "run.steps=5", "eval.teacher=true", "eval.before=true", "eval.divergence_prompts=8",
+               "run.evaluate_every=3", "run.tensorboard=true", "run.name=r")  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    return folder / "r", done.stdout
+
+
+def test_a_run_leaves_everything_it_promises(whole):
+    folder, printed = whole
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["status"] == "finished"
+    assert summary["steps"] == 5
+    assert summary["seed"] == 1340
+    assert summary["problems"] == 16
+    assert set(summary["exact_match"]) == {"before", "after", "teacher"}
+    assert summary["exact_match"]["teacher"] >= 0.9
+    assert summary["divergence"]["before"] > 0
+    assert {"torch", "ray", "transformers"} <= set(summary["versions"])
+    assert summary["seconds"] > 0
+    for name in ("config.yaml", "metrics.jsonl", "report.md", "curves.png", "final/model.safetensors"):
+        assert (folder / name).stat().st_size > 0, name
+    assert (folder / "curves.png").read_bytes().startswith(b"\x89PNG")
+    assert list((folder / "tensorboard").rglob("events*"))
+    assert len((folder / "evaluations" / "after-000005.jsonl").read_text().splitlines()) == 16
+    assert yaml.safe_load((folder / "config.yaml").read_text())["learner"]["batch_size"] == 8
+    for text in ("exact match  before", "exact match   after", "exact match teacher", str(folder / "report.md")):
+        assert text in printed
+
+
+def test_the_sampler_agrees_with_the_learner_at_every_step(whole):
+    steps = [r for r in read(whole[0] / "metrics.jsonl") if "loss" in r]
+    assert [r["step"] for r in steps] == [0, 1, 2, 3, 4]
+    assert all(r["sampler_gap"] < 1e-5 for r in steps)
+    assert all(r["version"] == r["step"] + 1 for r in steps)
+
+
+def test_the_final_model_is_a_plain_checkpoint_that_evaluates_alike(whole):
+    folder, _ = whole
+    done = subprocess.run(
+        [sys.executable, "-m", "eval.gsm8k", "--model", str(folder / "final"), "--out", str(folder / "again"),
+         "rollout.engine=transformers"], capture_output=True, text=True, cwd=ROOT, check=True)  # fmt: skip
+    assert "match:" in done.stdout
+    again = json.loads((folder / "again" / "result.json").read_text())
+    assert again["match"]["share"] == json.loads((folder / "summary.json").read_text())["exact_match"]["after"]
+
+
+def test_sigkill_between_steps_and_resume_give_the_same_losses(whole, tmp_path):
+    """Killed after its third step, resumed from the checkpoint of the second; vLLM, and bit for bit."""
+    common = ["run.steps=5", "run.name=r"]
+    process = subprocess.Popen(command(tmp_path, *common), cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    for line in process.stdout:
+        if line.startswith("step 2"):
+            process.kill()
+            break
+    process.wait()
+    folder = tmp_path / "r"
+    assert [p.name for p in (folder / "checkpoints").iterdir() if not p.name.startswith(".")] == ["step-00000002"]
+    assert not (folder / "summary.json").exists()
+    done = run(tmp_path, *common, "resume=auto")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "resuming after step 2" in done.stdout
+    assert losses(folder) == losses(whole[0])
+
+
+def test_first_signal_ends_with_a_checkpoint_and_resume_finishes(tmp_path):
+    process = subprocess.Popen(
+        command(tmp_path, *TRANSFORMERS, "run.steps=400", "run.name=r"), cwd=ROOT, stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    for line in process.stdout:
+        if line.startswith("step 1 "):
+            process.send_signal(signal.SIGTERM)
+            break
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 3, out + err
+    assert "SIGTERM: ending after this step" in err
+    assert "resume=auto" in out
+    summary = json.loads((tmp_path / "r" / "summary.json").read_text())
+    assert summary["status"] == "stopped"
+    assert 2 <= summary["steps"] < 400
+    assert list((tmp_path / "r" / "checkpoints").glob(f"step-{summary['steps']:08d}"))
+
+
+def test_two_rollout_actors_give_the_rollouts_of_one(whole, tmp_path):
+    done = run(tmp_path, "rollout.actors=2", "run.steps=2", "run.name=r")
+    assert done.returncode == 0, done.stdout + done.stderr
+    first = losses(whole[0])[0]
+    assert losses(tmp_path / "r")[0] == pytest.approx({**first, "lr": losses(tmp_path / "r")[0]["lr"]}, rel=1e-4)
+
+
+def test_the_teacher_in_the_learners_process_trains_the_same(whole, tmp_path):
+    done = run(tmp_path, "teacher.placement=learner", "run.steps=5", "run.name=r")
+    assert done.returncode == 0, done.stdout + done.stderr
+    for found, expected in zip(losses(tmp_path / "r"), losses(whole[0]), strict=True):
+        assert found == pytest.approx(expected, rel=1e-4)
+
+
+def test_prefilter_scores_once_and_spends_nothing_on_what_it_drops(tmp_path):
+    options = [*TRANSFORMERS, "samples.keep=0.25", "samples.when=prefilter", "data.train_problems=64", "run.epochs=1"]
+    done = run(tmp_path, *options, "run.steps=null", "run.name=first")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "16 of 64 prompts kept" in done.stdout
+    steps = [r for r in read(tmp_path / "first" / "metrics.jsonl") if "loss" in r]
+    assert [r["generated"] for r in steps] == [8, 8]
+    again = run(tmp_path, *options, "run.steps=1", "run.name=second")
+    assert "reused from" in again.stdout
+
+
+def test_each_steps_rollouts_are_ranked_and_dropped_ones_counted(tmp_path):
+    done = run(tmp_path, *TRANSFORMERS, "samples.keep=0.25", "run.steps=1", "run.name=r")
+    assert done.returncode == 0, done.stdout + done.stderr
+    (step,) = [r for r in read(tmp_path / "r" / "metrics.jsonl") if "loss" in r]
+    assert (step["generated"], step["samples"]) == (32, 8)
+    assert step["dropped"] == {"not_selected": 24}
+
+
+def test_a_batch_left_empty_is_an_event_and_not_a_crash(tmp_path):
+    done = run(tmp_path, *TRANSFORMERS, "rollout.max_tokens=4", "run.steps=2", "run.name=r")
+    assert done.returncode == 0, done.stdout + done.stderr
+    events = [r for r in read(tmp_path / "r" / "metrics.jsonl") if r.get("event") == "empty_batch"]
+    assert [r["dropped"] for r in events] == [{"truncated": 8}, {"truncated": 8}]
+    assert "samples.truncated=keep" in done.stdout
+
+
+def test_a_sampler_without_the_learners_weights_stops_the_run(tmp_path):
+    """bfloat16 rollouts of a float32 learner stand in for a lost update."""
+    done = run(tmp_path, "rollout.engine=transformers", "rollout.dtype=bfloat16", "run.steps=1", "run.name=r",
+               "sync.max_gap=1e-5")  # fmt: skip
+    assert done.returncode == 1
+    assert "sync.max_gap=1e-05" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def other_tokenizer(folder: Path) -> str:
+    from onpolicy_skd.models import load_tokenizer, resolve_path
+
+    tokenizer = load_tokenizer("bundled:demo_teacher")
+    tokenizer.add_tokens(["<|extra|>"])
+    tokenizer.save_pretrained(folder)
+    (folder / "config.json").write_text((Path(resolve_path("bundled:demo_teacher")) / "config.json").read_text())
+    return str(folder)
+
+
+def test_bad_input_is_one_clear_error_and_a_non_zero_exit(tmp_path):
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"question": "1+1?", "answer": "2"}\nnot json\n')
+    (tmp_path / "used").mkdir()
+    (tmp_path / "used" / "metrics.jsonl").write_text("")
+    cases = {
+        ("student.model=/no/such/folder",): "'/no/such/folder': no such folder",
+        (f"teacher.model={other_tokenizer(tmp_path / 'other')}",): "tokenizers of student",
+        ("data.source=jsonl", f"data.train_file={rows}"): "rows.jsonl line 2: not JSON",
+        ("data.max_prompt_tokens=20",): "data.max_prompt_tokens=20",
+        ("learner.lrate=1",): "did you mean 'learner.lr'",
+        ("positions.k=0",): "positions.k=0",
+        ("cluster.learner_gpus=1", "cluster.teacher_gpus=1", "run.device=cuda", "rollout.actors=2"):
+            "asks for 4 GPUs (learner 1 x 1 + teacher 1 x 1 + rollout 2 x 1) but the cluster has 0",
+        ("run.name=used",): "already holds a run",
+    }  # fmt: skip
+    processes = {
+        overrides: subprocess.Popen(command(tmp_path, *overrides), cwd=ROOT, stderr=subprocess.PIPE, text=True)
+        for overrides in cases
+        if "run.device=cuda" not in overrides
+    }
+    for overrides, needle in cases.items():
+        if overrides in processes:
+            _, err = processes[overrides].communicate(timeout=200)
+            code = processes[overrides].returncode
+        else:
+            done = run(tmp_path, *overrides)
+            code, err = done.returncode, done.stderr
+        assert code == 2, (overrides, err)
+        assert needle in err
+        assert "Traceback" not in err
+        assert err.count("error:") == 1
+
+
+def test_vllm_asked_for_but_not_installed(monkeypatch, capsys, tmp_path):
+    import importlib.util
+
+    from onpolicy_skd import train
+
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "vllm" else True)
+    assert train.main([*BASE, f"run.dir={tmp_path}"]) == 2
+    assert "rollout.engine=transformers" in capsys.readouterr().err
+
+
+def test_resuming_with_other_settings_is_refused_by_name(whole):
+    done = run(whole[0].parent, "run.name=r", "resume=auto", "run.steps=5", "learner.lr=0.5",
+               "eval.divergence_prompts=9")  # fmt: skip
+    assert done.returncode == 2
+    assert "learner.lr: 0.001 then, 0.5 now" in done.stderr
+    assert "eval." not in done.stderr
+
+
+def test_the_demo_pair_learns(tmp_path):
+    """The learning test: on-policy, a fifth of the positions, and exact match rises clearly."""
+    started = time.monotonic()
+    done = run(tmp_path, "learner.batch_size=64", "run.steps=100", "eval.before=true", "eval.problems=300",
+               "run.name=r", "run.checkpoint_every=0", timeout=900)  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    match = json.loads((tmp_path / "r" / "summary.json").read_text())["exact_match"]
+    print(f"{match} in {time.monotonic() - started:.0f} s")
+    assert match["after"] >= match["before"] + 0.08
