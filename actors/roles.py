@@ -60,17 +60,13 @@ class Roles:
         self._release(report.kept)
         return metrics
 
-    def divergence(self, parts: Refs) -> float:
-        """Mean divergence per response token of the generated trajectories, nats; no update."""
-        report, kept = self.filter_valid(parts)
+    def divergence(self, trajectories: Sequence[Trajectory]) -> float:
+        """Mean divergence per response token of ``trajectories``, nats; empty ones do not count; no update."""
+        valid = [t for t in trajectories if len(t.response_ids)]
+        kept = ray.put(valid)
         value: Any = ray.get(self._learner.divergence.remote(kept, self.encode(kept)))
-        self._release(report)
+        self._release([t.key for t in valid])
         return value
-
-    def filter_valid(self, parts: Refs) -> tuple[list[str], ray.ObjectRef]:
-        """Keys and reference of all trajectories with a response, without ranking."""
-        valid = [t for part in ray.get(parts) for t in part if len(t.response_ids)]
-        return [t.key for t in valid], ray.put(valid)
 
     def rank(self, trajectories: Sequence[Trajectory]) -> list[float]:
         return ray.get(self._learner.rank.remote(trajectories))

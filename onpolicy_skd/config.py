@@ -210,7 +210,7 @@ class EvalSettings(Section):
         default=None, description="longest response in evaluation; empty: rollout.max_tokens"
     )
     divergence_prompts: NonNegative = Field(
-        default=0, description="held-out prompts on whose sampled rollouts each evaluation measures the divergence"
+        default=0, description="held-out prompts on which each evaluation measures the divergence"
     )
 
 

@@ -49,6 +49,13 @@ def load_tokenizer(model: str, trust_remote_code: bool = False) -> Any:
     return tokenizer
 
 
+def end_ids(generation_config: Any, tokenizer: Any) -> list[int]:
+    """Every token id that ends a response, from the model's generation settings and its tokenizer."""
+    own = getattr(generation_config, "eos_token_id", None)
+    listed = own if isinstance(own, list) else [own]
+    return sorted({i for i in [*listed, tokenizer.eos_token_id] if i is not None})
+
+
 def load_config(model: str, trust_remote_code: bool = False) -> Any:
     """The configuration of ``model`` without its weights.  Raises ModelError."""
     from transformers import AutoConfig

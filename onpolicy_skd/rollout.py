@@ -6,14 +6,14 @@ A request carries its own seed, so that it yields the same response in any batch
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from onpolicy_skd.config import Settings
-from onpolicy_skd.models import load_model, load_tokenizer, pick_device, pick_dtype
+from onpolicy_skd.models import end_ids, load_model, load_tokenizer, pick_device, pick_dtype
 from onpolicy_skd.trajectory import RolloutRequest, Sampling, Trajectory
 
 
@@ -128,10 +128,3 @@ class _Sampler:
         uniform = torch.stack([torch.rand((), generator=g, dtype=torch.float64) for g in self._generators])
         target = uniform.to(cumulative.device)[:, None] * cumulative[:, -1:]
         return torch.searchsorted(cumulative, target, right=True)[:, 0].clamp(max=q.shape[-1] - 1)
-
-
-def end_ids(generation_config: Any, tokenizer: Any) -> list[int]:
-    """Every token id that ends a response, from the model's generation settings and its tokenizer."""
-    own = getattr(generation_config, "eos_token_id", None)
-    listed = own if isinstance(own, list) else [own]
-    return sorted({i for i in [*listed, tokenizer.eos_token_id] if i is not None})

@@ -25,7 +25,7 @@ from actors.rollout import RolloutGroup
 from eval.gsm8k import Evaluation, evaluate
 from onpolicy_skd import checkpoint
 from onpolicy_skd.config import ConfigError, Settings, load_settings
-from onpolicy_skd.prefilter import kept_prompts
+from onpolicy_skd.prefilter import as_text, kept_prompts
 from onpolicy_skd.prepare import Run, open_folder, prepare
 from onpolicy_skd.report import summary
 from onpolicy_skd.report.console import Display
@@ -130,14 +130,20 @@ def gather(group: RolloutGroup, requests: Sequence[RolloutRequest], sampling: Sa
 
 
 def student_evaluation(run: Run, roles: Roles, problems: int = 0) -> Evaluation:
-    """Greedy exact match of the current student, and its divergence from the teacher on held-out rollouts."""
+    """Greedy exact match of the current student; if asked, its divergence from the teacher on held-out prompts.
+
+    ``divergence`` is over the student's own rollouts, ``divergence_reference`` over the reference answers: a student
+    that falls into repetition lowers the first but not the second.
+    """
     prompts = run.held_out[: problems or None]
     done = evaluate(lambda r, s: gather(roles.rollouts, r, s), prompts, run.tokenizer, run.greedy)
     if run.settings.eval.divergence_prompts:
         few = run.held_out[: run.settings.eval.divergence_prompts]
         seed = run.settings.run.seed
         requests = [RolloutRequest(p.key, p.token_ids, seed_of(seed, "divergence", p.key)) for p in few]
-        done.result["divergence"] = roles.divergence(roles.generate(requests, run.sampling))
+        done.result["divergence"] = roles.divergence(gather(roles.rollouts, requests, run.sampling))
+        answers = [as_text(p, "prompt+answer", run.tokenizer) for p in few]
+        done.result["divergence_reference"] = roles.divergence(answers)
     return done
 
 
@@ -227,7 +233,8 @@ class Logbook:
         line = f"{name}: exact match {summary.percent(match['share'], match['interval'])} of {done.result['problems']}"
         line += f", strict {summary.percent(strict['share'], None)}"
         if "divergence" in done.result:
-            line += f", divergence {done.result['divergence']:.4f} nats per token"
+            own, reference = done.result["divergence"], done.result["divergence_reference"]
+            line += f", divergence {own:.4f} nats per token on its rollouts, {reference:.4f} on reference answers"
         self.say(line)
 
     def conclude(self) -> None:

@@ -11,8 +11,7 @@ import numpy as np
 from torch import Tensor
 
 from onpolicy_skd.config import Settings
-from onpolicy_skd.models import ModelError, load_tokenizer, pick_device, resolve_path
-from onpolicy_skd.rollout import end_ids
+from onpolicy_skd.models import ModelError, end_ids, load_tokenizer, pick_device, resolve_path
 from onpolicy_skd.trajectory import RolloutRequest, Sampling, Trajectory
 
 if TYPE_CHECKING:

@@ -42,7 +42,8 @@ def build(settings: Settings, evaluations: dict[str, Any], status: str, steps: i
         "exact_match_interval": each("match", "interval"),
         "strict_match": each("strict", "share"),
         "strict_match_interval": each("strict", "interval"),
-        "divergence": {when: value for when, value in each("divergence").items() if when != "teacher"},
+        "divergence": each("divergence"),
+        "divergence_reference": each("divergence_reference"),
         "versions": versions(),
     }
 
@@ -81,12 +82,11 @@ def _page(summary: dict[str, Any], settings: Settings, plotted: bool) -> str:
         f"| {percent(summary['strict_match'][when], summary['strict_match_interval'][when])} |"
         for when, name in (("before", "student before"), ("after", "student after"), ("teacher", "teacher"))
     )
-    divergence = summary["divergence"]
-    held_out = (
-        f"\nHeld-out {settings.alignment.divergence} per response token: {divergence['before']:.4f} nats before, "
-        f"{divergence['after']:.4f} after.\n"
-        if divergence["before"] is not None and divergence["after"] is not None
-        else ""
+    held_out = "".join(
+        f"\nHeld-out {settings.alignment.divergence} per token of {what}: {summary[key]['before']:.4f} nats before, "
+        f"{summary[key]['after']:.4f} after.\n"
+        for key, what in (("divergence", "the student's rollouts"), ("divergence_reference", "reference answers"))
+        if summary[key]["before"] is not None and summary[key]["after"] is not None
     )
     return f"""# {summary["run"]}
 
