@@ -36,11 +36,9 @@ from onpolicy_skd.trajectory import Prompt, RolloutRequest, Sampling, Trajectory
 EXIT_OK, EXIT_CONFIG, EXIT_FAILED, EXIT_STOPPED = 0, 2, 1, 3
 
 
-def train(run: Run, roles: Roles, book: Logbook, first_step: int, stop: StopSignal) -> None:
-    """Steps ``first_step`` to the end, or to a stop signal; leaves a checkpoint behind."""
+def train(run: Run, roles: Roles, prompts: Sequence[Prompt], book: Logbook, step: int, stop: StopSignal) -> None:
+    """From ``step`` to the end, or to a stop signal; leaves a checkpoint behind."""
     own = run.settings.run
-    prompts = prefilter(run, roles, book) if run.settings.samples.when == "prefilter" else run.train
-    step = first_step
     while step < run.steps and not stop.requested:
         clock = Clock()
         parts = roles.generate(run.requests(prompts, step), run.sampling)
@@ -102,11 +100,14 @@ def run_settings(settings: Settings) -> int:
             with ExitStack() as stack:
                 stack.callback(roles.close)
                 roles.wait_ready()
+                prompts = run.train
+                if settings.samples.when == "prefilter":
+                    prompts = prefilter(run, roles, book)  # by the initial student: before a checkpoint is loaded
                 if path:
                     roles.restore(path)
                 if settings.eval.before and run.held_out and "before" not in book.evaluations:
                     book.evaluation("before", 0, student_evaluation(run, roles))
-                train(run, roles, book, first_step, stop)
+                train(run, roles, prompts, book, first_step, stop)
                 if book.finished and run.held_out:
                     book.evaluation("after", run.steps, student_evaluation(run, roles))
         book.conclude()

@@ -11,6 +11,7 @@ from eval.exact_match import reference_number
 from onpolicy_skd.data import demo_task
 from onpolicy_skd.data.prompts import DataError, load_prompts, load_questions, prompts_of_step, read_jsonl, render
 from onpolicy_skd.models import load_tokenizer
+from onpolicy_skd.prepare import Run
 
 TOKENIZER = load_tokenizer("bundled:demo_student")
 
@@ -78,6 +79,25 @@ def test_a_missing_file_is_named(tmp_path):
 def test_a_hub_set_that_cannot_be_had_is_one_error():
     with pytest.raises(DataError, match=r"openai/gsm8k .main, train. cannot be loaded from the hub"):
         list(load_questions(settings_for(source="gsm8k"), "train"))
+
+
+def test_a_hub_set_with_its_own_columns(tmp_path):
+    """`datasets` reads a folder as it reads a hub repository, so the code path of data.source=hub runs offline."""
+    (tmp_path / "train.jsonl").write_text('{"q": "1+1?", "a": "2"}\n{"q": "2+2?", "a": "4"}\n')
+    own = settings_for(source="hub", name=str(tmp_path), question_column="q", answer_column="a")
+    assert [(q, a) for _, q, a in load_questions(own, "train")] == [("1+1?", "2"), ("2+2?", "4")]
+
+
+def test_requests_of_a_step_are_reproducible_and_have_seeds_of_their_own():
+    settings = tiny_settings(rollout={"n": 4}, learner={"batch_size": 24})
+    prompts = load_prompts(settings.data.model_copy(update={"train_problems": 5}), TOKENIZER, "train")
+    run = Run(settings, TOKENIZER, 512, prompts, [])
+    first = run.requests(prompts, 0)
+    assert first == run.requests(prompts, 0)
+    assert len(first) == 24  # six prompts of a set of five: one comes twice, and still every key and seed is unique
+    assert len({r.key for r in first}) == len({r.seed for r in first}) == 24
+    assert run.steps == 1
+    assert not {r.seed for r in first} & {r.seed for r in run.requests(prompts, 1)}
 
 
 def test_templates():

@@ -14,7 +14,7 @@ class MetricsLog:
 
     def __init__(self, folder: Path, first_step: int = 0, tensorboard: bool = False) -> None:
         self.path = folder / FILE
-        kept = [r for r in read(self.path) if r["step"] < first_step] if first_step else []
+        kept = [r for r in read(self.path) if _stays(r, first_step)] if first_step else []
         self.path.write_text("".join(json.dumps(r) + "\n" for r in kept), encoding="utf-8")
         self._file = self.path.open("a", encoding="utf-8")
         self._tracker = _tensorboard(folder, first_step) if tensorboard else None
@@ -30,6 +30,13 @@ class MetricsLog:
         self._file.close()
         if self._tracker:
             self._tracker.finish()
+
+
+def _stays(record: dict[str, Any], first_step: int) -> bool:
+    """Whether resuming before ``first_step`` leaves ``record`` as it is; evaluations count the steps *done*."""
+    if record.get("event") == "evaluation":
+        return record["step"] <= first_step and record["name"] != "after"
+    return record["step"] < first_step
 
 
 def read(path: Path) -> list[dict[str, Any]]:
