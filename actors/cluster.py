@@ -53,13 +53,16 @@ class Resources:
 
 
 def plan(settings: Settings, available_gpus: float) -> Resources:
-    """What each role asks for; run.device=auto means GPUs if the cluster has any.
+    """What each role asks for.
 
+    run.device=auto means GPUs if the cluster has any; shares of a GPU are then optional, whole GPUs are a demand.
     Raises ClusterError, with the arithmetic, if that is more than ``available_gpus``.
     """
     own = settings.cluster
     asked = [own.learner_gpus, own.teacher_gpus, own.rollout_gpus]
-    on_gpu = settings.run.device == "cuda" or (settings.run.device == "auto" and (available_gpus > 0 or any(asked)))
+    on_gpu = settings.run.device == "cuda" or (
+        settings.run.device == "auto" and (available_gpus > 0 or any(a and a >= 1 for a in asked))
+    )
 
     def gpus(setting: float | None, default: float) -> float:
         return 0.0 if not on_gpu else default if setting is None else setting

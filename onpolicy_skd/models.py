@@ -127,7 +127,8 @@ class SplitModel:
 
     @property
     def head_VH(self) -> Tensor:
-        return self.model.get_output_embeddings().weight[: self.vocabulary]
+        weight = self.model.get_output_embeddings().weight
+        return weight if len(weight) == self.vocabulary else weight[: self.vocabulary]  # a slice's gradient is a copy
 
     @property
     def device(self) -> torch.device:

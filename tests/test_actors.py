@@ -27,18 +27,15 @@ def test_tensors_survive_the_wire(dtype):
     unpack((array, str(dtype).removeprefix("torch."))).add_(1)
 
 
-def gpu_settings(**sections):
-    return tiny_settings(**{"run": {"device": "auto"}, **sections})
-
-
 def test_roles_use_gpus_when_the_cluster_has_any():
-    assert [r.gpus for r in plan(gpu_settings(), 0).roles] == [0, 0, 0]
-    assert [r.gpus for r in plan(gpu_settings(), 3).roles] == [1, 1, 1]
-    assert [r.gpus for r in plan(gpu_settings(run={"device": "cpu"}), 8).roles] == [0, 0, 0]
-    assert [r.gpus for r in plan(gpu_settings(rollout={"tensor_parallel": 4, "actors": 2}), 10).roles] == [1, 1, 4]
-    shares = gpu_settings(cluster={"learner_gpus": 0.5, "teacher_gpus": 0.25, "rollout_gpus": 0.25})
+    assert [r.gpus for r in plan(tiny_settings(), 0).roles] == [0, 0, 0]
+    assert [r.gpus for r in plan(tiny_settings(), 3).roles] == [1, 1, 1]
+    assert [r.gpus for r in plan(tiny_settings(run={"device": "cpu"}), 8).roles] == [0, 0, 0]
+    assert [r.gpus for r in plan(tiny_settings(rollout={"tensor_parallel": 4, "actors": 2}), 10).roles] == [1, 1, 4]
+    assert [r.gpus for r in plan(tiny_settings(cluster={"learner_gpus": 0.5}), 0).roles] == [0, 0, 0]
+    shares = tiny_settings(cluster={"learner_gpus": 0.5, "teacher_gpus": 0.25, "rollout_gpus": 0.25})
     assert [r.gpus for r in plan(shares, 1).roles] == [0.5, 0.25, 0.25]
-    alone = plan(gpu_settings(teacher={"placement": "learner"}), 2)
+    alone = plan(tiny_settings(teacher={"placement": "learner"}), 2)
     assert alone.teacher.count == 0
 
 
@@ -46,10 +43,10 @@ def test_too_few_gpus_or_cpus_are_said_with_the_arithmetic():
     with pytest.raises(
         ClusterError, match=r"asks for 3 GPUs .learner 1 x 1 \+ teacher 1 x 1 \+ rollout 1 x 1. but .* has 2"
     ):
-        plan(gpu_settings(), 2)
+        plan(tiny_settings(), 2)
     with pytest.raises(ClusterError, match=r"asks for 2 GPUs .* has 0"):
-        plan(gpu_settings(cluster={"learner_gpus": 0, "teacher_gpus": 0, "rollout_gpus": 2}), 0)
-    many = plan(gpu_settings(rollout={"actors": 20}), 0)
+        plan(tiny_settings(cluster={"learner_gpus": 0, "teacher_gpus": 0, "rollout_gpus": 2}), 0)
+    many = plan(tiny_settings(rollout={"actors": 20}), 0)
     with pytest.raises(ClusterError, match=r"22 actors ask for 22 x 0\.25 = 5\.5 CPUs but the cluster has 2"):
         check_cpus(many, 2)
 

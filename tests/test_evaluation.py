@@ -114,7 +114,7 @@ def test_evaluation_counts_and_records(tmp_path):
 def test_command_line_on_the_bundled_teacher(tmp_path, capsys, engine):
     code = evaluation.main(
         ["--model", "bundled:demo_teacher", "--problems", "40", "--out", str(tmp_path), "data.source=demo",
-         "data.max_prompt_tokens=96", "rollout.max_tokens=128", "run.device=cpu", f"rollout.engine={engine}"]
+         "data.max_prompt_tokens=96", "rollout.max_tokens=128", f"rollout.engine={engine}"]
     )  # fmt: skip
     assert code == 0
     result = json.loads((tmp_path / "result.json").read_text())

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from conftest import GAP, ON_GPU
 
 from onpolicy_skd.report.metrics import read
 
@@ -18,7 +19,7 @@ BASE = [
     "--config", str(ROOT / "configs" / "demo.yaml"), "learner.batch_size=8", "run.tensorboard=false",
     "run.evaluate_every=0", "run.checkpoint_every=2", "eval.problems=16", "eval.teacher=false", "eval.before=false",
 ]  # fmt: skip
-TRANSFORMERS = ["rollout.engine=transformers", "sync.max_gap=1e-3"]  # starts in half the time of vLLM
+TRANSFORMERS = ["rollout.engine=transformers"]  # starts in half the time of vLLM
 LOSSES = ("loss", "grad_norm", "entropy", "divergence_selected", "positions", "lr")
 
 
@@ -78,7 +79,7 @@ def test_a_run_leaves_everything_it_promises(whole):
 def test_the_sampler_agrees_with_the_learner_at_every_step(whole):
     steps = [r for r in read(whole[0] / "metrics.jsonl") if "loss" in r]
     assert [r["step"] for r in steps] == [0, 1, 2, 3, 4]
-    assert all(r["sampler_gap"] < 1e-5 for r in steps)
+    assert all(r["sampler_gap"] < GAP for r in steps)
     assert all(r["version"] == r["step"] + 1 for r in steps)
 
 
@@ -107,7 +108,8 @@ def test_sigkill_between_steps_and_resume_give_the_same_losses(whole, tmp_path):
     done = run(tmp_path, *common, "resume=auto")
     assert done.returncode == 0, done.stdout + done.stderr
     assert "resuming after step 2" in done.stdout
-    assert losses(folder) == losses(whole[0])
+    for found, expected in zip(losses(folder), losses(whole[0]), strict=True):
+        assert found == (pytest.approx(expected, rel=0.05) if ON_GPU else expected)
 
 
 def test_first_signal_ends_with_a_checkpoint_and_resume_finishes(tmp_path):
@@ -201,8 +203,8 @@ def test_bad_input_is_one_clear_error_and_a_non_zero_exit(tmp_path):
         ("data.max_prompt_tokens=20",): "data.max_prompt_tokens=20",
         ("learner.lrate=1",): "did you mean 'learner.lr'",
         ("positions.k=0",): "positions.k=0",
-        ("cluster.learner_gpus=1", "cluster.teacher_gpus=1", "run.device=cuda", "rollout.actors=2"):
-            "asks for 4 GPUs (learner 1 x 1 + teacher 1 x 1 + rollout 2 x 1) but the cluster has 0",
+        ("run.device=cuda", "cluster.learner_gpus=50", "cluster.rollout_gpus=8", "rollout.actors=2"):
+            "asks for 66.3 GPUs (learner 1 x 50 + teacher 1 x 0.3 + rollout 2 x 8) but the cluster has",
         ("run.name=used",): "already holds a run",
     }  # fmt: skip
     processes = {
