@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +14,7 @@ import ray
 from onpolicy_skd.config import ConfigError, Settings
 
 CPUS_PER_ROLE = 0.25  # roles take turns on the processors; a small share lets all of them fit on two cores
+PATIENCE = 60.0  # seconds between two messages while actors start
 FORWARDED = ("HF_HOME", "HF_HUB_OFFLINE", "HF_HUB_DISABLE_TELEMETRY", "CUDA_DEVICE_ORDER")
 log = logging.getLogger(__name__)
 
@@ -67,11 +68,10 @@ def plan(settings: Settings, available_gpus: float) -> Resources:
     def gpus(setting: float | None, default: float) -> float:
         return 0.0 if not on_gpu else default if setting is None else setting
 
-    engine = float(settings.rollout.tensor_parallel if settings.rollout.engine == "vllm" else 1)
     resources = Resources(
         learner=Role("learner", 1, gpus(own.learner_gpus, 1.0)),
         teacher=Role("teacher", int(settings.teacher.placement == "actor"), gpus(own.teacher_gpus, 1.0)),
-        rollout=Role("rollout", settings.rollout.actors, gpus(own.rollout_gpus, engine)),
+        rollout=Role("rollout", settings.rollout.actors, gpus(own.rollout_gpus, 1.0)),
     )
     needed = sum(role.count * role.gpus for role in resources.roles)
     if needed > available_gpus + 1e-9:
@@ -92,6 +92,45 @@ def check_cpus(resources: Resources, available_cpus: float) -> None:
             f"the run's {count} actors ask for {count} x {CPUS_PER_ROLE:g} = {count * CPUS_PER_ROLE:g} CPUs but the "
             f"cluster has {available_cpus:g}; lower rollout.actors"
         )
+
+
+class Refusal:
+    """``with Refusal() as refusal:`` in an actor's constructor keeps a ConfigError for ``repeat`` to raise.
+
+    An error that leaves a constructor reaches the driver as a dead actor and a traceback; from a method, as itself.
+    """
+
+    def __init__(self) -> None:
+        self._error: ConfigError | None = None
+
+    def __enter__(self) -> Refusal:
+        return self
+
+    def __exit__(self, _: type | None, error: BaseException | None, __: object) -> bool:
+        if isinstance(error, ConfigError):
+            self._error = error
+            return True
+        return False
+
+    def repeat(self) -> None:
+        if self._error:
+            raise self._error
+
+
+def wait_ready(actors: Sequence[Any], say: Callable[[str], None] = print) -> None:
+    """Blocks until every actor is up; raises what its start refused.  Says every minute what it is waiting for."""
+    waiting = {actor.ready.remote(): actor for actor in actors}
+    while waiting:
+        done, _ = ray.wait(list(waiting), num_returns=len(waiting), timeout=PATIENCE)
+        for ref in done:
+            ray.get(ref)
+            del waiting[ref]
+        if waiting:
+            free = ray.available_resources()
+            say(
+                f"waiting for {len(waiting)} of {len(actors)} actors: loading, or no room on any one node (free now: "
+                f"{free.get('GPU', 0):g} GPUs, {free.get('CPU', 0):g} CPUs)"
+            )
 
 
 @contextmanager

@@ -11,6 +11,7 @@ import ray
 import torch
 from ray.actor import ActorHandle
 
+from actors.cluster import Refusal
 from actors.teacher import RemoteTeacher, build_teacher
 from actors.transport import Packed, pack_named
 from onpolicy_skd import checkpoint
@@ -26,6 +27,10 @@ class LearnerActor:
     """Owns the student and, with ``teacher.placement=learner``, the teacher too."""
 
     def __init__(self, settings: Settings, vocabulary: int, steps: int, teacher: ActorHandle | None = None) -> None:
+        with Refusal() as self._refusal:
+            self._start(settings, vocabulary, steps, teacher)
+
+    def _start(self, settings: Settings, vocabulary: int, steps: int, teacher: ActorHandle | None) -> None:
         own = settings.student
         device = pick_device(settings.run.device)
         if device == "cpu":  # one core is left to the teacher, which works at the same time
@@ -39,8 +44,8 @@ class LearnerActor:
         )
         self._learner = Learner(split(model, vocabulary), self._teacher, settings, pad_id, steps)
 
-    def ready(self) -> bool:
-        return True
+    def ready(self) -> None:
+        self._refusal.repeat()
 
     def version(self) -> int:
         return self._learner.version

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import ray
 
-from actors.cluster import Resources
+from actors.cluster import Resources, wait_ready
 from actors.learner import LearnerActor
 from actors.rollout import RolloutGroup
 from actors.sync import ObjectStoreSync
@@ -28,6 +28,10 @@ class Roles:
     def __init__(self, settings: Settings, resources: Resources, vocabulary: int, pad_id: int, steps: int) -> None:
         own = settings.student
         self.rollouts = RolloutGroup(own.model, settings, resources, settings.rollout.actors, own.trust_remote_code)
+        if (
+            0 < resources.rollout.gpus < 1
+        ):  # vLLM measures its GPU while it starts: alone, lest it count the others' memory
+            wait_ready(self.rollouts.actors)
         self._teacher: Any = None
         if settings.teacher.placement == "actor":
             options = resources.teacher.options()
@@ -37,10 +41,9 @@ class Roles:
         )
         self._sync = ObjectStoreSync(self._learner, self.rollouts)
 
-    def wait_ready(self) -> None:
-        """Blocks until every actor is up; raises what a start raised."""
-        ray.get([a.ready.remote() for a in (self._learner, self._teacher) if a])
-        self.rollouts.wait_ready()
+    def wait_ready(self, say: Callable[[str], None] = print) -> None:
+        """Blocks until every actor is up; raises what a start refused."""
+        wait_ready([a for a in (self._learner, self._teacher) if a] + self.rollouts.actors, say)
 
     def generate(self, requests: Sequence[RolloutRequest], sampling: Sampling) -> Refs:
         return self.rollouts.generate(requests, sampling)
@@ -60,9 +63,11 @@ class Roles:
         self._release(report.kept)
         return metrics
 
-    def divergence(self, trajectories: Sequence[Trajectory]) -> float:
-        """Mean divergence per response token of ``trajectories``, nats; empty ones do not count; no update."""
+    def divergence(self, trajectories: Sequence[Trajectory]) -> float | None:
+        """Mean divergence per response token of ``trajectories``, nats; None if all are empty.  No update."""
         valid = [t for t in trajectories if len(t.response_ids)]
+        if not valid:
+            return None
         kept = ray.put(valid)
         value: Any = ray.get(self._learner.divergence.remote(kept, self.encode(kept)))
         self._release([t.key for t in valid])

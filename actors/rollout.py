@@ -7,7 +7,7 @@ from typing import Any
 
 import ray
 
-from actors.cluster import Resources
+from actors.cluster import Refusal, Resources
 from actors.transport import Packed, unpack_named
 from onpolicy_skd.config import Settings
 from onpolicy_skd.rollout import build_engine
@@ -17,10 +17,11 @@ from onpolicy_skd.trajectory import RolloutRequest, Sampling, Trajectory
 @ray.remote
 class RolloutActor:
     def __init__(self, model: str, settings: Settings, trust_remote_code: bool = False) -> None:
-        self._engine = build_engine(model, settings, trust_remote_code)
+        with Refusal() as self._refusal:
+            self._engine = build_engine(model, settings, trust_remote_code)
 
-    def ready(self) -> bool:
-        return True
+    def ready(self) -> None:
+        self._refusal.repeat()
 
     def generate(self, requests: Sequence[RolloutRequest], sampling: Sampling) -> list[Trajectory]:
         return self._engine.generate(requests, sampling)
@@ -35,10 +36,6 @@ class RolloutGroup:
     def __init__(self, model: str, settings: Settings, resources: Resources, count: int, trust: bool = False) -> None:
         options = resources.rollout.options()
         self.actors: list[Any] = [RolloutActor.options(**options).remote(model, settings, trust) for _ in range(count)]
-
-    def wait_ready(self) -> None:
-        """Blocks until every engine is up; raises what its start raised."""
-        ray.get([actor.ready.remote() for actor in self.actors])
 
     def generate(self, requests: Sequence[RolloutRequest], sampling: Sampling) -> list[ray.ObjectRef]:
         """One ref to a list of trajectories per actor.  Requests go round, so that actors get like shares."""

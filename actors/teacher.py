@@ -8,6 +8,7 @@ from typing import Any
 import ray
 from torch import Tensor
 
+from actors.cluster import Refusal
 from actors.transport import Packed, pack, unpack
 from onpolicy_skd.config import Settings
 from onpolicy_skd.models import load_model, pick_device, pick_dtype, split
@@ -25,10 +26,11 @@ def build_teacher(settings: Settings, vocabulary: int, pad_id: int) -> Teacher:
 @ray.remote
 class TeacherActor:
     def __init__(self, settings: Settings, vocabulary: int, pad_id: int) -> None:
-        self._teacher = build_teacher(settings, vocabulary, pad_id)
+        with Refusal() as self._refusal:
+            self._teacher = build_teacher(settings, vocabulary, pad_id)
 
-    def ready(self) -> bool:
-        return True
+    def ready(self) -> None:
+        self._refusal.repeat()
 
     def head(self) -> Packed:
         return pack(self._teacher.head())

@@ -34,6 +34,7 @@ MEANING = {
 SHAPES = {  # name -> vocabulary, student hidden, teacher hidden, rows
     "small": (151_936, 256, 512, 512),
     "large": (151_936, 2048, 4096, 1024),
+    "tiny": (600, 16, 24, 40),  # for tests
 }
 SEQUENCES = 8  # the rows are this many responses, for the per-sequence selection
 
@@ -168,7 +169,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True)
     loss = commands.add_parser("loss", help="the loss alone, forward and backward")
     loss.add_argument("--json", type=Path, help="file for all figures")
-    loss.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES))
+    loss.add_argument("--shapes", nargs="+", choices=SHAPES, default=["small", "large"])
     loss.add_argument("--rounds", type=int, default=3)
     loss.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     one = commands.add_parser("one")  # one measurement, for the processes that `loss` starts

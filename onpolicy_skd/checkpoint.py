@@ -50,10 +50,13 @@ def save(folder: Path, step: int, state: dict[str, Any], tensors: dict[str, Tens
     write_text(beside / STATE, json.dumps(record | {"digest": _digest(record)}, indent=1))
     _sync(beside / TENSORS)
     _sync(beside)
-    shutil.rmtree(final, ignore_errors=True)
+    replaced = folder / f".{final.name}.old"
+    if final.exists():
+        final.rename(replaced)
     beside.rename(final)
     _sync(folder)
-    for old in _newest_first(folder)[keep:]:
+    shutil.rmtree(replaced, ignore_errors=True)
+    for old in [path for path in _newest_first(folder) if path != final][keep - 1 :]:
         shutil.rmtree(old)
     return final
 
@@ -77,12 +80,14 @@ def load(path: Path) -> Checkpoint:
 
 
 def newest(folder: Path) -> Checkpoint | None:
-    """The newest good checkpoint under ``folder``; damaged ones are skipped with a warning."""
+    """The newest good checkpoint under ``folder``; damaged ones are warned of and renamed ``damaged-step-N``, lest they
+    count among the newest that are kept."""
     for path in _newest_first(folder):
         try:
             return load(path)
         except CheckpointError as error:
             log.warning("%s; trying the one before", error)
+            path.rename(path.with_name(f"damaged-{path.name}"))
     return None
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
 Share = Annotated[float, Field(gt=0, le=1)]
 Positive = Annotated[int, Field(ge=1)]
@@ -27,7 +27,15 @@ class ConfigError(ValueError):
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_number_from_a_truth_value(cls, value: Any, info: ValidationInfo) -> Any:
+        """YAML reads yes, on and true as truth values, which pydantic would take for 1."""
+        if isinstance(value, bool) and cls.model_fields[str(info.field_name)].annotation is not bool:
+            raise ValueError(f"{info.field_name}: {str(value).lower()} is a truth value, but not what is accepted here")
+        return value
 
 
 class RunSettings(Section):
@@ -84,6 +92,8 @@ class DataSettings(Section):
             raise ValueError("data.name: needed for data.source=hub; give the hub data set, e.g. openai/gsm8k")
         if self.source == "jsonl" and not self.train_file:
             raise ValueError("data.train_file: needed for data.source=jsonl; give a file with one JSON object a line")
+        if self.path and self.source != "gsm8k":
+            raise ValueError(f"data.path: accepted for data.source=gsm8k only, not {self.source}")
         if "{question}" not in self.plain:
             raise ValueError("data.plain: must contain {question}")
         return self
@@ -116,7 +126,6 @@ class TeacherSettings(Section):
 class RolloutSettings(Section):
     engine: Literal["vllm", "transformers"] = Field(default="vllm", description="what generates")
     actors: Positive = Field(default=1, description="rollout actors that share every batch")
-    tensor_parallel: Positive = Field(default=1, description="GPUs of one vLLM engine")
     n: Positive = Field(default=1, description="rollouts per prompt")
     max_tokens: Positive = Field(default=512, description="longest response, tokens")
     temperature: Annotated[float, Field(gt=0)] = Field(default=1.0, description="sampling temperature")
@@ -220,7 +229,7 @@ class ClusterSettings(Section):
     teacher_gpus: Annotated[float, Field(ge=0)] | None = Field(default=None, description="empty: 1 on cuda, 0 on cpu")
     rollout_gpus: Annotated[float, Field(ge=0)] | None = Field(
         default=None,
-        description="per rollout actor; empty: rollout.tensor_parallel on cuda (transformers: 1), 0 on cpu",
+        description="per rollout actor; empty: 1 on cuda, 0 on cpu",
     )
 
 
@@ -259,14 +268,17 @@ class Settings(Section):
                 f"teacher.tokens_per_batch={self.teacher.tokens_per_batch}: one sample may have {longest} tokens; "
                 "accepted: at least that"
             )
-        if self.rollout.tensor_parallel > 1 and self.rollout.engine != "vllm":
-            raise ValueError("rollout.tensor_parallel: accepted for rollout.engine=vllm only")
         return self
 
     @property
     def max_sequence(self) -> int:
         """Longest prompt plus longest response, tokens."""
         return self.data.max_prompt_tokens + self.rollout.max_tokens
+
+    @property
+    def max_model_length(self) -> int:
+        """What an engine must have room for: ``max_sequence``, or longer responses in evaluation."""
+        return self.data.max_prompt_tokens + max(self.rollout.max_tokens, self.eval.max_tokens or 0)
 
     @property
     def rollouts_per_step(self) -> int:

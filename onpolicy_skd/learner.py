@@ -121,7 +121,7 @@ class Learner:
             ones = torch.ones(len(hidden_NH), device=hidden_NH.device)
             _, values_N = distillation_loss(
                 hidden_NH,
-                self.student.head_VH,
+                self.student.head_VH.detach(),
                 teacher_NG.to(hidden_NH.device),
                 self._teacher.head(),
                 ones,

@@ -89,7 +89,7 @@ def _from_pretrained(kind: Any, model: str, **options: Any) -> Any:
 
 
 def check_same_tokenizer(student: Any, teacher: Any, student_name: str, teacher_name: str) -> None:
-    """Raises ModelError unless both map the same tokens to the same ids (added padding ids may differ)."""
+    """Raises ModelError unless both map the same tokens to the same ids."""
     ours, theirs = student.get_vocab(), teacher.get_vocab()
     if ours == theirs:
         return

@@ -70,7 +70,11 @@ def as_text(prompt: Prompt, text: str, tokenizer: Any) -> Trajectory:
 def fingerprint(settings: Settings, prompts: Sequence[Prompt]) -> str:
     """Changes with the student's weights, the prompts, their answers, and what is scored."""
     own = settings.samples
-    digest = hashlib.sha256(json.dumps([own.metric, own.prefilter_text, _weights(settings.student.model)]).encode())
+    digest = hashlib.sha256(
+        json.dumps(
+            [own.metric, own.prefilter_text, settings.alignment.temperature, _weights(settings.student.model)]
+        ).encode()
+    )
     if own.prefilter_text == "rollout" or own.metric == "random":
         digest.update(json.dumps([settings.run.seed, settings.rollout.model_dump(mode="json")]).encode())
     for prompt in prompts:

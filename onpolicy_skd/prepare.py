@@ -86,7 +86,9 @@ def prepare(settings: Settings) -> Run:
     )
     train = load_prompts(settings.data, tokenizer, "train")
     has_eval = settings.data.source != "jsonl" or settings.data.eval_file or settings.data.path
-    held_out = load_prompts(settings.data, tokenizer, "eval", settings.eval.problems or None) if has_eval else []
+    own = settings.eval
+    wanted = max(own.problems, own.during, own.divergence_prompts) if own.problems else None
+    held_out = load_prompts(settings.data, tokenizer, "eval", wanted) if has_eval else []
     return Run(settings, tokenizer, vocabulary, train, held_out)
 
 

@@ -12,14 +12,14 @@ from __future__ import annotations
 import logging
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from typing import Any
 
 import ray
 from ray.exceptions import RayError
 
-from actors.cluster import Resources, connect
+from actors.cluster import Resources, connect, wait_ready
 from actors.roles import Roles
 from actors.rollout import RolloutGroup
 from eval.gsm8k import Evaluation, evaluate
@@ -30,7 +30,7 @@ from onpolicy_skd.prepare import Run, open_folder, prepare
 from onpolicy_skd.report import summary
 from onpolicy_skd.report.console import Display
 from onpolicy_skd.report.metrics import MetricsLog
-from onpolicy_skd.stop import StopSignal
+from onpolicy_skd.stop import Stopped, StopSignal
 from onpolicy_skd.trajectory import Prompt, RolloutRequest, Sampling, Trajectory, seed_of
 
 EXIT_OK, EXIT_CONFIG, EXIT_FAILED, EXIT_STOPPED = 0, 2, 1, 3
@@ -56,7 +56,7 @@ def train(run: Run, roles: Roles, prompts: Sequence[Prompt], book: Logbook, step
         else:
             book.empty_batch(step, report)
         step += 1
-        if own.evaluate_every and step % own.evaluate_every == 0 and step < run.steps:
+        if own.evaluate_every and step % own.evaluate_every == 0 and step < run.steps and not stop.requested:
             book.evaluation("during", step, student_evaluation(run, roles, run.settings.eval.during))
         if own.checkpoint_every and step % own.checkpoint_every == 0 and step < run.steps:
             roles.save(run.folder / "checkpoints", step, book.state(), own.keep_checkpoints)
@@ -72,13 +72,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         settings = load_settings(sys.argv[1:] if argv is None else argv, about=(__doc__ or "").splitlines()[0])
         return run_settings(settings)
-    except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return EXIT_CONFIG
-    except RayError as error:
-        cause = getattr(error, "cause", None)
-        print(f"error: {cause or error}", file=sys.stderr)
+    except Stopped as signal:
+        print(f"{signal}: stopped outside the steps; resume=auto goes on from the last checkpoint", file=sys.stderr)
+        return EXIT_STOPPED
+    except (ConfigError, RayError) as error:
+        cause = cause_of(error)
+        print(f"error: {cause}", file=sys.stderr)
         return EXIT_CONFIG if isinstance(cause, ConfigError) else EXIT_FAILED
+
+
+def cause_of(error: Exception) -> Exception:
+    """What an actor raised, without Ray's wrapping and its traceback."""
+    return getattr(error, "cause", None) or error
 
 
 def run_settings(settings: Settings) -> int:
@@ -99,7 +104,8 @@ def run_settings(settings: Settings) -> int:
             roles = Roles(settings, resources, run.vocabulary, run.tokenizer.pad_token_id, run.steps)
             with ExitStack() as stack:
                 stack.callback(roles.close)
-                roles.wait_ready()
+                stack.push(book.on_failure(roles))
+                roles.wait_ready(book.say)
                 prompts = run.train
                 if settings.samples.when == "prefilter":
                     prompts = prefilter(run, roles, book)  # by the initial student: before a checkpoint is loaded
@@ -107,10 +113,11 @@ def run_settings(settings: Settings) -> int:
                     roles.restore(path)
                 if settings.eval.before and run.held_out and "before" not in book.evaluations:
                     book.evaluation("before", 0, student_evaluation(run, roles))
-                train(run, roles, prompts, book, first_step, stop)
+                with stop.orderly():
+                    train(run, roles, prompts, book, first_step, stop)
                 if book.finished and run.held_out:
                     book.evaluation("after", run.steps, student_evaluation(run, roles))
-        book.conclude()
+        book.conclude("finished" if book.finished else "stopped")
         return EXIT_OK if book.finished else EXIT_STOPPED
 
 
@@ -136,7 +143,7 @@ def student_evaluation(run: Run, roles: Roles, problems: int = 0) -> Evaluation:
     ``divergence`` is over the student's own rollouts, ``divergence_reference`` over the reference answers: a student
     that falls into repetition lowers the first but not the second.
     """
-    prompts = run.held_out[: problems or None]
+    prompts = run.held_out[: problems or run.settings.eval.problems or None]
     done = evaluate(lambda r, s: gather(roles.rollouts, r, s), prompts, run.tokenizer, run.greedy)
     if run.settings.eval.divergence_prompts:
         few = run.held_out[: run.settings.eval.divergence_prompts]
@@ -153,7 +160,9 @@ def teacher_evaluation(run: Run, resources: Resources) -> Evaluation:
     own = run.settings.teacher
     group = RolloutGroup(own.model, run.settings, resources, 1, own.trust_remote_code)
     try:
-        return evaluate(lambda r, s: gather(group, r, s), run.held_out, run.tokenizer, run.greedy)
+        wait_ready(group.actors)
+        prompts = run.held_out[: run.settings.eval.problems or None]
+        return evaluate(lambda r, s: gather(group, r, s), prompts, run.tokenizer, run.greedy)
     finally:
         group.close()
 
@@ -233,23 +242,38 @@ class Logbook:
         match, strict = done.result["match"], done.result["strict"]
         line = f"{name}: exact match {summary.percent(match['share'], match['interval'])} of {done.result['problems']}"
         line += f", strict {summary.percent(strict['share'], None)}"
-        if "divergence" in done.result:
+        if done.result.get("divergence") is not None:
             own, reference = done.result["divergence"], done.result["divergence_reference"]
             line += f", divergence {own:.4f} nats per token on its rollouts, {reference:.4f} on reference answers"
         self.say(line)
 
-    def conclude(self) -> None:
+    def on_failure(self, roles: Roles) -> Callable[..., bool]:
+        """An exit callback that keeps what was earned when a run breaks: a checkpoint, if the learner lives, and the
+        summary with the reason."""
+
+        def leave(_: type | None, error: BaseException | None, __: Any) -> bool:
+            if isinstance(error, RayError):
+                folder, keep = self._run.folder / "checkpoints", self._run.settings.run.keep_checkpoints
+                try:
+                    roles.save(folder, self._steps, self.state(), keep)
+                except RayError as lost:
+                    self.say(f"no checkpoint of this moment: {cause_of(lost)}")
+                self.conclude("failed", str(cause_of(error)))
+            return False
+
+        return leave
+
+    def conclude(self, status: str, reason: str | None = None) -> None:
         """summary.json, report.md and the closing lines."""
-        status = "finished" if self.finished else "stopped"
         settings = self._run.settings
-        built = summary.build(settings, self.evaluations, status, self._steps, self._seconds())
+        built = summary.build(settings, self.evaluations, status, self._steps, self._seconds(), reason)
         report = summary.write(self._run.folder, built, settings)
         shares, intervals = built["exact_match"], built["exact_match_interval"]
         for name in summary.WHEN:
             if shares[name] is not None:
                 self.say(f"exact match {name:>7}: {summary.percent(shares[name], intervals[name])}")
         self.say(f"{status} after {self._steps} steps, {built['seconds']:.0f} s; report: {report}")
-        if not self.finished:
+        if status == "stopped":
             self.say("a checkpoint was written; the same command with resume=auto goes on from it")
 
     def _seconds(self) -> float:

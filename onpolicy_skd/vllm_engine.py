@@ -51,17 +51,17 @@ class VLLMEngine:
                 kv_cache_memory_bytes=own.kv_cache_mib << 20,
                 enforce_eager=True,
                 enable_chunked_prefill=False,
-                max_num_batched_tokens=max(settings.max_sequence, 4096),
+                max_num_batched_tokens=max(settings.max_model_length, 4096),
             )
         else:
-            room = dict(gpu_memory_utilization=own.gpu_memory, tensor_parallel_size=own.tensor_parallel)
+            room = dict(gpu_memory_utilization=own.gpu_memory)
         self.version = 0
         self._on_cpu = device == "cpu"
         self._ends = _ends(path, trust_remote_code)
         self._llm = LLM(
             path,
             dtype=dtype,
-            max_model_len=settings.max_sequence,
+            max_model_len=settings.max_model_length,
             max_num_seqs=own.max_sequences,
             generation_config="vllm",  # nothing is inherited from the model's own sampling settings
             seed=0,

@@ -31,7 +31,7 @@ def test_roles_use_gpus_when_the_cluster_has_any():
     assert [r.gpus for r in plan(tiny_settings(), 0).roles] == [0, 0, 0]
     assert [r.gpus for r in plan(tiny_settings(), 3).roles] == [1, 1, 1]
     assert [r.gpus for r in plan(tiny_settings(run={"device": "cpu"}), 8).roles] == [0, 0, 0]
-    assert [r.gpus for r in plan(tiny_settings(rollout={"tensor_parallel": 4, "actors": 2}), 10).roles] == [1, 1, 4]
+    assert [r.count for r in plan(tiny_settings(rollout={"actors": 2}), 4).roles] == [1, 1, 2]
     assert [r.gpus for r in plan(tiny_settings(cluster={"learner_gpus": 0.5}), 0).roles] == [0, 0, 0]
     shares = tiny_settings(cluster={"learner_gpus": 0.5, "teacher_gpus": 0.25, "rollout_gpus": 0.25})
     assert [r.gpus for r in plan(shares, 1).roles] == [0.5, 0.25, 0.25]

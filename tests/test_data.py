@@ -150,6 +150,16 @@ def test_demo_problems_are_solvable_distinct_and_split():
         next(demo_task.problems("dev"))
 
 
+def test_the_recipe_makes_the_bundled_tokenizer():
+    from onpolicy_skd.data.demo_pair import encode, train_tokenizer
+
+    made = train_tokenizer()
+    assert made.get_vocab() == TOKENIZER.get_vocab()
+    problem = next(demo_task.problems("test"))
+    assert encode(problem, made) == encode(problem, TOKENIZER)
+    assert encode(problem, made)[1][-1] == TOKENIZER.eos_token_id
+
+
 def test_demo_text_survives_the_tokenizer_with_single_digits():
     for p in itertools.islice(demo_task.problems("test"), 200):
         text = p["question"] + p["answer"]

@@ -94,7 +94,11 @@ def test_gradient_does_not_depend_on_the_padding_side(family, tied, monkeypatch)
 
 def test_activation_checkpointing_changes_nothing():
     batch = make_trajectories(LENGTHS)
-    saved = gradients(*build(student={"activation_checkpointing": True}), batch)
+    learner, teacher = build(student={"activation_checkpointing": True})
+    passes = []
+    learner.student.trunk.layers[0].mlp.register_forward_pre_hook(lambda *_: passes.append(1))
+    saved = gradients(learner, teacher, batch)
+    assert len(passes) == 2  # forward, and again in backward
     assert relative(saved, gradients(*build(), batch)) < 1e-6
 
 

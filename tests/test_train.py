@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -112,18 +113,19 @@ def test_sigkill_between_steps_and_resume_give_the_same_losses(whole, tmp_path):
         assert found == (pytest.approx(expected, rel=0.05) if ON_GPU else expected)
 
 
-def test_first_signal_ends_with_a_checkpoint_and_resume_finishes(tmp_path):
+def test_ctrl_c_ends_with_a_checkpoint(tmp_path):
+    """A terminal's Ctrl-C reaches the whole process group, and Ray's processes must outlive it."""
     process = subprocess.Popen(
         command(tmp_path, *TRANSFORMERS, "run.steps=400", "run.name=r"), cwd=ROOT, stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE, text=True,
+        stderr=subprocess.PIPE, text=True, start_new_session=True,
     )  # fmt: skip
     for line in process.stdout:
         if line.startswith("step 1 "):
-            process.send_signal(signal.SIGTERM)
+            os.killpg(process.pid, signal.SIGINT)
             break
     out, err = process.communicate(timeout=120)
     assert process.returncode == 3, out + err
-    assert "SIGTERM: ending after this step" in err
+    assert "SIGINT: ending after this step" in err
     assert "resume=auto" in out
     summary = json.loads((tmp_path / "r" / "summary.json").read_text())
     assert summary["status"] == "stopped"
@@ -179,6 +181,10 @@ def test_a_sampler_without_the_learners_weights_stops_the_run(tmp_path):
     assert done.returncode == 1
     assert "sync.max_gap=1e-05" in done.stderr
     assert "Traceback" not in done.stderr
+    summary = json.loads((tmp_path / "r" / "summary.json").read_text())
+    assert (summary["status"], summary["steps"]) == ("failed", 0)
+    assert "sync.max_gap" in summary["reason"]
+    assert list((tmp_path / "r" / "checkpoints").glob("step-*"))  # the weights that the update would have spoilt
 
 
 def other_tokenizer(folder: Path) -> str:
@@ -189,6 +195,13 @@ def other_tokenizer(folder: Path) -> str:
     tokenizer.save_pretrained(folder)
     (folder / "config.json").write_text((Path(resolve_path("bundled:demo_teacher")) / "config.json").read_text())
     return str(folder)
+
+
+def without_weights(folder: Path) -> str:
+    from onpolicy_skd.models import resolve_path
+
+    ignored = shutil.ignore_patterns("*.safetensors")
+    return str(shutil.copytree(resolve_path("bundled:demo_student"), folder, ignore=ignored))
 
 
 def test_bad_input_is_one_clear_error_and_a_non_zero_exit(tmp_path):
@@ -206,6 +219,7 @@ def test_bad_input_is_one_clear_error_and_a_non_zero_exit(tmp_path):
         ("run.device=cuda", "cluster.learner_gpus=50", "cluster.rollout_gpus=8", "rollout.actors=2"):
             "asks for 66.3 GPUs (learner 1 x 50 + teacher 1 x 0.3 + rollout 2 x 8) but the cluster has",
         ("run.name=used",): "already holds a run",
+        (f"student.model={without_weights(tmp_path / 'empty')}",): "cannot be loaded",  # found by an actor
     }  # fmt: skip
     processes = {
         overrides: subprocess.Popen(command(tmp_path, *overrides), cwd=ROOT, stderr=subprocess.PIPE, text=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import logging
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from onpolicy_skd.config import ConfigError, DataSettings
 from onpolicy_skd.data import demo_task
 from onpolicy_skd.trajectory import Prompt
 
+log = logging.getLogger(__name__)
 DEMO_TRAIN_PROBLEMS = 20_000
 DEMO_TEST_PROBLEMS = 1_000
 GSM8K = dict(name="openai/gsm8k", subset="main")
@@ -31,7 +33,7 @@ def load_questions(settings: DataSettings, split: str) -> Iterator[tuple[str, st
         count = DEMO_TRAIN_PROBLEMS if training else DEMO_TEST_PROBLEMS
         rows: Iterator[Any] = itertools.islice(demo_task.problems(name), count)
         where = f"demo:{name}"
-    elif settings.source == "jsonl" or settings.path:
+    elif settings.source == "jsonl" or settings.path:  # a path is GSM8K's
         own = settings.train_file if training else settings.eval_file
         file = settings.path / f"{name}.jsonl" if settings.path else own
         if file is None:
@@ -105,18 +107,26 @@ def render(question: str, tokenizer: Any, settings: DataSettings) -> list[int]:
 
 
 def load_prompts(settings: DataSettings, tokenizer: Any, split: str, limit: int | None = None) -> list[Prompt]:
-    """The prompts of ``split``.  Raises DataError, also for a prompt over ``data.max_prompt_tokens``."""
-    prompts = []
-    for key, question, answer in itertools.islice(load_questions(settings, split), limit):
+    """The (first ``limit``) prompts of ``split``; over-long ones are dropped and counted, if so configured.
+
+    Raises DataError, also for a prompt over ``data.max_prompt_tokens``.
+    """
+    prompts, dropped = [], 0
+    for key, question, answer in load_questions(settings, split):
+        if len(prompts) == limit:
+            break
         ids = render(question, tokenizer, settings)
         if len(ids) > settings.max_prompt_tokens:
             if settings.overlong == "drop":
+                dropped += 1
                 continue
             raise DataError(
                 f"{key}: the prompt has {len(ids)} tokens, data.max_prompt_tokens={settings.max_prompt_tokens}; "
                 "raise the limit or set data.overlong=drop"
             )
         prompts.append(Prompt(key, ids, question, answer))
+    if dropped:
+        log.warning("%s split: %d prompts over %d tokens dropped", split, dropped, settings.max_prompt_tokens)
     if not prompts:
         raise DataError(f"data: no prompt is left in the {split} split of source {settings.source}")
     return prompts

