@@ -21,7 +21,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from onpolicy_skd.lm_head import Projector, blocks, chunks, log_softmax_
+from onpolicy_skd.lm_head import Projector, blocks, chunk_size, chunks, log_softmax_
 
 KINDS = ("reverse_kl", "forward_kl", "jsd")
 
@@ -76,11 +76,12 @@ class _Loss(torch.autograd.Function):
         grad_head = torch.zeros_like(student_head) if wants_head else None
         head = student_head.to(student_NH.dtype)  # one copy a call where compute and master dtypes differ
         other = teacher_head.to(teacher_NG.dtype)
-        room = (len(student_NH), alignment.temperature, alignment.chunk_rows)
-        student_logits, teacher_logits = Projector(head, *room), Projector(other, *room)
+        size = chunk_size(len(student_NH), head, alignment.chunk_rows)
+        student_logits = Projector(head, size, alignment.temperature)
+        teacher_logits = Projector(other, size, alignment.temperature)
         loss = torch.zeros((), dtype=torch.float32, device=student_NH.device)
         values_N = torch.empty(len(student_NH), dtype=torch.float32, device=student_NH.device)
-        for rows in chunks(len(student_NH), len(head), alignment.chunk_rows):
+        for rows in chunks(len(student_NH), size):
             logits_cV = student_logits(student_NH[rows])
             teacher_cV = teacher_logits(teacher_NG[rows])
             for block in blocks(logits_cV):

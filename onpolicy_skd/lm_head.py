@@ -11,13 +11,22 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-LOGITS_PER_CHUNK = 20_000_000  # elements of one chunk of logits: 80 MB in float32
+LOGITS_PER_CHUNK = 20_000_000  # elements of one chunk of logits: 80 MB in float32; more for wide heads
 LOGITS_PER_BLOCK = 300_000  # elements that the reductions touch at once on CPU: stays in its cache
 
 
-def chunks(rows: int, vocabulary: int, chunk_rows: int | None = None) -> Iterator[slice]:
-    """Row slices that cover ``rows``, each of ``chunk_rows`` or as many as LOGITS_PER_CHUNK allows."""
-    size = chunk_rows or max(1, LOGITS_PER_CHUNK // vocabulary)
+def chunk_size(rows: int, head_VH: Tensor, chunk_rows: int | None = None) -> int:
+    """Rows of one chunk: ``chunk_rows``, or as many as LOGITS_PER_CHUNK allows and at least H / 8.
+
+    Every chunk reads the head and adds to its gradient, so for a wide head a chunk of few rows would spend its time on
+    memory; with H / 8 rows the logits still take an eighth of what the head itself does.
+    """
+    vocabulary, hidden = head_VH.shape
+    return max(1, min(rows, chunk_rows or max(LOGITS_PER_CHUNK // vocabulary, hidden // 8)))
+
+
+def chunks(rows: int, size: int) -> Iterator[slice]:
+    """Slices of ``size`` rows that cover ``rows``."""
     for start in range(0, rows, size):
         yield slice(start, min(start + size, rows))
 
@@ -36,10 +45,9 @@ class Projector:
     What ``__call__`` returns is overwritten by the next call.
     """
 
-    def __init__(self, head_VH: Tensor, rows: int, temperature: float = 1.0, chunk_rows: int | None = None) -> None:
+    def __init__(self, head_VH: Tensor, size: int, temperature: float = 1.0) -> None:
         self._head_HV = head_VH.T
         self._temperature = temperature
-        size = min(rows, chunk_rows or max(1, LOGITS_PER_CHUNK // len(head_VH)))
         self._buffer = torch.empty(size, len(head_VH), dtype=torch.float32, device=head_VH.device)
 
     def __call__(self, hidden_cH: Tensor) -> Tensor:
@@ -95,8 +103,9 @@ def row_statistics(
     """
     entropy_N = torch.empty(len(hidden_NH), dtype=torch.float32, device=hidden_NH.device)
     logprob_N = torch.empty_like(entropy_N)
-    project = Projector(head_VH.to(hidden_NH.dtype), len(hidden_NH), chunk_rows=chunk_rows)
-    for rows in chunks(len(hidden_NH), len(head_VH), chunk_rows):
+    size = chunk_size(len(hidden_NH), head_VH, chunk_rows)
+    project = Projector(head_VH.to(hidden_NH.dtype), size)
+    for rows in chunks(len(hidden_NH), size):
         logits_cV = project(hidden_NH[rows])
         entropy_c, logprob_c = entropy_N[rows], logprob_N[rows]
         for block in blocks(logits_cV):
