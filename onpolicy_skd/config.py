@@ -304,7 +304,7 @@ def describe() -> str:
     """The text of ``--help``: each setting with its default, what is accepted, and its meaning."""
     lines = []
     for key, field in walk():
-        accepted = _choices(field.annotation)
+        accepted = _accepted(field)
         lines.append(f"  {key}={_shown(field.default)}" + (f"   [{accepted}]" if accepted else ""))
         lines.append(f"      {field.description}")
     return "\n".join(lines)
@@ -314,14 +314,20 @@ def _shown(value: Any) -> str:
     return "" if value is None else repr(value) if value == "" or "\n" in str(value) else str(value)
 
 
-def _choices(annotation: Any) -> str:
-    values = get_args(annotation)
-    return " | ".join(map(str, values)) if values and all(isinstance(v, str) for v in values) else ""
+def _accepted(field: Any) -> str:
+    """The choices or the range of a setting, in words; empty if its type says it all."""
+    values = get_args(field.annotation)
+    if values and all(isinstance(v, str) for v in values):
+        return " | ".join(values)
+    words = {"gt": "above", "ge": "at least", "le": "at most", "lt": "below"}
+    bounds = [(words[name], getattr(item, name)) for item in field.metadata for name in words if hasattr(item, name)]
+    return ", ".join(f"{word} {bound:g}" for word, bound in bounds)
 
 
 def resolve(tree: dict[str, Any]) -> Settings:
     """Validated settings of a nested mapping. Raises ConfigError with one line per problem."""
-    known = [key for key, _ in walk()] + list(Settings.model_fields)
+    fields = dict(walk())
+    known = [*fields, *Settings.model_fields]
     try:
         return Settings.model_validate(tree)
     except ValidationError as error:
@@ -336,7 +342,9 @@ def resolve(tree: dict[str, Any]) -> Settings:
             else:
                 message = item["msg"].removeprefix("Value error, ")
                 own = item["type"] == "value_error"
-                problems.append(message if own else f"{key}={item['input']!r}: {message[0].lower()}{message[1:]}")
+                accepted = _accepted(fields[key]) if key in fields and item["type"] != "literal_error" else ""
+                hint = f"; accepted: {accepted}" if accepted else ""
+                problems.append(message if own else f"{key}={item['input']!r}: {message[0].lower()}{message[1:]}{hint}")
         raise ConfigError("\n".join(problems)) from None
 
 

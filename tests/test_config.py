@@ -15,7 +15,7 @@ CONFIGS = sorted((Path(__file__).parents[1] / "configs").rglob("*.yaml"))
     [
         (["learner.lrr=1"], ["unknown setting 'learner.lrr'", "did you mean 'learner.lr'"]),
         (["lr=1"], ["unknown setting 'lr'", "learner.lr"]),
-        (["positions.k=0"], ["positions.k=0", "greater than 0"]),
+        (["positions.k=0"], ["positions.k=0", "accepted: above 0, at most 1"]),
         (["positions.k=1.5"], ["positions.k=1.5", "less than or equal to 1"]),
         (["learner.lr=fast"], ["learner.lr='fast'", "valid number"]),
         (["rollout.engine=tgi"], ["rollout.engine='tgi'", "'vllm' or 'transformers'"]),
