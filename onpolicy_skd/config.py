@@ -34,7 +34,7 @@ class Section(BaseModel):
     def _no_number_from_a_truth_value(cls, value: Any, info: ValidationInfo) -> Any:
         """YAML reads yes, on and true as truth values, which pydantic would take for 1."""
         if isinstance(value, bool) and cls.model_fields[str(info.field_name)].annotation is not bool:
-            raise ValueError(f"{info.field_name}: {str(value).lower()} is a truth value, but not what is accepted here")
+            raise ValueError("a truth value (YAML reads yes, on and true as one) is not accepted here")
         return value
 
 
@@ -341,7 +341,7 @@ def resolve(tree: dict[str, Any]) -> Settings:
                 problems.append(f"unknown setting {key!r}{hint}")
             else:
                 message = item["msg"].removeprefix("Value error, ")
-                own = item["type"] == "value_error"
+                own = item["type"] == "value_error" and key not in fields
                 accepted = _accepted(fields[key]) if key in fields and item["type"] != "literal_error" else ""
                 hint = f"; accepted: {accepted}" if accepted else ""
                 problems.append(message if own else f"{key}={item['input']!r}: {message[0].lower()}{message[1:]}{hint}")

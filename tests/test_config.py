@@ -23,7 +23,7 @@ CONFIGS = sorted((Path(__file__).parents[1] / "configs").rglob("*.yaml"))
         (["data.source=jsonl"], ["data.train_file"]),
         (["data.plain=no placeholder"], ["data.plain", "{question}"]),
         (["rollout.max_tokens=9000"], ["learner.tokens_per_micro_batch=8192", "9512"]),
-        (["learner.lr=yes"], ["lr: true is a truth value"]),
+        (["learner.lr=yes"], ["learner.lr=True", "truth value", "accepted: above 0"]),
         (["run.epochs=.inf"], ["run.epochs=inf", "finite"]),
         (["data.source=demo", "data.path=x"], ["data.path: accepted for data.source=gsm8k only"]),
         (["learner.lr"], ["section.name=value"]),
