@@ -73,7 +73,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         settings = load_settings(sys.argv[1:] if argv is None else argv, about=(__doc__ or "").splitlines()[0])
         return run_settings(settings)
     except Stopped as signal:
-        print(f"{signal}: stopped outside the steps; resume=auto goes on from the last checkpoint", file=sys.stderr)
+        print(f"{signal}: stopped outside the steps", file=sys.stderr)
         return EXIT_STOPPED
     except (ConfigError, RayError) as error:
         cause = cause_of(error)
@@ -199,6 +199,8 @@ class Logbook:
 
     def __exit__(self, *problem: Any) -> None:
         self._display.__exit__(*problem)
+        if isinstance(problem[1], Stopped):
+            self.conclude("stopped", f"{problem[1]} outside the steps")
         self._metrics.close()
 
     def say(self, text: str) -> None:
@@ -274,7 +276,7 @@ class Logbook:
                 self.say(f"exact match {name:>7}: {summary.percent(shares[name], intervals[name])}")
         self.say(f"{status} after {self._steps} steps, {built['seconds']:.0f} s; report: {report}")
         if status == "stopped":
-            self.say("a checkpoint was written; the same command with resume=auto goes on from it")
+            self.say("the same command with resume=auto goes on from the last checkpoint")
 
     def _seconds(self) -> float:
         return self._seconds_before + time.monotonic() - self._started

@@ -133,6 +133,22 @@ def test_ctrl_c_ends_with_a_checkpoint(tmp_path):
     assert list((tmp_path / "r" / "checkpoints").glob(f"step-{summary['steps']:08d}"))
 
 
+def test_a_signal_outside_the_steps_ends_the_run_at_once(tmp_path):
+    process = subprocess.Popen(
+        command(tmp_path, *TRANSFORMERS, "run.name=r"), cwd=ROOT, stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    for line in process.stdout:
+        if line.startswith("starting the student"):
+            process.send_signal(signal.SIGTERM)
+            break
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 3, out + err
+    assert "SIGTERM: stopped outside the steps" in err
+    assert "Traceback" not in err
+    assert json.loads((tmp_path / "r" / "summary.json").read_text())["status"] == "stopped"
+
+
 def test_two_rollout_actors_give_the_rollouts_of_one(whole, tmp_path):
     done = run(tmp_path, "rollout.actors=2", "run.steps=2", "run.name=r")
     assert done.returncode == 0, done.stdout + done.stderr
