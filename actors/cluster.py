@@ -14,6 +14,7 @@ import ray
 from onpolicy_skd.config import ConfigError, Settings
 
 CPUS_PER_ROLE = 0.25  # roles take turns on the processors; a small share lets all of them fit on two cores
+PRIVATE = "onpolicy_skd_private"  # a resource that marks a Ray which ends with its run
 PATIENCE = 60.0  # seconds between two messages while actors start
 FORWARDED = ("HF_HOME", "HF_HUB_OFFLINE", "HF_HUB_DISABLE_TELEMETRY", "CUDA_DEVICE_ORDER")
 log = logging.getLogger(__name__)
@@ -140,16 +141,7 @@ def connect(settings: Settings) -> Iterator[Resources]:
     Yields what each role asks for; disconnects, and stops a Ray that it started, on leaving.  Raises ClusterError.
     """
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    options: dict[str, Any] = {"logging_level": logging.WARNING, "log_to_driver": False}
-    try:
-        ray.init(address=settings.cluster.address or os.environ.get("RAY_ADDRESS") or "auto", **options)
-    except (ConnectionError, ValueError, RuntimeError) as error:
-        if settings.cluster.address or os.environ.get("RAY_ADDRESS"):
-            where = settings.cluster.address or os.environ.get("RAY_ADDRESS")
-            raise ClusterError(
-                f"no Ray cluster answers at {where}: {error}; leave cluster.address empty for a local one"
-            ) from None
-        ray.init(address="local", include_dashboard=False, **options)
+    _join_or_start(settings.cluster.address or os.environ.get("RAY_ADDRESS"))
     try:
         total = ray.cluster_resources()
         resources = plan(settings, total.get("GPU", 0.0))
@@ -157,3 +149,19 @@ def connect(settings: Settings) -> Iterator[Resources]:
         yield resources
     finally:
         ray.shutdown()
+
+
+def _join_or_start(address: str | None) -> None:
+    """Joins the cluster at ``address`` or the one on this machine; starts a private one where there is none."""
+    options: dict[str, Any] = {"logging_level": logging.WARNING, "log_to_driver": False}
+    try:
+        ray.init(address=address or "auto", **options)
+        if address or PRIVATE not in ray.cluster_resources():
+            return
+        ray.shutdown()  # another run's private Ray would end with that run
+    except (ConnectionError, ValueError, RuntimeError) as error:
+        if address:
+            raise ClusterError(
+                f"no Ray cluster answers at {address}: {error}; leave cluster.address empty for a local one"
+            ) from None
+    ray.init(address="local", include_dashboard=False, resources={PRIVATE: 1.0}, **options)

@@ -149,6 +149,25 @@ def test_a_signal_outside_the_steps_ends_the_run_at_once(tmp_path):
     assert json.loads((tmp_path / "r" / "summary.json").read_text())["status"] == "stopped"
 
 
+def test_a_run_does_not_lean_on_the_private_ray_of_another(tmp_path):
+    """The first run is killed, and its Ray with it, while the second goes on."""
+    options = [*TRANSFORMERS, "learner.batch_size=4"]
+    first = subprocess.Popen(command(tmp_path, *options, "run.name=first"), cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    for line in first.stdout:
+        if line.startswith("step 0 "):
+            break
+    second = subprocess.Popen(
+        command(tmp_path, *options, "run.steps=4", "run.name=second"), cwd=ROOT, stdout=subprocess.PIPE, text=True
+    )
+    for line in second.stdout:
+        if line.startswith("starting the student"):
+            break
+    first.kill()
+    out, _ = second.communicate(timeout=200)
+    assert second.returncode == 0, out
+    assert "finished after 4 steps" in out
+
+
 def test_two_rollout_actors_give_the_rollouts_of_one(whole, tmp_path):
     done = run(tmp_path, "rollout.actors=2", "run.steps=2", "run.name=r")
     assert done.returncode == 0, done.stdout + done.stderr
