@@ -295,9 +295,9 @@ def test_resuming_with_other_settings_is_refused_by_name(whole):
 def test_the_demo_pair_learns(tmp_path):
     """The learning test: on-policy, a fifth of the positions, and exact match rises clearly."""
     started = time.monotonic()
-    done = run(tmp_path, "learner.batch_size=64", "run.steps=100", "eval.before=true", "eval.problems=300",
+    done = run(tmp_path, "learner.batch_size=64", "run.steps=150", "eval.before=true", "eval.problems=300",
                "run.name=r", "run.checkpoint_every=0", timeout=900)  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     match = json.loads((tmp_path / "r" / "summary.json").read_text())["exact_match"]
     print(f"{match} in {time.monotonic() - started:.0f} s")
-    assert match["after"] >= match["before"] + 0.08
+    assert match["after"] >= match["before"] + 0.10
