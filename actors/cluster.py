@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -154,14 +156,32 @@ def connect(settings: Settings) -> Iterator[Resources]:
 def _join_or_start(address: str | None) -> None:
     """Joins the cluster at ``address`` or the one on this machine; starts a private one where there is none."""
     options: dict[str, Any] = {"logging_level": logging.WARNING, "log_to_driver": False}
-    try:
-        ray.init(address=address or "auto", **options)
+    if address and ":" in address and "://" not in address and not answers(address):
+        raise ClusterError(f"no Ray cluster answers at {address}; leave cluster.address empty for a local one")
+    found = address or running_here()
+    if found:
+        ray.init(address=found, **options)
         if address or PRIVATE not in ray.cluster_resources():
             return
         ray.shutdown()  # another run's private Ray would end with that run
-    except (ConnectionError, ValueError, RuntimeError) as error:
-        if address:
-            raise ClusterError(
-                f"no Ray cluster answers at {address}: {error}; leave cluster.address empty for a local one"
-            ) from None
     ray.init(address="local", include_dashboard=False, resources={PRIVATE: 1.0}, **options)
+
+
+def running_here() -> str | None:
+    """Address of the Ray that was last started on this machine, if it still answers.
+
+    ``ray.init(address="auto")`` reads the same record but waits for minutes where a killed Ray has left it behind.
+    """
+    record = Path(os.environ.get("RAY_TMPDIR", "/tmp")) / "ray" / "ray_current_cluster"
+    address = record.read_text(encoding="utf-8").strip() if record.exists() else ""
+    return address if answers(address) else None
+
+
+def answers(address: str) -> bool:
+    """Whether anything listens at ``host:port``."""
+    host, _, port = address.rpartition(":")
+    try:
+        socket.create_connection((host, int(port)), timeout=3).close()
+    except (OSError, ValueError):
+        return False
+    return True

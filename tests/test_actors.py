@@ -1,6 +1,8 @@
 """What crosses Ray: resources, tensors on the wire, and the teacher as an actor."""
 
 import io
+import socket
+import time
 
 import pytest
 import ray
@@ -8,7 +10,7 @@ import torch
 from conftest import tiny_settings
 from rich.console import Console
 
-from actors.cluster import ClusterError, check_cpus, plan
+from actors.cluster import ClusterError, check_cpus, connect, plan, running_here
 from actors.teacher import RemoteTeacher, TeacherActor, build_teacher
 from actors.transport import pack, pack_named, unpack, unpack_named
 from onpolicy_skd.models import load_tokenizer
@@ -49,6 +51,29 @@ def test_too_few_gpus_or_cpus_are_said_with_the_arithmetic():
     many = plan(tiny_settings(rollout={"actors": 20}), 0)
     with pytest.raises(ClusterError, match=r"22 actors ask for 22 x 0\.25 = 5\.5 CPUs but the cluster has 2"):
         check_cpus(many, 2)
+
+
+def test_the_record_of_a_killed_ray_is_not_waited_for(tmp_path, monkeypatch):
+    monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))
+    assert running_here() is None
+    record = tmp_path / "ray" / "ray_current_cluster"
+    record.parent.mkdir()
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen()
+        address = f"127.0.0.1:{listener.getsockname()[1]}"
+        record.write_text(address)
+        assert running_here() == address
+    assert running_here() is None  # nobody listens any more
+    record.write_text("no address")
+    assert running_here() is None
+    started = time.monotonic()
+    with (
+        pytest.raises(ClusterError, match=f"no Ray cluster answers at {address}"),
+        connect(tiny_settings(cluster={"address": address})),
+    ):
+        pass
+    assert time.monotonic() - started < 10
 
 
 @pytest.fixture
