@@ -28,9 +28,8 @@ class Roles:
     def __init__(self, settings: Settings, resources: Resources, vocabulary: int, pad_id: int, steps: int) -> None:
         own = settings.student
         self.rollouts = RolloutGroup(own.model, settings, resources, settings.rollout.actors, own.trust_remote_code)
-        if (
-            0 < resources.rollout.gpus < 1
-        ):  # vLLM measures its GPU while it starts: alone, lest it count the others' memory
+        if 0 < resources.rollout.gpus < 1:
+            # vLLM measures its GPU while it starts: alone, lest it count the others' memory.
             wait_ready(self.rollouts.actors)
         self._teacher: Any = None
         if settings.teacher.placement == "actor":

@@ -33,6 +33,7 @@ class CheckpointError(ConfigError):
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
+    path: Path
     step: int  # batches of prompts consumed
     state: dict[str, Any]
     tensors: dict[str, Tensor]
@@ -72,7 +73,7 @@ def load(path: Path) -> Checkpoint:
         for name, digest in record["sha256"].items():
             if sha256(path / name) != digest:
                 raise CheckpointError(f"checkpoint {path}: {name} is damaged (its SHA-256 differs)")
-        return Checkpoint(record["step"], record["state"], load_file(path / TENSORS))
+        return Checkpoint(path, record["step"], record["state"], load_file(path / TENSORS))
     except CheckpointError:
         raise
     except Exception as error:  # damage shows in many ways: missing files, broken JSON, lost keys

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -92,9 +92,10 @@ def prepare(settings: Settings) -> Run:
     return Run(settings, tokenizer, vocabulary, train, held_out)
 
 
-def open_folder(settings: Settings) -> Path | None:
+def open_folder(settings: Settings) -> checkpoint.Checkpoint | None:
     """Creates the run's folder or, with ``resume=auto``, finds its newest good checkpoint; saves config.yaml.
 
+    The checkpoint comes without its tensors, which only the learner needs.
     Raises ConfigError if the folder holds another run, or one whose settings differ in what is trained.
     """
     folder, saved = settings.run.folder, settings.run.folder / "config.yaml"
@@ -111,7 +112,7 @@ def open_folder(settings: Settings) -> Path | None:
     except OSError as error:
         raise ConfigError(f"run.dir={settings.run.dir}: {folder} cannot be written ({error.strerror})") from None
     found = checkpoint.newest(folder / "checkpoints") if settings.resume == "auto" else None
-    return folder / "checkpoints" / f"step-{found.step:08d}" if found else None
+    return replace(found, tensors={}) if found else None
 
 
 def _check_resumable(saved: Path, settings: Settings) -> None:

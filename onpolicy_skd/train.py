@@ -23,7 +23,6 @@ from actors.cluster import Resources, connect, wait_ready
 from actors.roles import Roles
 from actors.rollout import RolloutGroup
 from eval.gsm8k import Evaluation, evaluate
-from onpolicy_skd import checkpoint
 from onpolicy_skd.config import ConfigError, Settings, load_settings
 from onpolicy_skd.prefilter import as_text, kept_prompts
 from onpolicy_skd.prepare import Run, open_folder, prepare
@@ -90,8 +89,7 @@ def run_settings(settings: Settings) -> int:
     """One run from settings to summary.json."""
     run = prepare(settings)
     with connect(settings) as resources, StopSignal() as stop:  # what the cluster lacks is said before a folder exists
-        path = open_folder(settings)
-        loaded = checkpoint.load(path) if path else None
+        loaded = open_folder(settings)
         first_step = loaded.step if loaded else 0
         with Logbook(run, first_step, loaded.state if loaded else {}) as book:
             book.say(f"run folder: {run.folder.absolute()}")
@@ -109,8 +107,8 @@ def run_settings(settings: Settings) -> int:
                 prompts = run.train
                 if settings.samples.when == "prefilter":
                     prompts = prefilter(run, roles, book)  # by the initial student: before a checkpoint is loaded
-                if path:
-                    roles.restore(path)
+                if loaded:
+                    roles.restore(loaded.path)
                 if settings.eval.before and run.held_out and "before" not in book.evaluations:
                     book.evaluation("before", 0, student_evaluation(run, roles))
                 with stop.orderly():

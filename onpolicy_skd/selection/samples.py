@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Sequence
 
+from onpolicy_skd.selection.positions import quota
 from onpolicy_skd.trajectory import FilterReport, Trajectory
 
 
@@ -26,6 +26,5 @@ def validity(trajectories: Sequence[Trajectory], vocabulary: int, drop_truncated
 
 def top_share(scores: Sequence[float], share: float) -> list[int]:
     """Indices, in their own order, of the ceil(share * N) highest scores; ties go to the earlier one."""
-    count = math.ceil(round(share * len(scores), 9))
-    best = sorted(range(len(scores)), key=lambda i: (-scores[i], i))[:count]
+    best = sorted(range(len(scores)), key=lambda i: (-scores[i], i))[: quota(share, len(scores))]
     return sorted(best)
