@@ -52,10 +52,7 @@ class LearnerActor:
 
     def filter(self, *parts: Sequence[Trajectory]) -> tuple[FilterReport, list[Trajectory]]:
         """The report for the driver and the kept trajectories, which stay in the object store."""
-        generated = [t for part in parts for t in part]
-        report = self._learner.filter(generated)
-        kept = set(report.kept)
-        return report, [t for t in generated if t.key in kept]
+        return self._learner.filter([t for part in parts for t in part])
 
     def step(self, trajectories: Sequence[Trajectory], encoded: list[ray.ObjectRef]) -> dict[str, float]:
         self._expect(trajectories, encoded)

@@ -77,8 +77,13 @@ class Roles:
 
     def push_weights(self) -> int:
         """Gives every rollout engine the learner's weights; returns their policy version."""
-        version: Any = ray.get(self._learner.version.remote())
+        version = self.version()
         self._sync.push(version)
+        return version
+
+    def version(self) -> int:
+        """The learner's policy version: optimizer steps done."""
+        version: Any = ray.get(self._learner.version.remote())
         return version
 
     def save(self, folder: Path, step: int, state: dict[str, Any], keep: int) -> Path:

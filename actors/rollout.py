@@ -10,6 +10,8 @@ import ray
 from actors.cluster import Refusal, Resources
 from actors.transport import Packed, unpack_named
 from onpolicy_skd.config import Settings
+from onpolicy_skd.exact_match import judged
+from onpolicy_skd.models import load_tokenizer
 from onpolicy_skd.rollout import build_engine
 from onpolicy_skd.trajectory import RolloutRequest, Sampling, Trajectory
 
@@ -19,12 +21,13 @@ class RolloutActor:
     def __init__(self, model: str, settings: Settings, trust_remote_code: bool = False) -> None:
         with Refusal() as self._refusal:
             self._engine = build_engine(model, settings, trust_remote_code)
+            self._tokenizer = load_tokenizer(model, trust_remote_code)
 
     def ready(self) -> None:
         self._refusal.repeat()
 
     def generate(self, requests: Sequence[RolloutRequest], sampling: Sampling) -> list[Trajectory]:
-        return self._engine.generate(requests, sampling)
+        return judged(self._engine.generate(requests, sampling), requests, self._tokenizer)
 
     def load_weights(self, weights: dict[str, Packed], version: int) -> None:
         self._engine.load_weights(unpack_named(weights), version)

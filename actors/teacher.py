@@ -10,10 +10,10 @@ from torch import Tensor
 
 from actors.cluster import Refusal
 from actors.transport import Packed, pack, unpack
-from onpolicy_skd.config import Settings
+from onpolicy_skd.config import ClassSettings, Settings
 from onpolicy_skd.models import load_model, pick_device, pick_dtype, split
 from onpolicy_skd.teacher import Teacher, Wanted
-from onpolicy_skd.trajectory import Trajectory
+from onpolicy_skd.trajectory import SparseTargets, Trajectory
 
 
 def build_teacher(settings: Settings, vocabulary: int, pad_id: int) -> Teacher:
@@ -41,9 +41,13 @@ class TeacherActor:
     def rows(self, wanted: Wanted) -> Packed:
         return pack(self._teacher.rows(wanted))
 
-    def scalars(self, key: str) -> tuple[Packed, Packed]:
-        entropy, logprob = self._teacher.scalars(key)
+    def scalars(self, keys: Sequence[str]) -> tuple[Packed, Packed]:
+        entropy, logprob = self._teacher.scalars(keys)
         return pack(entropy), pack(logprob)
+
+    def classes(self, wanted: Wanted, seeds: Sequence[int], options: ClassSettings) -> tuple[Packed, Packed, str]:
+        found = self._teacher.classes(wanted, seeds, options)
+        return pack(found.ids_NC.int()), pack(found.probs_NC), found.residual
 
     def release(self, keys: Sequence[str]) -> None:
         self._teacher.release(keys)
@@ -68,9 +72,25 @@ class RemoteTeacher:
             self._head = unpack(packed).to(self._device)
         return self._head
 
+    def encode(self, trajectories: Sequence[Trajectory]) -> None:
+        ray.get(self._actor.encode.remote(trajectories))
+
     def rows(self, wanted: Wanted) -> Tensor:
+        return unpack(self._ask(self._actor.rows, wanted)).to(self._device)
+
+    def scalars(self, keys: Sequence[str]) -> tuple[Tensor, Tensor]:
+        entropy, logprob = self._ask(self._actor.scalars, keys)
+        return unpack(entropy).to(self._device), unpack(logprob).to(self._device)
+
+    def classes(self, wanted: Wanted, seeds: Sequence[int], options: ClassSettings) -> SparseTargets:
+        ids, probs, residual = self._ask(self._actor.classes, wanted, seeds, options)
+        return SparseTargets(unpack(ids).long(), unpack(probs), residual).to(self._device)
+
+    def release(self, keys: Sequence[str]) -> None:
+        ray.get(self._actor.release.remote(keys))
+
+    def _ask(self, method: Any, *arguments: Any) -> Any:
         if self._encoded is not None:
             ray.get(self._encoded)
             self._encoded = None
-        packed: Any = ray.get(self._actor.rows.remote(wanted))
-        return unpack(packed).to(self._device)
+        return ray.get(method.remote(*arguments))

@@ -12,9 +12,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from eval.exact_match import score, wilson
 from onpolicy_skd.checkpoint import write_text
 from onpolicy_skd.config import ConfigError, Settings, merge, parse_override, read_yaml, resolve
+from onpolicy_skd.exact_match import score, wilson
 from onpolicy_skd.trajectory import Prompt, RolloutRequest, Sampling, Trajectory, seed_of
 
 Generate = Callable[[Sequence[RolloutRequest], Sampling], list[Trajectory]]

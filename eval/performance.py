@@ -59,18 +59,17 @@ def loss_step(variant: str, inputs: dict[str, Tensor]) -> Callable[[], Tensor]:
         counts = [rows // SEQUENCES] * SEQUENCES
         chosen = torch.arange(rows, device=hidden.device)
         if k < 1:
-            entropy, _ = row_statistics(hidden.detach(), head.detach(), targets)
-            chosen = top_k(entropy, counts, k)
+            entropy = row_statistics(hidden.detach(), head.detach(), targets).entropy_N
+            chosen = top_k(entropy, counts, Context(k)).indices_K
         weights = torch.full((len(chosen),), 1 / len(chosen), device=hidden.device)
-        return distillation_loss(
-            hidden[chosen], head, other[chosen], other_head, weights, targets[chosen], Alignment()
-        )[0]
+        teacher = HiddenRows(other[chosen], other_head)
+        return distillation_loss(hidden[chosen], head, teacher, Rows(weights, targets[chosen]), Alignment())[0]
 
     if variant == "trl":
         from trl.trainer.distillation_trainer import _chunked_divergence_loss as chunked
-    from onpolicy_skd.divergence import Alignment, distillation_loss
+    from onpolicy_skd.divergence import Alignment, HiddenRows, Rows, distillation_loss
     from onpolicy_skd.lm_head import row_statistics
-    from onpolicy_skd.selection.positions import top_k
+    from onpolicy_skd.selection.positions import Context, top_k
 
     forward = {"dense": dense, "trl": trl, "ours_k100": lambda: ours(1.0), "ours_k20": lambda: ours(0.2)}[variant]
 

@@ -10,16 +10,48 @@ from __future__ import annotations
 import argparse
 import difflib
 import math
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 Share = Annotated[float, Field(gt=0, le=1)]
 Positive = Annotated[int, Field(ge=1)]
 NonNegative = Annotated[int, Field(ge=0)]
+PositionMetric = Literal[
+    "student_entropy", "teacher_entropy", "student_ce", "teacher_ce", "kl", "reverse_kl", "kl_plus_entropy",
+    "ce_ratio", "ce_ratio_plus_entropy", "tip_soft_or", "random", "prefix",
+]  # fmt: skip
+PositionPolicy = Literal[
+    "top_k", "gls", "curriculum", "sampled", "sampled_unbiased", "weighted", "full", "bandit"
+]  # fmt: skip
+DRAWING = ("sampled", "sampled_unbiased")  # policies that draw positions
+OWN = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
+
+
+class KnownOrOwn:
+    """Accepts one of ``names`` or ``module:function``, which is imported where it is used."""
+
+    def __init__(self, names: Any) -> None:
+        self.names = get_args(names)
+
+    def __call__(self, value: str) -> str:
+        if value not in self.names and not OWN.fullmatch(value):
+            near = difflib.get_close_matches(value, self.names, n=1)
+            raise ValueError(f"not known; did you mean {near[0]!r}?" if near else "not known")
+        return value
 
 
 class ConfigError(ValueError):
@@ -139,7 +171,9 @@ class RolloutSettings(Section):
 
 
 class SampleSettings(Section):
-    metric: Literal["student_entropy", "random"] = Field(default="student_entropy", description="what ranks samples")
+    metric: Literal["student_entropy", "kl", "ce_ratio", "random"] = Field(
+        default="student_entropy", description="what ranks samples; kl and ce_ratio cost a teacher forward of all"
+    )
     keep: Share = Field(default=1.0, description="share l of the samples that is kept")
     when: Literal["rollout", "prefilter"] = Field(
         default="rollout",
@@ -151,20 +185,105 @@ class SampleSettings(Section):
     truncated: Literal["drop", "keep"] = Field(
         default="drop", description="responses without an end within rollout.max_tokens"
     )
+    correctness: Literal["any", "right", "wrong"] = Field(
+        default="any", description="keep only rollouts whose answer is right, or wrong, by math-verify"
+    )
+    weight: Literal["uniform", "paced"] = Field(
+        default="uniform",
+        description="of a sample in the loss; paced: p(1-p), p its prompt's pass rate (rollout.n > 1)",
+    )
 
 
 class PositionSettings(Section):
-    metric: Literal["student_entropy", "student_ce", "random", "prefix"] = Field(
+    metric: Annotated[str, AfterValidator(KnownOrOwn(PositionMetric))] = Field(
         default="student_entropy", description="score u(t) of a position"
     )
-    policy: Literal["top_k", "full"] = Field(default="top_k", description="how scores become a selection")
+    policy: Annotated[str, AfterValidator(KnownOrOwn(PositionPolicy))] = Field(
+        default="top_k", description="how scores become a selection"
+    )
     k: Share = Field(default=0.2, description="share of each response's positions that is supervised")
+    k_start: Share | None = Field(default=None, description="first value of k, which then grows over schedule_steps")
+    schedule_steps: Positive = Field(default=1_000, description="steps from k_start to k")
+    queue: Positive = Field(default=30_000, description="gls: scores whose quantile is the threshold")
+    curriculum_steps: Positive = Field(default=4_000, description="curriculum: steps from lowest to highest scores")
+    arms: list[PositionMetric] = Field(
+        default=["student_entropy", "reverse_kl", "random"], description="bandit: the metrics it chooses from"
+    )
+    bandit_gamma: Share = Field(default=0.1, description="bandit: share of its choices that is even over the arms")
+    bandit_probe: Positive = Field(default=8, description="bandit: samples of the first batch that measure progress")
+    smoothing: Annotated[float, Field(ge=1)] = Field(default=1.0, description="sampled*: draw by u^(1/smoothing)")
+    skip_first: NonNegative = Field(default=0, description="sampled*: never draw the first positions of a response")
+    clip: Annotated[float, Field(gt=0)] | None = Field(default=None, description="sampled*: largest score that counts")
+    coverage: Annotated[float, Field(ge=0, lt=1)] = Field(
+        default=0.0, description="sampled*: share of the budget that goes to the highest scores without a draw"
+    )
+
+    @model_validator(mode="after")
+    def _possible(self) -> PositionSettings:
+        pair = f"positions.metric={self.metric}, positions.policy={self.policy}: "
+        if self.metric == "prefix" and self.policy in (*DRAWING, "weighted"):
+            raise ValueError(pair + "-t is negative, so no probabilities or weights can be made of it; accepted: top_k")
+        if self.metric == "prefix" and self.policy == "gls":
+            raise ValueError(pair + "a threshold on -t is a fixed length, whatever the responses; accepted: top_k")
+        if self.metric == "tip_soft_or" and self.policy == "gls":
+            raise ValueError(
+                pair + "scores scaled within each batch cannot be compared with earlier batches; accepted: top_k"
+            )
+        if self.policy == "bandit" and len(set(self.arms)) < max(2, len(self.arms)):
+            raise ValueError(f"positions.arms={self.arms}: a bandit needs two or more different metrics")
+        if self.k_start is not None and (self.policy in ("full", "weighted") or self.k_start > self.k):
+            reason = f"positions.k={self.k} is less" if self.k_start > self.k else f"{self.policy} takes every position"
+            raise ValueError(f"positions.k_start={self.k_start}: {reason}; k grows from k_start to k")
+        changed = [n for n in ("smoothing", "skip_first", "clip", "coverage") if n in self.model_fields_set]
+        changed = [n for n in changed if getattr(self, n) != type(self).model_fields[n].default]
+        if changed and self.policy not in DRAWING:
+            raise ValueError(
+                f"positions.{changed[0]}: accepted for policies {' and '.join(DRAWING)}, not {self.policy}"
+            )
+        return self
+
+
+class ClassSettings(Section):
+    sampler: Literal[
+        "none", "rs_kd", "top_k", "top_k_normalised", "top_p", "ghost_token", "naive_fix", "label_smoothing"
+    ] = Field(default="none", description="how the teacher's distribution is cut to a few classes; none: exact, whole")
+    draws: Positive = Field(default=64, description="rs_kd: draws U per position")
+    proposal: Annotated[float, Field(gt=0)] = Field(default=1.0, description="rs_kd: tau of the proposal p^tau")
+    k: Positive = Field(default=50, description="classes of the truncations; the most of top_p")
+    p: Share = Field(default=0.98, description="top_p: mass that is kept")
 
 
 class AlignmentSettings(Section):
-    divergence: Literal["reverse_kl", "forward_kl", "jsd"] = Field(
-        default="reverse_kl", description="what is minimised"
+    variant: Literal["full_kd", "decoupled_kd", "at_kd", "egad"] = Field(
+        default="full_kd", description="what is done with the divergence at each position"
     )
+    divergence: Literal["reverse_kl", "forward_kl", "jsd"] = Field(
+        default="reverse_kl", description="what is minimised; the default off-policy is forward_kl"
+    )
+    estimator: Literal["exact", "topk_tail", "sampled"] = Field(
+        default="exact",
+        description="exact; over the teacher's top_k classes and the rest; from the sampled token alone",
+    )
+    top_k: Positive = Field(default=64, description="topk_tail: the teacher's classes that are told apart")
+    target_weight: Annotated[float, Field(ge=0)] = Field(default=1.0, description="decoupled_kd: alpha, of the target")
+    other_weight: Annotated[float, Field(ge=0)] = Field(default=1.0, description="decoupled_kd: beta, of the others")
+    easy_weight: Annotated[float, Field(ge=0, le=1)] = Field(
+        default=0.2, description="at_kd: lambda; easy positions weigh lambda, hard ones 1 - lambda"
+    )
+    min_temperature: Annotated[float, Field(gt=0)] = Field(
+        default=1.0, description="egad: where the teacher is least sure"
+    )
+    max_temperature: Annotated[float, Field(gt=0)] = Field(default=2.0, description="egad: where it is surest")
+    feature_weight: Annotated[float, Field(ge=0)] = Field(
+        default=0.1, description="egad: of the squared distance between projected student and teacher hidden states"
+    )
+    feature_entropy: Annotated[float, Field(ge=0, le=1)] = Field(
+        default=0.05, description="egad: share of the largest entropy, log V, from which hidden states are compared"
+    )
+    ema_weight: Annotated[float, Field(ge=0)] = Field(
+        default=0.0, description="of an added divergence to a moving average of the student; 0: none"
+    )
+    ema_decay: Annotated[float, Field(ge=0, lt=1)] = Field(default=0.999, description="of that average, per step")
     beta: Annotated[float, Field(ge=0, le=1)] = Field(default=0.5, description="weight of the teacher in jsd's mixture")
     temperature: Annotated[float, Field(gt=0)] = Field(
         default=1.0, description="distillation temperature T of both models"
@@ -236,8 +355,8 @@ class ClusterSettings(Section):
 class Settings(Section):
     """Every setting of a run."""
 
-    mode: Literal["on_policy"] = Field(
-        default="on_policy", description="where trajectories come from: the student itself"
+    mode: Literal["on_policy", "off_policy"] = Field(
+        default="on_policy", description="where trajectories come from: the student itself, or the reference answers"
     )
     resume: Literal["never", "auto"] = Field(
         default="never", description="auto: go on from the run's newest good checkpoint, if there is one"
@@ -249,11 +368,59 @@ class Settings(Section):
     rollout: RolloutSettings = RolloutSettings()
     samples: SampleSettings = SampleSettings()
     positions: PositionSettings = PositionSettings()
+    classes: ClassSettings = ClassSettings()
     alignment: AlignmentSettings = AlignmentSettings()
     learner: LearnerSettings = LearnerSettings()
     sync: SyncSettings = SyncSettings()
     eval: EvalSettings = EvalSettings()
     cluster: ClusterSettings = ClusterSettings()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _forward_kl_off_policy(cls, tree: Any) -> Any:
+        """The one default that depends on another setting."""
+        alignment = tree.get("alignment") or {}
+        if tree.get("mode") == "off_policy" and isinstance(alignment, dict):
+            return {**tree, "alignment": {"divergence": "forward_kl", **alignment}}
+        return tree
+
+    @model_validator(mode="after")
+    def _compatible(self) -> Settings:
+        own, samples, rollout = self.alignment, self.samples, self.rollout
+        forward = "set alignment.divergence=forward_kl"
+        if self.classes.sampler != "none":
+            given = f"classes.sampler={self.classes.sampler}: "
+            if own.divergence != "forward_kl":
+                raise ValueError(given + f"targets of a few classes define a forward KL only; {forward}")
+            if own.variant != "full_kd" or own.estimator != "exact":
+                raise ValueError(given + "accepted with alignment.variant=full_kd and alignment.estimator=exact only")
+        if own.variant in ("decoupled_kd", "at_kd") and (own.divergence != "forward_kl" or own.estimator != "exact"):
+            raise ValueError(
+                f"alignment.variant={own.variant}: splits the exact forward KL; {forward}, estimator=exact"
+            )
+        if own.variant == "egad" and own.temperature != 1.0:
+            raise ValueError("alignment.variant=egad: sets each token's temperature; leave alignment.temperature at 1")
+        if own.min_temperature > own.max_temperature:
+            raise ValueError(f"alignment.min_temperature={own.min_temperature}: must not exceed max_temperature")
+        if own.estimator == "sampled":
+            if self.mode != "on_policy" or rollout.temperature != own.temperature or rollout.top_p != 1.0:
+                raise ValueError(
+                    "alignment.estimator=sampled: unbiased only for tokens drawn from the student as it is trained; "
+                    "accepted: mode=on_policy, rollout.temperature=alignment.temperature, rollout.top_p=1"
+                )
+            if own.variant == "egad":
+                raise ValueError("alignment.estimator=sampled: tokens are drawn at one temperature, egad sets many")
+        judged = "samples.weight=paced" if samples.weight == "paced" else f"samples.correctness={samples.correctness}"
+        if self.judges_rollouts and self.mode != "on_policy":
+            raise ValueError(f"{judged}: only the student's own rollouts are right or wrong; needs mode=on_policy")
+        if samples.weight == "paced" and rollout.n < 2:
+            raise ValueError(f"samples.weight=paced: a pass rate needs rollout.n of at least 2, not {rollout.n}")
+        return self
+
+    @property
+    def judges_rollouts(self) -> bool:
+        """Whether training needs to know which rollouts are right."""
+        return self.samples.correctness != "any" or self.samples.weight == "paced"
 
     @model_validator(mode="after")
     def _possible(self) -> Settings:
@@ -288,7 +455,7 @@ class Settings(Section):
 
     @property
     def prompts_per_step(self) -> int:
-        return math.ceil(self.rollouts_per_step / self.rollout.n)
+        return math.ceil(self.rollouts_per_step / (self.rollout.n if self.mode == "on_policy" else 1))
 
 
 def walk(section: type[Section] = Settings, prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -316,6 +483,9 @@ def _shown(value: Any) -> str:
 
 def _accepted(field: Any) -> str:
     """The choices or the range of a setting, in words; empty if its type says it all."""
+    for item in field.metadata:
+        if isinstance(item, AfterValidator) and isinstance(item.func, KnownOrOwn):
+            return " | ".join((*item.func.names, "module:function"))
     values = get_args(field.annotation)
     if values and all(isinstance(v, str) for v in values):
         return " | ".join(values)

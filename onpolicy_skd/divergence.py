@@ -1,4 +1,4 @@
-"""Exact divergences between student and teacher over selected rows, chunk by chunk (docs/method.md, section 2).
+"""What is minimised at a position, over selected rows, chunk by chunk (docs/method.md, sections 2, 6 and 7).
 
 ``distillation_loss`` never holds ``[N, V]`` logits.  The gradient at the student's logit j has a closed form::
 
@@ -6,6 +6,9 @@
     forward_kl   KL(p||q)                                    q_j - p_j
     jsd          beta KL(p||m) + (1 - beta) KL(q||m),        (1 - beta) q_j (log q_j - log m_j - KL(q||m))
                  m = beta p + (1 - beta) q
+    decoupled    a KL(p_y, 1-p_y || q_y, 1-q_y)              a (q_y - p_y) at y, elsewhere
+                 + b KL(p^||q^), classes other than y        b (q^_j - p^_j) - a (q_y - p_y) q^_j
+    sparse       sum t_j (log t_j - log q_j)                 (sum t) q_j - t_j
     cross-entropy of the target y                            q_j - [j = y]
 
 so each chunk's gradients to the student's hidden states and LM head are formed in the forward pass and nothing is
@@ -16,29 +19,44 @@ As in TRL, jsd at beta = 0 means forward KL and at beta = 1 reverse KL, the limi
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from onpolicy_skd.lm_head import Projector, blocks, chunk_size, chunks, log_softmax_
+from onpolicy_skd.trajectory import SparseTargets
 
 KINDS = ("reverse_kl", "forward_kl", "jsd")
+ESTIMATORS = ("exact", "topk_tail", "sampled")
+NOTHING = -1e4  # stands for log 0 where two such logarithms are subtracted
+
+Parts = tuple[Tensor, Tensor, Tensor]  # value per row, gradient at the logits, q: three tensors of their own
 
 
 @dataclass(frozen=True, slots=True)
 class Alignment:
-    """What is minimised at a position: kd_weight * divergence + (1 - kd_weight) * cross-entropy."""
+    """What is minimised at a position: kd_weight * divergence + (1 - kd_weight) * cross-entropy.
+
+    ``estimator`` of the divergence: ``exact``; ``topk_tail``, over the teacher's ``top_k`` classes and one more that
+    holds the rest of both distributions; ``sampled``, from the target alone, whose value and gradient are unbiased if
+    the target was drawn from q.
+    """
 
     divergence: str = "reverse_kl"
     beta: float = 0.5
     temperature: float = 1.0
     kd_weight: float = 1.0
     chunk_rows: int | None = None
+    estimator: str = "exact"
+    top_k: int = 64
 
     def __post_init__(self) -> None:
         if self.divergence not in KINDS:
             raise ValueError(f"unknown divergence {self.divergence!r}; accepted: {', '.join(KINDS)}")
+        if self.estimator not in ESTIMATORS:
+            raise ValueError(f"unknown estimator {self.estimator!r}; accepted: {', '.join(ESTIMATORS)}")
 
     @property
     def kind(self) -> str:
@@ -46,54 +64,78 @@ class Alignment:
         return limits.get(self.beta, "jsd") if self.divergence == "jsd" else self.divergence
 
 
+@dataclass(frozen=True, slots=True)
+class HiddenRows:
+    """The teacher's full distributions at N positions, as last hidden states and LM head."""
+
+    hidden_NG: Tensor
+    head_VG: Tensor
+
+    def logits(self, size: int) -> Callable[[slice], Tensor]:
+        """Gives the logits of a chunk of up to ``size`` rows; what it gave before is overwritten."""
+        project = Projector(self.head_VG.to(self.hidden_NG.dtype), size)
+        return lambda part: project(self.hidden_NG[part])
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """N supervised positions."""
+
+    weights_N: Tensor  # float32; of each row in the sum
+    targets_N: Tensor  # int64; y
+    temperature_N: Tensor | None = None  # float32; instead of the alignment's, of both models
+    decoupled_N2: Tensor | None = None  # float32; a and b of decoupled KD, instead of the divergence
+
+    def __getitem__(self, part: slice) -> Rows:
+        temperature = None if self.temperature_N is None else self.temperature_N[part]
+        decoupled = None if self.decoupled_N2 is None else self.decoupled_N2[part]
+        return Rows(self.weights_N[part], self.targets_N[part], temperature, decoupled)
+
+
 def distillation_loss(
     student_hidden_NH: Tensor,
     student_head_VH: Tensor,
-    teacher_hidden_NG: Tensor,
-    teacher_head_VG: Tensor,
-    weights_N: Tensor,
-    targets_N: Tensor,
+    teacher: HiddenRows | SparseTargets,
+    rows: Rows,
     alignment: Alignment,
 ) -> tuple[Tensor, Tensor]:
     """The weighted loss and the divergence of each row.
 
     Returns the scalar sum over rows of weight * loss, differentiable in ``student_hidden_NH`` and
     ``student_head_VH``, and the detached divergence per row, float32 ``[N]``, nats.  The two hidden sizes may differ;
-    both heads must have the same V.  Only the first derivative exists.  Raises ValueError if the vocabularies differ.
+    both heads must have the same V.  Sparse targets mean their own loss: the alignment's divergence and estimator do
+    not matter then.  Only the first derivative exists.  Raises ValueError if the vocabularies differ.
     """
-    if len(student_head_VH) != len(teacher_head_VG):
-        raise ValueError(f"vocabularies differ: student {len(student_head_VH)}, teacher {len(teacher_head_VG)}")
-    return _Loss.apply(
-        student_hidden_NH, student_head_VH, teacher_hidden_NG, teacher_head_VG, weights_N, targets_N, alignment
-    )
+    if isinstance(teacher, HiddenRows) and len(student_head_VH) != len(teacher.head_VG):
+        raise ValueError(f"vocabularies differ: student {len(student_head_VH)}, teacher {len(teacher.head_VG)}")
+    return _Loss.apply(student_hidden_NH, student_head_VH, teacher, rows, alignment)
 
 
 class _Loss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, student_NH, student_head, teacher_NG, teacher_head, weights_N, targets_N, alignment):
+    def forward(ctx, student_NH, student_head, teacher, asked, alignment):
         wants_hidden, wants_head = ctx.needs_input_grad[:2]
         grad_hidden = torch.zeros_like(student_NH) if wants_hidden else None
         grad_head = torch.zeros_like(student_head) if wants_head else None
         head = student_head.to(student_NH.dtype)  # one copy a call where compute and master dtypes differ
-        other = teacher_head.to(teacher_NG.dtype)
         size = chunk_size(len(student_NH), head, alignment.chunk_rows)
-        student_logits = Projector(head, size, alignment.temperature)
-        teacher_logits = Projector(other, size, alignment.temperature)
+        student_logits = Projector(head, size)
+        chunk_of = teacher.__getitem__ if isinstance(teacher, SparseTargets) else teacher.logits(size)
         loss = torch.zeros((), dtype=torch.float32, device=student_NH.device)
         values_N = torch.empty(len(student_NH), dtype=torch.float32, device=student_NH.device)
-        for rows in chunks(len(student_NH), size):
-            logits_cV = student_logits(student_NH[rows])
-            teacher_cV = teacher_logits(teacher_NG[rows])
+        for part in chunks(len(student_NH), size):
+            logits_cV = student_logits(student_NH[part])
+            teacher_c = chunk_of(part)
             for block in blocks(logits_cV):
-                loss_b, values_N[rows][block] = _block(
-                    logits_cV[block], teacher_cV[block], weights_N[rows][block], targets_N[rows][block], alignment
+                loss_b, values_N[part][block] = _block(
+                    logits_cV[block], teacher_c[block], asked[part][block], alignment
                 )
                 loss += loss_b
             grad_logits_cV = logits_cV.to(student_NH.dtype)  # _block turned the logits into their gradient
             if grad_hidden is not None:
-                grad_hidden[rows] = grad_logits_cV @ head
+                grad_hidden[part] = grad_logits_cV @ head
             if grad_head is not None:
-                _accumulate(grad_head, grad_logits_cV, student_NH[rows])
+                _accumulate(grad_head, grad_logits_cV, student_NH[part])
         ctx.gradients = (grad_hidden, grad_head)
         ctx.mark_non_differentiable(values_N)
         ctx.set_materialize_grads(False)
@@ -110,7 +152,7 @@ class _Loss(torch.autograd.Function):
             for gradient in gradients:
                 if gradient is not None:
                     gradient.mul_(grad_loss)
-        return (*gradients, None, None, None, None, None)
+        return (*gradients, None, None, None)
 
 
 def _accumulate(grad_head_VH: Tensor, grad_logits_cV: Tensor, hidden_cH: Tensor) -> None:
@@ -120,26 +162,43 @@ def _accumulate(grad_head_VH: Tensor, grad_logits_cV: Tensor, hidden_cH: Tensor)
         grad_head_VH += grad_logits_cV.T @ hidden_cH
 
 
-def _block(logits: Tensor, teacher: Tensor, weights: Tensor, targets: Tensor, alignment: Alignment):
+def _block(logits: Tensor, teacher: Tensor | SparseTargets, rows: Rows, alignment: Alignment) -> tuple[Tensor, Tensor]:
     """Loss and divergences of a few rows; **overwrites** ``logits`` with the gradient of the loss at the raw logits.
 
-    ``teacher`` is overwritten too: at most a scratch is allocated here.
+    The teacher's logits are overwritten too: for exact divergences at most a scratch is allocated here.
     """
-    log_q, log_p = log_softmax_(logits), log_softmax_(teacher)
-    target_log_q = log_q.gather(1, targets[:, None])[:, 0]
-    values, gradient, q = _divergence(log_q, log_p, alignment)  # reuses the storage of log_q and log_p
+    temperature = alignment.temperature if rows.temperature_N is None else rows.temperature_N[:, None]
+    targets = rows.targets_N[:, None]
+    log_q = log_softmax_(_soften_(logits, temperature))
+    target_log_q = log_q.gather(1, targets)[:, 0]
+    if isinstance(teacher, SparseTargets):
+        values, gradient, q = _sparse(log_q, teacher)
+    else:
+        log_p = log_softmax_(_soften_(teacher, temperature))
+        if rows.decoupled_N2 is not None:
+            values, gradient, q = _decoupled(log_q, log_p, targets, rows.decoupled_N2)
+        elif alignment.estimator == "topk_tail":
+            values, gradient, q = _topk_tail(log_q, log_p, alignment)
+        elif alignment.estimator == "sampled":
+            values, gradient, q = _sampled(log_q, log_p, targets, alignment)
+        else:
+            values, gradient, q = _exact(log_q, log_p, alignment)  # reuses the storage of log_q and log_p
     kd = alignment.kd_weight
     loss = kd * values
     if kd < 1.0:
         loss = loss - (1.0 - kd) * target_log_q
-        cross_entropy = q.scatter_add_(1, targets[:, None], -torch.ones_like(targets[:, None], dtype=q.dtype))
+        cross_entropy = q.scatter_add_(1, targets, -torch.ones_like(targets, dtype=q.dtype))
         gradient = gradient.mul_(kd).add_(cross_entropy, alpha=1.0 - kd)
-    torch.mul(gradient, (weights / alignment.temperature)[:, None], out=logits)
-    return torch.dot(loss, weights), values
+    torch.mul(gradient, rows.weights_N[:, None] / temperature, out=logits)
+    return torch.dot(loss, rows.weights_N), values
 
 
-def _divergence(log_q: Tensor, log_p: Tensor, alignment: Alignment) -> tuple[Tensor, Tensor, Tensor]:
-    """Value per row, gradient at the logits, and q; both arguments may be overwritten."""
+def _soften_(logits: Tensor, temperature: float | Tensor) -> Tensor:
+    return logits if isinstance(temperature, float) and temperature == 1.0 else logits.div_(temperature)
+
+
+def _exact(log_q: Tensor, log_p: Tensor, alignment: Alignment) -> Parts:
+    """Over the full vocabulary; both arguments may be overwritten."""
     if alignment.kind == "forward_kl":
         p = log_p.exp()
         values = torch.linalg.vecdot(p, log_p.sub_(log_q))
@@ -159,3 +218,95 @@ def _divergence(log_q: Tensor, log_p: Tensor, alignment: Alignment) -> tuple[Ten
     student_part = torch.linalg.vecdot(q, ratio)
     gradient = ratio.sub_(student_part[:, None]).mul_(q).mul_(1.0 - beta)
     return beta * teacher_part + (1.0 - beta) * student_part, gradient, q
+
+
+def _terms(log_q: Tensor, log_p: Tensor, alignment: Alignment) -> tuple[Tensor, Tensor]:
+    """Of each class (or group of classes): its part of the divergence D, and q dD/dq up to a constant times q."""
+    q, p = log_q.exp(), log_p.exp()
+    if alignment.kind == "forward_kl":
+        return p * (log_p - log_q), -p
+    if alignment.kind == "reverse_kl":
+        part = q * (log_q - log_p)
+        return part, part
+    beta = alignment.beta
+    log_m = torch.logaddexp(log_p + math.log(beta), log_q + math.log1p(-beta))
+    student_part = (1.0 - beta) * q * (log_q - log_m)
+    return beta * p * (log_p - log_m) + student_part, student_part
+
+
+def _topk_tail(log_q: Tensor, log_p: Tensor, alignment: Alignment) -> Parts:
+    """Over the teacher's top classes and one group of all others; a group's gradient is shared out by q."""
+    ids = log_p.topk(min(alignment.top_k, log_p.shape[1])).indices
+    tail_log_q = _without(log_q, ids)
+    group_q = torch.cat([log_q.gather(1, ids), _log_mass(tail_log_q)], 1)
+    group_p = torch.cat([log_p.gather(1, ids), _log_mass(_without(log_p, ids))], 1)
+    part, slope = _terms(group_q, group_p, alignment)
+    group_gradient = slope - group_q.exp() * slope.sum(1, keepdim=True)
+    gradient = tail_log_q.sub_(group_q[:, -1:]).exp_().mul_(group_gradient[:, -1:])
+    return part.sum(1), gradient.scatter_(1, ids, group_gradient[:, :-1]), log_q.exp_()
+
+
+def _sampled(log_q: Tensor, log_p: Tensor, targets: Tensor, alignment: Alignment) -> Parts:
+    """From the target y ~ q alone: D = E[part / q], gradient = E[(slope / q) (one-hot of y - q)]."""
+    own = log_q.gather(1, targets)
+    part, slope = _terms(own, log_p.gather(1, targets), alignment)
+    slope = slope / own.exp()
+    q = log_q.exp_()
+    return (part / own.exp())[:, 0], (q * -slope).scatter_add_(1, targets, slope), q
+
+
+def _decoupled(log_q: Tensor, log_p: Tensor, targets: Tensor, weights_b2: Tensor) -> Parts:
+    """Decoupled KD (arXiv 2203.08679, Eq. 7): target class against the rest, and the rest among themselves."""
+    target_weight, other_weight = weights_b2.split(1, dim=1)
+    masked_q, masked_p = _without(log_q, targets), _without(log_p, targets)
+    rest_q, rest_p = masked_q.logsumexp(1, keepdim=True), masked_p.logsumexp(1, keepdim=True)
+    p_y, p_rest = log_p.gather(1, targets).exp(), rest_p.exp()
+    binary = p_y * (log_p.gather(1, targets) - log_q.gather(1, targets)) + p_rest * (rest_p - rest_q)
+    other_q, other_p = masked_q.sub_(rest_q), masked_p.sub_(rest_p)  # logarithms; -inf at y
+    p_hat = other_p.exp()
+    among = torch.linalg.vecdot(p_hat, (other_p - other_q).scatter_(1, targets, 0.0))[:, None]
+    target_gradient = target_weight * (log_q.gather(1, targets).exp() - p_y)
+    q_hat = other_q.exp_()
+    gradient = (
+        q_hat.mul(other_weight - target_gradient).sub_(other_weight * p_hat).scatter_(1, targets, target_gradient)
+    )
+    return (target_weight * binary + other_weight * among)[:, 0], gradient, log_q.exp_()
+
+
+def _sparse(log_q: Tensor, targets: SparseTargets) -> Parts:
+    """sum t (log t - log q) and what ``residual`` adds (RS-KD, arXiv 2503.16870, sections 3.1-3.4 and appendix A)."""
+    ids, t = targets.ids_NC, targets.probs_NC
+    own = log_q.gather(1, ids)
+    values = (torch.xlogy(t, t) - t * own).sum(1)
+    mass = t.sum(1, keepdim=True)
+    lacking = (1.0 - mass).clamp_(min=0.0)
+    if targets.residual == "ghost":
+        used = torch.where(t > 0, ids, ids[:, :1])
+        outside = _without(log_q, used)
+        rest = _log_mass(outside)
+        values += (torch.xlogy(lacking, lacking) - lacking * rest)[:, 0]
+        q = log_q.exp_()
+        gradient = torch.sub(q, outside.sub_(rest).exp_().mul_(lacking), out=outside)
+    elif targets.residual == "smooth":
+        share = lacking / log_q.shape[1]
+        at_ids = torch.where(
+            t > 0, torch.xlogy(t + share, t + share) - torch.xlogy(t, t) - torch.xlogy(share, share), 0
+        )
+        values += at_ids.sum(1)
+        values += (log_q.shape[1] * torch.xlogy(share, share))[:, 0] - share[:, 0] * log_q.sum(1)
+        q = log_q.exp_()
+        gradient = q - share
+    else:
+        q = log_q.exp_()
+        gradient = q * mass
+    return values, gradient.scatter_add_(1, ids, -t), q
+
+
+def _without(log_probs: Tensor, ids: Tensor) -> Tensor:
+    """A copy with -inf at ``ids`` ``[b, K]``."""
+    return log_probs.scatter(1, ids, -torch.inf)
+
+
+def _log_mass(log_probs: Tensor) -> Tensor:
+    """``[b, 1]``; of nothing a number whose exponential is 0, but which can be subtracted from itself."""
+    return log_probs.logsumexp(1, keepdim=True).clamp_(min=NOTHING)

@@ -1,17 +1,18 @@
 """The learner: one optimizer step from trajectories, a teacher's hidden rows, and nothing of Ray.
 
 A step is, per micro-batch: trunk forward -> entropy by chunks, without gradient -> positions per sequence ->
-teacher rows for these alone -> exact divergence by chunks -> backward.  Then clip and step on float32 weights.
+teacher rows for these alone -> divergence by chunks -> backward.  Then clip and step on float32 weights.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import math
 import shutil
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,11 +22,14 @@ from torch import Tensor
 
 from onpolicy_skd import checkpoint
 from onpolicy_skd.config import LearnerSettings, Settings
-from onpolicy_skd.divergence import Alignment, distillation_loss
 from onpolicy_skd.lm_head import row_statistics
+from onpolicy_skd.micro_batch import SAMPLE_SCORES, MicroBatch, SampleScore
 from onpolicy_skd.models import SplitModel, pick_dtype
-from onpolicy_skd.selection import metrics, samples
-from onpolicy_skd.selection.positions import select
+from onpolicy_skd.objective import Objective
+from onpolicy_skd.probe import Probe
+from onpolicy_skd.selection import samples
+from onpolicy_skd.selection.metrics import Ranges
+from onpolicy_skd.selection.selector import Selector
 from onpolicy_skd.teacher import TeacherRows
 from onpolicy_skd.trajectory import Batch, FilterReport, Trajectory, check_version, collate, micro_batches, seed_of
 
@@ -42,6 +46,7 @@ class _Totals:
 
     sums: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
     gap_max: float = 0.0
+    scores: dict[str, Tensor] = field(default_factory=dict)  # of each trajectory's positions
 
     def add(self, **values: float | Tensor) -> None:
         for name, value in values.items():
@@ -62,15 +67,11 @@ class Learner:
         self._settings = settings
         self._pad_id = pad_id
         self._steps = steps
-        self._alignment = Alignment(
-            settings.alignment.divergence,
-            settings.alignment.beta,
-            settings.alignment.temperature,
-            settings.alignment.kd_weight,
-            settings.alignment.chunk_rows,
-        )
         self._dtype = pick_dtype(settings.learner.compute_dtype, student.device.type)
-        self.named = {n: p for n, p in student.model.named_parameters() if p.requires_grad}
+        self._selector = Selector(settings.positions, settings.run.seed)
+        self._probe: Probe | None = None  # of the bandit
+        self._objective = Objective(settings, student, teacher, self._hidden)
+        self.named = {n: p for n, p in student.model.named_parameters() if p.requires_grad} | self._objective.parameters
         wrong = next((n for n, p in self.named.items() if p.dtype != torch.float32), None)
         if wrong:
             raise ValueError(f"student parameter {wrong} is {self.named[wrong].dtype}; masters must be float32")
@@ -90,57 +91,66 @@ class Learner:
 
     # -- samples ---------------------------------------------------------------------------------------------------
 
-    def filter(self, trajectories: Sequence[Trajectory]) -> FilterReport:
-        """Validity, then (``samples.when=rollout``) the top share by the ranking metric; counts what was dropped."""
+    def filter(self, trajectories: Sequence[Trajectory]) -> tuple[FilterReport, list[Trajectory]]:
+        """Validity, then (``samples.when=rollout``) the top share by the ranking metric; counts what was dropped.
+
+        Returns the report and the kept trajectories, with their weights.
+        """
         own = self._settings.samples
-        report = samples.validity(trajectories, self.student.vocabulary, own.truncated == "drop")
-        if own.keep < 1.0 and own.when == "rollout" and report.kept:
-            by_key = {t.key: t for t in trajectories}
-            valid = [by_key[key] for key in report.kept]
-            best = samples.top_share(self.rank(valid), own.keep)
-            report.dropped["not_selected"] = len(valid) - len(best)
-            report.kept = [valid[i].key for i in best]
-        return report
+        report = samples.validity(trajectories, self.student.vocabulary, own.truncated == "drop", own.correctness)
+        kept_keys = set(report.kept)
+        kept = [t for t in trajectories if t.key in kept_keys]
+        if own.weight == "paced":
+            weights = samples.paced(trajectories)
+            paced = [dataclasses.replace(t, weight=weights[t.key]) for t in kept if weights[t.key]]
+            report.count("no_pace", len(kept) - len(paced))
+            kept = paced
+        if own.keep < 1.0 and own.when == "rollout" and kept:
+            best = [kept[i] for i in samples.top_share(self._rank(kept), own.keep)]
+            report.count("not_selected", len(kept) - len(best))
+            if own.metric in samples.TEACHER_METRICS:
+                self._teacher.release([key for key in report.kept if key not in {t.key for t in best}])
+            kept = best
+        report.kept = [t.key for t in kept]
+        return report, kept
 
     def rank(self, trajectories: Sequence[Trajectory]) -> list[float]:
-        """Score of each sample under ``samples.metric``: mean entropy over eligible positions (nats), or random."""
-        seed = self._settings.run.seed
-        if self._settings.samples.metric == "random":
+        """Score of each sample under ``samples.metric``: a mean over its positions (nats), a ratio, or random."""
+        scores = self._rank(trajectories)
+        self._teacher.release([t.key for t in trajectories])
+        return scores
+
+    def _rank(self, trajectories: Sequence[Trajectory]) -> list[float]:
+        """See ``rank``; leaves ``trajectories`` encoded, if the metric needs the teacher."""
+        own = self._settings.samples
+        if own.metric == "random":
+            seed = self._settings.run.seed
             return [seed_of(seed, self.version, "sample", t.key) / 2**31 for t in trajectories]
-        return self.mean_entropy(trajectories)
+        if own.metric in samples.TEACHER_METRICS:
+            self._teacher.encode(trajectories)
+        return self._each(trajectories, SAMPLE_SCORES[own.metric])
+
+    def divergence(self, trajectories: Sequence[Trajectory], rows: Mapping[str, Tensor] | None = None) -> float:
+        """Mean divergence per eligible position of ``trajectories``, nats; nothing is selected or trained.
+
+        The teacher must have encoded them, or ``rows`` hold its hidden states ``[n, G]`` by trajectory key.
+        """
+        own = self._settings.alignment
+
+        def total(micro: MicroBatch) -> list[Tensor]:
+            known = torch.cat([rows[key] for key in micro.keys]) if rows else None
+            return [part.sum() for part in micro.split(micro.divergence(own.divergence, own.beta, known))]
+
+        return sum(self._each(trajectories, total)) / sum(len(t.response_ids) for t in trajectories)
 
     @torch.no_grad()
-    def divergence(self, trajectories: Sequence[Trajectory]) -> float:
-        """Mean divergence per eligible position of encoded ``trajectories``, nats; nothing is selected or trained."""
-        total, positions = 0.0, 0
-        for group in self._groups(trajectories):
-            members = [trajectories[i] for i in group]
-            batch = self._collate(members)
-            hidden_NH = self._hidden(batch)
-            teacher_NG = self._teacher.rows([(t.key, range(len(t.response_ids))) for t in members])
-            ones = torch.ones(len(hidden_NH), device=hidden_NH.device)
-            _, values_N = distillation_loss(
-                hidden_NH,
-                self.student.head_VH.detach(),
-                teacher_NG.to(hidden_NH.device),
-                self._teacher.head(),
-                ones,
-                batch.targets,
-                self._alignment,
-            )
-            total += values_N.sum().item()
-            positions += len(values_N)
-        return total / positions
-
-    @torch.no_grad()
-    def mean_entropy(self, trajectories: Sequence[Trajectory]) -> list[float]:
-        """Mean of H(q_t) over the eligible positions of each trajectory, nats."""
+    def _each(self, trajectories: Sequence[Trajectory], score: SampleScore) -> list[float]:
+        """``score`` of every trajectory, in their order."""
         scores = [0.0] * len(trajectories)
         for group in self._groups(trajectories):
-            batch = self._collate([trajectories[i] for i in group])
-            entropy, _ = self._statistics(self._hidden(batch), batch)
-            for i, part in zip(group, entropy.split(batch.counts), strict=True):
-                scores[i] = part.mean().item()
+            found = score(self._micro_batch([trajectories[i] for i in group]))
+            for i, value in zip(group, found, strict=True):
+                scores[i] = float(value)
         return scores
 
     # -- one step --------------------------------------------------------------------------------------------------
@@ -161,8 +171,18 @@ class Learner:
         rate = learning_rate(self._settings.learner, self.version, self._steps)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
+        bandit = self._selector.bandit
+        if bandit and self._probe is None:
+            self._probe = Probe.of(trajectories[: self._settings.positions.bandit_probe], self._teacher)
+            bandit.start(self.divergence(self._probe.trajectories, self._probe.rows))
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
+        self._objective.after_step()
+        self._selector.observe(torch.cat([totals.scores[t.key] for t in trajectories]))
+        if bandit and self._probe:
+            found["arm"] = bandit.arm(self.version)
+            found["probe_divergence"] = self.divergence(self._probe.trajectories, self._probe.rows)
+            found["reward"] = bandit.reward(self.version, found["probe_divergence"])
         self.version += 1
         found |= {"grad_norm": norm.item(), "lr": rate, "learner_seconds": time.perf_counter() - started}
         return found
@@ -170,65 +190,70 @@ class Learner:
     def accumulate(self, trajectories: Sequence[Trajectory]) -> _Totals:
         """Adds the gradient of the batch's objective to the parameters, micro-batch by micro-batch.
 
-        The objective is the mean over ``trajectories`` of the weighted mean over each one's selected positions
-        (Eqs. 3-5 of the SE-KD paper), so the gradient does not depend on how the batch is cut.
+        The objective is the (weighted) mean over ``trajectories`` of the weighted mean over each one's selected
+        positions (Eqs. 3-5 of the SE-KD paper), so the gradient does not depend on how the batch is cut.
         """
         totals = _Totals()
+        ranges = self._ranges(trajectories) if self._selector.needs_ranges(self.version) else None
+        self._objective.survey(trajectories, self._teacher)
+        total = sum(t.weight for t in trajectories)
         for group in self._groups(trajectories):
-            self._micro_batch([trajectories[i] for i in group], len(trajectories), totals)
+            self._backward(self._micro_batch([trajectories[i] for i in group]), ranges, total, totals)
         return totals
 
-    def _micro_batch(self, members: list[Trajectory], total: int, totals: _Totals) -> None:
-        batch = self._collate(members)
-        hidden_NH = self._hidden(batch)
-        entropy_N, logprob_N = self._statistics(hidden_NH, batch)
-        own = self._settings.positions
-        seeds = [seed_of(self._settings.run.seed, self.version, "positions", t.key) for t in members]
-        scores = metrics.METRICS[own.metric](metrics.Signals(entropy_N, logprob_N, batch.counts, seeds))
-        chosen = select(scores, batch.counts, own.policy, own.k)
-        waited = time.perf_counter()
-        starts = torch.tensor(batch.counts).cumsum(0) - torch.tensor(batch.counts)
-        local = [part - start for part, start in zip(chosen.indices_K.cpu().split(chosen.counts), starts, strict=True)]
-        teacher_KG = self._teacher.rows([(t.key, part.tolist()) for t, part in zip(members, local, strict=True)])
-        waited = time.perf_counter() - waited
-        loss, values_K = distillation_loss(
-            hidden_NH[chosen.indices_K],
-            self.student.head_VH,
-            teacher_KG.to(hidden_NH.device),
-            self._teacher.head(),
-            chosen.weights_K / total,
-            batch.targets[chosen.indices_K],
-            self._alignment,
-        )
+    def _backward(self, micro: MicroBatch, ranges: Ranges | None, total: float, totals: _Totals) -> None:
+        batch, found = micro.batch, micro.statistics
+        scores_N, chosen = self._selector.select(micro.signals(ranges), self.version)
+        shares = torch.tensor([t.weight / total for t in micro.members]).repeat_interleave(torch.tensor(chosen.counts))
+        loss, values_K = self._objective.loss(micro, chosen, chosen.weights_K * shares.to(chosen.weights_K.device))
         loss.backward()
-        sampled = torch.cat([torch.as_tensor(t.sampler_logprobs) for t in members]).to(logprob_N.device)
-        gap_N = (sampled - logprob_N).abs()
-        totals.gap_max = max(totals.gap_max, gap_N.max().item())
+        totals.scores |= dict(zip(micro.keys, scores_N.split(batch.counts), strict=True))
+        own = [torch.full((len(t.response_ids),), t.policy_version is not None) for t in micro.members]
+        sampled = torch.cat([torch.as_tensor(t.sampler_logprobs) for t in micro.members])
+        gap_N = (sampled.to(scores_N.device) - found.raw_logprob_N).abs()[torch.cat(own).to(scores_N.device)]
+        totals.gap_max = max(totals.gap_max, gap_N.max().item() if len(gap_N) else 0.0)
         totals.add(
             loss=loss.item(),
             gap=gap_N.sum(),
+            gap_positions=len(gap_N),
             divergence=values_K.sum(),
-            entropy=entropy_N.sum(),
-            entropy_selected=entropy_N[chosen.indices_K].sum(),
-            student_logprob=logprob_N.sum(),
-            tokens=sum(t.length for t in members),
+            entropy=found.entropy_N.sum(),
+            entropy_selected=found.entropy_N[chosen.indices_K].sum(),
+            student_logprob=found.raw_logprob_N.sum(),
+            tokens=sum(t.length for t in micro.members),
             padded_tokens=batch.input_ids.numel(),
-            positions=len(entropy_N),
+            positions=len(scores_N),
             selected=len(values_K),
-            samples=len(members),
-            teacher_wait_seconds=waited,
+            samples=len(micro.members),
+            teacher_wait_seconds=micro.waited,
         )
+
+    def _ranges(self, trajectories: Sequence[Trajectory]) -> Ranges:
+        """Of student entropy and KL over the whole batch, in a forward of its own."""
+
+        def extremes(micro: MicroBatch) -> list[Tensor]:
+            signals = micro.signals()
+            found.append(torch.stack([*signals.entropy_N.aminmax(), *signals.kl_N.aminmax()]))
+            return [torch.zeros(())] * len(micro.members)
+
+        found: list[Tensor] = []
+        self._each(trajectories, extremes)
+        low_h, high_h, low_d, high_d = torch.stack(found).T
+        return Ranges((low_h.min().item(), high_h.max().item()), (low_d.min().item(), high_d.max().item()))
 
     def _summary(self, totals: _Totals) -> dict[str, float]:
         s = totals.sums
+        selected = max(1.0, s["selected"])
+        sampled = s["gap_positions"]
+        gap = {"sampler_gap": s["gap"] / sampled, "sampler_gap_max": totals.gap_max} if sampled else {}
         return {
             "loss": s["loss"],
-            "divergence_selected": s["divergence"] / s["selected"],
+            "divergence_selected": s["divergence"] / selected,
             "entropy": s["entropy"] / s["positions"],
-            "entropy_selected": s["entropy_selected"] / s["selected"],
+            "entropy_selected": s["entropy_selected"] / selected,
             "student_logprob": s["student_logprob"] / s["positions"],
-            "sampler_gap": s["gap"] / s["positions"],
-            "sampler_gap_max": totals.gap_max,
+            **gap,
+            "k": self._selector.k(self.version),
             "samples": s["samples"],
             "positions": s["positions"],
             "positions_selected": s["selected"],
@@ -240,7 +265,7 @@ class Learner:
 
     def _check_gap(self, found: dict[str, float]) -> None:
         bound = self._settings.sync.max_gap
-        if not found["sampler_gap"] <= bound:
+        if not found.get("sampler_gap", 0.0) <= bound:
             raise SamplerGapError(
                 f"the sampler's log-probabilities differ from the learner's by {found['sampler_gap']:.4g} nats on "
                 f"average (at most {found['sampler_gap_max']:.4g}), sync.max_gap={bound}: the rollout engine does not "
@@ -253,38 +278,53 @@ class Learner:
     def _groups(self, trajectories: Sequence[Trajectory]) -> list[list[int]]:
         return micro_batches([t.length for t in trajectories], self._settings.learner.tokens_per_micro_batch)
 
-    def _collate(self, members: Sequence[Trajectory]) -> Batch:
-        return collate(members, self._pad_id, self.student.device)
-
-    def _hidden(self, batch: Batch) -> Tensor:
-        coarse = self._dtype != torch.float32
-        with torch.autocast(self.student.device.type, dtype=self._dtype, enabled=coarse):
-            return self.student.hidden(batch).to(self._dtype)
-
-    def _statistics(self, hidden_NH: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
-        own = self._settings.alignment
-        return row_statistics(
-            hidden_NH.detach(), self.student.head_VH.detach(), batch.targets, own.temperature, own.chunk_rows
+    def _micro_batch(self, members: Sequence[Trajectory]) -> MicroBatch:
+        """The student's forward of ``members``; with gradient unless that is switched off."""
+        batch, own = collate(members, self._pad_id, self.student.device), self._settings.alignment
+        hidden_NH, head_VH = self._hidden(self.student, batch), self.student.head_VH
+        statistics = row_statistics(
+            hidden_NH.detach(), head_VH.detach(), batch.targets, own.temperature, own.chunk_rows
         )
+        seeds = [seed_of(self._settings.run.seed, self.version, "positions", t.key) for t in members]
+        return MicroBatch(members, batch, hidden_NH, head_VH, statistics, self._teacher, own.temperature, seeds)
+
+    def _hidden(self, model: SplitModel, batch: Batch) -> Tensor:
+        coarse = self._dtype != torch.float32
+        with torch.autocast(model.device.type, dtype=self._dtype, enabled=coarse):
+            return model.hidden(batch).to(self._dtype)
 
     # -- state -----------------------------------------------------------------------------------------------------
 
     def tensors(self) -> dict[str, Tensor]:
-        """Everything of the learner that a checkpoint must hold, by name: master weights, optimizer moments."""
-        own: dict[str, Tensor] = {f"model/{name}": p.detach() for name, p in self.named.items()}
+        """Everything of the learner that a checkpoint must hold, by name: masters, optimizer moments, selectors."""
+        parts: dict[str, Mapping[str, Tensor]] = {
+            "model": self.named,
+            "selector": self._selector.state_dict(),
+            "objective": self._objective.state_dict(),
+            "probe": self._probe.state_dict() if self._probe else {},
+        }
+        own = {f"{part}/{name}": t.detach() for part, tensors in parts.items() for name, t in tensors.items()}
         return own | checkpoint.optimizer_tensors(self.optimizer, self.named)
 
     def restore(self, tensors: dict[str, Tensor], version: int) -> None:
         """Inverse of ``tensors``.  Raises CheckpointError if the checkpoint belongs to another model."""
-        expected, found = set(self.named), {n.partition("/")[2] for n in tensors if n.startswith("model/")}
+        parts: defaultdict[str, dict[str, Tensor]] = defaultdict(dict)
+        for full, tensor in tensors.items():
+            part, _, name = full.partition("/")
+            parts[part][name] = tensor
+        expected, found = set(self.named), set(parts["model"])
         if expected != found:
             odd = sorted(expected ^ found)[0]
             raise checkpoint.CheckpointError(f"the checkpoint belongs to another model: parameter {odd} differs")
         with torch.no_grad():
             for name, parameter in self.named.items():
-                parameter.copy_(tensors[f"model/{name}"])
+                parameter.copy_(parts["model"][name])
         checkpoint.load_optimizer_tensors(self.optimizer, self.named, tensors)
         self.version = version
+        if version:  # a checkpoint from before the first step has nothing to remember
+            self._selector.load_state_dict(parts["selector"])
+            self._objective.load_state_dict(parts["objective"])
+            self._probe = Probe.from_state_dict(parts["probe"]) if parts["probe"] else None
 
     def save_pretrained(self, folder: Path, tokenizer: Any) -> None:
         """The student as a plain transformers checkpoint, in the compute dtype; written beside and renamed."""

@@ -7,6 +7,7 @@ and reduced in float32.  Sizes in rows and elements; entropies and log-probabili
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -45,19 +46,18 @@ class Projector:
     What ``__call__`` returns is overwritten by the next call.
     """
 
-    def __init__(self, head_VH: Tensor, size: int, temperature: float = 1.0) -> None:
+    def __init__(self, head_VH: Tensor, size: int) -> None:
         self._head_HV = head_VH.T
-        self._temperature = temperature
         self._buffer = torch.empty(size, len(head_VH), dtype=torch.float32, device=head_VH.device)
 
     def __call__(self, hidden_cH: Tensor) -> Tensor:
-        """float32 logits ``[c, V]`` over the temperature."""
+        """float32 logits ``[c, V]``."""
         logits_cV = self._buffer[: len(hidden_cH)]
         if hidden_cH.dtype == torch.float32:
             torch.mm(hidden_cH, self._head_HV, out=logits_cV)
         else:
             logits_cV.copy_(hidden_cH @ self._head_HV)
-        return logits_cV if self._temperature == 1.0 else logits_cV.div_(self._temperature)
+        return logits_cV
 
 
 def shift_exp(logits_bV: Tensor) -> tuple[Tensor, Tensor]:
@@ -89,6 +89,14 @@ def log_softmax_(logits_bV: Tensor) -> Tensor:
     return logits_bV.sub_(total.log_()[:, None])
 
 
+class RowStatistics(NamedTuple):
+    """Of N rows, float32 ``[N]`` each, nats."""
+
+    entropy_N: Tensor  # at the distillation temperature
+    logprob_N: Tensor  # of the target, at the distillation temperature
+    raw_logprob_N: Tensor  # of the target, at temperature 1: what a sampler records
+
+
 @torch.no_grad()
 def row_statistics(
     hidden_NH: Tensor,
@@ -96,23 +104,21 @@ def row_statistics(
     targets_N: Tensor,
     temperature: float = 1.0,
     chunk_rows: int | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Entropy at ``temperature`` and log-probability of ``targets_N`` at temperature 1, both float32 ``[N]``, nats.
-
-    One pass over the head for both; nothing is kept for backward.
-    """
+) -> RowStatistics:
+    """Entropy and log-probability of ``targets_N`` in one pass over the head; nothing is kept for backward."""
     entropy_N = torch.empty(len(hidden_NH), dtype=torch.float32, device=hidden_NH.device)
-    logprob_N = torch.empty_like(entropy_N)
+    raw_N = torch.empty_like(entropy_N)
+    logprob_N = raw_N if temperature == 1.0 else torch.empty_like(entropy_N)
     size = chunk_size(len(hidden_NH), head_VH, chunk_rows)
     project = Projector(head_VH.to(hidden_NH.dtype), size)
     for rows in chunks(len(hidden_NH), size):
         logits_cV = project(hidden_NH[rows])
-        entropy_c, logprob_c = entropy_N[rows], logprob_N[rows]
         for block in blocks(logits_cV):
-            logits = logits_cV[block]
+            logits, targets_b = logits_cV[block], targets_N[rows][block, None]
             weight, total = shift_exp(logits)
-            logprob_c[block] = logits.gather(1, targets_N[rows][block, None])[:, 0] - total.log()
+            raw_N[rows][block] = logits.gather(1, targets_b)[:, 0] - total.log()
             if temperature != 1.0:
                 weight, total = shift_exp(logits.div_(temperature))
-            entropy_c[block] = total.log() - torch.linalg.vecdot(weight, logits) / total
-    return entropy_N, logprob_N
+                logprob_N[rows][block] = logits.gather(1, targets_b)[:, 0] - total.log()
+            entropy_N[rows][block] = total.log() - torch.linalg.vecdot(weight, logits) / total
+    return RowStatistics(entropy_N, logprob_N, raw_N)

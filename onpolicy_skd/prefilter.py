@@ -16,7 +16,7 @@ import numpy as np
 from onpolicy_skd.checkpoint import sha256, write_text
 from onpolicy_skd.config import Settings
 from onpolicy_skd.models import load_config, resolve_path
-from onpolicy_skd.selection.samples import top_share
+from onpolicy_skd.selection.samples import TEACHER_METRICS, top_share
 from onpolicy_skd.trajectory import Prompt, Trajectory
 
 BATCH = 256  # prompts scored between two progress messages
@@ -57,24 +57,27 @@ def kept_prompts(
     return kept
 
 
-def as_text(prompt: Prompt, text: str, tokenizer: Any) -> Trajectory:
+def as_text(prompt: Prompt, text: str, tokenizer: Any, key: str | None = None) -> Trajectory:
     """A trajectory whose eligible positions are those to score: the prompt's own tokens, or the reference answer's."""
     if text == "prompt":
         ids, response = prompt.token_ids[:1], prompt.token_ids[1:]
     else:
         answer = tokenizer(prompt.answer, add_special_tokens=False)["input_ids"]
         ids, response = prompt.token_ids, [*answer, tokenizer.eos_token_id]
-    return Trajectory(prompt.key, np.asarray(ids), np.asarray(response), np.zeros(len(response), np.float32), "stop", 0)
+    zeros = np.zeros(len(response), np.float32)
+    return Trajectory(key or prompt.key, np.asarray(ids), np.asarray(response), zeros, "stop", None)
 
 
 def fingerprint(settings: Settings, prompts: Sequence[Prompt]) -> str:
-    """Changes with the student's weights, the prompts, their answers, and what is scored."""
+    """Changes with the student's weights (the teacher's, if it scores), the prompts, their answers, and the score."""
     own = settings.samples
     digest = hashlib.sha256(
         json.dumps(
             [own.metric, own.prefilter_text, settings.alignment.temperature, _weights(settings.student.model)]
         ).encode()
     )
+    if own.metric in TEACHER_METRICS:
+        digest.update(json.dumps(_weights(settings.teacher.model)).encode())
     if own.prefilter_text == "rollout" or own.metric == "random":
         digest.update(json.dumps([settings.run.seed, settings.rollout.model_dump(mode="json")]).encode())
     for prompt in prompts:

@@ -14,9 +14,11 @@ import yaml
 from onpolicy_skd import checkpoint, config, models
 from onpolicy_skd.config import ConfigError, Settings
 from onpolicy_skd.data.prompts import load_prompts, prompts_of_step
+from onpolicy_skd.prefilter import as_text
 from onpolicy_skd.report import metrics
 from onpolicy_skd.selection.positions import quota
-from onpolicy_skd.trajectory import Prompt, RolloutRequest, Sampling, seed_of
+from onpolicy_skd.selection.selector import Selector
+from onpolicy_skd.trajectory import Prompt, RolloutRequest, Sampling, Trajectory, seed_of
 
 # Settings that may change when a run is resumed: they do not touch what is trained.
 RESUMABLE = ("resume", "run.dir", "run.name", "run.evaluate_every", "run.checkpoint_every", "run.keep_checkpoints",
@@ -56,16 +58,33 @@ class Run:
     def greedy(self) -> Sampling:
         return Sampling(self.settings.eval.max_tokens or self.settings.rollout.max_tokens, 0.0)
 
+    @property
+    def on_policy(self) -> bool:
+        return self.settings.mode == "on_policy"
+
     def requests(self, prompts: Sequence[Prompt], step: int) -> list[RolloutRequest]:
         """The rollouts of ``step``: its prompts, ``rollout.n`` times each, a seed for each."""
         own, seed = self.settings, self.settings.run.seed
-        chosen = [prompts[i] for i in prompts_of_step(len(prompts), own.prompts_per_step, step, seed)]
         asked = [
-            RolloutRequest(f"{place}:{p.key}/{i}", p.token_ids, seed_of(seed, step, place, p.key, i))
-            for place, p in enumerate(chosen)  # the place keeps keys apart if a small set repeats within a step
+            RolloutRequest(
+                f"{place}:{p.key}/{i}",
+                p.token_ids,
+                seed_of(seed, step, place, p.key, i),
+                p.answer if own.judges_rollouts else None,
+            )
+            for place, p in self._prompts(prompts, step, own.prompts_per_step)
             for i in range(own.rollout.n)
         ]
         return asked[: own.rollouts_per_step]
+
+    def references(self, prompts: Sequence[Prompt], step: int) -> list[Trajectory]:
+        """The reference answers of ``step``, off-policy: as many as there would be rollouts."""
+        chosen = self._prompts(prompts, step, self.settings.prompts_per_step)
+        return [as_text(p, "prompt+answer", self.tokenizer, f"{place}:{p.key}/0") for place, p in chosen]
+
+    def _prompts(self, prompts: Sequence[Prompt], step: int, count: int) -> list[tuple[int, Prompt]]:
+        """Each with its place, which keeps keys apart if a small set repeats within a step."""
+        return list(enumerate(prompts[i] for i in prompts_of_step(len(prompts), count, step, self.settings.run.seed)))
 
 
 def prepare(settings: Settings) -> Run:
@@ -74,6 +93,7 @@ def prepare(settings: Settings) -> Run:
         from onpolicy_skd.vllm_engine import require_vllm
 
         require_vllm()
+    Selector(settings.positions, settings.run.seed)  # imports metrics and policies of the user's own
     student, teacher = settings.student, settings.teacher
     tokenizer = models.load_tokenizer(student.model, student.trust_remote_code)
     models.check_same_tokenizer(
@@ -85,11 +105,30 @@ def prepare(settings: Settings) -> Run:
         len(tokenizer),
     )
     train = load_prompts(settings.data, tokenizer, "train")
+    if settings.mode == "off_policy":
+        train = _with_answers_that_fit(train, settings, tokenizer)
     has_eval = settings.data.source != "jsonl" or settings.data.eval_file or settings.data.path
     own = settings.eval
     wanted = max(own.problems, own.during, own.divergence_prompts) if own.problems else None
     held_out = load_prompts(settings.data, tokenizer, "eval", wanted) if has_eval else []
     return Run(settings, tokenizer, vocabulary, train, held_out)
+
+
+def _with_answers_that_fit(prompts: list[Prompt], settings: Settings, tokenizer: Any) -> list[Prompt]:
+    """Those whose reference answer is at most ``rollout.max_tokens``; raises ConfigError for others, unless dropped."""
+    limit, kept = settings.rollout.max_tokens, []
+    for prompt in prompts:
+        length = len(as_text(prompt, "prompt+answer", tokenizer).response_ids)
+        if length <= limit:
+            kept.append(prompt)
+        elif settings.data.overlong == "error":
+            raise ConfigError(
+                f"{prompt.key}: the reference answer has {length} tokens, rollout.max_tokens={limit}; raise the limit "
+                "or set data.overlong=drop"
+            )
+    if not kept:
+        raise ConfigError(f"rollout.max_tokens={limit}: no reference answer is that short")
+    return kept
 
 
 def open_folder(settings: Settings) -> checkpoint.Checkpoint | None:

@@ -1,22 +1,32 @@
-"""The frozen teacher: encodes trajectories once, then hands out hidden rows or scalars for what is asked."""
+"""The frozen teacher: encodes trajectories once, then hands out hidden rows, scalars or sparse targets as asked."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from onpolicy_skd.lm_head import row_statistics
+from onpolicy_skd.config import ClassSettings
+from onpolicy_skd.lm_head import Projector, chunk_size, chunks, log_softmax_, row_statistics
 from onpolicy_skd.models import SplitModel
-from onpolicy_skd.trajectory import Trajectory, collate, micro_batches
+from onpolicy_skd.selection.classes import SAMPLERS, Draws, joined
+from onpolicy_skd.trajectory import SparseTargets, Trajectory, collate, micro_batches
 
 Wanted = Sequence[tuple[str, Sequence[int]]]  # trajectory key, indices into its n eligible positions
 
 
 class TeacherRows(Protocol):
-    """What the learner needs of a teacher, in its own process or elsewhere."""
+    """What the learner needs of a teacher, in its own process or elsewhere.
+
+    All but ``head`` and ``encode`` raise KeyError for a trajectory that was not encoded, or was released.
+    """
+
+    def encode(self, trajectories: Sequence[Trajectory]) -> None:
+        """Makes the hidden states of ``trajectories`` ready; those that are ready stay as they are."""
+        ...
 
     def head(self) -> Tensor:
         """The LM head ``[V, G]``."""
@@ -24,6 +34,18 @@ class TeacherRows(Protocol):
 
     def rows(self, wanted: Wanted) -> Tensor:
         """``[K, G]``: last hidden states (after the final norm) at the wanted positions, in the order asked."""
+        ...
+
+    def scalars(self, keys: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """H(p_t) and log p_t(y_t) at every eligible position of ``keys``, float32 ``[N]`` each, nats."""
+        ...
+
+    def classes(self, wanted: Wanted, seeds: Sequence[int], options: ClassSettings) -> SparseTargets:
+        """A few classes of the teacher's distribution at each wanted position; ``seeds``: one per trajectory."""
+        ...
+
+    def release(self, keys: Sequence[str]) -> None:
+        """Forgets the hidden states of ``keys``, if it has them."""
         ...
 
 
@@ -41,43 +63,78 @@ class Teacher:
         self._temperature = temperature
         self._hidden: dict[str, Tensor] = {}  # key -> [n, G]
         self._targets: dict[str, Tensor] = {}  # key -> [n]
+        self._encoded: dict[str, Trajectory] = {}
 
     def head(self) -> Tensor:
         return self._model.head_VH
 
     @torch.inference_mode()
     def encode(self, trajectories: Sequence[Trajectory]) -> None:
-        """Runs the trunk over ``trajectories`` in batches by token budget."""
-        for group in micro_batches([t.length for t in trajectories], self._tokens_per_batch):
-            members = [trajectories[i] for i in group]
+        """Runs the trunk over what of ``trajectories`` is not encoded yet, in batches by token budget."""
+        fresh = [t for t in trajectories if not self._has(t)]
+        for group in micro_batches([t.length for t in fresh], self._tokens_per_batch):
+            members = [fresh[i] for i in group]
             batch = collate(members, self._pad_id, self._model.device)
             hidden = self._model.hidden(batch)
             for t, rows, targets in zip(
                 members, hidden.split(batch.counts), batch.targets.split(batch.counts), strict=True
             ):
-                self._hidden[t.key], self._targets[t.key] = rows, targets
+                self._hidden[t.key], self._targets[t.key], self._encoded[t.key] = rows, targets, t
 
     def rows(self, wanted: Wanted) -> Tensor:
-        """See ``TeacherRows.rows``.  Raises KeyError for a trajectory that was not encoded."""
-        parts = [self._known(key)[torch.as_tensor(positions, dtype=torch.long)] for key, positions in wanted]
-        return torch.cat(parts).clone()  # a copy outside inference mode, which autograd accepts
+        return torch.cat(self._picked(wanted)).clone()  # a copy outside inference mode, which autograd accepts
 
-    def scalars(self, key: str) -> tuple[Tensor, Tensor]:
-        """Entropy H(p_t) and log p_t(y_t), float32 ``[n]`` each, nats: per position without shipping rows."""
-        return row_statistics(self._known(key), self.head(), self._targets[key], self._temperature)
+    def scalars(self, keys: Sequence[str]) -> tuple[Tensor, Tensor]:
+        hidden = torch.cat([self._known(key) for key in keys])
+        found = row_statistics(hidden, self.head(), torch.cat([self._targets[key] for key in keys]), self._temperature)
+        return found.entropy_N, found.logprob_N
+
+    @torch.inference_mode()
+    def classes(self, wanted: Wanted, seeds: Sequence[int], options: ClassSettings) -> SparseTargets:
+        hidden = torch.cat(self._picked(wanted))
+        targets = torch.cat([self._targets[key][self._index(at)] for key, at in wanted])
+        uniform = torch.cat([_uniform(seed, at, options.draws) for seed, (_, at) in zip(seeds, wanted, strict=True)])
+        sampler, size = SAMPLERS[options.sampler], chunk_size(len(hidden), self.head())
+        project = Projector(self.head().to(hidden.dtype), size)
+        parts = []
+        for part in chunks(len(hidden), size):
+            log_p = log_softmax_(project(hidden[part]).div_(self._temperature))
+            parts.append(sampler(log_p, Draws(options, targets[part], uniform[part])))
+        return joined(parts)
 
     def release(self, keys: Sequence[str]) -> None:
-        """Forgets the hidden states of ``keys``."""
         for key in keys:
-            self._hidden.pop(key, None)
-            self._targets.pop(key, None)
+            for kept in (self._hidden, self._targets, self._encoded):
+                kept.pop(key, None)
 
     @property
     def stored(self) -> int:
         """Trajectories whose hidden states are kept."""
         return len(self._hidden)
 
+    def _has(self, t: Trajectory) -> bool:
+        """Whether these very tokens are encoded, not others under the same key."""
+        known = self._encoded.get(t.key)
+        return (
+            known is not None
+            and np.array_equal(known.prompt_ids, t.prompt_ids)
+            and np.array_equal(known.response_ids, t.response_ids)
+        )
+
+    def _picked(self, wanted: Wanted) -> list[Tensor]:
+        return [self._known(key)[self._index(positions)] for key, positions in wanted]
+
+    def _index(self, positions: Sequence[int]) -> Tensor:
+        return torch.as_tensor(positions, dtype=torch.long, device=self._model.device)
+
     def _known(self, key: str) -> Tensor:
         if key not in self._hidden:
             raise KeyError(f"trajectory {key} has not been encoded by the teacher, or was released")
         return self._hidden[key]
+
+
+def _uniform(seed: int, positions: Sequence[int], draws: int) -> Tensor:
+    """float64 ``[len(positions), draws]``: what a position draws does not depend on which others are asked for."""
+    last = max(positions, default=-1) + 1
+    every = torch.rand(last, draws, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    return every[torch.as_tensor(positions, dtype=torch.long)]

@@ -40,7 +40,7 @@ def train(run: Run, roles: Roles, prompts: Sequence[Prompt], book: Logbook, step
     own = run.settings.run
     while step < run.steps and not stop.requested:
         clock = Clock()
-        parts = roles.generate(run.requests(prompts, step), run.sampling)
+        parts = trajectories(run, roles, prompts, step)
         ray.wait(parts, num_returns=len(parts), fetch_local=False)
         clock.lap("rollout")
         report, kept = roles.filter(parts)
@@ -49,7 +49,7 @@ def train(run: Run, roles: Roles, prompts: Sequence[Prompt], book: Logbook, step
             encoded = roles.encode(kept)  # the teacher works while the learner runs its own trunk
             found = roles.step(kept, encoded, report)
             clock.lap("learn")
-            version = roles.push_weights()
+            version = roles.push_weights() if run.on_policy else roles.version()
             clock.lap("sync")
             book.step(step, version, report, found, clock)
         else:
@@ -63,6 +63,13 @@ def train(run: Run, roles: Roles, prompts: Sequence[Prompt], book: Logbook, step
     if step >= run.steps:
         roles.save_pretrained(run.folder / "final")
         book.finished = True
+
+
+def trajectories(run: Run, roles: Roles, prompts: Sequence[Prompt], step: int) -> list[ray.ObjectRef]:
+    """References to the trajectories of ``step``: the student's own, or the reference answers."""
+    if run.on_policy:
+        return roles.generate(run.requests(prompts, step), run.sampling)
+    return [ray.put(run.references(prompts, step))]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -141,6 +148,8 @@ def student_evaluation(run: Run, roles: Roles, problems: int = 0) -> Evaluation:
     ``divergence`` is over the student's own rollouts, ``divergence_reference`` over the reference answers: a student
     that falls into repetition lowers the first but not the second.
     """
+    if not run.on_policy:
+        roles.push_weights()  # off-policy, the engines hold old weights between evaluations
     prompts = run.held_out[: problems or run.settings.eval.problems or None]
     done = evaluate(lambda r, s: gather(roles.rollouts, r, s), prompts, run.tokenizer, run.greedy)
     if run.settings.eval.divergence_prompts:

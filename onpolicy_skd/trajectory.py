@@ -32,11 +32,18 @@ class Trajectory:
     response_ids: np.ndarray  # int64 [n]; ends with the end-of-sequence token if one was produced
     sampler_logprobs: np.ndarray  # float32 [n]; nats, of the unmodified model at temperature 1
     finish: FinishReason  # "length": no end of sequence within the limit
-    policy_version: int  # optimizer steps behind the weights that sampled it
+    policy_version: int | None  # optimizer steps behind the weights that sampled it; None: not the student's own
+    correct: bool | None = None  # whether its answer equals the reference's; None: not judged
+    weight: float = 1.0  # of this sample in the batch's mean
 
     @property
     def length(self) -> int:
         return len(self.prompt_ids) + len(self.response_ids)
+
+    @property
+    def prompt_key(self) -> str:
+        """Names the prompt among those of its step."""
+        return self.key.rpartition("/")[0] or self.key
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +62,26 @@ class RolloutRequest:
     key: str
     prompt_ids: list[int]
     seed: int
+    answer: str | None = None  # the reference answer, where the response is to be judged
+
+
+@dataclass(frozen=True, slots=True)
+class SparseTargets:
+    """Teacher distributions over a few classes at each of N positions: C slots, unused ones with probability 0.
+
+    ``ids_NC`` are unique within a row's used slots.  What a row's probabilities lack to 1 is handled as ``residual``
+    says: nothing, given to one ``ghost`` class that stands for all others, or spread evenly (``smooth``) over all.
+    """
+
+    ids_NC: torch.Tensor  # int64
+    probs_NC: torch.Tensor  # float32
+    residual: Literal["none", "ghost", "smooth"] = "none"
+
+    def __getitem__(self, rows: slice) -> SparseTargets:
+        return SparseTargets(self.ids_NC[rows], self.probs_NC[rows], self.residual)
+
+    def to(self, device: torch.device | str) -> SparseTargets:
+        return SparseTargets(self.ids_NC.to(device), self.probs_NC.to(device), self.residual)
 
 
 @dataclass(slots=True)
@@ -64,6 +91,10 @@ class FilterReport:
     kept: list[str]  # trajectory keys
     generated: int
     dropped: dict[str, int] = field(default_factory=dict)  # count per reason
+
+    def count(self, reason: str, dropped: int) -> None:
+        if dropped:
+            self.dropped[reason] = dropped
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,10 +160,11 @@ def micro_batches(lengths: Sequence[int], token_budget: int) -> list[list[int]]:
 def check_version(trajectories: Iterable[Trajectory], version: int, max_staleness: int = 0) -> None:
     """Refuses trajectories that another policy than ``version`` sampled (design: staleness is this comparison).
 
-    Raises RuntimeError naming the first one that is too old or comes from the future.
+    Those that no policy of the student sampled pass.  Raises RuntimeError naming the first one that is too old or comes
+    from the future.
     """
     for t in trajectories:
-        if not 0 <= version - t.policy_version <= max_staleness:
+        if t.policy_version is not None and not 0 <= version - t.policy_version <= max_staleness:
             raise RuntimeError(
                 f"trajectory {t.key} was sampled by policy version {t.policy_version}, the learner is at {version}; "
                 f"at most {max_staleness} steps of staleness are allowed"

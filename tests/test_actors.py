@@ -98,7 +98,7 @@ def test_teacher_actor_gives_what_the_plain_teacher_gives(local_ray):
     wanted = [("t6", [2, 0]), ("t3", [4])]
     assert torch.allclose(remote.rows(wanted), plain.rows(wanted), atol=1e-5)
     assert torch.equal(remote.head(), plain.head())
-    for got, expected in zip(ray.get(actor.scalars.remote("t3")), plain.scalars("t3"), strict=True):
+    for got, expected in zip(ray.get(actor.scalars.remote(["t3", "t6"])), plain.scalars(["t3", "t6"]), strict=True):
         assert torch.allclose(unpack(got), expected, atol=1e-5)
     ray.get(actor.release.remote(["t3"]))
     with pytest.raises(KeyError, match="t3"):

@@ -7,9 +7,9 @@ from conftest import tiny_settings
 from hypothesis import given
 from hypothesis import strategies as st
 
-from eval.exact_match import reference_number
 from onpolicy_skd.data import demo_task
 from onpolicy_skd.data.prompts import DataError, load_prompts, load_questions, prompts_of_step, read_jsonl, render
+from onpolicy_skd.exact_match import reference_number
 from onpolicy_skd.models import load_tokenizer
 from onpolicy_skd.prepare import Run
 

@@ -5,8 +5,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from onpolicy_skd.divergence import KINDS, Alignment, distillation_loss
+from onpolicy_skd.divergence import KINDS, Alignment, HiddenRows, Rows, distillation_loss
 from onpolicy_skd.lm_head import row_statistics
+from onpolicy_skd.trajectory import SparseTargets
 
 
 def make(rows=13, vocabulary=101, student=8, teacher=12, seed=0, scale=1.0):
@@ -42,9 +43,13 @@ def reference(inputs, alignment):
     return loss.detach(), rows.detach(), hidden.grad, head.grad
 
 
+def teacher_and_rows(inputs):
+    return HiddenRows(inputs[2], inputs[3]), Rows(inputs[4], inputs[5])
+
+
 def ours(inputs, alignment, upstream=1.0):
     hidden, head = inputs[0].clone().requires_grad_(), inputs[1].clone().requires_grad_()
-    loss, rows = distillation_loss(hidden, head, *inputs[2:], alignment)
+    loss, rows = distillation_loss(hidden, head, *teacher_and_rows(inputs), alignment)
     (upstream * loss).backward()
     return loss.detach(), rows, hidden.grad, head.grad
 
@@ -111,7 +116,7 @@ def test_upstream_gradient_scales_and_a_second_backward_is_refused():
     assert torch.allclose(scaled[2], 2.5 * plain[2])
     assert torch.allclose(scaled[3], 2.5 * plain[3])
     hidden = inputs[0].clone().requires_grad_()
-    loss, _ = distillation_loss(hidden, *inputs[1:], Alignment())
+    loss, _ = distillation_loss(hidden, inputs[1], *teacher_and_rows(inputs), Alignment())
     loss.backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="only once"):
         loss.backward()
@@ -120,9 +125,9 @@ def test_upstream_gradient_scales_and_a_second_backward_is_refused():
 def test_gradient_flows_only_where_it_is_wanted():
     inputs = make()
     head = inputs[1].clone().requires_grad_()
-    loss, rows = distillation_loss(inputs[0], head, *inputs[2:], Alignment())
-    loss.backward()
-    assert head.grad is not None
+    loss, rows = distillation_loss(inputs[0], head, *teacher_and_rows(inputs), Alignment())
+    (2.0 * loss).backward()
+    assert_close([head.grad], [2.0 * reference(inputs, Alignment())[3]])
     assert not rows.requires_grad
 
 
@@ -141,9 +146,9 @@ def test_the_head_may_share_its_storage_with_embeddings():
     inputs = make(vocabulary=31)
     ids = torch.arange(13) % 31
     tied = inputs[1].clone().requires_grad_()
-    loss, _ = distillation_loss(tied[ids], tied, *inputs[2:4], inputs[4], inputs[5] % 31, Alignment())
-    loss.backward()
     inputs[5] = inputs[5] % 31
+    loss, _ = distillation_loss(tied[ids], tied, *teacher_and_rows(inputs), Alignment())
+    loss.backward()
     inputs[0] = inputs[1][ids]
     _, _, hidden_grad, head_grad = reference(inputs, Alignment())
     expected = head_grad.index_add(0, ids, hidden_grad)
@@ -155,7 +160,9 @@ def test_coarse_compute_type_with_float32_masters():
     inputs = make(rows=32, scale=0.5)
     hidden = inputs[0].bfloat16().requires_grad_()
     head = inputs[1].clone().requires_grad_()
-    loss, _ = distillation_loss(hidden, head, inputs[2].bfloat16(), inputs[3].bfloat16(), *inputs[4:], Alignment())
+    loss, _ = distillation_loss(
+        hidden, head, HiddenRows(inputs[2].bfloat16(), inputs[3].bfloat16()), Rows(*inputs[4:]), Alignment()
+    )
     loss.backward()
     assert (hidden.grad.dtype, head.grad.dtype) == (torch.bfloat16, torch.float32)
     rounded = [inputs[0].bfloat16(), inputs[1].bfloat16(), inputs[2].bfloat16(), inputs[3].bfloat16(), *inputs[4:]]
@@ -165,27 +172,228 @@ def test_coarse_compute_type_with_float32_masters():
 def test_different_vocabularies_and_unknown_divergences_are_errors():
     inputs = make()
     with pytest.raises(ValueError, match="vocabularies differ: student 100, teacher 101"):
-        distillation_loss(inputs[0], inputs[1][:100], *inputs[2:], Alignment())
+        distillation_loss(inputs[0], inputs[1][:100], *teacher_and_rows(inputs), Alignment())
     with pytest.raises(ValueError, match="unknown divergence 'kl'"):
         Alignment("kl")
+    with pytest.raises(ValueError, match="unknown estimator 'top'"):
+        Alignment(estimator="top")
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.5, 3.0])
 @pytest.mark.parametrize("chunk_rows", [None, 1, 7])
 def test_row_statistics_equal_the_float64_reference(temperature, chunk_rows):
     hidden, head, *_, targets = make(scale=2.0)
-    entropy, logprob = row_statistics(hidden, head, targets, temperature, chunk_rows)
+    entropy, logprob, raw_logprob = row_statistics(hidden, head, targets, temperature, chunk_rows)
     logits = hidden.double() @ head.double().T
     q = torch.softmax(logits / temperature, -1)
     assert torch.allclose(entropy.double(), -torch.xlogy(q, q).sum(-1), rtol=1e-4, atol=1e-5)
-    expected = torch.log_softmax(logits, -1).gather(1, targets[:, None])[:, 0]
-    assert torch.allclose(logprob.double(), expected, rtol=1e-5, atol=1e-5)
+    for found, t in ((logprob, temperature), (raw_logprob, 1.0)):
+        expected = torch.log_softmax(logits / t, -1).gather(1, targets[:, None])[:, 0]
+        assert torch.allclose(found.double(), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_statistics_of_extreme_logits_stay_finite():
     head = torch.eye(5)
     hidden = torch.tensor([[1e4, 0, 0, 0, 0], [0.0, 0, 0, 0, 0]])
-    entropy, logprob = row_statistics(hidden, head, torch.tensor([0, 1]))
+    entropy, logprob, _ = row_statistics(hidden, head, torch.tensor([0, 1]))
     assert entropy[0].item() == pytest.approx(0.0, abs=1e-6)
     assert entropy[1].item() == pytest.approx(torch.log(torch.tensor(5.0)).item())
     assert torch.isfinite(logprob).all()
+
+
+# -- estimators ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("top_k", [101, 500])
+def test_topk_tail_is_exact_when_k_is_the_vocabulary(kind, top_k):
+    inputs = make(scale=1.5)
+    tail = Alignment(kind, 0.3, 1.5, 0.7, estimator="topk_tail", top_k=top_k)
+    exact = Alignment(kind, 0.3, 1.5, 0.7)
+    assert_close(ours(inputs, tail), [t.double() for t in ours(inputs, exact)], 1e-4)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("top_k", [1, 7, 100])
+def test_topk_tail_equals_its_float64_reference(kind, top_k):
+    """Both distributions are merged into the teacher's top classes and the rest, then differentiated by autograd."""
+    inputs, alignment = make(), Alignment(kind, 0.3, estimator="topk_tail", top_k=top_k, chunk_rows=5)
+    hidden, head, other, other_head, weights = (t.double() for t in inputs[:5])
+    hidden.requires_grad_()
+    head.requires_grad_()
+    q, p = torch.softmax(hidden @ head.T, -1), torch.softmax(other @ other_head.T, -1)
+    ids = p.topk(top_k).indices
+    q, p = (torch.cat([d.gather(1, ids), 1 - d.gather(1, ids).sum(1, keepdim=True)], 1) for d in (q, p))
+    m = 0.3 * p + 0.7 * q
+    rows = {
+        "reverse_kl": (q * (q / p).log()).sum(1),
+        "forward_kl": (p * (p / q).log()).sum(1),
+        "jsd": 0.3 * (p * (p / m).log()).sum(1) + 0.7 * (q * (q / m).log()).sum(1),
+    }[kind]
+    (rows * weights).sum().backward()
+    found = ours(inputs, alignment)
+    assert_close(found[1:], [rows.detach(), hidden.grad, head.grad], 1e-4)
+    exact = ours(inputs, Alignment(kind, 0.3))[1]
+    assert (found[1] <= exact + 1e-5).all()  # merging classes cannot add divergence
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_sampled_equals_exact_in_expectation(kind, temperature):
+    """The expectation over the target is taken exactly: every class once, weighted by its probability."""
+    vocabulary = 23
+    inputs = make(rows=1, vocabulary=vocabulary)
+    hidden, head, other, other_head = inputs[:4]
+    q = torch.softmax(hidden.double() @ head.double().T / temperature, -1)[0]
+    every = [hidden.expand(vocabulary, -1), head, other.expand(vocabulary, -1), other_head, q.float(),
+             torch.arange(vocabulary)]  # fmt: skip
+    found = ours(every, Alignment(kind, 0.3, temperature, estimator="sampled"))
+    inputs[4] = torch.ones(1)
+    expected = reference(inputs, Alignment(kind, 0.3, temperature))
+    assert found[0].item() == pytest.approx(expected[0].item(), rel=1e-4)
+    assert_close([found[2].sum(0, keepdim=True), found[3]], expected[2:], 1e-4)
+
+
+# -- variants --------------------------------------------------------------------------------------------------------
+
+
+def run_rows(inputs, rows, alignment):
+    hidden, head = inputs[0].clone().requires_grad_(), inputs[1].clone().requires_grad_()
+    loss, values = distillation_loss(hidden, head, HiddenRows(inputs[2], inputs[3]), rows, alignment)
+    loss.backward()
+    return loss.detach(), values, hidden.grad, head.grad
+
+
+def test_each_row_may_have_a_temperature_of_its_own():
+    inputs = make()
+    temperatures = torch.linspace(0.5, 3.0, 13)
+    found = run_rows(inputs, Rows(inputs[4], inputs[5], temperatures), Alignment(kd_weight=0.8, chunk_rows=4))
+    for i, t in enumerate(temperatures.tolist()):
+        one = [inputs[0][i : i + 1], inputs[1], inputs[2][i : i + 1], *inputs[3:4], inputs[4][i : i + 1],
+               inputs[5][i : i + 1]]  # fmt: skip
+        expected = reference(one, Alignment(temperature=t, kd_weight=0.8))
+        assert_close([found[1][i : i + 1], found[2][i : i + 1]], [expected[1], expected[2]])
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_decoupled_equals_its_float64_reference(temperature):
+    inputs = make()
+    pairs = torch.rand(13, 2, generator=torch.Generator().manual_seed(3)) * 2
+    hidden, head, other, other_head, weights = (t.double() for t in inputs[:5])
+    hidden.requires_grad_()
+    head.requires_grad_()
+    q, p = (torch.softmax(h @ w.T / temperature, -1) for h, w in ((hidden, head), (other, other_head)))
+    at = torch.nn.functional.one_hot(inputs[5], 101).bool()
+    q_y, p_y = q[at], p[at]
+    target = p_y * (p_y / q_y).log() + (1 - p_y) * ((1 - p_y) / (1 - q_y)).log()
+    q_hat, p_hat = ((d / (1 - d[at][:, None]))[~at].view(13, 100) for d in (q, p))
+    rows = pairs[:, 0] * target + pairs[:, 1] * (p_hat * (p_hat / q_hat).log()).sum(1)
+    (rows * weights).sum().backward()
+    alignment = Alignment("forward_kl", temperature=temperature, chunk_rows=5)
+    found = run_rows(inputs, Rows(inputs[4], inputs[5], decoupled_N2=pairs), alignment)
+    assert_close(found[1:], [rows.detach(), hidden.grad, head.grad], 1e-4)
+
+
+def test_decoupled_is_forward_kl_when_the_others_weigh_what_the_teacher_leaves_them():
+    """KL(p||q) = TCKD + (1 - p_y) NCKD (arXiv 2203.08679, Eq. 5)."""
+    inputs = make()
+    p_y = torch.softmax(inputs[2] @ inputs[3].T, -1).gather(1, inputs[5][:, None])
+    pairs = torch.cat([torch.ones(13, 1), 1 - p_y], 1)
+    found = run_rows(inputs, Rows(inputs[4], inputs[5], decoupled_N2=pairs), Alignment("forward_kl", kd_weight=0.5))
+    assert_close(found, reference(inputs, Alignment("forward_kl", kd_weight=0.5)), 1e-4)
+
+
+def test_decoupled_stays_finite_where_both_are_sure():
+    head = torch.eye(4)
+    hidden, other = torch.tensor([[60.0, 0, 0, 0]]), torch.tensor([[50.0, 1, 0, 0]])
+    rows = Rows(torch.ones(1), torch.tensor([0]), decoupled_N2=torch.ones(1, 2))
+    loss, values, gradient, _ = run_rows([hidden, head, other, head], rows, Alignment("forward_kl"))
+    assert torch.isfinite(torch.cat([loss[None], values, gradient[0]])).all()
+
+
+# -- sparse targets --------------------------------------------------------------------------------------------------
+
+
+def sparse_reference(inputs, ids, probs, residual):
+    """The dense target written out in float64 and differentiated by autograd."""
+    hidden, head = inputs[0].double().requires_grad_(), inputs[1].double().requires_grad_()
+    log_q = torch.log_softmax(hidden @ head.T, -1)
+    target = torch.zeros_like(log_q).scatter_add(1, ids, probs.double()).detach()
+    lacking = 1 - target.sum(1)
+    if residual == "smooth":
+        target = target + (lacking / target.shape[1])[:, None]
+    rows = (torch.xlogy(target, target) - target * log_q).sum(1)
+    if residual == "ghost":
+        outside = (log_q.exp() * (target == 0)).sum(1)
+        rows = rows + lacking * (lacking / outside).log()
+    (rows * inputs[4].double()).sum().backward()
+    return rows.detach(), hidden.grad, head.grad, target, log_q.detach().exp()
+
+
+def sparse_case(slots=6):
+    """Teacher probabilities of a few classes; the last slot of every second row is unused and repeats a used class."""
+    inputs = make(student=12)
+    p = torch.softmax(inputs[2] @ inputs[3].T, -1)
+    top = p.topk(slots)
+    ids, probs = top.indices.clone(), top.values.clone()
+    probs[::2, -1] = 0.0
+    ids[::2, -1] = ids[::2, 0]
+    return inputs, ids, probs
+
+
+@pytest.mark.parametrize("residual", ["none", "ghost", "smooth"])
+@pytest.mark.parametrize("chunk_rows", [None, 4])
+def test_sparse_losses_equal_their_dense_float64_reference(residual, chunk_rows):
+    inputs, ids, probs = sparse_case()
+    rows, hidden_grad, head_grad, *_ = sparse_reference(inputs, ids, probs, residual)
+    hidden, head = inputs[0].clone().requires_grad_(), inputs[1].clone().requires_grad_()
+    targets = SparseTargets(ids, probs, residual)
+    loss, values = distillation_loss(hidden, head, targets, Rows(*inputs[4:]), Alignment(chunk_rows=chunk_rows))
+    loss.backward()
+    assert_close([values, hidden.grad, head.grad], [rows, hidden_grad, head_grad], 2e-5)
+
+
+@pytest.mark.parametrize("residual", ["none", "ghost", "smooth"])
+def test_sparse_gradients_at_the_logits_equal_the_closed_forms_of_the_appendix(residual):
+    """RS-KD, appendix A: Eq. 4 in general, Eq. 5 for top-K, A.5 for the ghost token."""
+    inputs, ids, probs = sparse_case()
+    *_, target, q = sparse_reference(inputs, ids, probs, residual)
+    logits = (inputs[0] @ inputs[1].T).requires_grad_()
+    identity = torch.eye(101)
+    loss, _ = distillation_loss(
+        logits, identity, SparseTargets(ids, probs, residual), Rows(torch.ones(13), inputs[5]), Alignment()
+    )
+    loss.backward()
+    kept = torch.zeros_like(target).scatter_add(1, ids, probs.double()) > 0
+    mass_t = target.sum(1, keepdim=True)
+    if residual == "ghost":
+        mass_q = (q * kept).sum(1, keepdim=True)
+        expected = torch.where(kept, q - target, (mass_t - mass_q) / (1 - mass_q) * q)
+    else:
+        expected = mass_t * q - target
+    assert torch.allclose(logits.grad.double(), expected, atol=1e-6)
+
+
+def test_a_full_ghost_target_is_forward_kl():
+    """With every class told apart nothing is left for the ghost."""
+    inputs = make(student=12)
+    p = torch.softmax(inputs[2] @ inputs[3].T, -1)
+    targets = SparseTargets(torch.arange(101).expand(13, -1), p, "ghost")
+    hidden, head = inputs[0].clone().requires_grad_(), inputs[1].clone().requires_grad_()
+    loss, rows = distillation_loss(hidden, head, targets, Rows(*inputs[4:]), Alignment(kd_weight=0.6))
+    loss.backward()
+    assert_close([loss.detach(), rows, hidden.grad, head.grad],
+                 reference(inputs, Alignment("forward_kl", kd_weight=0.6)), 1e-4)  # fmt: skip
+
+
+def test_no_rows_mean_no_loss_and_no_gradient():
+    hidden = torch.zeros(0, 4, requires_grad=True)
+    head = torch.randn(9, 4, requires_grad=True)
+    nothing = Rows(torch.zeros(0), torch.zeros(0, dtype=torch.long))
+    loss, values = distillation_loss(
+        hidden, head, HiddenRows(torch.zeros(0, 4), torch.randn(9, 4)), nothing, Alignment()
+    )
+    loss.backward()
+    assert loss == 0
+    assert len(values) == 0
+    assert head.grad.norm() == 0

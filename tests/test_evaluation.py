@@ -6,8 +6,8 @@ import pytest
 from conftest import tiny_settings
 
 from eval import gsm8k as evaluation
-from eval.exact_match import final_answer, reference_number, score, wilson
 from onpolicy_skd.data.prompts import load_questions
+from onpolicy_skd.exact_match import final_answer, reference_number, score, wilson
 from onpolicy_skd.models import load_tokenizer
 from onpolicy_skd.trajectory import Prompt, Sampling, Trajectory
 

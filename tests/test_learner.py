@@ -2,7 +2,9 @@
 
 import copy
 import dataclasses
+import functools
 import itertools
+import math
 
 import numpy as np
 import pytest
@@ -10,6 +12,7 @@ import torch
 from conftest import VOCABULARY, make_trajectories, tiny_model, tiny_settings
 
 from onpolicy_skd import checkpoint
+from onpolicy_skd import learner as learner_module
 from onpolicy_skd.learner import Learner, SamplerGapError, learning_rate
 from onpolicy_skd.lm_head import row_statistics
 from onpolicy_skd.models import split
@@ -88,7 +91,7 @@ def test_gradient_does_not_depend_on_the_cut_or_the_order(budget, order):
 def test_gradient_does_not_depend_on_the_padding_side(family, tied, monkeypatch):
     batch = make_trajectories(LENGTHS)
     expected = gradients(*build(family, tied), batch)
-    monkeypatch.setattr(Learner, "_collate", lambda self, members: collate(members, self._pad_id, padding_side="left"))
+    monkeypatch.setattr(learner_module, "collate", functools.partial(collate, padding_side="left"))
     assert relative(gradients(*build(family, tied), batch), expected) < 1e-5
 
 
@@ -149,7 +152,7 @@ def test_a_gap_between_sampler_and_learner_stops_the_run_before_the_update():
     for t in batch:
         one = collate([t], 0)
         with torch.no_grad():
-            _, logprob = row_statistics(model.hidden(one), model.head_VH, one.targets)
+            logprob = row_statistics(model.hidden(one), model.head_VH, one.targets).raw_logprob_N
         agreeing.append(dataclasses.replace(t, sampler_logprobs=logprob.numpy()))
     assert learner.step(agreeing)["sampler_gap"] < 1e-5
 
@@ -166,12 +169,13 @@ def test_sample_filter_ranks_by_mean_entropy_and_counts():
     learner, _ = build(samples={"keep": 0.25})
     batch = make_trajectories(LENGTHS)
     batch[2] = dataclasses.replace(batch[2], finish="length")
-    report = learner.filter(batch)
-    scores = dict(zip([t.key for t in batch], learner.mean_entropy(batch), strict=True))
+    report, kept = learner.filter(batch)
+    assert [t.key for t in kept] == report.kept
+    scores = dict(zip([t.key for t in batch], learner.rank(batch), strict=True))
     valid = [t.key for t in batch if t.finish == "stop"]
     assert set(report.kept) == set(sorted(valid, key=scores.get, reverse=True)[:2])
     assert report.dropped == {"truncated": 1, "not_selected": 5}
-    empty = learner.filter([dataclasses.replace(t, finish="length") for t in batch])
+    empty, _ = learner.filter([dataclasses.replace(t, finish="length") for t in batch])
     assert empty.kept == []
     assert empty.dropped == {"truncated": 8}
 
@@ -179,7 +183,7 @@ def test_sample_filter_ranks_by_mean_entropy_and_counts():
 def test_mean_entropy_is_the_mean_over_the_response():
     learner, _ = build(budget=60)
     batch = make_trajectories(LENGTHS)
-    for t, score in zip(batch, learner.mean_entropy(batch), strict=True):
+    for t, score in zip(batch, learner.rank(batch), strict=True):
         ids = torch.as_tensor(np.concatenate([t.prompt_ids, t.response_ids]))[None]
         log_q = learner.student.model(input_ids=ids).logits[0, len(t.prompt_ids) - 1 : -1].log_softmax(-1)
         assert score == pytest.approx(-(log_q.exp() * log_q).sum(-1).mean().item(), rel=1e-4)
@@ -202,6 +206,225 @@ def test_resuming_from_a_checkpoint_continues_the_same_losses(tmp_path):
     resumed, teacher = build(**options)
     resumed.restore(checkpoint.newest(tmp_path).tensors, 3)
     assert first + run(resumed, teacher, range(3, 6)) == whole
+
+
+# Every variant of selection, alignment and class axis: what all of them must keep.
+FORWARD = {"divergence": "forward_kl"}
+VARIANTS = {
+    "teacher_entropy": {"positions": {"metric": "teacher_entropy"}},
+    "kl": {"positions": {"metric": "kl"}},
+    "ce_ratio_plus_entropy": {"positions": {"metric": "ce_ratio_plus_entropy"}},
+    "tip_soft_or": {"positions": {"metric": "tip_soft_or"}},
+    "random": {"positions": {"metric": "random"}},
+    "gls": {"positions": {"policy": "gls", "k": 0.3, "queue": 90}},
+    "curriculum": {"positions": {"policy": "curriculum", "curriculum_steps": 5}},
+    "sampled": {"positions": {"policy": "sampled", "k": 0.5}},
+    "sampled_unbiased": {"positions": {"policy": "sampled_unbiased", "k": 0.5, "coverage": 0.5}},
+    "weighted": {"positions": {"policy": "weighted"}},
+    "budget_schedule": {"positions": {"k_start": 0.1, "k": 0.9, "schedule_steps": 4}},
+    "bandit": {"positions": {"policy": "bandit", "arms": ["reverse_kl", "tip_soft_or", "random"], "bandit_probe": 3}},
+    "topk_tail": {"alignment": {"estimator": "topk_tail", "top_k": 5}},
+    "sampled_token": {"alignment": {"estimator": "sampled"}},
+    "decoupled_kd": {"alignment": {"variant": "decoupled_kd", "other_weight": 3.0, **FORWARD}},
+    "at_kd": {"alignment": {"variant": "at_kd", **FORWARD}, "positions": {"policy": "full"}},
+    "egad": {"alignment": {"variant": "egad", "feature_entropy": 0.3}},
+    "ema_self": {"alignment": {"ema_weight": 0.5, "ema_decay": 0.5}},
+    "rs_kd": {"classes": {"sampler": "rs_kd", "draws": 6}, "alignment": FORWARD},
+    "ghost_token": {"classes": {"sampler": "ghost_token", "k": 6}, "alignment": FORWARD},
+}
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_no_variant_depends_on_how_the_batch_is_cut_or_padded(name, monkeypatch):
+    batch = make_trajectories(LENGTHS)
+    whole, teacher = build(**VARIANTS[name])
+    teacher.encode(batch)
+    whole.step(batch)  # queues, schedules and averages have something to remember
+    state = {n: t.clone() for n, t in whole.tensors().items()}
+    later = make_trajectories(LENGTHS, seed=5, version=1)
+    expected = gradients(whole, teacher, later)
+    assert sum(g.norm() for g in expected.values()) > 0
+    for budget, side in ((40, "right"), (10_000, "left")):
+        monkeypatch.setattr(learner_module, "collate", functools.partial(collate, padding_side=side))
+        cut, teacher = build(budget=budget, **VARIANTS[name])
+        cut.restore(state, 1)
+        assert relative(gradients(cut, teacher, later), expected) < 1e-5
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_every_variant_resumes_with_the_losses_of_an_uninterrupted_run(name, tmp_path):
+    def run(learner, teacher, versions):
+        found = []
+        for version in versions:
+            batch = make_trajectories(LENGTHS, seed=version, version=version)
+            teacher.encode(batch)
+            record = learner.step(batch)
+            found.append({k: v for k, v in record.items() if not k.endswith("seconds")})
+        return found
+
+    options = {"learner": {"lr": 1e-2}, **VARIANTS[name]}
+    whole = run(*build(**options), range(7))
+    learner, teacher = build(**options)
+    first = run(learner, teacher, range(4))
+    checkpoint.save(tmp_path, 4, {}, learner.tensors(), keep=1)
+    resumed, teacher = build(**options)
+    resumed.restore(checkpoint.newest(tmp_path).tensors, 4)
+    assert first + run(resumed, teacher, range(4, 7)) == whole
+
+
+@pytest.mark.parametrize("name", ["kl", "gls", "sampled_unbiased", "topk_tail", "decoupled_kd", "at_kd", "egad"])
+def test_every_variant_lowers_the_divergence(name):
+    learner, teacher = build(**{"learner": {"lr": 1e-2, "warmup_steps": 0}, **VARIANTS[name]})
+    batch = make_trajectories(LENGTHS)
+    teacher.encode(batch)
+    before = learner.divergence(batch)
+    for version in range(30):
+        learner.step([dataclasses.replace(t, policy_version=version) for t in batch])
+    assert learner.divergence(batch) < 0.85 * before
+
+
+def test_at_kd_treats_the_less_sure_half_of_the_batch_as_hard():
+    """Both halves against the formulas in float64: lambda * NCKD on easy, (1 - lambda)(TCKD + NCKD) on hard ones."""
+    learner, teacher = build(
+        alignment={"variant": "at_kd", "easy_weight": 0.3, **FORWARD}, positions={"policy": "full"}
+    )
+    batch = make_trajectories(LENGTHS)
+    teacher.encode(batch)
+    per_position = []
+    for t in batch:
+        ids = torch.as_tensor(np.concatenate([t.prompt_ids, t.response_ids]))[None]
+        first, y = len(t.prompt_ids) - 1, torch.as_tensor(t.response_ids)[:, None]
+        with torch.no_grad():
+            q = learner.student.model(input_ids=ids).logits[0, first:-1].double().softmax(-1)
+            p = teacher._model.model(input_ids=ids).logits[0, first:-1].double().softmax(-1)
+        q_y, p_y = q.gather(1, y), p.gather(1, y)
+        tckd = p_y * (p_y / q_y).log() + (1 - p_y) * ((1 - p_y) / (1 - q_y)).log()
+        terms = p / (1 - p_y) * (p / (1 - p_y) * (1 - q_y) / q).log()
+        nckd = terms.scatter(1, y, 0.0).sum(1, keepdim=True)
+        per_position.append(torch.cat([1 - p_y, tckd, nckd, torch.full_like(p_y, 1 / len(y) / len(batch))], 1))
+    unsure, tckd, nckd, weight = torch.cat(per_position).T
+    hard = unsure >= unsure.sort(descending=True).values[math.ceil(len(unsure) / 2) - 1]
+    expected = (weight * torch.where(hard, 0.7 * (tckd + nckd), 0.3 * nckd)).sum()
+    assert learner.accumulate(batch).sums["loss"] == pytest.approx(expected.item(), rel=1e-4)
+
+
+def test_egad_sets_temperatures_and_compares_hidden_states_where_the_teacher_is_unsure():
+    own = {"variant": "egad", "min_temperature": 0.8, "max_temperature": 2.5, "feature_weight": 0.7}
+    learner, teacher = build(alignment={**own, "feature_entropy": 0.8}, positions={"k": 1.0})
+    batch = make_trajectories(LENGTHS)
+    teacher.encode(batch)
+    projection = learner.named["objective.projection"]
+    expected = 0.0
+    for t in batch:
+        ids = torch.as_tensor(np.concatenate([t.prompt_ids, t.response_ids]))[None]
+        first = len(t.prompt_ids) - 1
+        with torch.no_grad():
+            log_p = teacher._model.model(input_ids=ids).logits[0, first:-1].log_softmax(-1)
+            share = -(log_p.exp() * log_p).sum(-1) / math.log(VOCABULARY)
+            temperature = (2.5 - 1.7 * share)[:, None]
+            log_q = (learner.student.model(input_ids=ids).logits[0, first:-1] / temperature).log_softmax(-1)
+            rows = (log_q.exp() * (log_q - (log_p / temperature).log_softmax(-1))).sum(-1)
+            own_hidden = learner.student.trunk(input_ids=ids).last_hidden_state[0, first:-1]
+            other = teacher._model.trunk(input_ids=ids).last_hidden_state[0, first:-1]
+            feature = (own_hidden @ projection.T - other).square().mean(-1)
+            assert 0 < (share >= 0.8).float().mean() < 1 or len(share) < 9
+        expected += (rows + 0.7 * (share >= 0.8) * feature).mean().item() / len(batch)
+    assert learner.accumulate(batch).sums["loss"] == pytest.approx(expected, rel=1e-4)
+    assert projection.grad.norm() > 0
+
+
+def test_the_average_of_the_student_follows_it():
+    learner, teacher = build(alignment={"ema_weight": 1.0, "ema_decay": 0.75}, learner={"lr": 1e-2})
+    batch = make_trajectories(LENGTHS)
+    teacher.encode(batch)
+    plain, other = build()
+    other.encode(batch)
+    assert relative(gradients(learner, teacher, batch), gradients(plain, other, batch)) < 1e-5  # no distance yet
+    before = {n: p.detach().clone() for n, p in learner.named.items()}
+    learner.step(batch)
+    average = {n.partition("/")[2]: t for n, t in learner.tensors().items() if n.startswith("objective/")}
+    for name, new in learner.named.items():
+        assert torch.allclose(average[name], 0.75 * before[name] + 0.25 * new, atol=1e-6)
+    again = [dataclasses.replace(t, policy_version=1) for t in batch]
+    plain.restore({n: t for n, t in learner.tensors().items() if not n.startswith("objective/")}, 1)
+    assert relative(gradients(learner, teacher, again), gradients(plain, other, again)) > 1e-3
+
+
+def test_with_all_classes_the_sparse_targets_are_full_kd():
+    batch = make_trajectories(LENGTHS)
+    full = gradients(*build(alignment=FORWARD), batch)
+    every = {"sampler": "top_k", "k": VOCABULARY}
+    assert relative(gradients(*build(alignment=FORWARD, classes=every), batch), full) < 1e-4
+    drawn = gradients(*build(alignment=FORWARD, classes={"sampler": "rs_kd", "draws": 20_000}), batch)
+    assert relative(drawn, full) < 0.1
+
+
+def test_gls_may_leave_a_sample_without_positions():
+    learner, teacher = build(positions={"policy": "gls", "k": 0.02})
+    first, later = make_trajectories(LENGTHS), make_trajectories([(4, 2), (5, 2)], version=1)
+    teacher.encode(first)
+    learner.step(first)
+    teacher.encode(later)
+    found = learner.step(later)
+    assert found["positions_selected"] in range(3)
+    assert math.isfinite(found["loss"])
+
+
+@pytest.mark.parametrize("metric", ["kl", "ce_ratio", "random"])
+def test_samples_are_ranked_by_the_other_metrics(metric):
+    learner, teacher = build(samples={"metric": metric, "keep": 0.25}, budget=60)
+    batch = make_trajectories(LENGTHS)
+    scores = learner.rank(batch)
+    assert teacher.stored == 0
+    for t, score in zip(batch, scores, strict=True):
+        ids = torch.as_tensor(np.concatenate([t.prompt_ids, t.response_ids]))[None]
+        first, y = len(t.prompt_ids) - 1, torch.as_tensor(t.response_ids)[:, None]
+        with torch.no_grad():
+            log_q = learner.student.model(input_ids=ids).logits[0, first:-1].log_softmax(-1)
+            log_p = teacher._model.model(input_ids=ids).logits[0, first:-1].log_softmax(-1)
+        expected = {
+            "kl": (log_p.exp() * (log_p - log_q)).sum(-1).mean(),
+            "ce_ratio": log_q.gather(1, y).mean() / log_p.gather(1, y).mean(),
+        }
+        if metric in expected:
+            assert score == pytest.approx(expected[metric].item(), rel=1e-4)
+    report, kept = learner.filter(batch)
+    order = sorted(range(8), key=lambda i: -scores[i])[:2]
+    assert [t.key for t in kept] == [f"t{i}" for i in sorted(order)]
+    assert report.dropped == {"not_selected": 6}
+    assert teacher.stored == (0 if metric == "random" else 2)  # what was kept need not be encoded again
+
+
+def test_paced_samples_weigh_by_the_pass_rate_of_their_prompt():
+    verdicts = [True, False, False, True, True, False]
+    keys = ["a/0", "a/1", "a/2", "b/0", "b/1", "c/0"]
+    batch = [
+        dataclasses.replace(t, key=k, correct=c)
+        for t, k, c in zip(make_trajectories(LENGTHS[:6]), keys, verdicts, strict=True)
+    ]
+    learner, teacher = build(samples={"weight": "paced"}, rollout={"n": 3})
+    report, kept = learner.filter(batch)
+    assert report.dropped == {"no_pace": 3}
+    assert [t.weight for t in kept] == pytest.approx([2 / 9] * 3)
+    mixed = [dataclasses.replace(t, weight=w) for t, w in zip(kept, (1.0, 2.0, 5.0), strict=True)]
+    found = gradients(learner, teacher, mixed)
+    alone = [gradients(*build(), [t]) for t in kept]
+    expected = {n: (alone[0][n] + 2 * alone[1][n] + 5 * alone[2][n]) / 8 for n in found}
+    assert relative(found, expected) < 1e-5
+
+
+def test_one_step_off_policy_gives_the_weights_of_one_step_on_policy():
+    """The same trajectories, once as the student's own, once as references: nothing else may differ."""
+    weights = []
+    for version in (0, None):
+        learner, teacher = build(learner={"lr": 1e-2}, mode="on_policy" if version == 0 else "off_policy",
+                                 alignment={"divergence": "reverse_kl"})  # fmt: skip
+        batch = [dataclasses.replace(t, policy_version=version) for t in make_trajectories(LENGTHS)]
+        teacher.encode(batch)
+        found = learner.step(batch)
+        assert ("sampler_gap" in found) == (version == 0)
+        weights.append({n: p.detach().clone() for n, p in learner.named.items()})
+    assert all(torch.equal(weights[0][n], weights[1][n]) for n in weights[0])
 
 
 def test_a_checkpoint_of_another_model_is_refused(tmp_path):

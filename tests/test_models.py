@@ -106,7 +106,7 @@ def test_teacher_hands_out_rows_and_scalars_for_what_was_encoded():
             hidden = whole.hidden(one)
         positions = [len(t.response_ids) - 1, 0]
         assert torch.allclose(teacher.rows([(t.key, positions)]), hidden[positions], atol=1e-5)
-        entropy, logprob = teacher.scalars(t.key)
+        entropy, logprob = teacher.scalars([t.key])
         expected = row_statistics(hidden, whole.head_VH, one.targets)
         assert torch.allclose(entropy, expected[0], atol=1e-5)
         assert torch.allclose(logprob, expected[1], atol=1e-5)

@@ -35,7 +35,7 @@ def learner_gap(trajectories, model):
     whole = split(model, 512)
     batch = collate(trajectories, 0)
     with torch.no_grad():
-        _, logprob = row_statistics(whole.hidden(batch), whole.head_VH, batch.targets)
+        logprob = row_statistics(whole.hidden(batch), whole.head_VH, batch.targets).raw_logprob_N
     return (torch.as_tensor(np.concatenate([t.sampler_logprobs for t in trajectories])) - logprob).abs().mean().item()
 
 

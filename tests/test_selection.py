@@ -1,16 +1,26 @@
+"""The selection framework: metrics, policies, their state, sample filters, class samplers."""
+
+import dataclasses
 import math
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given
+from hypothesis import settings as given_settings
 from hypothesis import strategies as st
 
-from onpolicy_skd.selection import metrics, positions, samples
-from onpolicy_skd.trajectory import Trajectory
+from onpolicy_skd.config import ClassSettings, ConfigError, PositionMetric, PositionPolicy, PositionSettings, get_args
+from onpolicy_skd.selection import classes, metrics, positions, samples
+from onpolicy_skd.selection.classes import SAMPLERS, Draws
+from onpolicy_skd.selection.metrics import METRICS, Ranges, Signals
+from onpolicy_skd.selection.positions import POLICIES, Context, quota
+from onpolicy_skd.selection.selector import Bandit, ScoreQueue, Selector
+from onpolicy_skd.trajectory import SparseTargets, Trajectory
 
 lengths = st.lists(st.integers(1, 60), min_size=1, max_size=8)
 shares = st.sampled_from([0.01, 0.1, 0.2, 1 / 3, 0.5, 0.9, 1.0])
+BY_SEQUENCE = [name for name in POLICIES if name != "gls"]
 
 
 def scores_for(counts, seed, ties=False):
@@ -19,72 +29,333 @@ def scores_for(counts, seed, ties=False):
     return torch.tensor(values, dtype=torch.float32)
 
 
+def context(k, counts, seed=0, step=0, **options):
+    return Context(k, step, [seed + i for i in range(len(counts))], options=PositionSettings(**options))
+
+
+def by_sequence(chosen, counts):
+    """Per sequence: selected positions from its start, and their weights."""
+    starts = np.cumsum([0, *counts])
+    parts = zip(starts, chosen.indices_K.split(chosen.counts), chosen.weights_K.split(chosen.counts), strict=False)
+    return [((indices - start).tolist(), weights.tolist()) for start, indices, weights in parts]
+
+
+# -- policies --------------------------------------------------------------------------------------------------------
+
+
+def test_the_names_in_the_settings_are_those_of_the_code():
+    assert set(get_args(PositionMetric)) == set(METRICS)
+    assert set(get_args(PositionPolicy)) == set(POLICIES)
+    assert {"none", *SAMPLERS} == set(get_args(ClassSettings.model_fields["sampler"].annotation))
+
+
 def test_the_quota_is_the_exact_ceiling():
-    assert positions.quota(0.2, 15) == 3  # 0.2 * 15 is 3.0000000000000004 in floating point
-    assert [positions.quota(0.2, n) for n in (1, 5, 6, 10, 11)] == [1, 1, 2, 2, 3]
-    assert all(positions.quota(k / 100, n) == math.ceil(k * n / 100) for k in range(1, 101) for n in range(1, 300))
+    assert quota(0.2, 15) == 3  # 0.2 * 15 is 3.0000000000000004 in floating point
+    assert [quota(0.2, n) for n in (1, 5, 6, 10, 11)] == [1, 1, 2, 2, 3]
+    assert all(quota(k / 100, n) == math.ceil(k * n / 100) for k in range(1, 101) for n in range(1, 300))
 
 
 @given(lengths, shares, st.integers(0, 9), st.booleans())
-def test_every_sequence_gives_exactly_its_quota_of_its_highest_scores(counts, k, seed, ties):
+def test_top_k_takes_exactly_its_quota_of_the_highest_scores_of_each_sequence(counts, k, seed, ties):
     scores = scores_for(counts, seed, ties)
-    chosen = positions.top_k(scores, counts, k).tolist()
-    assert chosen == sorted(set(chosen))
-    start = 0
-    for n in counts:
-        mine = [i - start for i in chosen if start <= i < start + n]
-        part = scores[start : start + n].tolist()
-        best = sorted(range(n), key=lambda i: (-part[i], i))[: positions.quota(k, n)]
+    chosen = positions.top_k(scores, counts, Context(k))
+    for (mine, _), part in zip(by_sequence(chosen, counts), scores.split(counts), strict=True):
+        values = part.tolist()
+        best = sorted(range(len(values)), key=lambda i: (-values[i], i))[: quota(k, len(values))]
         assert mine == sorted(best)  # ties go to the earlier position
-        start += n
 
 
-@given(lengths, shares, st.integers(0, 9), st.randoms(use_true_random=False))
-def test_selection_does_not_depend_on_the_rest_of_the_batch(counts, k, seed, shuffler):
-    scores = scores_for(counts, seed)
-    parts = list(scores.split(counts))
-    alone = [positions.top_k(part, [len(part)], k).tolist() for part in parts]
+@given(lengths, shares, st.integers(0, 9), st.integers(0, 12))
+def test_curriculum_takes_its_quota_of_neighbours_and_ends_as_top_k(counts, k, seed, step):
+    scores = scores_for(counts, seed, ties=seed % 2 == 0)
+    chosen = positions.curriculum(scores, counts, context(k, counts, step=step, curriculum_steps=10))
+    for (mine, _), part in zip(by_sequence(chosen, counts), scores.split(counts), strict=True):
+        width = quota(k, len(part))
+        assert len(mine) == width
+        ascending = part.sort().values
+        start = round(min(1.0, step / 10) * (len(part) - width))
+        assert part[mine].sort().values.tolist() == ascending[start : start + width].tolist()
+    if step >= 10:
+        assert chosen.indices_K.tolist() == positions.top_k(scores, counts, Context(k)).indices_K.tolist()
+
+
+@given(lengths, shares, st.integers(0, 9), st.sampled_from(sorted(BY_SEQUENCE)), st.randoms(use_true_random=False))
+def test_selection_does_not_depend_on_the_rest_of_the_batch(counts, k, seed, policy, shuffler):
+    parts = list(scores_for(counts, seed).split(counts))
+
+    def select(order):
+        asked = Context(k, 3, [order[i] for i in range(len(order))], options=PositionSettings(curriculum_steps=7))
+        return POLICIES[policy](torch.cat([parts[i] for i in order]), [counts[i] for i in order], asked)
+
     order = list(range(len(counts)))
     shuffler.shuffle(order)
-    mixed = positions.select(torch.cat([parts[i] for i in order]), [counts[i] for i in order], "top_k", k)
-    start = 0
+    mixed = by_sequence(select(order), [counts[i] for i in order])
     for place, i in enumerate(order):
-        own = mixed.indices_K.split(mixed.counts)[place] - start
-        assert own.tolist() == alone[i]
-        start += counts[i]
+        assert mixed[place] == by_sequence(select([i]), [counts[i]])[0]
 
 
-@given(lengths, shares, st.sampled_from(["top_k", "full"]))
-def test_weights_of_each_sequence_sum_to_one(counts, k, policy):
-    chosen = positions.select(scores_for(counts, 0), counts, policy, k)
+@given(lengths, shares, st.sampled_from(sorted(set(BY_SEQUENCE) - {"sampled_unbiased"})), st.booleans())
+def test_weights_of_each_sequence_sum_to_one(counts, k, policy, silent):
+    scores = torch.zeros(sum(counts)) if silent else scores_for(counts, 0)
+    chosen = POLICIES[policy](scores, counts, context(k, counts))
     assert len(chosen.indices_K) == len(chosen.weights_K) == sum(chosen.counts)
+    assert chosen.indices_K.tolist() == sorted(set(chosen.indices_K.tolist()))
     for part in chosen.weights_K.split(chosen.counts):
         assert part.sum().item() == pytest.approx(1.0, rel=1e-5)
-    if policy == "full":
+    if policy in ("full", "weighted"):
         assert chosen.counts == counts
 
 
-def test_nan_scores_and_unknown_policies_are_errors():
+def test_weighted_weighs_by_the_score():
+    chosen = positions.weighted(torch.tensor([1.0, 3.0, 0.0, 5.0]), [3, 1], Context(0.5))
+    assert chosen.weights_K.tolist() == [0.25, 0.75, 0.0, 1.0]
+
+
+def test_nan_and_negative_scores_are_errors():
     with pytest.raises(ValueError, match="NaN"):
-        positions.top_k(torch.tensor([0.0, float("nan")]), [2], 0.5)
-    with pytest.raises(ValueError, match="unknown position policy 'best'"):
-        positions.select(torch.zeros(2), [2], "best", 0.5)
+        positions.top_k(torch.tensor([0.0, float("nan")]), [2], Context(0.5))
+    for policy in (positions.weighted, positions.sampled):
+        with pytest.raises(ValueError, match="negative"):
+            policy(torch.tensor([0.0, -1.0]), [2], context(0.5, [2]))
 
 
-def test_metrics():
-    signals = metrics.Signals(torch.tensor([0.1, 0.3, 0.2]), torch.tensor([-1.0, -2.0, -3.0]), [2, 1], [7, 8])
-    assert metrics.METRICS["student_entropy"](signals).tolist() == pytest.approx([0.1, 0.3, 0.2])
-    assert metrics.METRICS["student_ce"](signals).tolist() == [1.0, 2.0, 3.0]
-    assert metrics.METRICS["prefix"](signals).tolist() == [0.0, -1.0, 0.0]
-    drawn = metrics.METRICS["random"](signals)
-    alone = metrics.METRICS["random"](metrics.Signals(torch.zeros(1), torch.zeros(1), [1], [8]))
-    assert drawn[2] == alone[0]  # a function of the sequence's own seed
+DRAWN = [{}, {"smoothing": 2.0}, {"coverage": 0.5}, {"clip": 0.6}, {"coverage": 0.34, "smoothing": 3.0, "clip": 1.0}]
+
+
+@pytest.mark.parametrize("options", DRAWN)
+@pytest.mark.parametrize("policy", ["sampled", "sampled_unbiased"])
+def test_drawn_estimates_are_unbiased_within_four_standard_errors(policy, options):
+    """sampled: of sum w L with w the drawing probabilities; sampled_unbiased: of the plain mean of L."""
+    scores = torch.tensor([0.1, 2.0, 0.5, 0.7, 0.2, 1.1, 0.05])
+    losses = torch.tensor([3.0, -1.0, 2.0, 0.5, 4.0, 1.0, -6.0])
+    n, trials = 7, 4_000
+    estimates = []
+    for seed in range(trials):
+        chosen = POLICIES[policy](scores, [n], context(0.6, [n], seed * 31, policy=policy, **options))
+        estimates.append((losses[chosen.indices_K] * chosen.weights_K).sum().item())
+    clipped = scores.clamp(max=options.get("clip", 10.0)) ** (1 / options.get("smoothing", 1.0))
+    w = clipped / clipped.sum()
+    expected = (losses.mean() if policy == "sampled_unbiased" else (w * losses).sum()).item()
+    error = np.std(estimates, ddof=1) / trials**0.5
+    assert abs(np.mean(estimates) - expected) < 4 * error
+    assert error > 0
+
+
+@given(lengths, shares, st.integers(0, 99), st.sampled_from(["sampled", "sampled_unbiased"]), st.sampled_from(DRAWN))
+def test_draws_stay_within_the_budget_and_are_a_function_of_the_seed(counts, k, seed, policy, options):
+    asked = context(k, counts, seed, policy=policy, **options)
+    scores = scores_for(counts, seed)
+    chosen, again = (POLICIES[policy](scores, counts, asked) for _ in range(2))
+    assert torch.equal(chosen.indices_K, again.indices_K)
+    assert torch.equal(chosen.weights_K, again.weights_K)
+    assert all(1 <= taken <= quota(k, n) for taken, n in zip(chosen.counts, counts, strict=True))
+    covered = [math.floor(round(options.get("coverage", 0.0) * quota(k, n), 9)) for n in counts]
+    for (mine, _), part, certain in zip(by_sequence(chosen, counts), scores.split(counts), covered, strict=True):
+        ceiling = part.clamp(max=options.get("clip", 10.0))
+        assert set(torch.argsort(ceiling, descending=True, stable=True)[:certain].tolist()) <= set(mine)
+
+
+def test_nothing_is_drawn_where_only_certain_positions_have_a_score():
+    asked = context(0.9, [3], policy="sampled", coverage=0.5)
+    (mine, weights), *_ = by_sequence(positions.sampled(torch.tensor([0.0, 2.0, 0.0]), [3], asked), [3])
+    assert (mine, weights) == ([1], [1.0])
+
+
+def test_skipped_positions_are_never_drawn_unless_there_are_no_others():
+    scores, counts = torch.ones(13), [10, 3]
+    for seed in range(50):
+        asked = context(0.5, counts, seed, policy="sampled", skip_first=3)
+        first, second = by_sequence(positions.sampled(scores, counts, asked), counts)
+        assert min(first[0]) >= 3
+        assert second[0]
+
+
+def test_draws_are_independent_of_a_random_score():
+    """Scores and draws of one sequence share its seed but not its stream."""
+    n, hits = 50, 0
+    for seed in range(200):
+        scores = metrics.random(Signals(torch.zeros(n), torch.zeros(n), [n], [seed]))
+        chosen = positions.sampled(scores, [n], Context(0.02, 0, [seed]))
+        hits += (scores[chosen.indices_K] > 0.5).item()
+    assert 0.75 - 0.13 < hits / 200 < 0.75 + 0.13  # P = 3/4 when drawn in proportion; 4 standard errors
+
+
+# -- schedule and state ----------------------------------------------------------------------------------------------
+
+
+def test_the_budget_grows_linearly():
+    options = PositionSettings(k=0.5, k_start=0.1, schedule_steps=4)
+    assert [positions.scheduled_k(options, s) for s in range(6)] == pytest.approx([0.1, 0.2, 0.3, 0.4, 0.5, 0.5])
+    assert positions.scheduled_k(PositionSettings(k=0.3), 10) == 0.3
+
+
+@given(st.lists(lengths, min_size=1, max_size=5), shares, st.integers(1, 200))
+def test_the_queue_holds_the_last_scores_and_gives_their_quantile(batches, k, size):
+    queue, seen = ScoreQueue(size), []
+    assert queue.threshold(k) is None
+    for number, counts in enumerate(batches):
+        scores = scores_for(counts, number)
+        queue.push(scores)
+        seen = (seen + scores.tolist())[-size:]
+        threshold = queue.threshold(k)
+        assert sum(s >= threshold for s in seen) == quota(k, len(seen))
+
+
+def signals_of(entropy, counts):
+    return Signals(entropy, torch.zeros_like(entropy), counts, list(range(len(counts))))
+
+
+def test_gls_is_top_k_until_a_batch_is_known_and_then_a_threshold():
+    selector = Selector(PositionSettings(policy="gls", k=0.5), 0)
+    first = signals_of(torch.tensor([1.0, 2.0, 3.0, 4.0]), [2, 2])
+    scores, chosen = selector.select(first, 0)
+    assert chosen.indices_K.tolist() == [1, 3]
+    selector.observe(scores)
+    _, chosen = selector.select(signals_of(torch.tensor([1.0, 2.5, 3.0, 4.0]), [2, 2]), 1)
+    assert chosen.indices_K.tolist() == [2, 3]  # at or above the upper half of what was seen: 3 and 4
+    assert chosen.counts == [0, 2]
+    assert chosen.weights_K.tolist() == [0.5, 0.5]
+
+
+@pytest.mark.parametrize("policy", ["gls", "bandit", "top_k"])
+def test_state_survives_saving(policy):
+    def selector():
+        return Selector(PositionSettings(policy=policy, k=0.3, arms=["student_entropy", "student_ce"]), 1)
+
+    first = selector()
+    if first.bandit:
+        first.bandit.start(1.0)
+    for step in range(5):
+        _, _ = first.select(signals_of(scores_for([9, 4], step), [9, 4]), step)
+        first.observe(scores_for([9, 4], step))
+        if first.bandit:
+            first.bandit.reward(step, 1.0 / (step + 2))
+    second = selector()
+    second.load_state_dict({name: t.clone() for name, t in first.state_dict().items()})
+    for step in range(5, 9):
+        both = [s.select(signals_of(scores_for([9, 4], step), [9, 4]), step)[1] for s in (first, second)]
+        assert torch.equal(both[0].indices_K, both[1].indices_K)
+        assert first.metric(step) == second.metric(step)
+
+
+def test_the_bandit_finds_the_arm_that_helps():
+    """Arm 1 halves the divergence, the others leave it."""
+    bandit, divergence, played = Bandit(["kl", "student_entropy", "random"], 0.2, 3), 1.0, []
+    bandit.start(divergence)
+    for step in range(400):
+        arm = bandit.arm(step)
+        played.append(arm)
+        divergence = 1.0 if divergence < 1e-3 else divergence * (0.5 if arm == 1 else 1.0)
+        reward = bandit.reward(step, divergence)
+        assert 0.0 <= reward <= 1.0
+    assert bandit.probabilities().sum() == pytest.approx(1.0)
+    assert (bandit.probabilities() >= 0.2 / 3 - 1e-9).all()
+    assert played[200:].count(1) > 120
+
+
+def test_exp3_update_is_the_published_one():
+    bandit = Bandit(["kl", "random"], 0.5, 0)
+    bandit.start(2.0)
+    arm, before = bandit.arm(0), bandit.probabilities()
+    assert bandit.reward(0, 1.5) == pytest.approx(0.25)  # a quarter is gone
+    gained = math.exp(0.5 * 0.25 / (before[arm].item() * 2))
+    weights = [gained if i == arm else 1.0 for i in range(2)]
+    expected = 0.5 * weights[arm] / sum(weights) + 0.25
+    assert bandit.probabilities()[arm].item() == pytest.approx(expected)
+    rose = bandit.arm(1)
+    assert bandit.reward(1, 3.0) == 0.0
+    assert bandit.state_dict()["last"][rose] == 3.0
+    done = Bandit(["kl", "random"], 0.5, 0)
+    done.start(0.0)
+    assert done.reward(0, 0.0) == 0.0  # nothing was left to gain
+
+
+# -- metrics ---------------------------------------------------------------------------------------------------------
+
+ENTROPY, CE = torch.tensor([0.1, 0.3, 0.2]), torch.tensor([1.0, 2.0, 3.0])
+T_ENTROPY, T_LOGPROB = torch.tensor([0.5, 0.4, 0.3]), torch.tensor([-0.5, -4.0, 0.0])
+KL, REVERSE = torch.tensor([0.7, -1e-9, 0.9]), torch.tensor([0.6, 0.2, 0.8])
+
+
+def with_teacher(calls=None, ranges=None):
+    def scalars():
+        calls.append("scalars") if calls is not None else None
+        return T_ENTROPY, T_LOGPROB
+
+    def divergence(kind):
+        calls.append(kind) if calls is not None else None
+        return KL if kind == "forward_kl" else REVERSE
+
+    return Signals(ENTROPY, CE, [2, 1], [7, 8], scalars, divergence, ranges)
+
+
+EXPECTED = {
+    "student_entropy": ([0.1, 0.3, 0.2], []),
+    "student_ce": ([1.0, 2.0, 3.0], []),
+    "prefix": ([0.0, -1.0, 0.0], []),
+    "teacher_entropy": ([0.5, 0.4, 0.3], ["scalars"]),
+    "teacher_ce": ([0.5, 4.0, 0.0], ["scalars"]),
+    "kl": ([0.7, 0.0, 0.9], ["forward_kl"]),
+    "reverse_kl": ([0.6, 0.2, 0.8], ["reverse_kl"]),
+    "kl_plus_entropy": ([0.8, 0.3, 1.1], ["forward_kl"]),
+    "ce_ratio": ([2.0, 0.5, 3e6], ["scalars"]),
+    "ce_ratio_plus_entropy": ([2.1, 0.8, 3e6], ["scalars"]),
+    "tip_soft_or": ([0.7 / 0.9, 1.0, 1.0], ["forward_kl"]),
+}
+
+
+@pytest.mark.parametrize("name", EXPECTED)
+def test_a_metric_equals_its_formula_and_asks_the_teacher_for_no_more_than_it_needs(name):
+    expected, asked = EXPECTED[name]
+    calls = []
+    assert METRICS[name](with_teacher(calls)).tolist() == pytest.approx(expected, rel=1e-5)
+    assert calls == asked
+
+
+def test_tip_scales_over_the_ranges_of_the_batch():
+    found = metrics.tip_soft_or(with_teacher(ranges=Ranges((0.1, 0.5), (0.0, 1.4))))
+    h, d = [0.0, 0.5, 0.25], [0.5, 0.0, 0.9 / 1.4]
+    assert found.tolist() == pytest.approx([1 - (1 - a) * (1 - b) for a, b in zip(h, d, strict=True)])
+    flat = metrics.tip_soft_or(with_teacher(ranges=Ranges((0.3, 0.3), (0.0, 0.9))))
+    assert flat.tolist() == pytest.approx([0.7 / 0.9, 0.0, 1.0])  # equal entropies tell nothing apart
+
+
+def test_random_is_a_function_of_each_sequences_seed():
+    drawn = metrics.random(with_teacher())
+    alone = metrics.random(Signals(torch.zeros(1), torch.zeros(1), [1], [8]))
+    assert drawn[2] == alone[0]
     assert len(set(drawn.tolist())) == 3
 
 
-def trajectory(key, ids, finish="stop"):
+@pytest.mark.parametrize("name", ["teacher_ce", "kl"])
+def test_without_a_teacher_its_metrics_are_refused(name):
+    with pytest.raises(RuntimeError, match="needs the teacher"):
+        METRICS[name](Signals(ENTROPY, CE, [2, 1], [7, 8]))
+
+
+def test_metrics_and_policies_of_ones_own(tmp_path, monkeypatch):
+    (tmp_path / "own_selection.py").write_text(
+        "from onpolicy_skd.selection.positions import top_k\n"
+        "def surprise(signals):\n    return signals.ce_N - signals.entropy_N\n"
+        "policy = top_k\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    own = PositionSettings(metric="own_selection:surprise", policy="own_selection:policy", k=0.5)
+    scores, chosen = Selector(own, 0).select(with_teacher(), 0)
+    assert scores.tolist() == pytest.approx([0.9, 1.7, 2.8])
+    assert chosen.indices_K.tolist() == [1, 2]
+    with pytest.raises(ConfigError, match=r"positions\.metric=own_selection:nothing: cannot be imported .*accepted: "):
+        Selector(PositionSettings(metric="own_selection:nothing"), 0)
+    with pytest.raises(ConfigError, match=r"positions\.policy=no\.such:thing"):
+        Selector(PositionSettings(policy="no.such:thing"), 0)
+
+
+# -- samples ---------------------------------------------------------------------------------------------------------
+
+
+def trajectory(key, ids, finish="stop", correct=None):
     ids = np.asarray(ids, dtype=np.int64)
-    return Trajectory(key, np.array([1]), ids, np.zeros(len(ids), np.float32), finish, 0)
+    return Trajectory(key, np.array([1]), ids, np.zeros(len(ids), np.float32), finish, 0, correct)
 
 
 def test_validity_counts_every_reason():
@@ -97,11 +368,137 @@ def test_validity_counts_every_reason():
     assert samples.validity(batch, 51, drop_truncated=False).kept == ["good", "cut", "alien"]
 
 
+def test_correctness_keeps_one_kind_and_counts_the_other():
+    batch = [
+        trajectory("a", [2], correct=True),
+        trajectory("b", [2], correct=False),
+        trajectory("c", [], correct=False),
+    ]
+    wrong = samples.validity(batch, 9, correctness="wrong")
+    assert (wrong.kept, wrong.dropped) == (["b"], {"right": 1, "empty": 1})
+    right = samples.validity(batch, 9, correctness="right")
+    assert (right.kept, right.dropped) == (["a"], {"wrong": 1, "empty": 1})
+    with pytest.raises(ValueError, match="d was not judged"):
+        samples.validity([trajectory("d", [2])], 9, correctness="right")
+
+
+def test_paced_weights_are_p_times_one_minus_p():
+    verdicts = {"x": [True, False, False, False], "y": [True, True], "z": [False, False, False]}
+    batch = [trajectory(f"{p}/{i}", [2], correct=c) for p, own in verdicts.items() for i, c in enumerate(own)]
+    weights = samples.paced(batch)
+    assert [weights[f"x/{i}"] for i in range(4)] == [0.1875] * 4
+    assert weights["y/0"] == weights["z/2"] == 0.0
+    with pytest.raises(ValueError, match="not judged"):
+        samples.paced([trajectory("d/0", [2])])
+
+
 @given(st.lists(st.integers(0, 4).map(float), min_size=1, max_size=40), shares)
 def test_top_share_keeps_the_exact_ceiling_and_breaks_ties_early(scores, share):
     kept = samples.top_share(scores, share)
-    assert len(kept) == positions.quota(share, len(scores))
+    assert len(kept) == quota(share, len(scores))
     assert kept == sorted(kept)
     worst = min(scores[i] for i in kept)
     for i in set(range(len(scores))) - set(kept):
         assert scores[i] < worst or (scores[i] == worst and all(j < i for j in kept if scores[j] == worst))
+
+
+# -- classes ---------------------------------------------------------------------------------------------------------
+
+
+def teacher_rows(rows=5, vocabulary=40, scale=2.0, seed=0):
+    draw = torch.Generator().manual_seed(seed)
+    return torch.log_softmax(torch.randn(rows, vocabulary, generator=draw) * scale, -1)
+
+
+def draws_for(rows, seed=0, targets=None, **options):
+    own = ClassSettings(**options)
+    uniform = torch.rand(rows, own.draws, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    return Draws(own, torch.zeros(rows, dtype=torch.long) if targets is None else targets, uniform)
+
+
+def dense(found, vocabulary):
+    return torch.zeros(len(found.ids_NC), vocabulary).scatter_add(1, found.ids_NC, found.probs_NC)
+
+
+@given_settings(deadline=None)
+@given(st.integers(1, 6), st.integers(2, 60), st.integers(1, 80), st.integers(0, 99), st.sampled_from([0.5, 1.0, 1.3]))
+def test_rs_kd_is_a_distribution_over_unique_drawn_classes(rows, vocabulary, draws, seed, proposal):
+    found = classes.rs_kd(
+        teacher_rows(rows, vocabulary, seed=seed), draws_for(rows, seed, draws=draws, proposal=proposal)
+    )
+    assert torch.allclose(found.probs_NC.sum(1), torch.ones(rows), atol=1e-5)
+    for ids, probs in zip(found.ids_NC.tolist(), found.probs_NC.tolist(), strict=True):
+        used = [i for i, p in zip(ids, probs, strict=True) if p > 0]
+        assert len(used) == len(set(used)) <= draws
+        assert set(ids) == set(used)  # unused slots repeat a used class
+        if proposal == 1.0:
+            counts = np.array([p for p in probs if p > 0]) * draws
+            assert np.allclose(counts, counts.round(), atol=1e-3)
+
+
+def test_rs_kd_is_unbiased_in_target_and_gradient_and_top_k_biased_as_eq_5_says():
+    vocabulary, trials = 40, 3_000
+    log_p = teacher_rows(1)
+    p, q = log_p.exp()[0], torch.softmax(torch.randn(vocabulary, generator=torch.Generator().manual_seed(9)), -1)
+    found = classes.rs_kd(log_p.expand(trials, -1), draws_for(trials, draws=12))
+    targets = dense(found, vocabulary)
+    error = targets.std(0) / trials**0.5
+    assert ((targets.mean(0) - p).abs() <= 4 * error + 1e-6).all()
+    gradients = targets.sum(1, keepdim=True) * q - targets
+    assert ((gradients.mean(0) - (q - p)).abs() <= 4 * error + 1e-6).all()
+    top = dense(classes.top_k(log_p, draws_for(1, k=12)), vocabulary)[0]
+    kept = top > 0
+    mass = p[kept].sum()
+    assert torch.allclose((mass * q - top)[~kept], mass * q[~kept])  # Eq. 5: no teacher outside the top K
+    assert (top.sum() * q - top - (q - p)).abs().max() > 0.01
+
+
+def test_a_proposal_other_than_p_keeps_the_estimate_near_p():
+    log_p = teacher_rows(1)
+    found = classes.rs_kd(log_p.expand(400, -1), draws_for(400, draws=500, proposal=0.8))
+    assert (dense(found, 40).mean(0) - log_p.exp()[0]).abs().max() < 0.01
+
+
+def test_truncations_equal_their_definitions():
+    log_p, targets = teacher_rows(5), torch.tensor([0, 1, 2, 3, 39])
+    p = log_p.exp()
+    top = p.topk(4)
+    mass = top.values.sum(1, keepdim=True)
+
+    def build(name, **options):
+        return SAMPLERS[name](log_p, draws_for(5, targets=targets, **options))
+
+    plain = torch.zeros_like(p).scatter(1, top.indices, top.values)
+    assert torch.allclose(dense(build("top_k", k=4), 40), plain)
+    assert torch.allclose(dense(build("top_k_normalised", k=4), 40), plain / mass)
+    for name, residual in (("ghost_token", "ghost"), ("label_smoothing", "smooth")):
+        found = build(name, k=4)
+        assert torch.allclose(dense(found, 40), plain)
+        assert found.residual == residual
+    fixed = plain.scatter_add(1, targets[:, None], 1 - mass)
+    assert torch.allclose(dense(build("naive_fix", k=4), 40), fixed, atol=1e-6)
+    inside = SAMPLERS["naive_fix"](log_p, draws_for(5, targets=top.indices[:, 2], k=4))
+    assert torch.allclose(dense(inside, 40), plain.scatter_add(1, top.indices[:, 2:3], 1 - mass), atol=1e-6)
+    assert dense(build("top_k", k=99), 40).sum(1).tolist() == pytest.approx([1.0] * 5)
+
+
+@given(st.floats(0.05, 1.0), st.integers(1, 40), st.integers(0, 20))
+def test_top_p_keeps_the_fewest_classes_that_reach_the_mass(p, k, seed):
+    log_p = teacher_rows(3, seed=seed)
+    found = classes.top_p(log_p, draws_for(3, k=k, p=p))
+    for row, probs in zip(log_p.exp().sort(descending=True).values, found.probs_NC, strict=True):
+        used = int((probs > 0).sum())
+        assert 1 <= used <= k
+        assert row[: used - 1].sum() < p + 1e-6
+        assert used == k or row[:used].sum() >= p - 1e-5
+
+
+def test_parts_of_different_widths_are_joined():
+    one = SparseTargets(torch.tensor([[3, 4]]), torch.tensor([[0.5, 0.5]]), "ghost")
+    two = SparseTargets(torch.tensor([[7], [8]]), torch.tensor([[1.0], [0.9]]), "ghost")
+    both = classes.joined([one, two])
+    assert both.ids_NC.tolist() == [[3, 4], [7, 7], [8, 8]]
+    assert both.probs_NC.tolist() == [[0.5, 0.5], [1.0, 0.0], [pytest.approx(0.9), 0.0]]
+    assert both.residual == "ghost"
+    assert classes.joined([]).ids_NC.shape == (0, 1)
+    assert dataclasses.astuple(both[1:2])[0].tolist() == [[7, 7]]

@@ -18,7 +18,7 @@ COLUMNS = {
     "selected": lambda r: f"{r['positions_selected']:.0f}/{r['positions']:.0f}",
     "kept": lambda r: f"{r['samples']:.0f}/{r['generated']}",
     "length": lambda r: f"{r['response_tokens']:.0f}",
-    "gap": lambda r: f"{r['sampler_gap']:.1e}",
+    "gap": lambda r: f"{r['sampler_gap']:.1e}" if "sampler_gap" in r else "-",
     "grad": lambda r: f"{r['grad_norm']:.2f}",
     "rollout+filter+learn+sync s": lambda r: " + ".join(
         f"{r['seconds'][phase]:.1f}" for phase in ("rollout", "filter", "learn", "sync")

@@ -1,34 +1,149 @@
-"""Position scores u(t): higher is selected first.
+"""Position scores u(t): higher is selected first (docs/method.md, section 4).
 
-A metric is a function of ``Signals`` that returns float32 ``[N]``, one score per eligible position; adding one is
-one function and one line in ``METRICS``.
+A metric is a function of ``Signals`` that returns float32 ``[N]``, one score per eligible position; adding one is one
+function and one line in ``METRICS``, or a function of your own named ``module:function`` in ``positions.metric``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import importlib
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from onpolicy_skd.config import ConfigError
+
+LEAST_CE = 1e-6  # nats; floor of the teacher's cross-entropy in ce_ratio
+Range = tuple[float, float]
+
 
 @dataclass(frozen=True, slots=True)
-class Signals:
-    """What is known of the N eligible positions of B sequences without the teacher; nats."""
+class Ranges:
+    """Smallest and largest values over the eligible positions of a whole optimizer batch, nats."""
 
-    entropy_N: Tensor  # H(q_t) at the distillation temperature
-    logprob_N: Tensor  # log q_t(y_t) at temperature 1
-    counts: Sequence[int]  # eligible positions of each sequence; sums to N
-    seeds: Sequence[int]  # one per sequence, for metrics that draw
+    entropy: Range
+    kl: Range
+
+
+class Signals:
+    """What is known of the N eligible positions of B sequences, in nats; what needs the teacher is fetched when read.
+
+    ``teacher_entropy_N`` and ``teacher_ce_N`` cost two numbers a position on the wire, ``kl_N`` and ``reverse_kl_N``
+    the teacher's hidden rows at every eligible position and a pass over both heads.
+    """
+
+    def __init__(
+        self,
+        entropy_N: Tensor,
+        ce_N: Tensor,
+        counts: Sequence[int],
+        seeds: Sequence[int],
+        scalars: Callable[[], tuple[Tensor, Tensor]] | None = None,
+        divergence: Callable[[str], Tensor] | None = None,
+        ranges: Ranges | None = None,
+    ) -> None:
+        self.entropy_N = entropy_N  # H(q_t)
+        self.ce_N = ce_N  # -log q_t(y_t)
+        self.counts = counts  # eligible positions of each sequence; sums to N
+        self.seeds = seeds  # one per sequence, for metrics that draw
+        self._fetch_scalars = scalars  # () -> H(p_t) and log p_t(y_t)
+        self._divergence = divergence  # "forward_kl" or "reverse_kl" -> its value per position
+        self._ranges = ranges
+
+    @cached_property
+    def _scalars(self) -> tuple[Tensor, Tensor]:
+        if self._fetch_scalars is None:
+            raise RuntimeError("this position score needs the teacher, and there is none here")
+        entropy_N, logprob_N = self._fetch_scalars()
+        return entropy_N.to(self.entropy_N.device), logprob_N.to(self.entropy_N.device)
+
+    @property
+    def teacher_entropy_N(self) -> Tensor:
+        """H(p_t)."""
+        return self._scalars[0]
+
+    @property
+    def teacher_ce_N(self) -> Tensor:
+        """-log p_t(y_t)."""
+        return -self._scalars[1]
+
+    @cached_property
+    def kl_N(self) -> Tensor:
+        """KL(p_t || q_t)."""
+        return self._value("forward_kl")
+
+    @cached_property
+    def reverse_kl_N(self) -> Tensor:
+        """KL(q_t || p_t)."""
+        return self._value("reverse_kl")
+
+    @property
+    def ranges(self) -> Ranges:
+        """Over the whole optimizer batch; over these positions alone if nobody said what the batch is."""
+        if self._ranges is None:
+            self._ranges = Ranges(_range(self.entropy_N), _range(self.kl_N))
+        return self._ranges
+
+    def _value(self, kind: str) -> Tensor:
+        if self._divergence is None:
+            raise RuntimeError("this position score needs the teacher, and there is none here")
+        return self._divergence(kind).clamp(min=0.0)  # rounding may leave a divergence just below 0
 
 
 def student_entropy(signals: Signals) -> Tensor:
+    """H(q_t)."""
     return signals.entropy_N
 
 
+def teacher_entropy(signals: Signals) -> Tensor:
+    """H(p_t)."""
+    return signals.teacher_entropy_N
+
+
 def student_ce(signals: Signals) -> Tensor:
-    return -signals.logprob_N
+    """-log q_t(y_t) (Wang et al., 2021)."""
+    return signals.ce_N
+
+
+def teacher_ce(signals: Signals) -> Tensor:
+    """-log p_t(y_t) (Zhong et al., 2024)."""
+    return signals.teacher_ce_N
+
+
+def kl(signals: Signals) -> Tensor:
+    """KL(p_t || q_t): forward, whatever divergence is minimised."""
+    return signals.kl_N
+
+
+def reverse_kl(signals: Signals) -> Tensor:
+    """KL(q_t || p_t)."""
+    return signals.reverse_kl_N
+
+
+def kl_plus_entropy(signals: Signals) -> Tensor:
+    """KL(p_t || q_t) + H(q_t)."""
+    return signals.kl_N + signals.entropy_N
+
+
+def ce_ratio(signals: Signals) -> Tensor:
+    """CE(y_t, q_t) / max(CE(y_t, p_t), 1e-6) (DA-KD)."""
+    return signals.ce_N / signals.teacher_ce_N.clamp(min=LEAST_CE)
+
+
+def ce_ratio_plus_entropy(signals: Signals) -> Tensor:
+    """The ratio and the raw entropy in nats, added."""
+    return ce_ratio(signals) + signals.entropy_N
+
+
+def tip_soft_or(signals: Signals) -> Tensor:
+    """1 - (1 - h)(1 - d): h, d are student entropy and KL, scaled to [0, 1] over the optimizer batch (TIP)."""
+    h = _scaled(signals.entropy_N, signals.ranges.entropy)
+    d = _scaled(signals.kl_N, signals.ranges.kl)
+    return 1.0 - (1.0 - h) * (1.0 - d)
 
 
 def random(signals: Signals) -> Tensor:
@@ -46,9 +161,42 @@ def prefix(signals: Signals) -> Tensor:
     return torch.cat(steps).to(signals.entropy_N.device)
 
 
-METRICS: dict[str, Callable[[Signals], Tensor]] = {
+Metric = Callable[[Signals], Tensor]
+
+METRICS: dict[str, Metric] = {
     "student_entropy": student_entropy,
+    "teacher_entropy": teacher_entropy,
     "student_ce": student_ce,
+    "teacher_ce": teacher_ce,
+    "kl": kl,
+    "reverse_kl": reverse_kl,
+    "kl_plus_entropy": kl_plus_entropy,
+    "ce_ratio": ce_ratio,
+    "ce_ratio_plus_entropy": ce_ratio_plus_entropy,
+    "tip_soft_or": tip_soft_or,
     "random": random,
     "prefix": prefix,
 }
+WHOLE_BATCH = frozenset({"tip_soft_or"})  # their scores depend on the ranges of the optimizer batch
+
+
+def find(name: str, known: Mapping[str, Any], setting: str) -> Any:
+    """``known[name]``, or what ``module:function`` names.  Raises ConfigError naming ``setting``."""
+    if name in known:
+        return known[name]
+    module, _, attribute = name.partition(":")
+    try:
+        return getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ConfigError(
+            f"{setting}={name}: cannot be imported ({error}); accepted: {', '.join(known)}, or module:function"
+        ) from None
+
+
+def _range(values_N: Tensor) -> Range:
+    return values_N.min().item(), values_N.max().item()
+
+
+def _scaled(values_N: Tensor, bounds: Range) -> Tensor:
+    low, high = bounds
+    return ((values_N - low) / (high - low)).clamp(0.0, 1.0) if high > low else torch.zeros_like(values_N)

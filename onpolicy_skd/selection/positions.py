@@ -1,16 +1,21 @@
-"""Position policies: scores become a selection and its weights.
+"""Position policies: scores become a selection and its weights (docs/method.md, section 4).
 
-Quotas depend on lengths alone, so a sample's weight per position, 1/quota, is known before any forward.
+A policy is a pure function of the scores of B sequences and a ``Context``; adding one is one function and one line in
+``POLICIES``, or a function of your own named ``module:function`` in ``positions.policy``.  Each looks at one sequence
+at a time, so a selection does not depend on what else is in the batch; ``gls`` alone compares with earlier batches.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
+
+from onpolicy_skd.config import PositionSettings
+from onpolicy_skd.trajectory import seed_of
 
 
 def quota(k: float, n: int) -> int:
@@ -21,38 +26,170 @@ def quota(k: float, n: int) -> int:
     return math.ceil(round(k * n, 9))
 
 
-def top_k(scores_N: Tensor, counts: Sequence[int], k: float) -> Tensor:
-    """Indices into N of the quota(k, n) highest scores of **each** sequence, in order of position.
-
-    Ties go to the earlier position.  Sequences are the consecutive runs of ``counts`` along N.
-    Raises ValueError if a score is NaN.
-    """
-    if torch.isnan(scores_N).any():
-        raise ValueError("a position score is NaN, so no selection can be made of it")
-    picked, start = [], 0
-    for n in counts:
-        order = torch.argsort(scores_N[start : start + n], descending=True, stable=True)
-        picked.append(start + order[: quota(k, n)].sort().values)
-        start += n
-    return torch.cat(picked)
-
-
 @dataclass(frozen=True, slots=True)
 class Selection:
-    """K selected positions of B sequences: indices into the N eligible ones, and weights that sum to 1 per sequence."""
+    """K selected positions of B sequences: indices into the N eligible ones, and the weight of each.
+
+    Weights sum to 1 per sequence, but for ``sampled_unbiased``, whose sum is 1 in expectation, and for a sequence of
+    which nothing was selected.
+    """
 
     indices_K: Tensor  # int64, ascending
     weights_K: Tensor  # float32
     counts: list[int]  # selected positions of each sequence; sums to K
 
 
-def select(scores_N: Tensor, counts: Sequence[int], policy: str, k: float) -> Selection:
-    """Applies ``policy`` to each sequence by itself; the result does not depend on what else is in the batch."""
-    if policy == "full":
-        indices, taken = torch.arange(len(scores_N), device=scores_N.device), list(counts)
-    elif policy == "top_k":
-        indices, taken = top_k(scores_N, counts, k), [quota(k, n) for n in counts]
-    else:
-        raise ValueError(f"unknown position policy {policy!r}; accepted: top_k, full")
-    weights = torch.cat([torch.full((m,), 1.0 / m) for m in taken])
-    return Selection(indices, weights.to(scores_N.device), taken)
+@dataclass(frozen=True, slots=True)
+class Context:
+    """What a policy may know besides the scores."""
+
+    k: float  # share of positions, at this step
+    step: int = 0  # optimizer steps done
+    seeds: Sequence[int] = ()  # one per sequence
+    threshold: float | None = None  # of gls; None: not enough seen yet
+    options: PositionSettings = field(default_factory=PositionSettings)
+
+
+def top_k(scores_N: Tensor, counts: Sequence[int], context: Context) -> Selection:
+    """The quota(k, n) highest scores of **each** sequence, equally weighted; ties go to the earlier position."""
+    return _each(scores_N, counts, lambda _, u_n: (_best(u_n, quota(context.k, len(u_n))), None))
+
+
+def full(scores_N: Tensor, counts: Sequence[int], context: Context) -> Selection:
+    """Every eligible position, equally weighted."""
+    return _each(scores_N, counts, lambda _, u_n: (_all(u_n), None))
+
+
+def weighted(scores_N: Tensor, counts: Sequence[int], context: Context) -> Selection:
+    """Every eligible position, weighted in proportion to its score (Guo et al., 2024)."""
+    return _each(scores_N, counts, lambda _, u_n: (_all(u_n), _shares(u_n)))
+
+
+def gls(scores_N: Tensor, counts: Sequence[int], context: Context) -> Selection:
+    """Scores at or above a threshold made from earlier batches (Wang et al., 2021); top_k while there is none.
+
+    Long or hard sequences get more positions and easy ones fewer, down to none.
+    """
+    threshold = context.threshold
+    if threshold is None:
+        return top_k(scores_N, counts, context)
+    return _each(scores_N, counts, lambda _, u_n: ((u_n >= threshold).nonzero()[:, 0], None))
+
+
+def curriculum(scores_N: Tensor, counts: Sequence[int], context: Context) -> Selection:
+    """A window of quota(k, n) neighbours in the order of scores, that slides from the lowest to the highest.
+
+    From ``curriculum_steps`` on it equals top_k.
+    """
+    done = min(1.0, context.step / context.options.curriculum_steps)
+
+    def window(_: int, u_n: Tensor) -> tuple[Tensor, None]:
+        width = quota(context.k, len(u_n))
+        start = round(done * (len(u_n) - width))
+        return _order(u_n).flip(0)[start : start + width], None
+
+    return _each(scores_N, counts, window)
+
+
+def sampled(scores_N: Tensor, counts: Sequence[int], context: Context) -> Selection:
+    """Pos RS-KD: quota(k, n) draws with probability w proportional to the score; weight = count / quota.
+
+    Unbiased for the score-weighted mean sum of w L.
+    """
+    return _each(scores_N, counts, lambda i, u_n: _draw(u_n, context, context.seeds[i], unbiased=False))
+
+
+def sampled_unbiased(scores_N: Tensor, counts: Sequence[int], context: Context) -> Selection:
+    """Pos RS-KD*: the same draws, each weighted 1 / (n w); unbiased for the plain mean (1/n) sum of L.
+
+    Positions that cannot be drawn (score 0, or before ``skip_first``) are missing from that sum.
+    """
+    return _each(scores_N, counts, lambda i, u_n: _draw(u_n, context, context.seeds[i], unbiased=True))
+
+
+Policy = Callable[[Tensor, Sequence[int], Context], Selection]
+
+POLICIES: dict[str, Policy] = {
+    "top_k": top_k,
+    "gls": gls,
+    "curriculum": curriculum,
+    "sampled": sampled,
+    "sampled_unbiased": sampled_unbiased,
+    "weighted": weighted,
+    "full": full,
+    "bandit": top_k,  # what it chooses is the metric
+}
+
+
+def scheduled_k(options: PositionSettings, step: int) -> float:
+    """k at ``step``: from ``k_start`` linearly to ``k`` over ``schedule_steps`` (EKD)."""
+    if options.k_start is None:
+        return options.k
+    return options.k_start + (options.k - options.k_start) * min(1.0, step / options.schedule_steps)
+
+
+Pick = Callable[[int, Tensor], tuple[Tensor, Tensor | None]]
+
+
+def _each(scores_N: Tensor, counts: Sequence[int], pick: Pick) -> Selection:
+    """``pick`` of every sequence: indices into it, and weights or None for equal ones.  Raises ValueError on NaN."""
+    if torch.isnan(scores_N).any():
+        raise ValueError("a position score is NaN, so no selection can be made of it")
+    indices, weights, taken, start = [], [], [], 0
+    for i, u_n in enumerate(scores_N.split(list(counts))):
+        chosen, own = pick(i, u_n)
+        own = torch.full((len(chosen),), 1.0 / max(1, len(chosen)), device=u_n.device) if own is None else own
+        order = chosen.argsort()
+        indices.append(start + chosen[order])
+        weights.append(own[order])
+        taken.append(len(chosen))
+        start += len(u_n)
+    return Selection(torch.cat(indices), torch.cat(weights), taken)
+
+
+def _order(u_n: Tensor) -> Tensor:
+    """Indices from the highest to the lowest score; ties in order of position."""
+    return torch.argsort(u_n, descending=True, stable=True)
+
+
+def _best(u_n: Tensor, count: int) -> Tensor:
+    return _order(u_n)[:count]
+
+
+def _all(u_n: Tensor) -> Tensor:
+    return torch.arange(len(u_n), device=u_n.device)
+
+
+def _shares(u_n: Tensor) -> Tensor:
+    """Scores over their sum; equal shares if all are 0.  Raises ValueError if one is negative."""
+    if (u_n < 0).any():
+        raise ValueError("a position score is negative, so neither probabilities nor weights can be made of the scores")
+    total = u_n.sum()
+    return u_n / total if total > 0 else torch.full_like(u_n, 1.0 / len(u_n))
+
+
+def _draw(u_n: Tensor, context: Context, seed: int, unbiased: bool) -> tuple[Tensor, Tensor]:
+    """quota(k, n) draws with replacement, as unique positions and their weights.
+
+    The options are those of appendix D of the SE-KD paper.  A share ``coverage`` of the budget goes to the highest
+    scores, which then carry their exact weight, and the draws are made among the rest: both estimates stay unbiased.
+    """
+    own, n = context.options, len(u_n)
+    scores = (u_n if own.clip is None else u_n.clamp(max=own.clip)).to("cpu", torch.float64)
+    if own.skip_first and n > own.skip_first:
+        scores[: own.skip_first] = 0.0
+    w = _shares(_shares(scores) ** (1.0 / own.smoothing))
+    budget = quota(context.k, n)
+    certain = _best(w, math.floor(round(own.coverage * budget, 9)))  # at least one draw remains: coverage < 1
+    weight = torch.zeros(n, dtype=torch.float64)
+    weight[certain] = 1.0 / n if unbiased else w[certain]
+    rest = w.clone()
+    rest[certain] = 0.0
+    draws, mass = budget - len(certain), rest.sum()
+    if mass > 0:
+        generator = torch.Generator().manual_seed(seed_of(seed, "draws"))  # apart from a random score's stream
+        drawn = torch.multinomial(rest, draws, replacement=True, generator=generator)
+        each = mass / (draws * n * w) if unbiased else mass.expand(n) / draws
+        weight.index_add_(0, drawn, each[drawn])
+    chosen = weight.nonzero()[:, 0]
+    return chosen.to(u_n.device), weight[chosen].to(u_n.device, torch.float32)

@@ -8,12 +8,17 @@ reference's by math-verify, so that 18, 18.00 and $18 agree.
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import math
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from math_verify import parse, verify
+
+from onpolicy_skd.trajectory import RolloutRequest, Trajectory
 
 ANSWER_TAIL = 4_000  # characters from the end that may hold the final answer
 STRICT = re.compile(r"#### (-?[0-9.,]+)")
@@ -59,6 +64,17 @@ def score(output: str, answer: str) -> Score:
         strict=found is not None and _plain(found.group(1)) == gold,
         extracted=extracted,
     )
+
+
+def judged(trajectories: Sequence[Trajectory], requests: Sequence[RolloutRequest], tokenizer: Any) -> list[Trajectory]:
+    """``trajectories`` (one per request) with ``correct`` set where the request brings the reference answer along."""
+    found = []
+    for t, request in zip(trajectories, requests, strict=True):
+        if request.answer is not None:
+            output = tokenizer.decode(t.response_ids.tolist(), skip_special_tokens=True)
+            t = dataclasses.replace(t, correct=score(output, request.answer).match)  # noqa: PLW2901
+        found.append(t)
+    return found
 
 
 def _equal(gold: str, extracted: str) -> bool:

@@ -1,0 +1,125 @@
+"""One forward of the student, and what the teacher knows of the same positions, fetched when it is first asked for."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from functools import cached_property
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from onpolicy_skd.divergence import Alignment, HiddenRows, Rows, distillation_loss
+from onpolicy_skd.lm_head import RowStatistics
+from onpolicy_skd.selection.metrics import LEAST_CE, Ranges, Signals
+from onpolicy_skd.selection.positions import Selection
+from onpolicy_skd.teacher import TeacherRows, Wanted
+from onpolicy_skd.trajectory import Batch, Trajectory
+
+T = TypeVar("T")
+
+
+class MicroBatch:
+    """N eligible positions of the sequences ``members``; ``seeds``: one per sequence, for what is drawn."""
+
+    def __init__(
+        self,
+        members: Sequence[Trajectory],
+        batch: Batch,
+        hidden_NH: Tensor,
+        head_VH: Tensor,
+        statistics: RowStatistics,
+        teacher: TeacherRows,
+        temperature: float,
+        seeds: Sequence[int],
+    ) -> None:
+        self.members = members
+        self.batch = batch
+        self.hidden_NH = hidden_NH
+        self.head_VH = head_VH
+        self.statistics = statistics
+        self.teacher = teacher
+        self.seeds = seeds
+        self.waited = 0.0  # seconds spent on the teacher
+        self._temperature = temperature
+
+    @property
+    def keys(self) -> list[str]:
+        return [t.key for t in self.members]
+
+    def signals(self, ranges: Ranges | None = None) -> Signals:
+        """What position scores are made of."""
+        found = self.statistics
+        return Signals(
+            found.entropy_N,
+            -found.logprob_N,
+            self.batch.counts,
+            self.seeds,
+            lambda: self.scalars,
+            self.divergence,
+            ranges,
+        )
+
+    @cached_property
+    def scalars(self) -> tuple[Tensor, Tensor]:
+        """The teacher's entropy and log-probability of the target at all N positions, nats."""
+        entropy_N, logprob_N = self._timed(lambda: self.teacher.scalars(self.keys))
+        return entropy_N.to(self.hidden_NH.device), logprob_N.to(self.hidden_NH.device)
+
+    @cached_property
+    def _every_row(self) -> Tensor:
+        wanted = [(t.key, range(len(t.response_ids))) for t in self.members]
+        return self._timed(lambda: self.teacher.rows(wanted)).to(self.hidden_NH.device)
+
+    def rows(self, chosen: Selection) -> HiddenRows:
+        """The teacher at the chosen positions; only these cross the wire, unless all have done so already."""
+        if "_every_row" in self.__dict__:
+            hidden = self._every_row[chosen.indices_K]
+        else:
+            hidden = self._timed(lambda: self.teacher.rows(self.wanted(chosen))).to(self.hidden_NH.device)
+        return HiddenRows(hidden, self.teacher.head())
+
+    def wanted(self, chosen: Selection) -> Wanted:
+        """The chosen positions by trajectory, counted from each response's start."""
+        counts = torch.tensor(self.batch.counts)
+        starts = counts.cumsum(0) - counts
+        parts = chosen.indices_K.cpu().split(chosen.counts)
+        return [(key, (part - start).tolist()) for key, part, start in zip(self.keys, parts, starts, strict=True)]
+
+    @torch.no_grad()
+    def divergence(self, kind: str, beta: float = 0.5, rows_NG: Tensor | None = None) -> Tensor:
+        """``kind`` between student and teacher at all N positions, float32, nats; ``rows_NG`` if they are known."""
+        targets = self.batch.targets
+        rows = Rows(torch.ones(len(targets), device=targets.device), targets)
+        teacher = HiddenRows(self._every_row if rows_NG is None else rows_NG, self.teacher.head())
+        alignment = Alignment(kind, beta, self._temperature)
+        return distillation_loss(self.hidden_NH.detach(), self.head_VH.detach(), teacher, rows, alignment)[1]
+
+    def split(self, values_N: Tensor) -> tuple[Tensor, ...]:
+        """By sequence."""
+        return values_N.split(self.batch.counts)
+
+    def means(self, values_N: Tensor) -> list[Tensor]:
+        return [part.mean() for part in self.split(values_N)]
+
+    def _timed(self, ask: Callable[[], T]) -> T:
+        started = time.perf_counter()
+        answer = ask()
+        self.waited += time.perf_counter() - started
+        return answer
+
+
+def _ce_ratio(micro: MicroBatch) -> list[Tensor]:
+    signals = micro.signals()
+    student, teacher = micro.means(signals.ce_N), micro.means(signals.teacher_ce_N)
+    return [s / t.clamp(min=LEAST_CE) for s, t in zip(student, teacher, strict=True)]
+
+
+SampleScore = Callable[[MicroBatch], Sequence[Tensor]]  # one value per sequence
+
+SAMPLE_SCORES: dict[str, SampleScore] = {
+    "student_entropy": lambda micro: micro.means(micro.statistics.entropy_N),
+    "kl": lambda micro: micro.means(micro.signals().kl_N),
+    "ce_ratio": _ce_ratio,  # of the two sequence means, not the mean of ratios (DA-KD)
+}

@@ -1,0 +1,115 @@
+"""The class axis: a teacher distribution cut down to a few classes (docs/method.md, section 6).
+
+A sampler is a pure function of the teacher's log-probabilities at b positions; adding one is one function and one line
+in ``SAMPLERS``.  Sources: RS-KD (arXiv 2503.16870), sections 3.1 to 3.4 and its appendix K.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from onpolicy_skd.config import ClassSettings
+from onpolicy_skd.trajectory import SparseTargets
+
+
+@dataclass(frozen=True, slots=True)
+class Draws:
+    """What a sampler may know besides the teacher's log-probabilities."""
+
+    options: ClassSettings
+    targets_b: Tensor  # int64; y
+    uniform_bU: Tensor  # float64 in [0, 1); the randomness of rs_kd, one row a position
+
+
+def rs_kd(log_p_bV: Tensor, draws: Draws) -> SparseTargets:
+    """U draws with replacement from p^tau; each carries p / p^tau, summed per class and normalised over the row.
+
+    With tau = 1 a class's probability is its count / U, an unbiased estimate of p.
+    """
+    tau = draws.options.proposal
+    cumulative = (log_p_bV.double() * tau).softmax(-1).cumsum_(-1)
+    u_bU = draws.uniform_bU.to(log_p_bV.device) * cumulative[:, -1:]
+    ids = torch.searchsorted(cumulative, u_bU, right=True).clamp_(max=log_p_bV.shape[1] - 1)
+    ids = ids.sort(-1).values
+    first = torch.ones_like(ids, dtype=torch.bool)
+    first[:, 1:] = ids[:, 1:] != ids[:, :-1]
+    slot = first.long().cumsum(-1) - 1
+    log_ratio = (1.0 - tau) * log_p_bV.gather(1, ids).double()  # p / p^tau up to the row's constant
+    weight = (log_ratio - log_ratio.amax(-1, keepdim=True)).exp()
+    probs = torch.zeros_like(weight).scatter_add_(1, slot, weight)
+    used = int(slot.max()) + 1
+    unique = ids[:, :1].expand_as(ids).clone().scatter_(1, slot, ids)  # unused slots repeat a used class
+    return SparseTargets(unique[:, :used], (probs / probs.sum(-1, keepdim=True))[:, :used].float())
+
+
+def top_k(log_p_bV: Tensor, draws: Draws) -> SparseTargets:
+    """The K largest probabilities as they are: biased, the student learns them scaled up."""
+    largest = log_p_bV.topk(min(draws.options.k, log_p_bV.shape[1]))
+    return SparseTargets(largest.indices, largest.values.exp())
+
+
+def top_k_normalised(log_p_bV: Tensor, draws: Draws) -> SparseTargets:
+    """The K largest probabilities, scaled to sum to 1."""
+    largest = top_k(log_p_bV, draws)
+    return SparseTargets(largest.ids_NC, largest.probs_NC / largest.probs_NC.sum(-1, keepdim=True))
+
+
+def top_p(log_p_bV: Tensor, draws: Draws) -> SparseTargets:
+    """The fewest largest probabilities that reach the mass p, at most K of them, as they are."""
+    largest = top_k(log_p_bV, draws)
+    before = largest.probs_NC.cumsum(-1) - largest.probs_NC
+    probs = largest.probs_NC.masked_fill(before >= draws.options.p, 0.0)
+    used = int((probs > 0).sum(-1).max())
+    return SparseTargets(largest.ids_NC[:, :used], probs[:, :used])
+
+
+def ghost_token(log_p_bV: Tensor, draws: Draws) -> SparseTargets:
+    """top_k and one more class that stands for all others, in teacher and student alike."""
+    largest = top_k(log_p_bV, draws)
+    return SparseTargets(largest.ids_NC, largest.probs_NC, "ghost")
+
+
+def naive_fix(log_p_bV: Tensor, draws: Draws) -> SparseTargets:
+    """top_k with the residual mass given to the ground truth y."""
+    largest = top_k(log_p_bV, draws)
+    residual = (1.0 - largest.probs_NC.sum(-1, keepdim=True)).clamp(min=0.0)
+    at_target = largest.ids_NC == draws.targets_b[:, None]
+    known = at_target.any(-1, keepdim=True)
+    probs = torch.cat([largest.probs_NC + residual * at_target, residual * ~known], 1)
+    return SparseTargets(torch.cat([largest.ids_NC, draws.targets_b[:, None]], 1), probs)
+
+
+def label_smoothing(log_p_bV: Tensor, draws: Draws) -> SparseTargets:
+    """top_k with the residual mass spread evenly over all classes."""
+    largest = top_k(log_p_bV, draws)
+    return SparseTargets(largest.ids_NC, largest.probs_NC, "smooth")
+
+
+Sampler = Callable[[Tensor, Draws], SparseTargets]
+
+SAMPLERS: dict[str, Sampler] = {
+    "rs_kd": rs_kd,
+    "top_k": top_k,
+    "top_k_normalised": top_k_normalised,
+    "top_p": top_p,
+    "ghost_token": ghost_token,
+    "naive_fix": naive_fix,
+    "label_smoothing": label_smoothing,
+}
+
+
+def joined(parts: Sequence[SparseTargets]) -> SparseTargets:
+    """One after another; rows with fewer slots than the widest get unused ones.  Of nothing: no rows, one slot."""
+    if not parts:
+        return SparseTargets(torch.empty(0, 1, dtype=torch.long), torch.empty(0, 1))
+    width = max(part.ids_NC.shape[1] for part in parts)
+    ids, probs = [], []
+    for part in parts:
+        missing = width - part.ids_NC.shape[1]
+        ids.append(torch.cat([part.ids_NC, part.ids_NC[:, :1].expand(-1, missing)], 1))
+        probs.append(torch.nn.functional.pad(part.probs_NC, (0, missing)))
+    return SparseTargets(torch.cat(ids), torch.cat(probs), parts[0].residual)
