@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from onpolicy_skd.checkpoint import write_text
-from onpolicy_skd.config import ConfigError, Settings, merge, parse_override, read_yaml, resolve
+from onpolicy_skd.config import ConfigError, Settings, build_settings, parse_override
 from onpolicy_skd.exact_match import score, wilson
 from onpolicy_skd.trajectory import Prompt, RolloutRequest, Sampling, Trajectory, seed_of
 
@@ -83,10 +83,7 @@ def settings_for(model: str, config: Path | None, overrides: Sequence[str]) -> S
     """Run settings with ``model`` as the student; a run's checkpoint brings its own config.yaml along."""
     own = Path(model).parent / "config.yaml"
     file = config or (own if own.exists() else None)
-    tree = read_yaml(file) if file else {}
-    for text in [*overrides, f"student.model={model}"]:
-        tree = merge(tree, parse_override(text))
-    return resolve(tree)
+    return build_settings(file, [parse_override(text) for text in [*overrides, f"student.model={model}"]])
 
 
 def main(argv: Sequence[str] | None = None) -> int:

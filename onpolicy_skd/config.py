@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import functools
 import math
 import re
 from collections.abc import Iterator, Sequence
@@ -569,10 +570,12 @@ def load_settings(argv: Sequence[str], program: str = "onpolicy_skd.train", abou
     parser.add_argument("--config", type=Path, help="a YAML file with any of the settings below")
     parser.add_argument("overrides", nargs="*", metavar="a.b=value", help="settings that win over the file's")
     args = parser.parse_args(argv)
-    tree = read_yaml(args.config) if args.config else {}
-    for text in args.overrides:
-        tree = merge(tree, parse_override(text))
-    return resolve(tree)
+    return build_settings(args.config, [parse_override(text) for text in args.overrides])
+
+
+def build_settings(file: Path | None, overrides: Sequence[dict[str, Any]] = ()) -> Settings:
+    """Settings of a YAML file, each of ``overrides`` laid on top in turn.  Raises ConfigError."""
+    return resolve(functools.reduce(merge, overrides, read_yaml(file) if file else {}))
 
 
 def dump(settings: Settings) -> str:

@@ -79,7 +79,8 @@ def _scratch(like: Tensor) -> Tensor:
         return torch.empty_like(like)
     known = _scratches.get(like.device)
     if known is None or known.numel() < like.numel():
-        known = _scratches[like.device] = torch.empty(like.numel(), device=like.device)
+        with torch.inference_mode(False):  # it outlives this call, and may next be used outside inference mode
+            known = _scratches[like.device] = torch.empty(like.numel(), device=like.device)
     return known[: like.numel()].view_as(like)
 
 

@@ -89,7 +89,7 @@ class Teacher:
         found = row_statistics(hidden, self.head(), torch.cat([self._targets[key] for key in keys]), self._temperature)
         return found.entropy_N, found.logprob_N
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def classes(self, wanted: Wanted, seeds: Sequence[int], options: ClassSettings) -> SparseTargets:
         hidden = torch.cat(self._picked(wanted))
         targets = torch.cat([self._targets[key][self._index(at)] for key, at in wanted])

@@ -3,6 +3,7 @@
 import io
 import socket
 import time
+from dataclasses import astuple
 
 import pytest
 import ray
@@ -13,6 +14,7 @@ from rich.console import Console
 from actors.cluster import ClusterError, check_cpus, connect, plan, running_here
 from actors.teacher import RemoteTeacher, TeacherActor, build_teacher
 from actors.transport import pack, pack_named, unpack, unpack_named
+from onpolicy_skd.config import ClassSettings
 from onpolicy_skd.models import load_tokenizer
 from onpolicy_skd.report.console import Display
 from onpolicy_skd.trajectory import Trajectory
@@ -100,7 +102,10 @@ def test_teacher_actor_gives_what_the_plain_teacher_gives(local_ray):
     assert torch.equal(remote.head(), plain.head())
     for got, expected in zip(ray.get(actor.scalars.remote(["t3", "t6"])), plain.scalars(["t3", "t6"]), strict=True):
         assert torch.allclose(unpack(got), expected, atol=1e-5)
-    ray.get(actor.release.remote(["t3"]))
+    drawn = (wanted, [5, 6], ClassSettings(sampler="rs_kd", draws=9))
+    for got, expected in zip(astuple(remote.classes(*drawn)), astuple(plain.classes(*drawn)), strict=True):
+        assert got == expected if isinstance(got, str) else torch.allclose(got, expected, atol=1e-5)
+    remote.release(["t3"])
     with pytest.raises(KeyError, match="t3"):
         remote.rows([("t3", [0])])
 

@@ -26,6 +26,32 @@ CONFIGS = sorted((Path(__file__).parents[1] / "configs").rglob("*.yaml"))
         (["learner.lr=yes"], ["learner.lr=True", "truth value", "accepted: above 0"]),
         (["run.epochs=.inf"], ["run.epochs=inf", "finite"]),
         (["data.source=demo", "data.path=x"], ["data.path: accepted for data.source=gsm8k only"]),
+        (
+            ["positions.metric=entropy"],
+            ["positions.metric='entropy'", "did you mean 'teacher_entropy'", "module:function"],
+        ),
+        (["positions.metric=prefix", "positions.policy=sampled"], ["positions.policy=sampled", "negative"]),
+        (["positions.metric=prefix", "positions.policy=gls"], ["positions.metric=prefix", "fixed length"]),
+        (["positions.metric=tip_soft_or", "positions.policy=gls"], ["tip_soft_or", "earlier batches"]),
+        (["positions.policy=bandit", "positions.arms=[kl]"], ["positions.arms=['kl']", "two or more"]),
+        (["positions.policy=bandit", "positions.arms=[kl, kl]"], ["positions.arms", "two or more different"]),
+        (["positions.arms=[kl, entropy]"], ["positions.arms.1='entropy'", "'student_entropy'"]),
+        (["positions.policy=full", "positions.k_start=0.1"], ["positions.k_start=0.1", "takes every position"]),
+        (["positions.k_start=0.5"], ["positions.k_start=0.5", "positions.k=0.2 is less"]),
+        (["positions.clip=1.0"], ["positions.clip", "sampled and sampled_unbiased, not top_k"]),
+        (["classes.sampler=rs_kd"], ["classes.sampler=rs_kd", "alignment.divergence=forward_kl"]),
+        (["mode=off_policy", "classes.sampler=top_k", "alignment.variant=egad"], ["classes.sampler=top_k", "full_kd"]),
+        (["alignment.variant=at_kd"], ["alignment.variant=at_kd", "alignment.divergence=forward_kl"]),
+        (["alignment.variant=egad", "alignment.temperature=2"], ["egad", "alignment.temperature"]),
+        (["alignment.variant=egad", "alignment.estimator=sampled"], ["alignment.estimator=sampled", "egad"]),
+        (["alignment.min_temperature=3"], ["alignment.min_temperature=3", "max_temperature"]),
+        (
+            ["alignment.estimator=sampled", "rollout.temperature=0.7"],
+            ["alignment.estimator=sampled", "rollout.temperature"],
+        ),
+        (["alignment.estimator=sampled", "mode=off_policy"], ["alignment.estimator=sampled", "mode=on_policy"]),
+        (["samples.weight=paced"], ["samples.weight=paced", "rollout.n"]),
+        (["samples.correctness=wrong", "mode=off_policy"], ["samples.correctness=wrong", "mode=on_policy"]),
         (["learner.lr"], ["section.name=value"]),
         (["run.name=[1"], ["not YAML"]),
     ],
@@ -59,6 +85,34 @@ def test_override_beats_file_beats_parent_beats_default(tmp_path):
 def test_every_bundled_config_resolves_and_survives_a_round_trip(path):
     settings = load_settings(["--config", str(path)])
     assert resolve(yaml.safe_load(dump(settings))) == settings
+
+
+PAPER = sorted((CONFIGS[0].parent / "paper").rglob("table*/*.yaml"))
+
+
+@pytest.mark.parametrize("path", PAPER, ids=lambda p: f"{p.parent.name}-{p.stem}")
+def test_rows_of_the_paper_differ_in_their_method_alone(path):
+    settings, base = (load_settings(["--config", str(p)]) for p in (path, path.parents[1] / "base.yaml"))
+    assert settings.run.name == f"{path.parent.name}_{path.stem}"
+    assert settings.mode == ("on_policy" if path.stem.startswith("on_") else "off_policy")
+    assert settings.alignment.divergence == ("reverse_kl" if settings.mode == "on_policy" else "forward_kl")
+    for section in ("data", "student", "teacher", "rollout", "learner", "sync", "eval", "cluster"):
+        assert getattr(settings, section) == getattr(base, section)
+    assert settings.run.model_copy(update={"name": base.run.name}) == base.run
+
+
+def test_every_row_of_the_published_tables_is_there():
+    count = {table: sum(p.parent.name == table for p in PAPER) for table in {p.parent.name for p in PAPER}}
+    assert count == {"table2": 12, "table3": 5, "table4": 10, "table5": 15, "table7": 3}
+    methods = [load_settings(["--config", str(p)]).model_dump(exclude={"run"}) for p in PAPER if "table5" in str(p)]
+    assert all(a != b for i, a in enumerate(methods) for b in methods[:i])
+
+
+def test_off_policy_means_forward_kl_unless_something_else_is_asked_for():
+    assert resolve({}).alignment.divergence == "reverse_kl"
+    assert resolve({"mode": "off_policy"}).alignment.divergence == "forward_kl"
+    asked = resolve({"mode": "off_policy", "alignment": {"divergence": "reverse_kl"}})
+    assert asked.alignment.divergence == "reverse_kl"
 
 
 def test_help_names_every_setting_and_every_setting_has_a_meaning(capsys):

@@ -5,6 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from onpolicy_skd import lm_head
 from onpolicy_skd.divergence import KINDS, Alignment, HiddenRows, Rows, distillation_loss
 from onpolicy_skd.lm_head import row_statistics
 from onpolicy_skd.trajectory import SparseTargets
@@ -190,6 +191,14 @@ def test_row_statistics_equal_the_float64_reference(temperature, chunk_rows):
     for found, t in ((logprob, temperature), (raw_logprob, 1.0)):
         expected = torch.log_softmax(logits / t, -1).gather(1, targets[:, None])[:, 0]
         assert torch.allclose(found.double(), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_the_scratch_may_be_made_in_inference_mode_and_used_outside():
+    hidden, head, *_, targets = make()
+    lm_head._scratches.clear()
+    with torch.inference_mode():
+        inside = row_statistics(hidden, head, targets)
+    assert torch.equal(row_statistics(hidden, head, targets).entropy_N, inside.entropy_N)
 
 
 def test_statistics_of_extreme_logits_stay_finite():

@@ -28,8 +28,10 @@ def command(folder, *overrides):
     return [sys.executable, "-m", "onpolicy_skd.train", *BASE, f"run.dir={folder}", *overrides]
 
 
-def run(folder, *overrides, timeout=300):
+def run(folder, *overrides, timeout=300, paths=()):
     environment = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}
+    if paths:
+        environment["PYTHONPATH"] = os.pathsep.join(map(str, paths))
     return subprocess.run(
         command(folder, *overrides),
         capture_output=True,
@@ -41,8 +43,8 @@ def run(folder, *overrides, timeout=300):
     )
 
 
-def losses(folder):
-    return [{k: r[k] for k in LOSSES} for r in read(folder / "metrics.jsonl") if "loss" in r]
+def losses(folder, keys=LOSSES):
+    return [{k: r[k] for k in keys} for r in read(folder / "metrics.jsonl") if "loss" in r]
 
 
 @pytest.fixture(scope="module")
@@ -283,6 +285,49 @@ def test_vllm_asked_for_but_not_installed(monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "vllm" else True)
     assert train.main([*BASE, f"run.dir={tmp_path}"]) == 2
     assert "rollout.engine=transformers" in capsys.readouterr().err
+
+
+def test_the_worked_example_of_the_docs_runs(tmp_path):
+    """docs/extending.md: its module and the settings of its command, in real actors."""
+    page = (ROOT / "docs" / "extending.md").read_text()
+    module = page.split("```python\n")[1].split("```")[0]
+    (tmp_path / "surprise.py").write_text(module)
+    line = next(text for text in page.splitlines() if "positions.metric=surprise" in text)
+    own = [word for word in line.split() if word.startswith("positions.")]
+    done = run(tmp_path, *TRANSFORMERS, *own, "run.steps=2", "run.name=r", paths=[tmp_path])
+    assert done.returncode == 0, done.stdout + done.stderr
+    for record in losses(tmp_path / "r", ("positions_selected", "positions", "entropy")):
+        assert 0 < record["positions_selected"] < record["positions"]
+    refused = run(tmp_path, *TRANSFORMERS, *own, "run.steps=2", "run.name=s")
+    assert refused.returncode == 2
+    assert "positions.metric=surprise:beyond_entropy: cannot be imported" in refused.stderr + refused.stdout
+
+
+def test_off_policy_the_reference_answers_teach(tmp_path):
+    """The same learner, fed with reference answers; the rollout engine serves evaluations alone."""
+    off = ["mode=off_policy", "classes.sampler=rs_kd", "positions.policy=gls", "alignment.ema_weight=0.1",
+           "run.steps=4", "run.name=r", "eval.before=true"]  # fmt: skip
+    done = run(tmp_path, *TRANSFORMERS, *off)
+    assert done.returncode == 0, done.stdout + done.stderr
+    records = [r for r in read(tmp_path / "r" / "metrics.jsonl") if "loss" in r]
+    assert [r["version"] for r in records] == [1, 2, 3, 4]
+    assert all("sampler_gap" not in r for r in records)
+    assert json.loads((tmp_path / "r" / "summary.json").read_text())["mode"] == "off_policy"
+    assert yaml.safe_load((tmp_path / "r" / "config.yaml").read_text())["alignment"]["divergence"] == "forward_kl"
+    before, after = (tmp_path / "r" / "evaluations" / f"{n}.jsonl" for n in ("before-000000", "after-000004"))
+    assert before.read_text() != after.read_text()  # the engine has the new weights by then
+
+
+def test_the_teacher_ranks_and_math_verify_judges(tmp_path):
+    """Samples and positions by KL with the teacher in an actor of its own, on wrong answers, weighted by pass rates."""
+    done = run(tmp_path, *TRANSFORMERS, "samples.metric=kl", "samples.keep=0.5", "samples.correctness=wrong",
+               "samples.weight=paced", "rollout.n=4", "learner.batch_size=32", "positions.metric=kl", "run.steps=2",
+               "run.name=r")  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    for record in read(tmp_path / "r" / "metrics.jsonl"):
+        dropped = record.get("dropped", {"right": 1, "no_pace": 1})
+        assert dropped["right"] > 0
+        assert dropped["no_pace"] > 0
 
 
 def test_resuming_with_other_settings_is_refused_by_name(whole):

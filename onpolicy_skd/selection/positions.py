@@ -52,17 +52,17 @@ class Context:
 
 def top_k(scores_N: Tensor, counts: Sequence[int], context: Context) -> Selection:
     """The quota(k, n) highest scores of **each** sequence, equally weighted; ties go to the earlier position."""
-    return _each(scores_N, counts, lambda _, u_n: (_best(u_n, quota(context.k, len(u_n))), None))
+    return each_sequence(scores_N, counts, lambda _, u_n: (_best(u_n, quota(context.k, len(u_n))), None))
 
 
 def full(scores_N: Tensor, counts: Sequence[int], context: Context) -> Selection:
     """Every eligible position, equally weighted."""
-    return _each(scores_N, counts, lambda _, u_n: (_all(u_n), None))
+    return each_sequence(scores_N, counts, lambda _, u_n: (_all(u_n), None))
 
 
 def weighted(scores_N: Tensor, counts: Sequence[int], context: Context) -> Selection:
     """Every eligible position, weighted in proportion to its score (Guo et al., 2024)."""
-    return _each(scores_N, counts, lambda _, u_n: (_all(u_n), _shares(u_n)))
+    return each_sequence(scores_N, counts, lambda _, u_n: (_all(u_n), _shares(u_n)))
 
 
 def gls(scores_N: Tensor, counts: Sequence[int], context: Context) -> Selection:
@@ -73,7 +73,7 @@ def gls(scores_N: Tensor, counts: Sequence[int], context: Context) -> Selection:
     threshold = context.threshold
     if threshold is None:
         return top_k(scores_N, counts, context)
-    return _each(scores_N, counts, lambda _, u_n: ((u_n >= threshold).nonzero()[:, 0], None))
+    return each_sequence(scores_N, counts, lambda _, u_n: ((u_n >= threshold).nonzero()[:, 0], None))
 
 
 def curriculum(scores_N: Tensor, counts: Sequence[int], context: Context) -> Selection:
@@ -88,7 +88,7 @@ def curriculum(scores_N: Tensor, counts: Sequence[int], context: Context) -> Sel
         start = round(done * (len(u_n) - width))
         return _order(u_n).flip(0)[start : start + width], None
 
-    return _each(scores_N, counts, window)
+    return each_sequence(scores_N, counts, window)
 
 
 def sampled(scores_N: Tensor, counts: Sequence[int], context: Context) -> Selection:
@@ -96,7 +96,7 @@ def sampled(scores_N: Tensor, counts: Sequence[int], context: Context) -> Select
 
     Unbiased for the score-weighted mean sum of w L.
     """
-    return _each(scores_N, counts, lambda i, u_n: _draw(u_n, context, context.seeds[i], unbiased=False))
+    return each_sequence(scores_N, counts, lambda i, u_n: _draw(u_n, context, context.seeds[i], unbiased=False))
 
 
 def sampled_unbiased(scores_N: Tensor, counts: Sequence[int], context: Context) -> Selection:
@@ -104,7 +104,7 @@ def sampled_unbiased(scores_N: Tensor, counts: Sequence[int], context: Context) 
 
     Positions that cannot be drawn (score 0, or before ``skip_first``) are missing from that sum.
     """
-    return _each(scores_N, counts, lambda i, u_n: _draw(u_n, context, context.seeds[i], unbiased=True))
+    return each_sequence(scores_N, counts, lambda i, u_n: _draw(u_n, context, context.seeds[i], unbiased=True))
 
 
 Policy = Callable[[Tensor, Sequence[int], Context], Selection]
@@ -131,8 +131,10 @@ def scheduled_k(options: PositionSettings, step: int) -> float:
 Pick = Callable[[int, Tensor], tuple[Tensor, Tensor | None]]
 
 
-def _each(scores_N: Tensor, counts: Sequence[int], pick: Pick) -> Selection:
-    """``pick`` of every sequence: indices into it, and weights or None for equal ones.  Raises ValueError on NaN."""
+def each_sequence(scores_N: Tensor, counts: Sequence[int], pick: Pick) -> Selection:
+    """The selection that ``pick`` makes of every sequence: given its number and scores ``[n]``, indices into them, and
+    weights or None for equal ones.  Raises ValueError on NaN.
+    """
     if torch.isnan(scores_N).any():
         raise ValueError("a position score is NaN, so no selection can be made of it")
     indices, weights, taken, start = [], [], [], 0

@@ -1,0 +1,134 @@
+"""How close do a few classes come to full KD?  Angle and length of their gradient beside the exact one.
+
+``python -m eval.gradients --config configs/smollm2_cpu.yaml data.path=FOLDER`` takes reference answers, every position,
+forward KL, and the gradient of all the student's parameters for one batch (RS-KD paper, arXiv 2503.16870, Table 3).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from onpolicy_skd.checkpoint import write_text
+from onpolicy_skd.config import ClassSettings, ConfigError, Settings, build_settings, parse_override
+
+TRUNCATIONS = [
+    {"sampler": "top_k", "k": 12},
+    {"sampler": "top_k", "k": 50},
+    {"sampler": "top_k", "k": 300},
+    {"sampler": "top_k_normalised", "k": 12},
+    {"sampler": "top_p", "k": 300, "p": 0.9},
+    {"sampler": "ghost_token", "k": 12},
+    {"sampler": "naive_fix", "k": 12},
+    {"sampler": "label_smoothing", "k": 12},
+]
+UNIQUE = 12  # classes a position that RS-KD keeps on average in its paper's table
+MOST_DRAWS = 4_096
+
+
+def measure(settings: Settings, samples: int) -> dict[str, Any]:
+    """Angles in degrees and length ratios against the exact gradient, one record per class sampler."""
+    from onpolicy_skd.learner import Learner
+    from onpolicy_skd.models import load_model, pick_device, pick_dtype, split
+    from onpolicy_skd.prepare import prepare
+    from onpolicy_skd.teacher import Teacher
+
+    device = pick_device(settings.run.device)
+    run = prepare(settings)
+    student = split(load_model(settings.student.model, torch.float32, device), run.vocabulary)
+    dtype = pick_dtype(settings.teacher.dtype, device)
+    pad, own = run.tokenizer.pad_token_id, settings.teacher
+    teacher = Teacher(
+        split(load_model(own.model, dtype, device), run.vocabulary), own.tokens_per_batch, pad,
+        settings.alignment.temperature,
+    )  # fmt: skip
+    batch = run.references(run.train, 0)[:samples]
+    teacher.encode(batch)
+    wanted = [(t.key, range(len(t.response_ids))) for t in batch]
+
+    def gradient(classes: ClassSettings) -> list[Tensor]:
+        learner = Learner(student, teacher, settings.model_copy(update={"classes": classes}), pad, 1)
+        student.model.zero_grad()
+        learner.accumulate(batch)
+        return [p.grad.flatten().clone() for p in learner.named.values() if p.grad is not None]
+
+    def unique(options: ClassSettings) -> float:
+        found = teacher.classes(wanted, [0] * len(wanted), options)
+        return (found.probs_NC > 0).sum().item() / len(found.probs_NC)
+
+    def records() -> Iterator[dict[str, Any]]:
+        exact = gradient(ClassSettings())
+        draws = _draws_for(unique)
+        for asked in [{"sampler": "rs_kd", "draws": draws}, {"sampler": "rs_kd", "draws": 64}, *TRUNCATIONS]:
+            options = ClassSettings(**asked)
+            found = gradient(options)
+            cosine = _dot(found, exact) / math.sqrt(_dot(found, found) * _dot(exact, exact))
+            yield {
+                **asked,
+                "classes": unique(options),
+                "angle": math.degrees(math.acos(min(1.0, cosine))),
+                "norm_ratio": math.sqrt(_dot(found, found) / _dot(exact, exact)),
+            }
+
+    return {
+        "student": settings.student.model,
+        "teacher": settings.teacher.model,
+        "samples": len(batch),
+        "positions": sum(len(at) for _, at in wanted),
+        "divergence": Learner(student, teacher, settings, pad, 1).divergence(batch),
+        "records": list(records()),
+    }
+
+
+def _dot(left: Sequence[Tensor], right: Sequence[Tensor]) -> float:
+    """In float64: over millions of parameters float32 loses small angles."""
+    return sum(torch.dot(a.double(), b.double()).item() for a, b in zip(left, right, strict=True))
+
+
+def _draws_for(unique: Any) -> int:
+    """The number of draws of which about UNIQUE are different classes, by bisection."""
+    low, high = UNIQUE, MOST_DRAWS
+    while low < high:
+        middle = (low + high) // 2
+        low, high = (
+            (middle + 1, high) if unique(ClassSettings(sampler="rs_kd", draws=middle)) < UNIQUE else (low, middle)
+        )
+    return low
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m eval.gradients", description=__doc__)
+    parser.add_argument("--config", type=Path, help="settings of the pair and its data")
+    parser.add_argument("--samples", type=int, default=16, help="reference answers in the batch (default: 16)")
+    parser.add_argument("--json", type=Path, help="file for all figures")
+    parser.add_argument("overrides", nargs="*", metavar="a.b=value", help="settings, as for onpolicy_skd.train")
+    args = parser.parse_args(argv)
+    forced = [f"learner.batch_size={args.samples}", "mode=off_policy", "positions.policy=full", "samples.keep=1",
+              "alignment.divergence=forward_kl"]  # fmt: skip
+    try:
+        settings = build_settings(args.config, [parse_override(text) for text in [*args.overrides, *forced]])
+        result = measure(settings, args.samples)
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(f"{result['positions']} positions of {result['samples']} answers, divergence {result['divergence']:.2f} nats")
+    print("| sampler | classes a position | angle | norm ratio |\n|---|---|---|---|")
+    for r in result["records"]:
+        options = ", ".join(f"{k}={v}" for k, v in r.items() if k in ("draws", "k", "p"))
+        print(f"| {r['sampler']} {options} | {r['classes']:.1f} | {r['angle']:.1f}° | {r['norm_ratio']:.2f} |")
+    if args.json:
+        args.json.parent.mkdir(parents=True, exist_ok=True)
+        write_text(args.json, json.dumps(result, indent=2) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
