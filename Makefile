@@ -1,4 +1,4 @@
-# make demo | test | test-slow | lint | lock -- each sets up what it needs in ./.venv first.
+# make demo | test | test-slow | coverage | lint | lock -- each sets up what it needs in ./.venv first.
 #
 # BACKEND  cpu or gpu; found by itself (gpu where nvidia-smi lists one)
 # PYTHON   the Python (3.11 to 3.13) that makes the virtual environment
@@ -20,7 +20,7 @@ unexport PYTHONDONTWRITEBYTECODE
 export HF_HUB_DISABLE_TELEMETRY := 1
 export RAY_USAGE_STATS_ENABLED := 0
 
-.PHONY: demo test test-slow lint lock setup clean
+.PHONY: demo test test-slow coverage lint lock setup clean
 
 demo: $(READY)
 	rm -rf runs/demo
@@ -31,6 +31,11 @@ test: $(READY)
 
 test-slow: $(READY)
 	$(RUN) -m pytest -m slow
+
+# Every branch of the mathematics.
+coverage: $(READY)
+	$(RUN) -m pytest tests/test_selection.py tests/test_divergence.py --cov-branch --cov-fail-under=100 \
+		--cov=onpolicy_skd.selection --cov=onpolicy_skd.divergence --cov-report=term-missing
 
 lint: $(READY)
 	$(RUN) -m ruff check .

@@ -14,6 +14,7 @@ from actors.rollout import RolloutGroup
 from actors.sync import ObjectStoreSync
 from actors.teacher import TeacherActor
 from onpolicy_skd.config import Settings
+from onpolicy_skd.selection import samples
 from onpolicy_skd.trajectory import FilterReport, RolloutRequest, Sampling, Trajectory
 
 Refs = list[ray.ObjectRef]
@@ -27,6 +28,7 @@ class Roles:
 
     def __init__(self, settings: Settings, resources: Resources, vocabulary: int, pad_id: int, steps: int) -> None:
         own = settings.student
+        self._vocabulary = vocabulary
         self.rollouts = RolloutGroup(own.model, settings, resources, settings.rollout.actors, own.trust_remote_code)
         if 0 < resources.rollout.gpus < 1:
             # vLLM measures its GPU while it starts: alone, lest it count the others' memory.
@@ -42,7 +44,8 @@ class Roles:
 
     def wait_ready(self, say: Callable[[str], None] = print) -> None:
         """Blocks until every actor is up; raises what a start refused."""
-        wait_ready([a for a in (self._learner, self._teacher) if a] + self.rollouts.actors, say)
+        # The teacher first: what it refuses is the reason why a learner that asked it for something died.
+        wait_ready([a for a in (self._teacher, self._learner) if a] + self.rollouts.actors, say)
 
     def generate(self, requests: Sequence[RolloutRequest], sampling: Sampling) -> Refs:
         return self.rollouts.generate(requests, sampling)
@@ -63,8 +66,9 @@ class Roles:
         return metrics
 
     def divergence(self, trajectories: Sequence[Trajectory]) -> float | None:
-        """Mean divergence per response token of ``trajectories``, nats; None if all are empty.  No update."""
-        valid = [t for t in trajectories if len(t.response_ids)]
+        """Mean divergence per response token of ``trajectories``, nats; None if none is valid.  No update."""
+        usable = set(samples.validity(trajectories, self._vocabulary, drop_truncated=False).kept)
+        valid = [t for t in trajectories if t.key in usable]
         if not valid:
             return None
         kept = ray.put(valid)

@@ -20,7 +20,13 @@ def build_teacher(settings: Settings, vocabulary: int, pad_id: int) -> Teacher:
     own = settings.teacher
     device = pick_device(settings.run.device)
     model = load_model(own.model, pick_dtype(own.dtype, device), device, own.trust_remote_code)
-    return Teacher(split(model, vocabulary), own.tokens_per_batch, pad_id, settings.alignment.temperature)
+    return Teacher(
+        split(model, vocabulary),
+        own.tokens_per_batch,
+        pad_id,
+        settings.alignment.temperature,
+        settings.alignment.chunk_rows,
+    )
 
 
 @ray.remote

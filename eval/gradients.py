@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from onpolicy_skd.checkpoint import write_text
-from onpolicy_skd.config import ClassSettings, ConfigError, Settings, build_settings, parse_override
+from onpolicy_skd.command_line import build_settings, parse_override
+from onpolicy_skd.config import ClassSettings, ConfigError, Settings
 
 TRUNCATIONS = [
     {"sampler": "top_k", "k": 12},
@@ -112,7 +113,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("overrides", nargs="*", metavar="a.b=value", help="settings, as for onpolicy_skd.train")
     args = parser.parse_args(argv)
     forced = [f"learner.batch_size={args.samples}", "mode=off_policy", "positions.policy=full", "samples.keep=1",
-              "alignment.divergence=forward_kl"]  # fmt: skip
+              "alignment.divergence=forward_kl", "alignment.variant=full_kd", "alignment.estimator=exact",
+              "alignment.kd_weight=1", "alignment.ema_weight=0"]  # fmt: skip
     try:
         settings = build_settings(args.config, [parse_override(text) for text in [*args.overrides, *forced]])
         result = measure(settings, args.samples)

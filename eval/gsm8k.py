@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from onpolicy_skd.checkpoint import write_text
-from onpolicy_skd.config import ConfigError, Settings, build_settings, parse_override
+from onpolicy_skd.command_line import build_settings, parse_override
+from onpolicy_skd.config import ConfigError, Settings
 from onpolicy_skd.exact_match import score, wilson
 from onpolicy_skd.trajectory import Prompt, RolloutRequest, Sampling, Trajectory, seed_of
 

@@ -1,18 +1,16 @@
 """The one tree of settings and the only home of defaults.
 
-``load_settings(["--config", "configs/demo.yaml", "learner.lr=5e-6"])`` reads a YAML file (which may name another one
-under ``extends``), applies the overrides, and refuses unknown keys, wrong types and impossible combinations with the
-key's name and what is accepted.  This module imports neither torch nor Ray nor vLLM.
+``resolve`` refuses unknown keys, wrong types and impossible combinations (``compatibility.py``) with the key's name and
+what is accepted; files and command lines are read in ``command_line.py``.  This module imports neither torch nor Ray
+nor vLLM.
 """
 
 from __future__ import annotations
 
-import argparse
 import difflib
-import functools
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
@@ -28,6 +26,8 @@ from pydantic import (
     model_validator,
 )
 
+from onpolicy_skd import compatibility
+
 Share = Annotated[float, Field(gt=0, le=1)]
 Positive = Annotated[int, Field(ge=1)]
 NonNegative = Annotated[int, Field(ge=0)]
@@ -38,7 +38,7 @@ PositionMetric = Literal[
 PositionPolicy = Literal[
     "top_k", "gls", "curriculum", "sampled", "sampled_unbiased", "weighted", "full", "bandit"
 ]  # fmt: skip
-DRAWING = ("sampled", "sampled_unbiased")  # policies that draw positions
+
 OWN = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 
 
@@ -222,7 +222,7 @@ class PositionSettings(Section):
     @model_validator(mode="after")
     def _possible(self) -> PositionSettings:
         pair = f"positions.metric={self.metric}, positions.policy={self.policy}: "
-        if self.metric == "prefix" and self.policy in (*DRAWING, "weighted"):
+        if self.metric == "prefix" and self.policy in (*compatibility.DRAWING, "weighted"):
             raise ValueError(pair + "-t is negative, so no probabilities or weights can be made of it; accepted: top_k")
         if self.metric == "prefix" and self.policy == "gls":
             raise ValueError(pair + "a threshold on -t is a fixed length, whatever the responses; accepted: top_k")
@@ -230,17 +230,13 @@ class PositionSettings(Section):
             raise ValueError(
                 pair + "scores scaled within each batch cannot be compared with earlier batches; accepted: top_k"
             )
+        if self.policy == "bandit" and self.metric != "student_entropy":
+            raise ValueError(pair + "a bandit chooses among positions.arms; leave positions.metric out")
         if self.policy == "bandit" and len(set(self.arms)) < max(2, len(self.arms)):
             raise ValueError(f"positions.arms={self.arms}: a bandit needs two or more different metrics")
         if self.k_start is not None and (self.policy in ("full", "weighted") or self.k_start > self.k):
             reason = f"positions.k={self.k} is less" if self.k_start > self.k else f"{self.policy} takes every position"
             raise ValueError(f"positions.k_start={self.k_start}: {reason}; k grows from k_start to k")
-        changed = [n for n in ("smoothing", "skip_first", "clip", "coverage") if n in self.model_fields_set]
-        changed = [n for n in changed if getattr(self, n) != type(self).model_fields[n].default]
-        if changed and self.policy not in DRAWING:
-            raise ValueError(
-                f"positions.{changed[0]}: accepted for policies {' and '.join(DRAWING)}, not {self.policy}"
-            )
         return self
 
 
@@ -387,56 +383,13 @@ class Settings(Section):
 
     @model_validator(mode="after")
     def _compatible(self) -> Settings:
-        own, samples, rollout = self.alignment, self.samples, self.rollout
-        forward = "set alignment.divergence=forward_kl"
-        if self.classes.sampler != "none":
-            given = f"classes.sampler={self.classes.sampler}: "
-            if own.divergence != "forward_kl":
-                raise ValueError(given + f"targets of a few classes define a forward KL only; {forward}")
-            if own.variant != "full_kd" or own.estimator != "exact":
-                raise ValueError(given + "accepted with alignment.variant=full_kd and alignment.estimator=exact only")
-        if own.variant in ("decoupled_kd", "at_kd") and (own.divergence != "forward_kl" or own.estimator != "exact"):
-            raise ValueError(
-                f"alignment.variant={own.variant}: splits the exact forward KL; {forward}, estimator=exact"
-            )
-        if own.variant == "egad" and own.temperature != 1.0:
-            raise ValueError("alignment.variant=egad: sets each token's temperature; leave alignment.temperature at 1")
-        if own.min_temperature > own.max_temperature:
-            raise ValueError(f"alignment.min_temperature={own.min_temperature}: must not exceed max_temperature")
-        if own.estimator == "sampled":
-            if self.mode != "on_policy" or rollout.temperature != own.temperature or rollout.top_p != 1.0:
-                raise ValueError(
-                    "alignment.estimator=sampled: unbiased only for tokens drawn from the student as it is trained; "
-                    "accepted: mode=on_policy, rollout.temperature=alignment.temperature, rollout.top_p=1"
-                )
-            if own.variant == "egad":
-                raise ValueError("alignment.estimator=sampled: tokens are drawn at one temperature, egad sets many")
-        judged = "samples.weight=paced" if samples.weight == "paced" else f"samples.correctness={samples.correctness}"
-        if self.judges_rollouts and self.mode != "on_policy":
-            raise ValueError(f"{judged}: only the student's own rollouts are right or wrong; needs mode=on_policy")
-        if samples.weight == "paced" and rollout.n < 2:
-            raise ValueError(f"samples.weight=paced: a pass rate needs rollout.n of at least 2, not {rollout.n}")
+        compatibility.check(self)
         return self
 
     @property
     def judges_rollouts(self) -> bool:
         """Whether training needs to know which rollouts are right."""
         return self.samples.correctness != "any" or self.samples.weight == "paced"
-
-    @model_validator(mode="after")
-    def _possible(self) -> Settings:
-        longest = self.max_sequence
-        if longest > self.learner.tokens_per_micro_batch:
-            raise ValueError(
-                f"learner.tokens_per_micro_batch={self.learner.tokens_per_micro_batch}: one sample may have "
-                f"data.max_prompt_tokens + rollout.max_tokens = {longest} tokens; accepted: at least that"
-            )
-        if longest > self.teacher.tokens_per_batch:
-            raise ValueError(
-                f"teacher.tokens_per_batch={self.teacher.tokens_per_batch}: one sample may have {longest} tokens; "
-                "accepted: at least that"
-            )
-        return self
 
     @property
     def max_sequence(self) -> int:
@@ -468,21 +421,7 @@ def walk(section: type[Section] = Settings, prefix: str = "") -> Iterator[tuple[
             yield prefix + name, field
 
 
-def describe() -> str:
-    """The text of ``--help``: each setting with its default, what is accepted, and its meaning."""
-    lines = []
-    for key, field in walk():
-        accepted = _accepted(field)
-        lines.append(f"  {key}={_shown(field.default)}" + (f"   [{accepted}]" if accepted else ""))
-        lines.append(f"      {field.description}")
-    return "\n".join(lines)
-
-
-def _shown(value: Any) -> str:
-    return "" if value is None else repr(value) if value == "" or "\n" in str(value) else str(value)
-
-
-def _accepted(field: Any) -> str:
+def accepted(field: Any) -> str:
     """The choices or the range of a setting, in words; empty if its type says it all."""
     for item in field.metadata:
         if isinstance(item, AfterValidator) and isinstance(item.func, KnownOrOwn):
@@ -513,69 +452,10 @@ def resolve(tree: dict[str, Any]) -> Settings:
             else:
                 message = item["msg"].removeprefix("Value error, ")
                 own = item["type"] == "value_error" and key not in fields
-                accepted = _accepted(fields[key]) if key in fields and item["type"] != "literal_error" else ""
-                hint = f"; accepted: {accepted}" if accepted else ""
+                allowed = accepted(fields[key]) if key in fields and item["type"] != "literal_error" else ""
+                hint = f"; accepted: {allowed}" if allowed else ""
                 problems.append(message if own else f"{key}={item['input']!r}: {message[0].lower()}{message[1:]}{hint}")
         raise ConfigError("\n".join(problems)) from None
-
-
-def read_yaml(path: Path) -> dict[str, Any]:
-    """The mapping in ``path``, merged over the file that its ``extends`` names (relative to itself)."""
-    try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except OSError as error:
-        raise ConfigError(f"--config {path}: cannot be read ({error.strerror}); give a YAML file") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"--config {path}: not YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(tree, dict):
-        raise ConfigError(f"--config {path}: must hold a mapping of settings, not {type(tree).__name__}")
-    parent = tree.pop("extends", None)
-    return merge(read_yaml(path.parent / parent), tree) if parent else tree
-
-
-def merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
-    """``base`` with ``over`` laid on top, section by section."""
-    merged = dict(base)
-    for key, value in over.items():
-        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
-        merged[key] = merge(merged[key], value) if both else value
-    return merged
-
-
-def parse_override(text: str) -> dict[str, Any]:
-    """``"a.b=value"`` as a nested mapping; the value is YAML."""
-    key, equals, value = text.partition("=")
-    if not equals or not key:
-        raise ConfigError(f"{text!r}: an override reads section.name=value, for example learner.lr=5e-6")
-    try:
-        node: Any = yaml.safe_load(value)
-    except yaml.YAMLError:
-        raise ConfigError(f"{text!r}: the value is not YAML") from None
-    for part in reversed(key.split(".")):
-        node = {part: node}
-    return node
-
-
-def load_settings(argv: Sequence[str], program: str = "onpolicy_skd.train", about: str = "") -> Settings:
-    """Settings of a command line: ``--config FILE`` and ``a.b=value`` overrides.
-
-    ``--help`` prints every setting and exits.  Raises ConfigError.
-    """
-    parser = argparse.ArgumentParser(
-        prog=f"python -m {program}",
-        description=about,
-        epilog="settings (name=default, what is accepted, meaning):\n" + describe().replace("%", "%%"),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--config", type=Path, help="a YAML file with any of the settings below")
-    parser.add_argument("overrides", nargs="*", metavar="a.b=value", help="settings that win over the file's")
-    args = parser.parse_args(argv)
-    return build_settings(args.config, [parse_override(text) for text in args.overrides])
-
-
-def build_settings(file: Path | None, overrides: Sequence[dict[str, Any]] = ()) -> Settings:
-    """Settings of a YAML file, each of ``overrides`` laid on top in turn.  Raises ConfigError."""
-    return resolve(functools.reduce(merge, overrides, read_yaml(file) if file else {}))
 
 
 def dump(settings: Settings) -> str:

@@ -109,16 +109,21 @@ class Learner:
             best = [kept[i] for i in samples.top_share(self._rank(kept), own.keep)]
             report.count("not_selected", len(kept) - len(best))
             if own.metric in samples.TEACHER_METRICS:
-                self._teacher.release([key for key in report.kept if key not in {t.key for t in best}])
+                self._teacher.release(sorted({t.key for t in kept} - {t.key for t in best}))
             kept = best
         report.kept = [t.key for t in kept]
         return report, kept
 
     def rank(self, trajectories: Sequence[Trajectory]) -> list[float]:
-        """Score of each sample under ``samples.metric``: a mean over its positions (nats), a ratio, or random."""
-        scores = self._rank(trajectories)
-        self._teacher.release([t.key for t in trajectories])
-        return scores
+        """Score of each sample under ``samples.metric``: a mean over its positions (nats), a ratio, or random.
+
+        -inf for samples that no model here could read: empty ones, or with ids outside the shared vocabulary.
+        """
+        usable = set(samples.validity(trajectories, self.student.vocabulary, drop_truncated=False).kept)
+        valid = [t for t in trajectories if t.key in usable]
+        scores = dict(zip((t.key for t in valid), self._rank(valid), strict=True))
+        self._teacher.release(list(usable))
+        return [scores.get(t.key, -math.inf) for t in trajectories]
 
     def _rank(self, trajectories: Sequence[Trajectory]) -> list[float]:
         """See ``rank``; leaves ``trajectories`` encoded, if the metric needs the teacher."""
@@ -135,11 +140,11 @@ class Learner:
 
         The teacher must have encoded them, or ``rows`` hold its hidden states ``[n, G]`` by trajectory key.
         """
-        own = self._settings.alignment
+        kind = self._settings.alignment.divergence
 
         def total(micro: MicroBatch) -> list[Tensor]:
-            known = torch.cat([rows[key] for key in micro.keys]) if rows else None
-            return [part.sum() for part in micro.split(micro.divergence(own.divergence, own.beta, known))]
+            known = torch.cat([rows[key] for key in micro.keys]).to(self.student.device) if rows else None
+            return [part.sum() for part in micro.split(micro.divergence(kind, known))]
 
         return sum(self._each(trajectories, total)) / sum(len(t.response_ids) for t in trajectories)
 
@@ -176,14 +181,15 @@ class Learner:
             self._probe = Probe.of(trajectories[: self._settings.positions.bandit_probe], self._teacher)
             bandit.start(self.divergence(self._probe.trajectories, self._probe.rows))
         self.optimizer.step()
+        self.version += 1
         self.optimizer.zero_grad(set_to_none=True)
         self._objective.after_step()
         self._selector.observe(torch.cat([totals.scores[t.key] for t in trajectories]))
         if bandit and self._probe:
-            found["arm"] = bandit.arm(self.version)
+            step = self.version - 1
+            found["arm"] = bandit.arm(step)
             found["probe_divergence"] = self.divergence(self._probe.trajectories, self._probe.rows)
-            found["reward"] = bandit.reward(self.version, found["probe_divergence"])
-        self.version += 1
+            found["reward"] = bandit.reward(step, found["probe_divergence"])
         found |= {"grad_norm": norm.item(), "lr": rate, "learner_seconds": time.perf_counter() - started}
         return found
 
@@ -228,16 +234,13 @@ class Learner:
             teacher_wait_seconds=micro.waited,
         )
 
+    @torch.no_grad()
     def _ranges(self, trajectories: Sequence[Trajectory]) -> Ranges:
         """Of student entropy and KL over the whole batch, in a forward of its own."""
-
-        def extremes(micro: MicroBatch) -> list[Tensor]:
-            signals = micro.signals()
+        found = []
+        for group in self._groups(trajectories):
+            signals = self._micro_batch([trajectories[i] for i in group]).signals()
             found.append(torch.stack([*signals.entropy_N.aminmax(), *signals.kl_N.aminmax()]))
-            return [torch.zeros(())] * len(micro.members)
-
-        found: list[Tensor] = []
-        self._each(trajectories, extremes)
         low_h, high_h, low_d, high_d = torch.stack(found).T
         return Ranges((low_h.min().item(), high_h.max().item()), (low_d.min().item(), high_d.max().item()))
 
@@ -286,7 +289,8 @@ class Learner:
             hidden_NH.detach(), head_VH.detach(), batch.targets, own.temperature, own.chunk_rows
         )
         seeds = [seed_of(self._settings.run.seed, self.version, "positions", t.key) for t in members]
-        return MicroBatch(members, batch, hidden_NH, head_VH, statistics, self._teacher, own.temperature, seeds)
+        alignment = self._objective.alignment
+        return MicroBatch(members, batch, hidden_NH, head_VH, statistics, self._teacher, alignment, seeds)
 
     def _hidden(self, model: SplitModel, batch: Batch) -> Tensor:
         coarse = self._dtype != torch.float32

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Callable, Sequence
 from functools import cached_property
@@ -31,7 +32,7 @@ class MicroBatch:
         head_VH: Tensor,
         statistics: RowStatistics,
         teacher: TeacherRows,
-        temperature: float,
+        alignment: Alignment,
         seeds: Sequence[int],
     ) -> None:
         self.members = members
@@ -42,7 +43,8 @@ class MicroBatch:
         self.teacher = teacher
         self.seeds = seeds
         self.waited = 0.0  # seconds spent on the teacher
-        self._temperature = temperature
+        self._alignment = alignment
+        self._all_rows_NG: Tensor | None = None  # once the teacher's rows at all positions were fetched
 
     @property
     def keys(self) -> list[str]:
@@ -67,18 +69,11 @@ class MicroBatch:
         entropy_N, logprob_N = self._timed(lambda: self.teacher.scalars(self.keys))
         return entropy_N.to(self.hidden_NH.device), logprob_N.to(self.hidden_NH.device)
 
-    @cached_property
-    def _every_row(self) -> Tensor:
-        wanted = [(t.key, range(len(t.response_ids))) for t in self.members]
-        return self._timed(lambda: self.teacher.rows(wanted)).to(self.hidden_NH.device)
-
     def rows(self, chosen: Selection) -> HiddenRows:
         """The teacher at the chosen positions; only these cross the wire, unless all have done so already."""
-        if "_every_row" in self.__dict__:
-            hidden = self._every_row[chosen.indices_K]
-        else:
-            hidden = self._timed(lambda: self.teacher.rows(self.wanted(chosen))).to(self.hidden_NH.device)
-        return HiddenRows(hidden, self.teacher.head())
+        if self._all_rows_NG is not None:
+            return HiddenRows(self._all_rows_NG[chosen.indices_K], self.teacher.head())
+        return HiddenRows(self._fetch(self.wanted(chosen)), self.teacher.head())
 
     def wanted(self, chosen: Selection) -> Wanted:
         """The chosen positions by trajectory, counted from each response's start."""
@@ -88,12 +83,16 @@ class MicroBatch:
         return [(key, (part - start).tolist()) for key, part, start in zip(self.keys, parts, starts, strict=True)]
 
     @torch.no_grad()
-    def divergence(self, kind: str, beta: float = 0.5, rows_NG: Tensor | None = None) -> Tensor:
+    def divergence(self, kind: str, rows_NG: Tensor | None = None) -> Tensor:
         """``kind`` between student and teacher at all N positions, float32, nats; ``rows_NG`` if they are known."""
+        if rows_NG is None:
+            if self._all_rows_NG is None:
+                self._all_rows_NG = self._fetch([(t.key, range(len(t.response_ids))) for t in self.members])
+            rows_NG = self._all_rows_NG
         targets = self.batch.targets
         rows = Rows(torch.ones(len(targets), device=targets.device), targets)
-        teacher = HiddenRows(self._every_row if rows_NG is None else rows_NG, self.teacher.head())
-        alignment = Alignment(kind, beta, self._temperature)
+        teacher = HiddenRows(rows_NG, self.teacher.head())
+        alignment = dataclasses.replace(self._alignment, divergence=kind, kd_weight=1.0, estimator="exact")
         return distillation_loss(self.hidden_NH.detach(), self.head_VH.detach(), teacher, rows, alignment)[1]
 
     def split(self, values_N: Tensor) -> tuple[Tensor, ...]:
@@ -102,6 +101,9 @@ class MicroBatch:
 
     def means(self, values_N: Tensor) -> list[Tensor]:
         return [part.mean() for part in self.split(values_N)]
+
+    def _fetch(self, wanted: Wanted) -> Tensor:
+        return self._timed(lambda: self.teacher.rows(wanted)).to(self.hidden_NH.device)
 
     def _timed(self, ask: Callable[[], T]) -> T:
         started = time.perf_counter()

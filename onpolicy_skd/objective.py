@@ -8,6 +8,7 @@ them may add a divergence to a moving average of the student (``alignment.ema_we
 from __future__ import annotations
 
 import copy
+import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
 
@@ -73,7 +74,7 @@ class Objective:
         if self._average is not None:
             with torch.no_grad():
                 average = HiddenRows(self._forward(self._average, micro.batch)[at], self._average.head_VH)
-            exact = Alignment(self._own.divergence, self._own.beta, self._own.temperature)
+            exact = dataclasses.replace(self.alignment, kd_weight=1.0, estimator="exact")
             added, _ = distillation_loss(hidden_KH, micro.head_VH, average, Rows(weights_K, targets_K), exact)
             loss = loss + self._own.ema_weight * added
         return loss, values_K

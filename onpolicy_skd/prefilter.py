@@ -73,11 +73,18 @@ def fingerprint(settings: Settings, prompts: Sequence[Prompt]) -> str:
     own = settings.samples
     digest = hashlib.sha256(
         json.dumps(
-            [own.metric, own.prefilter_text, settings.alignment.temperature, _weights(settings.student.model)]
+            [
+                own.metric,
+                own.prefilter_text,
+                settings.alignment.temperature,
+                settings.learner.compute_dtype,
+                settings.run.device,
+                _weights(settings.student.model),
+            ]
         ).encode()
     )
     if own.metric in TEACHER_METRICS:
-        digest.update(json.dumps(_weights(settings.teacher.model)).encode())
+        digest.update(json.dumps([settings.teacher.dtype, _weights(settings.teacher.model)]).encode())
     if own.prefilter_text == "rollout" or own.metric == "random":
         digest.update(json.dumps([settings.run.seed, settings.rollout.model_dump(mode="json")]).encode())
     for prompt in prompts:

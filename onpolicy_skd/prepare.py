@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 from collections.abc import Sequence
@@ -155,7 +156,10 @@ def open_folder(settings: Settings) -> checkpoint.Checkpoint | None:
 
 
 def _check_resumable(saved: Path, settings: Settings) -> None:
-    before, now = flat(yaml.safe_load(saved.read_text(encoding="utf-8"))), flat(settings.model_dump(mode="json"))
+    tree = yaml.safe_load(saved.read_text(encoding="utf-8"))
+    with contextlib.suppress(ConfigError):  # settings that were not there yet had their defaults
+        tree = config.resolve(tree).model_dump(mode="json")
+    before, now = flat(tree), flat(settings.model_dump(mode="json"))
     changed = [k for k in sorted(before.keys() | now.keys()) if before.get(k) != now.get(k)]
     blocking = [k for k in changed if not k.startswith(RESUMABLE)]
     if blocking:

@@ -1,8 +1,8 @@
-"""A smaller student from a model: every second layer removed, everything else kept.
+"""A smaller student from a model: some layers removed, everything else kept.
 
     python -m onpolicy_skd.prune --model HuggingFaceTB/SmolLM2-135M-Instruct --every 2 --out models/smollm2-pruned
 
-``--every 1`` keeps all layers: with ``--gguf-file`` it turns a GGUF file (32-bit weights after dequantisation) into an
+``--without 12 13`` removes just these.  ``--every 1`` keeps all layers: with ``--gguf-file`` it turns a GGUF file (32-bit weights after dequantisation) into an
 ordinary transformers checkpoint.
 """
 
@@ -20,12 +20,17 @@ from onpolicy_skd.config import ConfigError
 from onpolicy_skd.models import ModelError, load_tokenizer, resolve_path
 
 
-def prune_layers(model: Any, every: int) -> Any:
-    """A copy of ``model`` with layers 0, every, 2 * every, ... of its trunk.  Raises ModelError if it lists none."""
+def prune_layers(model: Any, every: int = 1, without: Sequence[int] = ()) -> Any:
+    """A copy of ``model`` with layers 0, every, 2 * every, ... of its trunk, but for those in ``without``.
+
+    Raises ModelError if it lists no layers, or none would be left.
+    """
     layers = getattr(model.base_model, "layers", None)
     if layers is None:
         raise ModelError(f"{type(model).__name__}: its trunk has no list of layers to prune")
-    kept = list(range(0, len(layers), every))
+    kept = [i for i in range(0, len(layers), every) if i not in without]
+    if not kept:
+        raise ModelError(f"{type(model).__name__}: none of its {len(layers)} layers would be left")
     config = type(model.config).from_dict(_without_quantization(model.config.to_dict()))
     config.num_hidden_layers = len(kept)
     if getattr(config, "layer_types", None):
@@ -57,6 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--model", required=True, help="hub name or folder")
     parser.add_argument("--gguf-file", help="a GGUF file within --model (needs the package gguf)")
     parser.add_argument("--every", type=int, default=2, help="keep layers 0, N, 2N, ... (default: 2)")
+    parser.add_argument("--without", type=int, nargs="+", default=(), metavar="N", help="and leave out these layers")
     parser.add_argument("--out", type=Path, required=True, help="folder of the new checkpoint")
     args = parser.parse_args(argv)
     try:
@@ -68,7 +74,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         folder = args.model if args.gguf_file else resolve_path(args.model)
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **options)
         tokenizer = AutoTokenizer.from_pretrained(folder, **options) if options else load_tokenizer(args.model)
-        pruned = prune_layers(model, args.every)
+        pruned = prune_layers(model, args.every, args.without)
     except (ConfigError, OSError, ImportError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -55,12 +55,20 @@ class Teacher:
     Memory: 2 * G bytes per response token in bfloat16 (G: hidden size), 4 * G in float32.
     """
 
-    def __init__(self, model: SplitModel, tokens_per_batch: int, pad_id: int, temperature: float = 1.0) -> None:
+    def __init__(
+        self,
+        model: SplitModel,
+        tokens_per_batch: int,
+        pad_id: int,
+        temperature: float = 1.0,
+        chunk_rows: int | None = None,
+    ) -> None:
         self._model = model
         self._model.model.eval().requires_grad_(False)
         self._tokens_per_batch = tokens_per_batch
         self._pad_id = pad_id
         self._temperature = temperature
+        self._chunk_rows = chunk_rows
         self._hidden: dict[str, Tensor] = {}  # key -> [n, G]
         self._targets: dict[str, Tensor] = {}  # key -> [n]
         self._encoded: dict[str, Trajectory] = {}
@@ -79,14 +87,16 @@ class Teacher:
             for t, rows, targets in zip(
                 members, hidden.split(batch.counts), batch.targets.split(batch.counts), strict=True
             ):
-                self._hidden[t.key], self._targets[t.key], self._encoded[t.key] = rows, targets, t
+                # Copies: a part of the group's tensor would keep all of it alive.
+                self._hidden[t.key], self._targets[t.key], self._encoded[t.key] = rows.clone(), targets.clone(), t
 
     def rows(self, wanted: Wanted) -> Tensor:
         return torch.cat(self._picked(wanted)).clone()  # a copy outside inference mode, which autograd accepts
 
     def scalars(self, keys: Sequence[str]) -> tuple[Tensor, Tensor]:
         hidden = torch.cat([self._known(key) for key in keys])
-        found = row_statistics(hidden, self.head(), torch.cat([self._targets[key] for key in keys]), self._temperature)
+        targets = torch.cat([self._targets[key] for key in keys])
+        found = row_statistics(hidden, self.head(), targets, self._temperature, self._chunk_rows)
         return found.entropy_N, found.logprob_N
 
     @torch.no_grad()
@@ -94,7 +104,8 @@ class Teacher:
         hidden = torch.cat(self._picked(wanted))
         targets = torch.cat([self._targets[key][self._index(at)] for key, at in wanted])
         uniform = torch.cat([_uniform(seed, at, options.draws) for seed, (_, at) in zip(seeds, wanted, strict=True)])
-        sampler, size = SAMPLERS[options.sampler], chunk_size(len(hidden), self.head())
+        sampler = SAMPLERS[options.sampler]
+        size = max(1, chunk_size(len(hidden), self.head(), self._chunk_rows) // 4)  # samplers hold float64 copies
         project = Projector(self.head().to(hidden.dtype), size)
         parts = []
         for part in chunks(len(hidden), size):

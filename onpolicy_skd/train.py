@@ -23,7 +23,8 @@ from actors.cluster import Resources, connect, wait_ready
 from actors.roles import Roles
 from actors.rollout import RolloutGroup
 from eval.gsm8k import Evaluation, evaluate
-from onpolicy_skd.config import ConfigError, Settings, load_settings
+from onpolicy_skd.command_line import load_settings
+from onpolicy_skd.config import ConfigError, Settings
 from onpolicy_skd.prefilter import as_text, kept_prompts
 from onpolicy_skd.prepare import Run, open_folder, prepare
 from onpolicy_skd.report import summary
@@ -32,6 +33,11 @@ from onpolicy_skd.report.metrics import MetricsLog
 from onpolicy_skd.stop import Stopped, StopSignal
 from onpolicy_skd.trajectory import Prompt, RolloutRequest, Sampling, Trajectory, seed_of
 
+EMPTY_BATCH_ADVICE = {
+    "no_pace": "raise rollout.n: every prompt was always right or always wrong",
+    "right": "raise learner.batch_size or set samples.correctness=any",
+    "wrong": "raise learner.batch_size or set samples.correctness=any",
+}
 EXIT_OK, EXIT_CONFIG, EXIT_FAILED, EXIT_STOPPED = 0, 2, 1, 3
 
 
@@ -138,8 +144,9 @@ def prefilter(run: Run, roles: Roles, book: Logbook) -> list[Prompt]:
 
 
 def gather(group: RolloutGroup, requests: Sequence[RolloutRequest], sampling: Sampling) -> list[Trajectory]:
-    """Trajectories brought to the driver: for evaluation, where their text is judged."""
-    return [t for part in ray.get(group.generate(requests, sampling)) for t in part]
+    """Trajectories brought to the driver in the order asked: for evaluation, where their text is judged."""
+    by_key = {t.key: t for part in ray.get(group.generate(requests, sampling)) for t in part}
+    return [by_key[r.key] for r in requests]
 
 
 def student_evaluation(run: Run, roles: Roles, problems: int = 0) -> Evaluation:
@@ -238,10 +245,9 @@ class Logbook:
             {"step": step, "event": "empty_batch", "generated": report.generated, "dropped": report.dropped}
         )
         reasons = ", ".join(f"{count} {reason}" for reason, count in report.dropped.items())
-        self.say(
-            f"step {step}: no sample left of {report.generated} ({reasons}); no update. If this goes on, raise "
-            "rollout.max_tokens or set samples.truncated=keep"
-        )
+        worst = max(report.dropped, key=lambda reason: report.dropped[reason])
+        advice = EMPTY_BATCH_ADVICE.get(worst, "raise rollout.max_tokens or set samples.truncated=keep")
+        self.say(f"step {step}: no sample left of {report.generated} ({reasons}); no update. If this goes on, {advice}")
 
     def evaluation(self, name: str, step: int, done: Evaluation) -> None:
         self.evaluations[name] = done.result

@@ -5,7 +5,8 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from onpolicy_skd.config import ConfigError, Settings, describe, dump, load_settings, resolve, walk
+from onpolicy_skd.command_line import describe, load_settings
+from onpolicy_skd.config import ConfigError, Settings, dump, resolve, walk
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").rglob("*.yaml"))
 
@@ -38,13 +39,23 @@ CONFIGS = sorted((Path(__file__).parents[1] / "configs").rglob("*.yaml"))
         (["positions.arms=[kl, entropy]"], ["positions.arms.1='entropy'", "'student_entropy'"]),
         (["positions.policy=full", "positions.k_start=0.1"], ["positions.k_start=0.1", "takes every position"]),
         (["positions.k_start=0.5"], ["positions.k_start=0.5", "positions.k=0.2 is less"]),
-        (["positions.clip=1.0"], ["positions.clip", "sampled and sampled_unbiased, not top_k"]),
+        (["positions.clip=1.0"], ["positions.clip", "sampled or sampled_unbiased only, not top_k"]),
+        (["classes.draws=5"], ["classes.draws=5", "classes.sampler=rs_kd only, not none"]),
+        (["alignment.ema_weight=0.5", "alignment.beta=0.1"], ["alignment.beta=0.1", "jsd only, not reverse_kl"]),
+        (["positions.policy=bandit", "positions.metric=kl"], ["positions.metric=kl", "positions.arms"]),
+        (["alignment.estimator=sampled", "positions.metric=student_ce"], ["student_ce", "biases"]),
+        (["alignment.estimator=sampled", "samples.correctness=right"], ["samples.correctness=right", "biases"]),
+        (["alignment.estimator=sampled", "positions.policy=bandit", "positions.arms=[kl, ce_ratio]"], ["ce_ratio"]),
+        (["samples.weight=paced", "rollout.n=3"], ["samples.weight=paced", "divides the 16 rollouts", "not 3"]),
+        (["samples.metric=kl"], ["samples.keep=1.0", "below 1"]),
+        (["samples.when=prefilter"], ["samples.keep=1.0", "below 1"]),
+        (["mode=off_policy", "rollout.n=4"], ["rollout.n=4", "one reference answer"]),
         (["classes.sampler=rs_kd"], ["classes.sampler=rs_kd", "alignment.divergence=forward_kl"]),
         (["mode=off_policy", "classes.sampler=top_k", "alignment.variant=egad"], ["classes.sampler=top_k", "full_kd"]),
         (["alignment.variant=at_kd"], ["alignment.variant=at_kd", "alignment.divergence=forward_kl"]),
         (["alignment.variant=egad", "alignment.temperature=2"], ["egad", "alignment.temperature"]),
         (["alignment.variant=egad", "alignment.estimator=sampled"], ["alignment.estimator=sampled", "egad"]),
-        (["alignment.min_temperature=3"], ["alignment.min_temperature=3", "max_temperature"]),
+        (["alignment.variant=egad", "alignment.min_temperature=3"], ["alignment.min_temperature=3", "max_temperature"]),
         (
             ["alignment.estimator=sampled", "rollout.temperature=0.7"],
             ["alignment.estimator=sampled", "rollout.temperature"],
@@ -132,8 +143,9 @@ def test_enough_rollouts_are_made_for_the_share_that_is_kept(batch, keep, n):
     assert settings.rollouts_per_step * keep >= batch - 1e-6
     assert (settings.rollouts_per_step - 1) * keep < batch
     assert settings.prompts_per_step * n >= settings.rollouts_per_step
-    once = resolve({"learner": {"batch_size": batch}, "samples": {"keep": keep, "when": "prefilter"}})
-    assert once.rollouts_per_step == batch
+    if keep < 1.0:
+        once = resolve({"learner": {"batch_size": batch}, "samples": {"keep": keep, "when": "prefilter"}})
+        assert once.rollouts_per_step == batch
 
 
 def test_config_imports_without_torch_ray_or_vllm():

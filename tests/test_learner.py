@@ -395,6 +395,15 @@ def test_samples_are_ranked_by_the_other_metrics(metric):
     assert teacher.stored == (0 if metric == "random" else 2)  # what was kept need not be encoded again
 
 
+def test_samples_that_cannot_be_read_rank_last():
+    learner, _ = build(samples={"keep": 0.5})
+    batch = make_trajectories(LENGTHS[:4])
+    batch[1] = dataclasses.replace(batch[1], response_ids=np.array([], dtype=np.int64))
+    batch[2].response_ids[0] = VOCABULARY
+    scores = learner.rank(batch)
+    assert [math.isinf(s) for s in scores] == [False, True, True, False]
+
+
 def test_paced_samples_weigh_by_the_pass_rate_of_their_prompt():
     verdicts = [True, False, False, True, True, False]
     keys = ["a/0", "a/1", "a/2", "b/0", "b/1", "c/0"]
@@ -402,7 +411,7 @@ def test_paced_samples_weigh_by_the_pass_rate_of_their_prompt():
         dataclasses.replace(t, key=k, correct=c)
         for t, k, c in zip(make_trajectories(LENGTHS[:6]), keys, verdicts, strict=True)
     ]
-    learner, teacher = build(samples={"weight": "paced"}, rollout={"n": 3})
+    learner, teacher = build(samples={"weight": "paced"}, rollout={"n": 2})
     report, kept = learner.filter(batch)
     assert report.dropped == {"no_pace": 3}
     assert [t.weight for t in kept] == pytest.approx([2 / 9] * 3)

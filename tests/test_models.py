@@ -114,6 +114,8 @@ def test_teacher_hands_out_rows_and_scalars_for_what_was_encoded():
     assert torch.equal(order, torch.cat([teacher.rows([("t2", [1])]), teacher.rows([("t0", [5, 2])])]))
     teacher.release(["t0", "t1"])
     assert teacher.stored == 1
+    kept = teacher._hidden["t2"]
+    assert kept.untyped_storage().nbytes() == kept.nbytes  # nothing of its batch lives on with it
     with pytest.raises(KeyError, match="t0"):
         teacher.rows([("t0", [0])])
 
@@ -130,4 +132,10 @@ def test_pruning_keeps_every_second_layer_and_everything_else(tmp_path):
     loaded = load_model(str(tmp_path / "half"), torch.float32, "cpu")
     assert all(torch.equal(t, own[n]) for n, t in loaded.state_dict().items())
     assert prune(["--model", "bundled:demo_teacher", "--every", "0", "--out", str(tmp_path / "x")]) == 2
+    fewer = prune_layers(model, without=[1])
+    assert fewer.config.num_hidden_layers == model.config.num_hidden_layers - 1
+    assert torch.equal(
+        fewer.state_dict()["model.layers.1.mlp.up_proj.weight"], whole["model.layers.2.mlp.up_proj.weight"]
+    )
+    assert prune(["--model", "bundled:demo_teacher", "--without", *"0123456789", "--out", str(tmp_path / "x")]) == 2
     assert prune(["--model", "bundled:none", "--out", str(tmp_path / "x")]) == 2

@@ -168,6 +168,10 @@ def test_skipped_positions_are_never_drawn_unless_there_are_no_others():
         first, second = by_sequence(positions.sampled(scores, counts, asked), counts)
         assert min(first[0]) >= 3
         assert second[0]
+    covered = context(0.9, [10], policy="sampled_unbiased", skip_first=5, coverage=0.9)
+    for u in (torch.arange(10.0).flip(0), torch.zeros(10), torch.tensor([1.0] * 5 + [0.0] * 5)):
+        ((mine, _),) = by_sequence(positions.sampled_unbiased(u, [10], covered), [10])
+        assert min(mine) >= 5
 
 
 def test_draws_are_independent_of_a_random_score():
@@ -199,6 +203,11 @@ def test_the_queue_holds_the_last_scores_and_gives_their_quantile(batches, k, si
         seen = (seen + scores.tolist())[-size:]
         threshold = queue.threshold(k)
         assert sum(s >= threshold for s in seen) == quota(k, len(seen))
+
+
+def test_ranges_are_asked_for_only_by_metrics_of_the_whole_batch():
+    assert Selector(PositionSettings(metric="tip_soft_or"), 0).needs_ranges(0)
+    assert not Selector(PositionSettings(metric="kl"), 0).needs_ranges(0)
 
 
 def signals_of(entropy, counts):
@@ -289,6 +298,8 @@ def with_teacher(calls=None, ranges=None):
     return Signals(ENTROPY, CE, [2, 1], [7, 8], scalars, divergence, ranges)
 
 
+WHOLE = Ranges((0.1, 0.3), (0.0, 0.9))
+
 EXPECTED = {
     "student_entropy": ([0.1, 0.3, 0.2], []),
     "student_ce": ([1.0, 2.0, 3.0], []),
@@ -308,7 +319,7 @@ EXPECTED = {
 def test_a_metric_equals_its_formula_and_asks_the_teacher_for_no_more_than_it_needs(name):
     expected, asked = EXPECTED[name]
     calls = []
-    assert METRICS[name](with_teacher(calls)).tolist() == pytest.approx(expected, rel=1e-5)
+    assert METRICS[name](with_teacher(calls, WHOLE)).tolist() == pytest.approx(expected, rel=1e-5)
     assert calls == asked
 
 
@@ -318,6 +329,11 @@ def test_tip_scales_over_the_ranges_of_the_batch():
     assert found.tolist() == pytest.approx([1 - (1 - a) * (1 - b) for a, b in zip(h, d, strict=True)])
     flat = metrics.tip_soft_or(with_teacher(ranges=Ranges((0.3, 0.3), (0.0, 0.9))))
     assert flat.tolist() == pytest.approx([0.7 / 0.9, 0.0, 1.0])  # equal entropies tell nothing apart
+
+
+def test_ranges_nobody_found_are_not_made_up():
+    with pytest.raises(RuntimeError, match="WHOLE_BATCH"):
+        metrics.tip_soft_or(with_teacher())
 
 
 def test_random_is_a_function_of_each_sequences_seed():
@@ -337,7 +353,7 @@ def test_metrics_and_policies_of_ones_own(tmp_path, monkeypatch):
     (tmp_path / "own_selection.py").write_text(
         "from onpolicy_skd.selection.positions import top_k\n"
         "def surprise(signals):\n    return signals.ce_N - signals.entropy_N\n"
-        "policy = top_k\n"
+        "policy = top_k\nnumber = 3\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
     own = PositionSettings(metric="own_selection:surprise", policy="own_selection:policy", k=0.5)
@@ -346,6 +362,8 @@ def test_metrics_and_policies_of_ones_own(tmp_path, monkeypatch):
     assert chosen.indices_K.tolist() == [1, 2]
     with pytest.raises(ConfigError, match=r"positions\.metric=own_selection:nothing: cannot be imported .*accepted: "):
         Selector(PositionSettings(metric="own_selection:nothing"), 0)
+    with pytest.raises(ConfigError, match="number: is not a function"):
+        Selector(PositionSettings(metric="own_selection:number"), 0)
     with pytest.raises(ConfigError, match=r"positions\.policy=no\.such:thing"):
         Selector(PositionSettings(policy="no.such:thing"), 0)
 

@@ -13,7 +13,9 @@ import pytest
 import yaml
 from conftest import GAP, ON_GPU
 
+from onpolicy_skd import train
 from onpolicy_skd.report.metrics import read
+from onpolicy_skd.trajectory import RolloutRequest, Trajectory
 
 ROOT = Path(__file__).parents[1]
 BASE = [
@@ -185,6 +187,16 @@ def test_the_teacher_in_the_learners_process_trains_the_same(whole, tmp_path):
         assert found == pytest.approx(expected, rel=1e-4)
 
 
+def test_what_several_actors_generate_comes_back_in_the_order_asked(monkeypatch):
+    class Two:
+        def generate(self, requests, sampling):
+            return [[Trajectory(r.key, *[None] * 5) for r in requests[i::2]] for i in (0, 1)]
+
+    monkeypatch.setattr(train.ray, "get", lambda refs: refs)
+    requests = [RolloutRequest(f"r{i}", [1], 0) for i in range(7)]
+    assert [t.key for t in train.gather(Two(), requests, None)] == [r.key for r in requests]
+
+
 def test_prefilter_scores_once_and_spends_nothing_on_what_it_drops(tmp_path):
     options = [*TRANSFORMERS, "samples.keep=0.25", "samples.when=prefilter", "data.train_problems=64", "run.epochs=1"]
     done = run(tmp_path, *options, "run.steps=null", "run.name=first")
@@ -279,8 +291,6 @@ def test_bad_input_is_one_clear_error_and_a_non_zero_exit(tmp_path):
 
 def test_vllm_asked_for_but_not_installed(monkeypatch, capsys, tmp_path):
     import importlib.util
-
-    from onpolicy_skd import train
 
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "vllm" else True)
     assert train.main([*BASE, f"run.dir={tmp_path}"]) == 2

@@ -83,9 +83,9 @@ class Signals:
 
     @property
     def ranges(self) -> Ranges:
-        """Over the whole optimizer batch; over these positions alone if nobody said what the batch is."""
+        """Over the whole optimizer batch; found beforehand for the metrics in ``WHOLE_BATCH`` alone."""
         if self._ranges is None:
-            self._ranges = Ranges(_range(self.entropy_N), _range(self.kl_N))
+            raise RuntimeError("the ranges of the optimizer batch are known for metrics listed in WHOLE_BATCH only")
         return self._ranges
 
     def _value(self, kind: str) -> Tensor:
@@ -185,16 +185,14 @@ def find(name: str, known: Mapping[str, Any], setting: str) -> Any:
     if name in known:
         return known[name]
     module, _, attribute = name.partition(":")
+    accepted = f"accepted: {', '.join(known)}, or module:function"
     try:
-        return getattr(importlib.import_module(module), attribute)
+        found = getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError, ValueError) as error:
-        raise ConfigError(
-            f"{setting}={name}: cannot be imported ({error}); accepted: {', '.join(known)}, or module:function"
-        ) from None
-
-
-def _range(values_N: Tensor) -> Range:
-    return values_N.min().item(), values_N.max().item()
+        raise ConfigError(f"{setting}={name}: cannot be imported ({error}); {accepted}") from None
+    if not callable(found):
+        raise ConfigError(f"{setting}={name}: is not a function; {accepted}")
+    return found
 
 
 def _scaled(values_N: Tensor, bounds: Range) -> Tensor:

@@ -177,13 +177,12 @@ def _draw(u_n: Tensor, context: Context, seed: int, unbiased: bool) -> tuple[Ten
     scores, which then carry their exact weight, and the draws are made among the rest: both estimates stay unbiased.
     """
     own, n = context.options, len(u_n)
-    scores = (u_n if own.clip is None else u_n.clamp(max=own.clip)).to("cpu", torch.float64)
-    if own.skip_first and n > own.skip_first:
-        scores[: own.skip_first] = 0.0
+    skipped = own.skip_first if n > own.skip_first else 0  # a response that short has no other positions
+    scores = u_n[skipped:].to("cpu", torch.float64).clamp(max=math.inf if own.clip is None else own.clip)
     w = _shares(_shares(scores) ** (1.0 / own.smoothing))
     budget = quota(context.k, n)
     certain = _best(w, math.floor(round(own.coverage * budget, 9)))  # at least one draw remains: coverage < 1
-    weight = torch.zeros(n, dtype=torch.float64)
+    weight = torch.zeros_like(w)
     weight[certain] = 1.0 / n if unbiased else w[certain]
     rest = w.clone()
     rest[certain] = 0.0
@@ -191,7 +190,7 @@ def _draw(u_n: Tensor, context: Context, seed: int, unbiased: bool) -> tuple[Ten
     if mass > 0:
         generator = torch.Generator().manual_seed(seed_of(seed, "draws"))  # apart from a random score's stream
         drawn = torch.multinomial(rest, draws, replacement=True, generator=generator)
-        each = mass / (draws * n * w) if unbiased else mass.expand(n) / draws
+        each = mass / (draws * n * w) if unbiased else (mass / draws).expand_as(w)
         weight.index_add_(0, drawn, each[drawn])
     chosen = weight.nonzero()[:, 0]
-    return chosen.to(u_n.device), weight[chosen].to(u_n.device, torch.float32)
+    return (skipped + chosen).to(u_n.device), weight[chosen].to(u_n.device, torch.float32)

@@ -1,0 +1,90 @@
+"""Settings from YAML files and command lines.
+
+``load_settings(["--config", "configs/demo.yaml", "learner.lr=5e-6"])`` reads a YAML file (which may name another one
+under ``extends``) and applies the overrides.  This module imports neither torch nor Ray nor vLLM.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from onpolicy_skd.config import ConfigError, Settings, accepted, resolve, walk
+
+
+def describe() -> str:
+    """The text of ``--help``: each setting with its default, what is accepted, and its meaning."""
+    lines = []
+    for key, field in walk():
+        allowed = accepted(field)
+        lines.append(f"  {key}={_shown(field.default)}" + (f"   [{allowed}]" if allowed else ""))
+        lines.append(f"      {field.description}")
+    return "\n".join(lines)
+
+
+def _shown(value: Any) -> str:
+    return "" if value is None else repr(value) if value == "" or "\n" in str(value) else str(value)
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The mapping in ``path``, merged over the file that its ``extends`` names (relative to itself)."""
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except OSError as error:
+        raise ConfigError(f"--config {path}: cannot be read ({error.strerror}); give a YAML file") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"--config {path}: not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(tree, dict):
+        raise ConfigError(f"--config {path}: must hold a mapping of settings, not {type(tree).__name__}")
+    parent = tree.pop("extends", None)
+    return merge(read_yaml(path.parent / parent), tree) if parent else tree
+
+
+def merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    """``base`` with ``over`` laid on top, section by section."""
+    merged = dict(base)
+    for key, value in over.items():
+        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
+        merged[key] = merge(merged[key], value) if both else value
+    return merged
+
+
+def parse_override(text: str) -> dict[str, Any]:
+    """``"a.b=value"`` as a nested mapping; the value is YAML."""
+    key, equals, value = text.partition("=")
+    if not equals or not key:
+        raise ConfigError(f"{text!r}: an override reads section.name=value, for example learner.lr=5e-6")
+    try:
+        node: Any = yaml.safe_load(value)
+    except yaml.YAMLError:
+        raise ConfigError(f"{text!r}: the value is not YAML") from None
+    for part in reversed(key.split(".")):
+        node = {part: node}
+    return node
+
+
+def load_settings(argv: Sequence[str], program: str = "onpolicy_skd.train", about: str = "") -> Settings:
+    """Settings of a command line: ``--config FILE`` and ``a.b=value`` overrides.
+
+    ``--help`` prints every setting and exits.  Raises ConfigError.
+    """
+    parser = argparse.ArgumentParser(
+        prog=f"python -m {program}",
+        description=about,
+        epilog="settings (name=default, what is accepted, meaning):\n" + describe().replace("%", "%%"),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--config", type=Path, help="a YAML file with any of the settings below")
+    parser.add_argument("overrides", nargs="*", metavar="a.b=value", help="settings that win over the file's")
+    args = parser.parse_args(argv)
+    return build_settings(args.config, [parse_override(text) for text in args.overrides])
+
+
+def build_settings(file: Path | None, overrides: Sequence[dict[str, Any]] = ()) -> Settings:
+    """Settings of a YAML file, each of ``overrides`` laid on top in turn.  Raises ConfigError."""
+    return resolve(functools.reduce(merge, overrides, read_yaml(file) if file else {}))

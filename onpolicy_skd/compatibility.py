@@ -1,0 +1,127 @@
+"""Which settings go together.  Every refusal names the setting, the reason, and what is accepted."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from onpolicy_skd.config import Settings
+
+DRAWING = ("sampled", "sampled_unbiased")  # policies that draw positions
+LOOK_AT_TARGET = ("student_ce", "teacher_ce", "ce_ratio", "ce_ratio_plus_entropy")  # metrics that know y_t
+_EGAD = ("alignment.variant", "egad")
+_TRUNCATED = ("top_k", "top_k_normalised", "top_p", "ghost_token", "naive_fix", "label_smoothing")
+USED_BY = {  # setting: the other setting that decides whether it matters, and the choices under which it does
+    "positions.queue": ("positions.policy", "gls"),
+    "positions.curriculum_steps": ("positions.policy", "curriculum"),
+    "positions.arms": ("positions.policy", "bandit"),
+    "positions.bandit_gamma": ("positions.policy", "bandit"),
+    "positions.bandit_probe": ("positions.policy", "bandit"),
+    "positions.smoothing": ("positions.policy", *DRAWING),
+    "positions.skip_first": ("positions.policy", *DRAWING),
+    "positions.clip": ("positions.policy", *DRAWING),
+    "positions.coverage": ("positions.policy", *DRAWING),
+    "classes.draws": ("classes.sampler", "rs_kd"),
+    "classes.proposal": ("classes.sampler", "rs_kd"),
+    "classes.k": ("classes.sampler", *_TRUNCATED),
+    "classes.p": ("classes.sampler", "top_p"),
+    "alignment.beta": ("alignment.divergence", "jsd"),
+    "alignment.top_k": ("alignment.estimator", "topk_tail"),
+    "alignment.target_weight": ("alignment.variant", "decoupled_kd"),
+    "alignment.other_weight": ("alignment.variant", "decoupled_kd"),
+    "alignment.easy_weight": ("alignment.variant", "at_kd"),
+    "alignment.min_temperature": _EGAD,
+    "alignment.max_temperature": _EGAD,
+    "alignment.feature_weight": _EGAD,
+    "alignment.feature_entropy": _EGAD,
+}
+
+
+def check(settings: Settings) -> None:
+    """Raises ValueError for the first combination that is impossible, or would do something else than it says."""
+    for problem in (_unused, _room, _alignment, _sampled_tokens, _samples):
+        if message := problem(settings):
+            raise ValueError(message)
+
+
+def _unused(settings: Settings) -> str | None:
+    """Settings that were changed but belong to another choice than the one made."""
+    for key, (chooser, *choices) in USED_BY.items():
+        section, name = key.split(".")
+        group = getattr(settings, section)
+        made, value = getattr(group, chooser.split(".")[1]), getattr(group, name)
+        own = ":" in made  # a policy of the user's own may read any option
+        if value != type(group).model_fields[name].default and made not in choices and not own:
+            return f"{key}={value}: accepted with {chooser}={' or '.join(choices)} only, not {made}"
+    return None
+
+
+def _room(settings: Settings) -> str | None:
+    longest = settings.max_sequence
+    if longest > settings.learner.tokens_per_micro_batch:
+        return (
+            f"learner.tokens_per_micro_batch={settings.learner.tokens_per_micro_batch}: one sample may have "
+            f"data.max_prompt_tokens + rollout.max_tokens = {longest} tokens; accepted: at least that"
+        )
+    if longest > settings.teacher.tokens_per_batch:
+        return (
+            f"teacher.tokens_per_batch={settings.teacher.tokens_per_batch}: one sample may have {longest} tokens; "
+            "accepted: at least that"
+        )
+    return None
+
+
+def _alignment(settings: Settings) -> str | None:
+    own, sampler, forward = settings.alignment, settings.classes.sampler, "set alignment.divergence=forward_kl"
+    if sampler != "none" and own.divergence != "forward_kl":
+        return f"classes.sampler={sampler}: targets of a few classes define a forward KL only; {forward}"
+    if sampler != "none" and (own.variant != "full_kd" or own.estimator != "exact"):
+        return f"classes.sampler={sampler}: accepted with alignment.variant=full_kd and alignment.estimator=exact only"
+    if own.variant in ("decoupled_kd", "at_kd") and (own.divergence != "forward_kl" or own.estimator != "exact"):
+        return f"alignment.variant={own.variant}: splits the exact forward KL; {forward}, alignment.estimator=exact"
+    if own.variant == "egad" and own.temperature != 1.0:
+        return "alignment.variant=egad: sets each token's temperature; leave alignment.temperature at 1"
+    if own.min_temperature > own.max_temperature:
+        return f"alignment.min_temperature={own.min_temperature}: must not exceed max_temperature={own.max_temperature}"
+    return None
+
+
+def _sampled_tokens(settings: Settings) -> str | None:
+    """What the single-token estimator needs to be unbiased."""
+    own, rollout, positions = settings.alignment, settings.rollout, settings.positions
+    if own.estimator != "sampled":
+        return None
+    if settings.mode != "on_policy" or rollout.temperature != own.temperature or rollout.top_p != 1.0:
+        return (
+            "alignment.estimator=sampled: unbiased only for tokens drawn from the student as it is trained; "
+            "accepted: mode=on_policy, rollout.temperature=alignment.temperature, rollout.top_p=1"
+        )
+    if own.variant == "egad":
+        return "alignment.estimator=sampled: tokens are drawn at one temperature, alignment.variant=egad sets many"
+    metrics = positions.arms if positions.policy == "bandit" else [positions.metric]
+    looking = [f"positions metric {name}" for name in metrics if name in LOOK_AT_TARGET]
+    if settings.samples.correctness != "any":
+        looking.append(f"samples.correctness={settings.samples.correctness}")
+    if looking:
+        return (
+            f"alignment.estimator=sampled: {looking[0]} selects by the very tokens that are drawn, which biases what "
+            "is estimated from them; accepted: a selection that does not look at them"
+        )
+    return None
+
+
+def _samples(settings: Settings) -> str | None:
+    own, n, rollouts = settings.samples, settings.rollout.n, settings.rollouts_per_step
+    if settings.mode == "off_policy" and settings.judges_rollouts:
+        name = "weight=paced" if own.weight == "paced" else f"correctness={own.correctness}"
+        return f"samples.{name}: only the student's own rollouts are right or wrong; needs mode=on_policy"
+    if settings.mode == "off_policy" and n > 1:
+        return f"rollout.n={n}: off-policy each prompt has its one reference answer; accepted: 1"
+    if own.weight == "paced" and (n < 2 or rollouts % n):
+        return (
+            f"samples.weight=paced: a pass rate needs rollout.n of at least 2 that divides the {rollouts} rollouts of "
+            f"a step (learner.batch_size / samples.keep), not {n}"
+        )
+    if own.keep == 1.0 and (own.when == "prefilter" or own.metric != "student_entropy"):
+        return "samples.keep=1.0: nothing is dropped, so samples.when and samples.metric do nothing; accepted: below 1"
+    return None
