@@ -2,8 +2,8 @@
 
     python -m onpolicy_skd.prune --model HuggingFaceTB/SmolLM2-135M-Instruct --every 2 --out models/smollm2-pruned
 
-``--without 12 13`` removes just these.  ``--every 1`` keeps all layers: with ``--gguf-file`` it turns a GGUF file (32-bit weights after dequantisation) into an
-ordinary transformers checkpoint.
+``--every 1 --without 12 13`` removes just these.  ``--every 1`` alone keeps all layers: with ``--gguf-file`` it turns a
+GGUF file (32-bit weights after dequantisation) into an ordinary transformers checkpoint.
 """
 
 from __future__ import annotations
