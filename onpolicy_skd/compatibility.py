@@ -21,6 +21,9 @@ USED_BY = {  # setting: the other setting that decides whether it matters, and t
     "positions.skip_first": ("positions.policy", *DRAWING),
     "positions.clip": ("positions.policy", *DRAWING),
     "positions.coverage": ("positions.policy", *DRAWING),
+    "references.file": ("references.source", "file"),
+    "references.samples": ("references.source", "teacher"),
+    "references.temperature": ("references.source", "teacher"),
     "classes.draws": ("classes.sampler", "rs_kd"),
     "classes.proposal": ("classes.sampler", "rs_kd"),
     "classes.k": ("classes.sampler", *_TRUNCATED),
@@ -39,7 +42,7 @@ USED_BY = {  # setting: the other setting that decides whether it matters, and t
 
 def check(settings: Settings) -> None:
     """Raises ValueError for the first combination that is impossible, or would do something else than it says."""
-    for problem in (_unused, _room, _alignment, _sampled_tokens, _samples):
+    for problem in (_unused, _room, _alignment, _sampled_tokens, _references, _samples):
         if message := problem(settings):
             raise ValueError(message)
 
@@ -110,13 +113,26 @@ def _sampled_tokens(settings: Settings) -> str | None:
     return None
 
 
+def _references(settings: Settings) -> str | None:
+    references = settings.references
+    if settings.mode == "on_policy" and references != type(references)():
+        return "references.*: mode=on_policy has none; accepted with mode=off_policy or mixed"
+    if references.source == "file" and references.file is None:
+        return "references.file: needed for references.source=file; give a file with one JSON object a line"
+    if references.source == "teacher" and references.annotations == "strip":
+        return "references.annotations=strip: the teacher's tokens are kept as it wrote them; accepted: keep"
+    if settings.mode == "off_policy" and settings.rollout.n > 1:
+        return f"rollout.n={settings.rollout.n}: off-policy nothing is rolled out in training; accepted: 1"
+    if settings.mode != "mixed" and settings.rollout.share != type(settings.rollout)().share:
+        return f"rollout.share={settings.rollout.share}: accepted with mode=mixed only, not {settings.mode}"
+    return None
+
+
 def _samples(settings: Settings) -> str | None:
     own, n, rollouts = settings.samples, settings.rollout.n, settings.rollouts_per_step
-    if settings.mode == "off_policy" and settings.judges_rollouts:
+    if settings.mode != "on_policy" and settings.judges_rollouts:
         name = "weight=paced" if own.weight == "paced" else f"correctness={own.correctness}"
         return f"samples.{name}: only the student's own rollouts are right or wrong; needs mode=on_policy"
-    if settings.mode == "off_policy" and n > 1:
-        return f"rollout.n={n}: off-policy each prompt has its one reference answer; accepted: 1"
     if own.weight == "paced" and (n < 2 or rollouts % n):
         return (
             f"samples.weight=paced: a pass rate needs rollout.n of at least 2 that divides the {rollouts} rollouts of "

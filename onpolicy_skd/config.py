@@ -160,6 +160,9 @@ class RolloutSettings(Section):
     engine: Literal["vllm", "transformers"] = Field(default="vllm", description="what generates")
     actors: Positive = Field(default=1, description="rollout actors that share every batch")
     n: Positive = Field(default=1, description="rollouts per prompt")
+    share: Annotated[float, Field(gt=0, lt=1)] = Field(
+        default=0.5, description="mode=mixed: share of each batch that is rollouts (GKD's lambda)"
+    )
     max_tokens: Positive = Field(default=512, description="longest response, tokens")
     temperature: Annotated[float, Field(gt=0)] = Field(default=1.0, description="sampling temperature")
     top_p: Share = Field(default=1.0, description="nucleus of the sampling distribution")
@@ -169,6 +172,19 @@ class RolloutSettings(Section):
     max_sequences: Positive = Field(default=256, description="sequences generated at the same time by one engine")
     gpu_memory: Share = Field(default=0.85, description="share of a GPU that a vLLM engine takes")
     kv_cache_mib: Positive = Field(default=256, description="KV cache of a vLLM engine on CPU, MiB")
+
+
+class ReferenceSettings(Section):
+    source: Literal["answers", "file", "teacher"] = Field(
+        default="answers", description="the data's answers; references.file; or the teacher's own rollouts, made once"
+    )
+    file: Path | None = Field(default=None, description="file: one JSON object a line, with question and answer")
+    annotations: Literal["keep", "strip"] = Field(default="keep", description="GSM8K's calculations, <<48/2=24>>")
+    supervise: Literal["response", "all"] = Field(
+        default="response", description="all: question tokens too, as the SE-KD paper's code does"
+    )
+    samples: Positive = Field(default=1, description="teacher: its rollouts per prompt, used in turn")
+    temperature: Annotated[float, Field(ge=0)] = Field(default=1.0, description="teacher: 0 is greedy")
 
 
 class SampleSettings(Section):
@@ -352,8 +368,8 @@ class ClusterSettings(Section):
 class Settings(Section):
     """Every setting of a run."""
 
-    mode: Literal["on_policy", "off_policy"] = Field(
-        default="on_policy", description="where trajectories come from: the student itself, or the reference answers"
+    mode: Literal["on_policy", "off_policy", "mixed"] = Field(
+        default="on_policy", description="where trajectories come from: the student itself, references.*, or both"
     )
     resume: Literal["never", "auto"] = Field(
         default="never", description="auto: go on from the run's newest good checkpoint, if there is one"
@@ -363,6 +379,7 @@ class Settings(Section):
     student: StudentSettings = StudentSettings()
     teacher: TeacherSettings = TeacherSettings()
     rollout: RolloutSettings = RolloutSettings()
+    references: ReferenceSettings = ReferenceSettings()
     samples: SampleSettings = SampleSettings()
     positions: PositionSettings = PositionSettings()
     classes: ClassSettings = ClassSettings()
@@ -408,8 +425,15 @@ class Settings(Section):
         return math.ceil(round(self.learner.batch_size / self.samples.keep, 9)) if ranked else self.learner.batch_size
 
     @property
+    def own_per_step(self) -> int:
+        """Of these, how many the student generates; the others are references."""
+        shares = {"on_policy": 1.0, "off_policy": 0.0, "mixed": self.rollout.share}
+        return math.ceil(round(shares[self.mode] * self.rollouts_per_step, 9))
+
+    @property
     def prompts_per_step(self) -> int:
-        return math.ceil(self.rollouts_per_step / (self.rollout.n if self.mode == "on_policy" else 1))
+        """Prompts that are rolled out, ``rollout.n`` times each, and then prompts with references."""
+        return math.ceil(self.own_per_step / self.rollout.n) + self.rollouts_per_step - self.own_per_step
 
 
 def walk(section: type[Section] = Settings, prefix: str = "") -> Iterator[tuple[str, Any]]:

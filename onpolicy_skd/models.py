@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from onpolicy_skd.checkpoint import sha256
 from onpolicy_skd.config import ConfigError
 from onpolicy_skd.trajectory import Batch
 
@@ -184,3 +185,11 @@ def pick_dtype(setting: str, device: str) -> torch.dtype:
     if setting == "auto":
         return torch.bfloat16 if device == "cuda" else torch.float32
     return {"float32": torch.float32, "bfloat16": torch.bfloat16}[setting]
+
+
+def weights_digest(model: str) -> list[str]:
+    """SHA-256 of a folder's weights; of a hub model its name and commit."""
+    folder = Path(resolve_path(model))
+    if folder.is_dir():
+        return [sha256(file) for file in sorted(folder.glob("*.safetensors"))]
+    return [model, str(getattr(load_config(model), "_commit_hash", None))]

@@ -8,14 +8,13 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from onpolicy_skd.checkpoint import sha256, write_text
+from onpolicy_skd.checkpoint import write_text
 from onpolicy_skd.config import Settings
-from onpolicy_skd.models import load_config, resolve_path
+from onpolicy_skd.models import weights_digest
 from onpolicy_skd.selection.samples import TEACHER_METRICS, top_share
 from onpolicy_skd.trajectory import Prompt, Trajectory
 
@@ -79,21 +78,14 @@ def fingerprint(settings: Settings, prompts: Sequence[Prompt]) -> str:
                 settings.alignment.temperature,
                 settings.learner.compute_dtype,
                 settings.run.device,
-                _weights(settings.student.model),
+                weights_digest(settings.student.model),
             ]
         ).encode()
     )
     if own.metric in TEACHER_METRICS:
-        digest.update(json.dumps([settings.teacher.dtype, _weights(settings.teacher.model)]).encode())
+        digest.update(json.dumps([settings.teacher.dtype, weights_digest(settings.teacher.model)]).encode())
     if own.prefilter_text == "rollout" or own.metric == "random":
         digest.update(json.dumps([settings.run.seed, settings.rollout.model_dump(mode="json")]).encode())
     for prompt in prompts:
         digest.update(json.dumps([prompt.key, prompt.token_ids, prompt.answer]).encode())
     return digest.hexdigest()[:24]
-
-
-def _weights(model: str) -> list[str]:
-    folder = Path(resolve_path(model))
-    if folder.is_dir():
-        return [sha256(file) for file in sorted(folder.glob("*.safetensors"))]
-    return [model, str(getattr(load_config(model), "_commit_hash", None))]

@@ -6,16 +6,16 @@ import contextlib
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from onpolicy_skd import checkpoint, config, models
+from onpolicy_skd import checkpoint, config, models, references
 from onpolicy_skd.config import ConfigError, Settings
 from onpolicy_skd.data.prompts import load_prompts, prompts_of_step
-from onpolicy_skd.prefilter import as_text
+from onpolicy_skd.references import Responses
 from onpolicy_skd.report import metrics
 from onpolicy_skd.selection.positions import quota
 from onpolicy_skd.selection.selector import Selector
@@ -35,6 +35,7 @@ class Run:
     vocabulary: int
     train: list[Prompt]
     held_out: list[Prompt]
+    responses: Responses = field(default_factory=dict)  # references by prompt key
 
     @property
     def folder(self) -> Path:
@@ -60,11 +61,12 @@ class Run:
         return Sampling(self.settings.eval.max_tokens or self.settings.rollout.max_tokens, 0.0)
 
     @property
-    def on_policy(self) -> bool:
-        return self.settings.mode == "on_policy"
+    def samples_student(self) -> bool:
+        """Whether the student generates anything in training."""
+        return self.settings.own_per_step > 0
 
     def requests(self, prompts: Sequence[Prompt], step: int) -> list[RolloutRequest]:
-        """The rollouts of ``step``: its prompts, ``rollout.n`` times each, a seed for each."""
+        """The rollouts of ``step``: its first prompts, ``rollout.n`` times each, a seed for each."""
         own, seed = self.settings, self.settings.run.seed
         asked = [
             RolloutRequest(
@@ -73,19 +75,30 @@ class Run:
                 seed_of(seed, step, place, p.key, i),
                 p.answer if own.judges_rollouts else None,
             )
-            for place, p in self._prompts(prompts, step, own.prompts_per_step)
+            for place, p in self._prompts(prompts, step)[: self._rolled_out]
             for i in range(own.rollout.n)
         ]
-        return asked[: own.rollouts_per_step]
+        return asked[: own.own_per_step]
 
     def references(self, prompts: Sequence[Prompt], step: int) -> list[Trajectory]:
-        """The reference answers of ``step``, off-policy: as many as there would be rollouts."""
-        chosen = self._prompts(prompts, step, self.settings.prompts_per_step)
-        return [as_text(p, "prompt+answer", self.tokenizer, f"{place}:{p.key}/0") for place, p in chosen]
+        """The references of ``step``: one for each of its other prompts."""
+        own, found = self.settings, []
+        for place, prompt in self._prompts(prompts, step)[self._rolled_out :]:
+            several = self.responses[prompt.key]
+            response = several[seed_of(own.run.seed, step, place, "reference") % len(several)]
+            found.append(references.trajectory(prompt, response, f"{place}:{prompt.key}/0", own.references.supervise))
+        return found
 
-    def _prompts(self, prompts: Sequence[Prompt], step: int, count: int) -> list[tuple[int, Prompt]]:
+    @property
+    def _rolled_out(self) -> int:
+        return math.ceil(self.settings.own_per_step / self.settings.rollout.n)
+
+    def _prompts(self, prompts: Sequence[Prompt], step: int) -> list[tuple[int, Prompt]]:
         """Each with its place, which keeps keys apart if a small set repeats within a step."""
-        return list(enumerate(prompts[i] for i in prompts_of_step(len(prompts), count, step, self.settings.run.seed)))
+        own = self.settings
+        return list(
+            enumerate(prompts[i] for i in prompts_of_step(len(prompts), own.prompts_per_step, step, own.run.seed))
+        )
 
 
 def prepare(settings: Settings) -> Run:
@@ -105,31 +118,14 @@ def prepare(settings: Settings) -> Run:
         models.load_config(teacher.model, teacher.trust_remote_code),
         len(tokenizer),
     )
-    train = load_prompts(settings.data, tokenizer, "train")
-    if settings.mode == "off_policy":
-        train = _with_answers_that_fit(train, settings, tokenizer)
+    train, responses = load_prompts(settings.data, tokenizer, "train"), {}
+    if settings.mode != "on_policy" and settings.references.source != "teacher":
+        train, responses = references.from_text(settings, train, tokenizer)
     has_eval = settings.data.source != "jsonl" or settings.data.eval_file or settings.data.path
     own = settings.eval
     wanted = max(own.problems, own.during, own.divergence_prompts) if own.problems else None
     held_out = load_prompts(settings.data, tokenizer, "eval", wanted) if has_eval else []
-    return Run(settings, tokenizer, vocabulary, train, held_out)
-
-
-def _with_answers_that_fit(prompts: list[Prompt], settings: Settings, tokenizer: Any) -> list[Prompt]:
-    """Those whose reference answer is at most ``rollout.max_tokens``; raises ConfigError for others, unless dropped."""
-    limit, kept = settings.rollout.max_tokens, []
-    for prompt in prompts:
-        length = len(as_text(prompt, "prompt+answer", tokenizer).response_ids)
-        if length <= limit:
-            kept.append(prompt)
-        elif settings.data.overlong == "error":
-            raise ConfigError(
-                f"{prompt.key}: the reference answer has {length} tokens, rollout.max_tokens={limit}; raise the limit "
-                "or set data.overlong=drop"
-            )
-    if not kept:
-        raise ConfigError(f"rollout.max_tokens={limit}: no reference answer is that short")
-    return kept
+    return Run(settings, tokenizer, vocabulary, train, held_out, responses)
 
 
 def open_folder(settings: Settings) -> checkpoint.Checkpoint | None:

@@ -9,11 +9,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import sys
 import time
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import ray
@@ -27,6 +28,7 @@ from onpolicy_skd.command_line import load_settings
 from onpolicy_skd.config import ConfigError, Settings
 from onpolicy_skd.prefilter import as_text, kept_prompts
 from onpolicy_skd.prepare import Run, open_folder, prepare
+from onpolicy_skd.references import Responses, from_teacher
 from onpolicy_skd.report import summary
 from onpolicy_skd.report.console import Display
 from onpolicy_skd.report.metrics import MetricsLog
@@ -55,7 +57,7 @@ def train(run: Run, roles: Roles, prompts: Sequence[Prompt], book: Logbook, step
             encoded = roles.encode(kept)  # the teacher works while the learner runs its own trunk
             found = roles.step(kept, encoded, report)
             clock.lap("learn")
-            version = roles.push_weights() if run.on_policy else roles.version()
+            version = roles.push_weights() if run.samples_student else roles.version()
             clock.lap("sync")
             book.step(step, version, report, found, clock)
         else:
@@ -72,10 +74,9 @@ def train(run: Run, roles: Roles, prompts: Sequence[Prompt], book: Logbook, step
 
 
 def trajectories(run: Run, roles: Roles, prompts: Sequence[Prompt], step: int) -> list[ray.ObjectRef]:
-    """References to the trajectories of ``step``: the student's own, or the reference answers."""
-    if run.on_policy:
-        return roles.generate(run.requests(prompts, step), run.sampling)
-    return [ray.put(run.references(prompts, step))]
+    """Refs to the trajectories of ``step``: the student's own rollouts, references, or some of both."""
+    requests, references = run.requests(prompts, step), run.references(prompts, step)
+    return roles.generate(requests, run.sampling) + ([ray.put(references)] if references else [])
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -106,11 +107,13 @@ def run_settings(settings: Settings) -> int:
         first_step = loaded.step if loaded else 0
         with Logbook(run, first_step, loaded.state if loaded else {}) as book:
             book.say(f"run folder: {run.folder.absolute()}")
-            book.say(f"{len(run.train)} prompts, {run.steps} steps of {settings.rollouts_per_step} rollouts")
+            book.say(f"{len(run.train)} prompts, {run.steps} steps of {settings.rollouts_per_step} trajectories")
             if loaded:
                 book.say(f"resuming after step {first_step}")
             if settings.eval.teacher and run.held_out and "teacher" not in book.evaluations:
                 book.evaluation("teacher", 0, teacher_evaluation(run, resources))
+            if settings.mode != "on_policy" and settings.references.source == "teacher":
+                run.train, run.responses = teacher_references(run, resources, book)
             book.say("starting the student's rollout engine, the teacher and the learner")
             roles = Roles(settings, resources, run.vocabulary, run.tokenizer.pad_token_id, run.steps)
             with ExitStack() as stack:
@@ -155,7 +158,7 @@ def student_evaluation(run: Run, roles: Roles, problems: int = 0) -> Evaluation:
     ``divergence`` is over the student's own rollouts, ``divergence_reference`` over the reference answers: a student
     that falls into repetition lowers the first but not the second.
     """
-    if not run.on_policy:
+    if not run.samples_student:
         roles.push_weights()  # off-policy, the engines hold old weights between evaluations
     prompts = run.held_out[: problems or run.settings.eval.problems or None]
     done = evaluate(lambda r, s: gather(roles.rollouts, r, s), prompts, run.tokenizer, run.greedy)
@@ -169,16 +172,36 @@ def student_evaluation(run: Run, roles: Roles, problems: int = 0) -> Evaluation:
     return done
 
 
-def teacher_evaluation(run: Run, resources: Resources) -> Evaluation:
-    """Greedy exact match of the teacher, on an engine that is gone afterwards."""
+@contextmanager
+def teacher_engine(run: Run, resources: Resources) -> Iterator[RolloutGroup]:
+    """A rollout engine with the teacher's weights, gone afterwards."""
     own = run.settings.teacher
     group = RolloutGroup(own.model, run.settings, resources, 1, own.trust_remote_code)
     try:
         wait_ready(group.actors)
-        prompts = run.held_out[: run.settings.eval.problems or None]
-        return evaluate(lambda r, s: gather(group, r, s), prompts, run.tokenizer, run.greedy)
+        yield group
     finally:
         group.close()
+
+
+def teacher_evaluation(run: Run, resources: Resources) -> Evaluation:
+    """Greedy exact match of the teacher."""
+    prompts = run.held_out[: run.settings.eval.problems or None]
+    with teacher_engine(run, resources) as group:
+        return evaluate(lambda r, s: gather(group, r, s), prompts, run.tokenizer, run.greedy)
+
+
+def teacher_references(run: Run, resources: Resources, book: Logbook) -> tuple[list[Prompt], Responses]:
+    """The prompts that the teacher answered, and its answers: made once, read from disk afterwards."""
+    sampling = dataclasses.replace(run.sampling, temperature=run.settings.references.temperature)
+    with ExitStack() as stack:
+
+        def roll(requests: Sequence[RolloutRequest]) -> list[Trajectory]:
+            engines[:] = engines or [stack.enter_context(teacher_engine(run, resources))]
+            return gather(engines[0], requests, sampling)
+
+        engines: list[RolloutGroup] = []  # started when something is missing on disk
+        return from_teacher(run.settings, run.train, roll, book.say)
 
 
 class Clock:

@@ -1,3 +1,4 @@
+import math
 from pathlib import Path
 
 import pytest
@@ -49,7 +50,7 @@ CONFIGS = sorted((Path(__file__).parents[1] / "configs").rglob("*.yaml"))
         (["samples.weight=paced", "rollout.n=3"], ["samples.weight=paced", "divides the 16 rollouts", "not 3"]),
         (["samples.metric=kl"], ["samples.keep=1.0", "below 1"]),
         (["samples.when=prefilter"], ["samples.keep=1.0", "below 1"]),
-        (["mode=off_policy", "rollout.n=4"], ["rollout.n=4", "one reference answer"]),
+        (["mode=off_policy", "rollout.n=4"], ["rollout.n=4", "nothing is rolled out"]),
         (["classes.sampler=rs_kd"], ["classes.sampler=rs_kd", "alignment.divergence=forward_kl"]),
         (["mode=off_policy", "classes.sampler=top_k", "alignment.variant=egad"], ["classes.sampler=top_k", "full_kd"]),
         (["alignment.variant=at_kd"], ["alignment.variant=at_kd", "alignment.divergence=forward_kl"]),
@@ -63,6 +64,12 @@ CONFIGS = sorted((Path(__file__).parents[1] / "configs").rglob("*.yaml"))
         (["alignment.estimator=sampled", "mode=off_policy"], ["alignment.estimator=sampled", "mode=on_policy"]),
         (["samples.weight=paced"], ["samples.weight=paced", "rollout.n"]),
         (["samples.correctness=wrong", "mode=off_policy"], ["samples.correctness=wrong", "mode=on_policy"]),
+        (["references.annotations=strip"], ["references.*", "mode=on_policy"]),
+        (["mode=off_policy", "references.source=file"], ["references.file: needed"]),
+        (["mode=off_policy", "references.samples=3"], ["references.samples=3", "teacher only, not answers"]),
+        (["mode=off_policy", "references.source=teacher", "references.annotations=strip"], ["annotations=strip"]),
+        (["mode=off_policy", "rollout.share=0.3"], ["rollout.share=0.3", "mode=mixed only"]),
+        (["mode=mixed", "samples.correctness=wrong"], ["samples.correctness=wrong", "mode=on_policy"]),
         (["learner.lr"], ["section.name=value"]),
         (["run.name=[1"], ["not YAML"]),
     ],
@@ -146,6 +153,20 @@ def test_enough_rollouts_are_made_for_the_share_that_is_kept(batch, keep, n):
     if keep < 1.0:
         once = resolve({"learner": {"batch_size": batch}, "samples": {"keep": keep, "when": "prefilter"}})
         assert once.rollouts_per_step == batch
+
+
+@given(
+    st.integers(1, 40), st.floats(0.05, 0.95), st.integers(1, 4), st.sampled_from(["on_policy", "off_policy", "mixed"])
+)
+def test_a_step_has_its_trajectories_whatever_their_source(batch, share, n, mode):
+    tree = {"mode": mode, "learner": {"batch_size": batch}, "rollout": {"n": 1 if mode == "off_policy" else n}}
+    if mode == "mixed":
+        tree["rollout"]["share"] = share
+    settings = resolve(tree)
+    own = settings.own_per_step
+    assert own == {"on_policy": batch, "off_policy": 0, "mixed": math.ceil(round(share * batch, 9))}[mode]
+    rolled_out = math.ceil(own / settings.rollout.n)
+    assert settings.prompts_per_step == rolled_out + batch - own
 
 
 def test_config_imports_without_torch_ray_or_vllm():

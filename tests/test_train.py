@@ -310,7 +310,7 @@ def test_the_worked_example_of_the_docs_runs(tmp_path):
         assert 0 < record["positions_selected"] < record["positions"]
     refused = run(tmp_path, *TRANSFORMERS, *own, "run.steps=2", "run.name=s")
     assert refused.returncode == 2
-    assert "positions.metric=surprise:beyond_entropy: cannot be imported" in refused.stderr + refused.stdout
+    assert "positions.policy=surprise:above_mean: cannot be imported" in refused.stderr
 
 
 def test_off_policy_the_reference_answers_teach(tmp_path):
@@ -326,6 +326,20 @@ def test_off_policy_the_reference_answers_teach(tmp_path):
     assert yaml.safe_load((tmp_path / "r" / "config.yaml").read_text())["alignment"]["divergence"] == "forward_kl"
     before, after = (tmp_path / "r" / "evaluations" / f"{n}.jsonl" for n in ("before-000000", "after-000004"))
     assert before.read_text() != after.read_text()  # the engine has the new weights by then
+
+
+def test_half_of_a_batch_may_be_the_teachers_own_answers(tmp_path):
+    """mode=mixed with sequence-level KD: the teacher writes its answers once, and a second run reads them."""
+    mixed = ["mode=mixed", "rollout.share=0.5", "references.source=teacher", "references.temperature=0",
+             "data.train_problems=24", "run.steps=3"]  # fmt: skip
+    for name, needle in (("first", "has answered 24/24"), ("second", "reused from")):
+        done = run(tmp_path, *TRANSFORMERS, *mixed, f"run.name={name}")
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert needle in done.stdout
+    steps = [r for r in read(tmp_path / "first" / "metrics.jsonl") if "loss" in r]
+    assert [(r["generated"], r["version"]) for r in steps] == [(8, 1), (8, 2), (8, 3)]
+    assert all(r["sampler_gap"] < GAP for r in steps)  # of the half that the student wrote
+    assert losses(tmp_path / "second") == losses(tmp_path / "first")
 
 
 def test_the_teacher_ranks_and_math_verify_judges(tmp_path):
