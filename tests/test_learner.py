@@ -254,6 +254,19 @@ def test_every_variant_resumes_with_the_losses_of_an_uninterrupted_run(name, tmp
     assert first + run(resumed, teacher, range(4, 7)) == whole
 
 
+@pytest.mark.parametrize("name", VARIANTS)
+def test_every_variant_runs_in_bfloat16_on_float32_masters(name):
+    variant = {k: dict(v) for k, v in VARIANTS[name].items()}
+    learner, teacher = build(**{**variant, "learner": {"compute_dtype": "bfloat16", "lr": 1e-3}})
+    for version in range(2):
+        batch = make_trajectories(LENGTHS, seed=version, version=version)
+        teacher.encode(batch)
+        found = learner.step(batch)
+        assert math.isfinite(found["loss"])
+        assert found["grad_norm"] > 0
+    assert all(p.dtype == torch.float32 and torch.isfinite(p).all() for p in learner.named.values())
+
+
 @pytest.mark.parametrize("name", ["kl", "gls", "sampled_unbiased", "topk_tail", "decoupled_kd", "at_kd", "egad"])
 def test_every_variant_lowers_the_divergence(name):
     learner, teacher = build(**{"learner": {"lr": 1e-2, "warmup_steps": 0}, **VARIANTS[name]})
