@@ -1,20 +1,72 @@
-"""Settings from YAML files and command lines.
+"""Settings from mappings, YAML files and command lines.
 
 ``load_settings(["--config", "configs/demo.yaml", "learner.lr=5e-6"])`` reads a YAML file (which may name another one
-under ``extends``) and applies the overrides.  This module imports neither torch nor Ray nor vLLM.
+under ``extends``), applies the overrides, and refuses unknown keys, wrong types and impossible combinations with the
+key's name and what is accepted.
 """
 
 from __future__ import annotations
 
 import argparse
+import difflib
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import yaml
+from pydantic import AfterValidator, ValidationError
 
-from onpolicy_skd.config import ConfigError, Settings, accepted, resolve, walk
+from onpolicy_skd import compatibility
+from onpolicy_skd.config import ConfigError, KnownOrOwn, Section, Settings
+
+
+def walk(section: type[Section] = Settings, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Every leaf as (dotted key, pydantic field)."""
+    for name, field in section.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, Section):
+            yield from walk(field.annotation, f"{prefix}{name}.")
+        else:
+            yield prefix + name, field
+
+
+def accepted(field: Any) -> str:
+    """The choices or the range of a setting, in words; empty if its type says it all."""
+    for item in field.metadata:
+        if isinstance(item, AfterValidator) and isinstance(item.func, KnownOrOwn):
+            return " | ".join((*item.func.names, "module:function"))
+    values = get_args(field.annotation)
+    if values and all(isinstance(v, str) for v in values):
+        return " | ".join(values)
+    words = {"gt": "above", "ge": "at least", "le": "at most", "lt": "below"}
+    bounds = [(words[name], getattr(item, name)) for item in field.metadata for name in words if hasattr(item, name)]
+    return ", ".join(f"{word} {bound:g}" for word, bound in bounds)
+
+
+def resolve(tree: dict[str, Any]) -> Settings:
+    """Validated settings of a nested mapping. Raises ConfigError with one line per problem."""
+    fields = dict(walk())
+    known = [*fields, *Settings.model_fields]
+    try:
+        settings = Settings.model_validate(tree)
+    except ValidationError as error:
+        problems = []
+        for item in error.errors():
+            key = ".".join(str(part) for part in item["loc"])
+            if item["type"] == "extra_forbidden":
+                near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+                near = near or [k for k in known if k.rsplit(".")[-1] == key.rsplit(".")[-1]][:1]
+                hint = f"; did you mean {near[0]!r}?" if near else "; see --help for all settings"
+                problems.append(f"unknown setting {key!r}{hint}")
+            else:
+                message = item["msg"].removeprefix("Value error, ")
+                own = item["type"] == "value_error" and key not in fields
+                allowed = accepted(fields[key]) if key in fields and item["type"] != "literal_error" else ""
+                hint = f"; accepted: {allowed}" if allowed else ""
+                problems.append(message if own else f"{key}={item['input']!r}: {message[0].lower()}{message[1:]}{hint}")
+        raise ConfigError("\n".join(problems)) from None
+    compatibility.check(settings)
+    return settings
 
 
 def describe() -> str:
@@ -88,3 +140,8 @@ def load_settings(argv: Sequence[str], program: str = "onpolicy_skd.train", abou
 def build_settings(file: Path | None, overrides: Sequence[dict[str, Any]] = ()) -> Settings:
     """Settings of a YAML file, each of ``overrides`` laid on top in turn.  Raises ConfigError."""
     return resolve(functools.reduce(merge, overrides, read_yaml(file) if file else {}))
+
+
+def dump(settings: Settings) -> str:
+    """The resolved settings as YAML; ``resolve(yaml.safe_load(dump(s))) == s``."""
+    return yaml.safe_dump(settings.model_dump(mode="json"), sort_keys=False)

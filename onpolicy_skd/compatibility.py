@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from onpolicy_skd.config import DRAWING, ConfigError, Settings
 
-if TYPE_CHECKING:
-    from onpolicy_skd.config import Settings
-
-DRAWING = ("sampled", "sampled_unbiased")  # policies that draw positions
 LOOK_AT_TARGET = ("student_ce", "teacher_ce", "ce_ratio", "ce_ratio_plus_entropy")  # metrics that know y_t
 _EGAD = ("alignment.variant", "egad")
 _TRUNCATED = ("top_k", "top_k_normalised", "top_p", "ghost_token", "naive_fix", "label_smoothing")
@@ -41,10 +37,10 @@ USED_BY = {  # setting: the other setting that decides whether it matters, and t
 
 
 def check(settings: Settings) -> None:
-    """Raises ValueError for the first combination that is impossible, or would do something else than it says."""
+    """Raises ConfigError for the first combination that is impossible, or would do something else than it says."""
     for problem in (_unused, _room, _alignment, _sampled_tokens, _references, _samples):
         if message := problem(settings):
-            raise ValueError(message)
+            raise ConfigError(message)
 
 
 def _unused(settings: Settings) -> str | None:

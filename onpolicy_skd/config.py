@@ -1,8 +1,7 @@
 """The one tree of settings and the only home of defaults.
 
-``resolve`` refuses unknown keys, wrong types and impossible combinations (``compatibility.py``) with the key's name and
-what is accepted; files and command lines are read in ``command_line.py``.  This module imports neither torch nor Ray
-nor vLLM.
+``command_line.py`` makes it of files and arguments, ``compatibility.py`` knows which settings go together.  None of the
+three imports torch, Ray or vLLM.
 """
 
 from __future__ import annotations
@@ -10,23 +9,18 @@ from __future__ import annotations
 import difflib
 import math
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
-import yaml
 from pydantic import (
     AfterValidator,
     BaseModel,
     ConfigDict,
     Field,
-    ValidationError,
     ValidationInfo,
     field_validator,
     model_validator,
 )
-
-from onpolicy_skd import compatibility
 
 Share = Annotated[float, Field(gt=0, le=1)]
 Positive = Annotated[int, Field(ge=1)]
@@ -39,6 +33,7 @@ PositionPolicy = Literal[
     "top_k", "gls", "curriculum", "sampled", "sampled_unbiased", "weighted", "full", "bandit"
 ]  # fmt: skip
 
+DRAWING = ("sampled", "sampled_unbiased")  # policies that draw positions
 OWN = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 
 
@@ -238,7 +233,7 @@ class PositionSettings(Section):
     @model_validator(mode="after")
     def _possible(self) -> PositionSettings:
         pair = f"positions.metric={self.metric}, positions.policy={self.policy}: "
-        if self.metric == "prefix" and self.policy in (*compatibility.DRAWING, "weighted"):
+        if self.metric == "prefix" and self.policy in (*DRAWING, "weighted"):
             raise ValueError(pair + "-t is negative, so no probabilities or weights can be made of it; accepted: top_k")
         if self.metric == "prefix" and self.policy == "gls":
             raise ValueError(pair + "a threshold on -t is a fixed length, whatever the responses; accepted: top_k")
@@ -398,11 +393,6 @@ class Settings(Section):
             return {**tree, "alignment": {"divergence": "forward_kl", **alignment}}
         return tree
 
-    @model_validator(mode="after")
-    def _compatible(self) -> Settings:
-        compatibility.check(self)
-        return self
-
     @property
     def judges_rollouts(self) -> bool:
         """Whether training needs to know which rollouts are right."""
@@ -434,54 +424,3 @@ class Settings(Section):
     def prompts_per_step(self) -> int:
         """Prompts that are rolled out, ``rollout.n`` times each, and then prompts with references."""
         return math.ceil(self.own_per_step / self.rollout.n) + self.rollouts_per_step - self.own_per_step
-
-
-def walk(section: type[Section] = Settings, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Every leaf as (dotted key, pydantic field)."""
-    for name, field in section.model_fields.items():
-        if isinstance(field.annotation, type) and issubclass(field.annotation, Section):
-            yield from walk(field.annotation, f"{prefix}{name}.")
-        else:
-            yield prefix + name, field
-
-
-def accepted(field: Any) -> str:
-    """The choices or the range of a setting, in words; empty if its type says it all."""
-    for item in field.metadata:
-        if isinstance(item, AfterValidator) and isinstance(item.func, KnownOrOwn):
-            return " | ".join((*item.func.names, "module:function"))
-    values = get_args(field.annotation)
-    if values and all(isinstance(v, str) for v in values):
-        return " | ".join(values)
-    words = {"gt": "above", "ge": "at least", "le": "at most", "lt": "below"}
-    bounds = [(words[name], getattr(item, name)) for item in field.metadata for name in words if hasattr(item, name)]
-    return ", ".join(f"{word} {bound:g}" for word, bound in bounds)
-
-
-def resolve(tree: dict[str, Any]) -> Settings:
-    """Validated settings of a nested mapping. Raises ConfigError with one line per problem."""
-    fields = dict(walk())
-    known = [*fields, *Settings.model_fields]
-    try:
-        return Settings.model_validate(tree)
-    except ValidationError as error:
-        problems = []
-        for item in error.errors():
-            key = ".".join(str(part) for part in item["loc"])
-            if item["type"] == "extra_forbidden":
-                near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
-                near = near or [k for k in known if k.rsplit(".")[-1] == key.rsplit(".")[-1]][:1]
-                hint = f"; did you mean {near[0]!r}?" if near else "; see --help for all settings"
-                problems.append(f"unknown setting {key!r}{hint}")
-            else:
-                message = item["msg"].removeprefix("Value error, ")
-                own = item["type"] == "value_error" and key not in fields
-                allowed = accepted(fields[key]) if key in fields and item["type"] != "literal_error" else ""
-                hint = f"; accepted: {allowed}" if allowed else ""
-                problems.append(message if own else f"{key}={item['input']!r}: {message[0].lower()}{message[1:]}{hint}")
-        raise ConfigError("\n".join(problems)) from None
-
-
-def dump(settings: Settings) -> str:
-    """The resolved settings as YAML; ``resolve(yaml.safe_load(dump(s))) == s``."""
-    return yaml.safe_dump(settings.model_dump(mode="json"), sort_keys=False)

@@ -12,7 +12,7 @@ from typing import Any
 
 import yaml
 
-from onpolicy_skd import checkpoint, config, models, references
+from onpolicy_skd import checkpoint, command_line, models, references
 from onpolicy_skd.config import ConfigError, Settings
 from onpolicy_skd.data.prompts import load_prompts, prompts_of_step
 from onpolicy_skd.references import Responses
@@ -144,7 +144,7 @@ def open_folder(settings: Settings) -> checkpoint.Checkpoint | None:
         _check_resumable(saved, settings)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        checkpoint.write_text(saved, config.dump(settings))
+        checkpoint.write_text(saved, command_line.dump(settings))
     except OSError as error:
         raise ConfigError(f"run.dir={settings.run.dir}: {folder} cannot be written ({error.strerror})") from None
     found = checkpoint.newest(folder / "checkpoints") if settings.resume == "auto" else None
@@ -154,7 +154,7 @@ def open_folder(settings: Settings) -> checkpoint.Checkpoint | None:
 def _check_resumable(saved: Path, settings: Settings) -> None:
     tree = yaml.safe_load(saved.read_text(encoding="utf-8"))
     with contextlib.suppress(ConfigError):  # settings that were not there yet had their defaults
-        tree = config.resolve(tree).model_dump(mode="json")
+        tree = command_line.resolve(tree).model_dump(mode="json")
     before, now = flat(tree), flat(settings.model_dump(mode="json"))
     changed = [k for k in sorted(before.keys() | now.keys()) if before.get(k) != now.get(k)]
     blocking = [k for k in changed if not k.startswith(RESUMABLE)]

@@ -13,7 +13,8 @@ import pytest
 import torch
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
-from onpolicy_skd.config import Settings, resolve
+from onpolicy_skd.command_line import resolve
+from onpolicy_skd.config import Settings
 from onpolicy_skd.trajectory import Trajectory
 
 GSM8K = Path(__file__).parents[2] / "shared" / "data" / "gsm8k"

@@ -6,8 +6,8 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from onpolicy_skd.command_line import describe, load_settings
-from onpolicy_skd.config import ConfigError, Settings, dump, resolve, walk
+from onpolicy_skd.command_line import describe, dump, load_settings, resolve, walk
+from onpolicy_skd.config import ConfigError, Settings
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").rglob("*.yaml"))
 
@@ -173,5 +173,5 @@ def test_config_imports_without_torch_ray_or_vllm():
     import subprocess
     import sys
 
-    code = "import onpolicy_skd.config, sys; print([m for m in ('torch', 'ray', 'vllm') if m in sys.modules])"
+    code = "import onpolicy_skd.command_line, sys; print([m for m in ('torch', 'ray', 'vllm') if m in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"

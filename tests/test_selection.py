@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ from hypothesis import given
 from hypothesis import settings as given_settings
 from hypothesis import strategies as st
 
-from onpolicy_skd.config import ClassSettings, ConfigError, PositionMetric, PositionPolicy, PositionSettings, get_args
+from onpolicy_skd.config import ClassSettings, ConfigError, PositionMetric, PositionPolicy, PositionSettings
 from onpolicy_skd.selection import classes, metrics, positions, samples
 from onpolicy_skd.selection.classes import SAMPLERS, Draws
 from onpolicy_skd.selection.metrics import METRICS, Ranges, Signals
