@@ -122,7 +122,8 @@ class Learner:
         usable = set(samples.validity(trajectories, self.student.vocabulary, drop_truncated=False).kept)
         valid = [t for t in trajectories if t.key in usable]
         scores = dict(zip((t.key for t in valid), self._rank(valid), strict=True))
-        self._teacher.release(list(usable))
+        if self._settings.samples.metric in samples.TEACHER_METRICS:
+            self._teacher.release(list(usable))
         return [scores.get(t.key, -math.inf) for t in trajectories]
 
     def _rank(self, trajectories: Sequence[Trajectory]) -> list[float]:

@@ -14,6 +14,7 @@ import numpy as np
 
 from onpolicy_skd.checkpoint import write_text
 from onpolicy_skd.config import Settings
+from onpolicy_skd.data.prompts import answer_ids
 from onpolicy_skd.models import weights_digest
 from onpolicy_skd.selection.samples import TEACHER_METRICS, top_share
 from onpolicy_skd.trajectory import Prompt, Trajectory
@@ -56,15 +57,14 @@ def kept_prompts(
     return kept
 
 
-def as_text(prompt: Prompt, text: str, tokenizer: Any, key: str | None = None) -> Trajectory:
+def as_text(prompt: Prompt, text: str, tokenizer: Any) -> Trajectory:
     """A trajectory whose eligible positions are those to score: the prompt's own tokens, or the reference answer's."""
     if text == "prompt":
         ids, response = prompt.token_ids[:1], prompt.token_ids[1:]
     else:
-        answer = tokenizer(prompt.answer, add_special_tokens=False)["input_ids"]
-        ids, response = prompt.token_ids, [*answer, tokenizer.eos_token_id]
+        ids, response = prompt.token_ids, answer_ids(prompt.answer, tokenizer)
     zeros = np.zeros(len(response), np.float32)
-    return Trajectory(key or prompt.key, np.asarray(ids), np.asarray(response), zeros, "stop", None)
+    return Trajectory(prompt.key, np.asarray(ids), np.asarray(response), zeros, "stop", None)
 
 
 def fingerprint(settings: Settings, prompts: Sequence[Prompt]) -> str:

@@ -18,7 +18,7 @@ import numpy as np
 
 from onpolicy_skd.checkpoint import write_text
 from onpolicy_skd.config import ConfigError, Settings
-from onpolicy_skd.data.prompts import read_jsonl
+from onpolicy_skd.data.prompts import answer_ids, read_jsonl
 from onpolicy_skd.models import weights_digest
 from onpolicy_skd.trajectory import FinishReason, Prompt, RolloutRequest, Trajectory, seed_of
 
@@ -54,7 +54,7 @@ def from_text(settings: Settings, prompts: Sequence[Prompt], tokenizer: Any) -> 
         answers = texts.get(prompt.key, [])
         if own.annotations == "strip":
             answers = [ANNOTATION.sub("", a) for a in answers]
-        encoded = [[*tokenizer(a, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id] for a in answers]
+        encoded = [answer_ids(a, tokenizer) for a in answers]
         fitting = [Response(ids) for ids in encoded if len(ids) <= limit]
         if fitting:
             kept.append(prompt)

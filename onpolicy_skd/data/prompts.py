@@ -106,6 +106,11 @@ def render(question: str, tokenizer: Any, settings: DataSettings) -> list[int]:
     )
 
 
+def answer_ids(answer: str, tokenizer: Any) -> list[int]:
+    """Token ids of a reference answer as a response, its end of sequence included."""
+    return [*tokenizer(answer, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
+
+
 def load_prompts(settings: DataSettings, tokenizer: Any, split: str, limit: int | None = None) -> list[Prompt]:
     """The (first ``limit``) prompts of ``split``; over-long ones are dropped and counted, if so configured.
 

@@ -58,8 +58,7 @@ class Signals:
     def _scalars(self) -> tuple[Tensor, Tensor]:
         if self._fetch_scalars is None:
             raise RuntimeError("this position score needs the teacher, and there is none here")
-        entropy_N, logprob_N = self._fetch_scalars()
-        return entropy_N.to(self.entropy_N.device), logprob_N.to(self.entropy_N.device)
+        return self._fetch_scalars()
 
     @property
     def teacher_entropy_N(self) -> Tensor:
