@@ -56,12 +56,27 @@ class Resources:
         return (self.learner, self.teacher, self.rollout)
 
 
-def plan(settings: Settings, available_gpus: float) -> Resources:
-    """What each role asks for.
+@dataclass(frozen=True, slots=True)
+class Counts:
+    """Actors of each role."""
+
+    learner: int
+    teacher: int
+    rollout: int
+
+    @staticmethod
+    def of_training(settings: Settings) -> Counts:
+        own_actor = settings.teacher.placement == "actor" and settings.cache.path is None
+        return Counts(1, int(own_actor), settings.rollout.actors if settings.generates else 0)
+
+
+def plan(settings: Settings, available_gpus: float, counts: Counts | None = None) -> Resources:
+    """What each role asks for, in training or with ``counts`` of actors.
 
     run.device=auto means GPUs if the cluster has any; shares of a GPU are then optional, whole GPUs are a demand.
     Raises ClusterError, with the arithmetic, if that is more than ``available_gpus``.
     """
+    counts = counts or Counts.of_training(settings)
     own = settings.cluster
     asked = [own.learner_gpus, own.teacher_gpus, own.rollout_gpus]
     on_gpu = settings.run.device == "cuda" or (
@@ -72,9 +87,9 @@ def plan(settings: Settings, available_gpus: float) -> Resources:
         return 0.0 if not on_gpu else default if setting is None else setting
 
     resources = Resources(
-        learner=Role("learner", 1, gpus(own.learner_gpus, 1.0)),
-        teacher=Role("teacher", int(settings.teacher.placement == "actor"), gpus(own.teacher_gpus, 1.0)),
-        rollout=Role("rollout", settings.rollout.actors, gpus(own.rollout_gpus, 1.0)),
+        learner=Role("learner", counts.learner, gpus(own.learner_gpus, 1.0)),
+        teacher=Role("teacher", counts.teacher, gpus(own.teacher_gpus, 1.0)),
+        rollout=Role("rollout", counts.rollout, gpus(own.rollout_gpus, 1.0)),
     )
     needed = sum(role.count * role.gpus for role in resources.roles)
     if needed > available_gpus + 1e-9:
@@ -137,7 +152,7 @@ def wait_ready(actors: Sequence[Any], say: Callable[[str], None] = print) -> Non
 
 
 @contextmanager
-def connect(settings: Settings) -> Iterator[Resources]:
+def connect(settings: Settings, counts: Counts | None = None) -> Iterator[Resources]:
     """Uses the running cluster (``cluster.address``, the job's, or this machine's), else starts a local one.
 
     Yields what each role asks for; disconnects, and stops a Ray that it started, on leaving.  Raises ClusterError.
@@ -146,7 +161,7 @@ def connect(settings: Settings) -> Iterator[Resources]:
     _join_or_start(settings.cluster.address or os.environ.get("RAY_ADDRESS"))
     try:
         total = ray.cluster_resources()
-        resources = plan(settings, total.get("GPU", 0.0))
+        resources = plan(settings, total.get("GPU", 0.0), counts)
         check_cpus(resources, total.get("CPU", 0.0))
         yield resources
     finally:

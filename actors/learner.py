@@ -17,14 +17,15 @@ from actors.transport import Packed, pack_named
 from onpolicy_skd import checkpoint
 from onpolicy_skd.config import Settings
 from onpolicy_skd.learner import Learner
-from onpolicy_skd.models import load_model, load_tokenizer, pick_device, pick_dtype, split
-from onpolicy_skd.teacher import Teacher
+from onpolicy_skd.models import check_documents, load_model, load_tokenizer, pick_device, pick_dtype, split
+from onpolicy_skd.teacher import TeacherRows
+from onpolicy_skd.teacher_cache import open_teacher
 from onpolicy_skd.trajectory import FilterReport, Trajectory
 
 
 @ray.remote
 class LearnerActor:
-    """Owns the student and, with ``teacher.placement=learner``, the teacher too."""
+    """Owns the student, and the teacher too with ``teacher.placement=learner`` or a cache of its outputs."""
 
     def __init__(self, settings: Settings, vocabulary: int, steps: int, teacher: ActorHandle | None = None) -> None:
         with Refusal() as self._refusal:
@@ -39,10 +40,14 @@ class LearnerActor:
         self._tokenizer = load_tokenizer(own.model, own.trust_remote_code)
         pad_id = self._tokenizer.pad_token_id
         model = load_model(own.model, torch.float32, device, own.trust_remote_code)
-        self._teacher: Teacher | RemoteTeacher = (
-            RemoteTeacher(teacher, device) if teacher else build_teacher(settings, vocabulary, pad_id)
-        )
-        self._learner = Learner(split(model, vocabulary), self._teacher, settings, pad_id, steps)
+        student = split(model, vocabulary)
+        if settings.data.source == "text" and settings.data.documents == "separate":
+            check_documents(student, pad_id)
+        if settings.cache.path is not None:
+            self._teacher: TeacherRows = open_teacher(settings, device)
+        else:
+            self._teacher = RemoteTeacher(teacher, device) if teacher else build_teacher(settings, vocabulary, pad_id)
+        self._learner = Learner(student, self._teacher, settings, pad_id, steps)
 
     def ready(self) -> None:
         self._refusal.repeat()
@@ -93,5 +98,5 @@ class LearnerActor:
             self._teacher.encode(trajectories)
 
     def _release(self, trajectories: Sequence[Trajectory]) -> None:
-        if isinstance(self._teacher, Teacher):
+        if not isinstance(self._teacher, RemoteTeacher):
             self._teacher.release([t.key for t in trajectories])

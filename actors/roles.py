@@ -29,12 +29,12 @@ class Roles:
     def __init__(self, settings: Settings, resources: Resources, vocabulary: int, pad_id: int, steps: int) -> None:
         own = settings.student
         self._vocabulary = vocabulary
-        self.rollouts = RolloutGroup(own.model, settings, resources, settings.rollout.actors, own.trust_remote_code)
+        self.rollouts = RolloutGroup(own.model, settings, resources, resources.rollout.count, own.trust_remote_code)
         if 0 < resources.rollout.gpus < 1:
             # vLLM measures its GPU while it starts: alone, lest it count the others' memory.
             wait_ready(self.rollouts.actors)
         self._teacher: Any = None
-        if settings.teacher.placement == "actor":
+        if resources.teacher.count:
             options = resources.teacher.options()
             self._teacher = TeacherActor.options(**options).remote(settings, vocabulary, pad_id)
         self._learner: Any = LearnerActor.options(**resources.learner.options()).remote(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -11,8 +12,9 @@ from torch import Tensor
 from actors.cluster import Refusal
 from actors.transport import Packed, pack, unpack
 from onpolicy_skd.config import ClassSettings, Settings
-from onpolicy_skd.models import load_model, pick_device, pick_dtype, split
+from onpolicy_skd.models import check_documents, load_model, pick_device, pick_dtype, split
 from onpolicy_skd.teacher import Teacher, Wanted
+from onpolicy_skd.teacher_cache import Shard, write_shard
 from onpolicy_skd.trajectory import SparseTargets, Trajectory
 
 
@@ -20,8 +22,11 @@ def build_teacher(settings: Settings, vocabulary: int, pad_id: int) -> Teacher:
     own = settings.teacher
     device = pick_device(settings.run.device)
     model = load_model(own.model, pick_dtype(own.dtype, device), device, own.trust_remote_code)
+    found = split(model, vocabulary)
+    if settings.data.source == "text" and settings.data.documents == "separate":
+        check_documents(found, pad_id)
     return Teacher(
-        split(model, vocabulary),
+        found,
         own.tokens_per_batch,
         pad_id,
         settings.alignment.temperature,
@@ -32,6 +37,8 @@ def build_teacher(settings: Settings, vocabulary: int, pad_id: int) -> Teacher:
 @ray.remote
 class TeacherActor:
     def __init__(self, settings: Settings, vocabulary: int, pad_id: int) -> None:
+        self._settings = settings
+        self._vocabulary = vocabulary
         with Refusal() as self._refusal:
             self._teacher = build_teacher(settings, vocabulary, pad_id)
 
@@ -57,6 +64,9 @@ class TeacherActor:
 
     def release(self, keys: Sequence[str]) -> None:
         self._teacher.release(keys)
+
+    def write_shard(self, folder: Path, number: int, trajectories: Sequence[Trajectory]) -> Shard:
+        return write_shard(folder, number, trajectories, self._teacher, self._settings, self._vocabulary)
 
 
 class RemoteTeacher:

@@ -48,14 +48,14 @@ def save(folder: Path, step: int, state: dict[str, Any], tensors: dict[str, Tens
     beside.mkdir()
     save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, beside / TENSORS)
     record = {"format": 1, "step": step, "state": state, "sha256": {TENSORS: sha256(beside / TENSORS)}}
-    write_text(beside / STATE, json.dumps(record | {"digest": _digest(record)}, indent=1))
-    _sync(beside / TENSORS)
-    _sync(beside)
+    write_text(beside / STATE, json.dumps(record | {"digest": digest_of(record)}, indent=1))
+    sync(beside / TENSORS)
+    sync(beside)
     replaced = folder / f".{final.name}.old"
     if final.exists():
         final.rename(replaced)
     beside.rename(final)
-    _sync(folder)
+    sync(folder)
     shutil.rmtree(replaced, ignore_errors=True)
     for old in [path for path in _newest_first(folder) if path != final][keep - 1 :]:
         shutil.rmtree(old)
@@ -68,7 +68,7 @@ def load(path: Path) -> Checkpoint:
         record = json.loads((path / STATE).read_text(encoding="utf-8"))
         if record["format"] != 1:
             raise CheckpointError(f"checkpoint {path}: format {record['format']!r}, this version reads format 1")
-        if record.pop("digest") != _digest(record):
+        if record.pop("digest") != digest_of(record):
             raise CheckpointError(f"checkpoint {path}: {STATE} is damaged (its digest differs)")
         for name, digest in record["sha256"].items():
             if sha256(path / name) != digest:
@@ -96,7 +96,7 @@ def write_text(path: Path, text: str) -> None:
     """Replaces ``path`` by ``text``, atomically and durably."""
     beside = path.with_name(f".{path.name}.tmp")
     beside.write_text(text, encoding="utf-8")
-    _sync(beside)
+    sync(beside)
     beside.replace(path)
 
 
@@ -105,7 +105,8 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _digest(record: dict[str, Any]) -> str:
+def digest_of(record: dict[str, Any]) -> str:
+    """Of what JSON says of ``record``, whatever the order of its keys."""
     return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
 
 
@@ -134,7 +135,8 @@ def _newest_first(folder: Path) -> list[Path]:
     return sorted((p for p in folder.glob("step-*") if p.is_dir()), reverse=True)
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Waits until a file, or what a folder lists, is on the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

@@ -145,3 +145,11 @@ def build_settings(file: Path | None, overrides: Sequence[dict[str, Any]] = ()) 
 def dump(settings: Settings) -> str:
     """The resolved settings as YAML; ``resolve(yaml.safe_load(dump(s))) == s``."""
     return yaml.safe_dump(settings.model_dump(mode="json"), sort_keys=False)
+
+
+def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Leaves of nested mappings by dotted key."""
+    leaves: dict[str, Any] = {}
+    for key, value in tree.items():
+        leaves |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return leaves

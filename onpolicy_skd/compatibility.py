@@ -5,6 +5,10 @@ from __future__ import annotations
 from onpolicy_skd.config import DRAWING, ConfigError, Settings
 
 LOOK_AT_TARGET = ("student_ce", "teacher_ce", "ce_ratio", "ce_ratio_plus_entropy")  # metrics that know y_t
+ASK_TEACHER = (
+    *("teacher_entropy", "teacher_ce", "kl", "reverse_kl", "kl_plus_entropy", "ce_ratio", "ce_ratio_plus_entropy"),
+    "tip_soft_or",
+)  # metrics that the teacher's whole distribution is needed for
 _EGAD = ("alignment.variant", "egad")
 _TRUNCATED = ("top_k", "top_k_normalised", "top_p", "ghost_token", "naive_fix", "label_smoothing")
 USED_BY = {  # setting: the other setting that decides whether it matters, and the choices under which it does
@@ -17,6 +21,10 @@ USED_BY = {  # setting: the other setting that decides whether it matters, and t
     "positions.skip_first": ("positions.policy", *DRAWING),
     "positions.clip": ("positions.policy", *DRAWING),
     "positions.coverage": ("positions.policy", *DRAWING),
+    "data.text_column": ("data.source", "text"),
+    "data.sequence_length": ("data.source", "text"),
+    "data.tokens": ("data.source", "text"),
+    "data.documents": ("data.source", "text"),
     "references.file": ("references.source", "file"),
     "references.samples": ("references.source", "teacher"),
     "references.temperature": ("references.source", "teacher"),
@@ -38,7 +46,7 @@ USED_BY = {  # setting: the other setting that decides whether it matters, and t
 
 def check(settings: Settings) -> None:
     """Raises ConfigError for the first combination that is impossible, or would do something else than it says."""
-    for problem in (_unused, _room, _alignment, _sampled_tokens, _references, _samples):
+    for problem in (_unused, _room, _alignment, _sampled_tokens, _references, _samples, _text, _cache):
         if message := problem(settings):
             raise ConfigError(message)
 
@@ -57,10 +65,11 @@ def _unused(settings: Settings) -> str | None:
 
 def _room(settings: Settings) -> str | None:
     longest = settings.max_sequence
+    sum_of = "data.sequence_length" if settings.data.source == "text" else "data.max_prompt_tokens + rollout.max_tokens"
     if longest > settings.learner.tokens_per_micro_batch:
         return (
             f"learner.tokens_per_micro_batch={settings.learner.tokens_per_micro_batch}: one sample may have "
-            f"data.max_prompt_tokens + rollout.max_tokens = {longest} tokens; accepted: at least that"
+            f"{sum_of} = {longest} tokens; accepted: at least that"
         )
     if longest > settings.teacher.tokens_per_batch:
         return (
@@ -136,4 +145,46 @@ def _samples(settings: Settings) -> str | None:
         )
     if own.keep == 1.0 and (own.when == "prefilter" or own.metric != "student_entropy"):
         return "samples.keep=1.0: nothing is dropped, so samples.when and samples.metric do nothing; accepted: below 1"
+    return None
+
+
+def _text(settings: Settings) -> str | None:
+    if settings.data.source != "text":
+        return None
+    if settings.mode != "off_policy":
+        return f"data.source=text: asks for no response; accepted with mode=off_policy only, not {settings.mode}"
+    if settings.references != type(settings.references)():
+        return "references.*: packed text is its own reference; not accepted with data.source=text"
+    if settings.samples.when == "prefilter" and settings.samples.prefilter_text == "rollout":
+        return "samples.prefilter_text=rollout: nothing is rolled out with data.source=text; accepted: prompt+answer"
+    return None
+
+
+def _cache(settings: Settings) -> str | None:
+    if settings.cache.path is None:
+        return None
+    if settings.mode != "off_policy":
+        return f"cache.path: holds texts known beforehand; accepted with mode=off_policy only, not {settings.mode}"
+    if settings.eval.divergence_prompts:
+        return "eval.divergence_prompts: the teacher's outputs on held-out texts are not in a cache; accepted: 0"
+    if settings.classes.proposal != 1.0:
+        return f"classes.proposal={settings.classes.proposal}: a cache keeps counts of classes alone; accepted: 1"
+    asking = _asks_teacher(settings)
+    if asking and settings.classes.sampler != "none":
+        return (
+            f"{asking}: needs the teacher's whole distribution, of which a cache with classes.sampler="
+            f"{settings.classes.sampler} holds a few classes; accepted with classes.sampler=none, or without cache.path"
+        )
+    return None
+
+
+def _asks_teacher(settings: Settings) -> str | None:
+    """A setting under which the teacher's whole distribution is asked for at every position, if there is one."""
+    positions, samples = settings.positions, settings.samples
+    if positions.policy == "bandit":
+        return "positions.policy=bandit"
+    if positions.metric in ASK_TEACHER:
+        return f"positions.metric={positions.metric}"
+    if samples.metric in ("kl", "ce_ratio") and samples.when == "rollout":
+        return f"samples.metric={samples.metric}"
     return None

@@ -86,21 +86,32 @@ class RunSettings(Section):
 
 
 class DataSettings(Section):
-    source: Literal["gsm8k", "demo", "jsonl", "hub"] = Field(
+    source: Literal["gsm8k", "demo", "jsonl", "hub", "text"] = Field(
         default="gsm8k", description="gsm8k: openai/gsm8k or local files under data.path; demo: the generated task; "
-        "jsonl: data.train_file and data.eval_file; hub: the data set data.name"
+        "jsonl: data.train_file and data.eval_file; hub: the data set data.name; text: packed documents of "
+        "data.train_file or data.name, for mode=off_policy"
     )  # fmt: skip
     path: Path | None = Field(
         default=None, description="folder with GSM8K's train.jsonl and test.jsonl; empty: the hub"
     )
-    name: str | None = Field(default=None, description="hub data set, for source hub")
-    subset: str | None = Field(default=None, description="hub configuration name, for source hub")
-    train_file: Path | None = Field(default=None, description="training questions, for source jsonl")
+    name: str | None = Field(default=None, description="hub data set, for source hub or text")
+    subset: str | None = Field(default=None, description="hub configuration name, for source hub or text")
+    train_file: Path | None = Field(
+        default=None, description="training questions, for source jsonl; for source text a .jsonl, .parquet or .txt "
+        "file, or a folder of them"
+    )  # fmt: skip
     eval_file: Path | None = Field(default=None, description="evaluation questions, for source jsonl")
     train_split: str = Field(default="train", description="split to train on")
     eval_split: str = Field(default="test", description="split to evaluate on")
     question_column: str = Field(default="question", description="column that holds the question")
     answer_column: str = Field(default="answer", description="column that holds the reference answer")
+    text_column: str = Field(default="text", description="text: column that holds a document")
+    sequence_length: Annotated[int, Field(ge=2)] = Field(default=512, description="text: tokens of one sample")
+    tokens: Positive | None = Field(default=None, description="text: token budget of the training set; empty: all")
+    documents: Literal["separate", "joined"] = Field(
+        default="separate",
+        description="text: attention and positions start anew at each document; joined: they run on, as published",
+    )
     train_problems: Positive | None = Field(default=None, description="use only the first N training problems")
     template: Literal["chat", "plain"] = Field(
         default="chat", description="chat: the tokenizer's template; plain: data.plain"
@@ -120,6 +131,10 @@ class DataSettings(Section):
             raise ValueError("data.name: needed for data.source=hub; give the hub data set, e.g. openai/gsm8k")
         if self.source == "jsonl" and not self.train_file:
             raise ValueError("data.train_file: needed for data.source=jsonl; give a file with one JSON object a line")
+        if self.source == "text" and not (bool(self.train_file) ^ bool(self.name)):
+            raise ValueError(
+                "data.train_file: data.source=text needs that (a file or folder) or data.name, one of them"
+            )
         if self.path and self.source != "gsm8k":
             raise ValueError(f"data.path: accepted for data.source=gsm8k only, not {self.source}")
         if "{question}" not in self.plain:
@@ -328,6 +343,15 @@ class LearnerSettings(Section):
     threads: Positive | None = Field(default=None, description="CPU threads of the learner; empty: all cores but one")
 
 
+class CacheSettings(Section):
+    path: Path | None = Field(
+        default=None,
+        description="folder of a cache made by onpolicy_skd.cache build: training reads it and loads no teacher",
+    )
+    positions_per_shard: Positive = Field(default=65_536, description="positions of one file of a new cache")
+    builders: Positive = Field(default=1, description="teacher actors that build a cache at the same time")
+
+
 class SyncSettings(Section):
     method: Literal["object_store"] = Field(
         default="object_store", description="how new weights reach the rollout engines"
@@ -341,7 +365,10 @@ class EvalSettings(Section):
     problems: NonNegative = Field(default=0, description="problems of an evaluation; 0: the whole split")
     during: NonNegative = Field(default=200, description="problems of an evaluation during training; 0: eval.problems")
     before: bool = Field(default=True, description="evaluate the student before training")
-    teacher: bool = Field(default=True, description="evaluate the teacher once (needs room for its engine)")
+    teacher: bool = Field(
+        default=True,
+        description="evaluate the teacher once (needs room for its engine); the default with a cache is false",
+    )
     max_tokens: Positive | None = Field(
         default=None, description="longest response in evaluation; empty: rollout.max_tokens"
     )
@@ -380,18 +407,36 @@ class Settings(Section):
     classes: ClassSettings = ClassSettings()
     alignment: AlignmentSettings = AlignmentSettings()
     learner: LearnerSettings = LearnerSettings()
+    cache: CacheSettings = CacheSettings()
     sync: SyncSettings = SyncSettings()
     eval: EvalSettings = EvalSettings()
     cluster: ClusterSettings = ClusterSettings()
 
     @model_validator(mode="before")
     @classmethod
-    def _forward_kl_off_policy(cls, tree: Any) -> Any:
-        """The one default that depends on another setting."""
-        alignment = tree.get("alignment") or {}
-        if tree.get("mode") == "off_policy" and isinstance(alignment, dict):
-            return {**tree, "alignment": {"divergence": "forward_kl", **alignment}}
-        return tree
+    def _dependent_defaults(cls, tree: Any) -> Any:
+        """The two defaults that depend on another setting."""
+
+        def section(name: str) -> dict[str, Any]:
+            found = tree.get(name) or {}
+            return found if isinstance(found, dict) else {}
+
+        defaults: dict[str, dict[str, Any]] = {}
+        if tree.get("mode") == "off_policy":
+            defaults["alignment"] = {"divergence": "forward_kl"}
+        if section("cache").get("path"):
+            defaults["eval"] = {"teacher": False}
+        given = {name: tree.get(name) for name in defaults}
+        return tree | {
+            name: default | section(name)
+            for name, default in defaults.items()
+            if given[name] is None or isinstance(given[name], dict)
+        }
+
+    @property
+    def generates(self) -> bool:
+        """Whether anything is generated, in training or evaluation."""
+        return self.data.source != "text"
 
     @property
     def judges_rollouts(self) -> bool:
@@ -400,7 +445,9 @@ class Settings(Section):
 
     @property
     def max_sequence(self) -> int:
-        """Longest prompt plus longest response, tokens."""
+        """Longest prompt plus longest response, or a stretch of text; tokens."""
+        if self.data.source == "text":
+            return self.data.sequence_length
         return self.data.max_prompt_tokens + self.rollout.max_tokens
 
     @property

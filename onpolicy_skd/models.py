@@ -7,12 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from onpolicy_skd.checkpoint import sha256
 from onpolicy_skd.config import ConfigError
-from onpolicy_skd.trajectory import Batch
+from onpolicy_skd.trajectory import Batch, Trajectory, collate
 
 ASSETS = Path(__file__).parent / "assets"
 BUNDLED = "bundled:"
@@ -104,9 +105,14 @@ def check_same_tokenizer(student: Any, teacher: Any, student_name: str, teacher_
     )
 
 
+def vocabulary_of(config: Any) -> int:
+    """Rows of a model's LM head."""
+    return config.get_text_config().vocab_size
+
+
 def shared_vocabulary(student_config: Any, teacher_config: Any, tokenizer_size: int) -> int:
     """Rows of the LM heads that both models have: a vocabulary padded in one of them is cut.  Raises ModelError."""
-    sizes = (student_config.get_text_config().vocab_size, teacher_config.get_text_config().vocab_size)
+    sizes = (vocabulary_of(student_config), vocabulary_of(teacher_config))
     if min(sizes) < tokenizer_size:
         raise ModelError(
             f"the LM heads have {sizes[0]} (student) and {sizes[1]} (teacher) rows but the tokenizer has "
@@ -137,13 +143,49 @@ class SplitModel:
 
     def hidden(self, batch: Batch) -> Tensor:
         """``[N, H]``: last hidden states, after the final norm, at the eligible positions."""
+        mask = batch.attention_mask
+        if mask.ndim == 4:
+            mask = _checked(mask, self.model)
         out = self.trunk(
             input_ids=batch.input_ids,
-            attention_mask=batch.attention_mask,
+            attention_mask=mask,
             position_ids=batch.position_ids,
             use_cache=False,
         )
         return batch.eligible(out.last_hidden_state)
+
+
+def _checked(mask_B1LL: Tensor, model: Any) -> Tensor:
+    """A mask of documents in the form that ``model``'s attention takes.  Raises ModelError if it takes none."""
+    kind = model.config._attn_implementation
+    if kind == "sdpa":
+        return mask_B1LL
+    if kind == "eager":
+        least = torch.finfo(model.dtype).min
+        return torch.zeros(mask_B1LL.shape, dtype=model.dtype, device=mask_B1LL.device).masked_fill(~mask_B1LL, least)
+    raise ModelError(
+        f"{type(model).__name__}: its attention ({kind}) takes no mask of documents; accepted with "
+        "data.documents=joined, or attention of kind sdpa or eager"
+    )
+
+
+@torch.no_grad()
+def check_documents(split_model: SplitModel, pad_id: int) -> None:
+    """Raises ModelError unless packed documents are kept apart; layers that look back in other ways do not do so."""
+    documents = [np.arange(1, 6) % split_model.vocabulary, np.arange(3, 11) % split_model.vocabulary]
+
+    def hidden(ids: np.ndarray, starts: list[int]) -> Tensor:
+        zeros = np.zeros(len(ids) - 1, np.float32)
+        packed = Trajectory("check", ids[:1], ids[1:], zeros, "stop", None, documents=np.array(starts, np.int64))
+        return split_model.hidden(collate([packed], pad_id, split_model.device)).float()
+
+    together, alone = hidden(np.concatenate(documents), [5])[5:], hidden(documents[1], [])
+    tolerance = 1e-3 if split_model.head_VH.dtype == torch.float32 else 5e-2
+    if not torch.allclose(together, alone, rtol=tolerance, atol=tolerance * float(alone.abs().max())):
+        raise ModelError(
+            f"{type(split_model.model).__name__}: does not keep packed documents apart (a recurrent layer?); "
+            "accepted with data.documents=joined"
+        )
 
 
 @torch.no_grad()

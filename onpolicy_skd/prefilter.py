@@ -14,8 +14,10 @@ import numpy as np
 
 from onpolicy_skd.checkpoint import write_text
 from onpolicy_skd.config import Settings
+from onpolicy_skd.data.packed_text import Picked
 from onpolicy_skd.data.prompts import answer_ids
 from onpolicy_skd.models import weights_digest
+from onpolicy_skd.references import of_text
 from onpolicy_skd.selection.samples import TEACHER_METRICS, top_share
 from onpolicy_skd.trajectory import Prompt, Trajectory
 
@@ -24,12 +26,12 @@ BATCH = 256  # prompts scored between two progress messages
 
 def kept_prompts(
     settings: Settings,
-    prompts: list[Prompt],
+    prompts: Sequence[Prompt],
     tokenizer: Any,
     rank: Callable[[Sequence[Trajectory]], list[float]],
     roll: Callable[[Sequence[Prompt]], list[Trajectory]],
     say: Callable[[str], None],
-) -> list[Prompt]:
+) -> Sequence[Prompt]:
     """The top ``samples.keep`` of ``prompts`` under the initial student, in their own order.
 
     ``rank`` scores trajectories; ``roll`` makes one rollout per prompt, for ``samples.prefilter_text=rollout``.
@@ -52,13 +54,18 @@ def kept_prompts(
             say(f"prefilter: {len(scores)}/{len(prompts)} prompts scored")
         path.parent.mkdir(parents=True, exist_ok=True)
         write_text(path, json.dumps({"metric": own.metric, "text": own.prefilter_text, "scores": scores}))
-    kept = [prompts[i] for i in top_share(scores, own.keep)]
+    kept = Picked(prompts, top_share(scores, own.keep))
     say(f"prefilter: {len(kept)} of {len(prompts)} prompts kept by {own.metric} of {own.prefilter_text}")
     return kept
 
 
 def as_text(prompt: Prompt, text: str, tokenizer: Any) -> Trajectory:
-    """A trajectory whose eligible positions are those to score: the prompt's own tokens, or the reference answer's."""
+    """A trajectory whose eligible positions are those to score: the prompt's own tokens, or the reference answer's.
+
+    Of packed text: all its tokens, whatever ``text`` says.
+    """
+    if prompt.documents is not None:
+        return of_text(prompt, prompt.key)
     if text == "prompt":
         ids, response = prompt.token_ids[:1], prompt.token_ids[1:]
     else:

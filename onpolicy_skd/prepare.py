@@ -5,20 +5,22 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from onpolicy_skd import checkpoint, command_line, models, references
+from onpolicy_skd import checkpoint, command_line, models, provenance, references
 from onpolicy_skd.config import ConfigError, Settings
+from onpolicy_skd.data.packed_text import pack
 from onpolicy_skd.data.prompts import load_prompts, prompts_of_step
 from onpolicy_skd.references import Responses
 from onpolicy_skd.report import metrics
 from onpolicy_skd.selection.positions import quota
 from onpolicy_skd.selection.selector import Selector
+from onpolicy_skd.teacher_cache import CacheError, Manifest, TeacherCache
 from onpolicy_skd.trajectory import Prompt, RolloutRequest, Sampling, Trajectory, seed_of
 
 # Settings that may change when a run is resumed: they do not touch what is trained.
@@ -33,8 +35,8 @@ class Run:
     settings: Settings
     tokenizer: Any
     vocabulary: int
-    train: list[Prompt]
-    held_out: list[Prompt]
+    train: Sequence[Prompt]
+    held_out: Sequence[Prompt]
     responses: Responses = field(default_factory=dict)  # references by prompt key
 
     @property
@@ -84,10 +86,36 @@ class Run:
         """The references of ``step``: one for each of its other prompts."""
         own, found = self.settings, []
         for place, prompt in self._prompts(prompts, step)[self._rolled_out :]:
+            if prompt.documents is not None:
+                found.append(references.of_text(prompt, f"{place}:{prompt.key}/0"))
+                continue
             several = self.responses[prompt.key]
             response = several[seed_of(own.run.seed, step, place, "reference") % len(several)]
             found.append(references.trajectory(prompt, response, f"{place}:{prompt.key}/0", own.references.supervise))
         return found
+
+    def every_reference(self, prompts: Sequence[Prompt]) -> Iterator[Trajectory]:
+        """All that an off-policy run on ``prompts`` may train on."""
+        supervise = self.settings.references.supervise
+        for prompt in prompts:
+            if prompt.documents is not None:
+                yield references.of_text(prompt, prompt.key)
+            else:
+                for i, response in enumerate(self.responses[prompt.key]):
+                    yield references.trajectory(prompt, response, f"{prompt.key}/{i}", supervise)
+
+    def check_cached(self, prompts: Sequence[Prompt]) -> None:
+        """Raises CacheError unless the cache of the settings, if there is one, holds all that a run may train on."""
+        path = self.settings.cache.path
+        if path is None:
+            return
+        cache = TeacherCache(path)
+        for trajectory in self.every_reference(prompts):
+            if not cache.holds(trajectory):
+                raise CacheError(
+                    f"cache.path={path}: {trajectory.key} is not in it. "
+                    + provenance.other_texts(cache.manifest, self.settings)
+                )
 
     @property
     def _rolled_out(self) -> int:
@@ -101,23 +129,23 @@ class Run:
         )
 
 
-def prepare(settings: Settings) -> Run:
+def prepare(settings: Settings, say: Callable[[str], None] = print) -> Run:
     """Loads data and tokenizers and checks that they fit.  Raises ConfigError (or one of its kinds)."""
-    if settings.rollout.engine == "vllm":
+    if settings.rollout.engine == "vllm" and settings.generates:
         from onpolicy_skd.vllm_engine import require_vllm
 
         require_vllm()
     Selector(settings.positions, settings.run.seed)  # imports metrics and policies of the user's own
-    student, teacher = settings.student, settings.teacher
+    student = settings.student
     tokenizer = models.load_tokenizer(student.model, student.trust_remote_code)
-    models.check_same_tokenizer(
-        tokenizer, models.load_tokenizer(teacher.model, teacher.trust_remote_code), student.model, teacher.model
-    )
-    vocabulary = models.shared_vocabulary(
-        models.load_config(student.model, student.trust_remote_code),
-        models.load_config(teacher.model, teacher.trust_remote_code),
-        len(tokenizer),
-    )
+    vocabulary = _vocabulary(settings, tokenizer)
+    if settings.data.source == "text":
+        text = pack(settings.data, tokenizer, settings.run.dir / "text", say)
+        border = max(0, len(text) - settings.eval.divergence_prompts)
+        if not border:
+            held = f"eval.divergence_prompts={settings.eval.divergence_prompts}"
+            raise ConfigError(f"{held}: so many samples are held out, but the text has {len(text)}; accepted: fewer")
+        return Run(settings, tokenizer, vocabulary, text[:border], text[border:])
     train, responses = load_prompts(settings.data, tokenizer, "train"), {}
     if settings.mode != "on_policy" and settings.references.source != "teacher":
         train, responses = references.from_text(settings, train, tokenizer)
@@ -126,6 +154,21 @@ def prepare(settings: Settings) -> Run:
     wanted = max(own.problems, own.during, own.divergence_prompts) if own.problems else None
     held_out = load_prompts(settings.data, tokenizer, "eval", wanted) if has_eval else []
     return Run(settings, tokenizer, vocabulary, train, held_out, responses)
+
+
+def _vocabulary(settings: Settings, tokenizer: Any) -> int:
+    """Classes that student and teacher share, whose tokenizers must be one.  Raises ConfigError."""
+    student, teacher = settings.student, settings.teacher
+    config = models.load_config(student.model, student.trust_remote_code)
+    if settings.cache.path is not None:
+        manifest = Manifest.read(settings.cache.path)
+        provenance.check(manifest, settings, tokenizer, models.vocabulary_of(config))
+        return manifest.layout.vocabulary
+    models.check_same_tokenizer(
+        tokenizer, models.load_tokenizer(teacher.model, teacher.trust_remote_code), student.model, teacher.model
+    )
+    teacher_config = models.load_config(teacher.model, teacher.trust_remote_code)
+    return models.shared_vocabulary(config, teacher_config, len(tokenizer))
 
 
 def open_folder(settings: Settings) -> checkpoint.Checkpoint | None:
@@ -155,7 +198,7 @@ def _check_resumable(saved: Path, settings: Settings) -> None:
     tree = yaml.safe_load(saved.read_text(encoding="utf-8"))
     with contextlib.suppress(ConfigError):  # settings that were not there yet had their defaults
         tree = command_line.resolve(tree).model_dump(mode="json")
-    before, now = flat(tree), flat(settings.model_dump(mode="json"))
+    before, now = command_line.flat(tree), command_line.flat(settings.model_dump(mode="json"))
     changed = [k for k in sorted(before.keys() | now.keys()) if before.get(k) != now.get(k)]
     blocking = [k for k in changed if not k.startswith(RESUMABLE)]
     if blocking:
@@ -164,11 +207,3 @@ def _check_resumable(saved: Path, settings: Settings) -> None:
             f"resume=auto: the run in {saved.parent} was started with other settings ({listed}); "
             "restore them, or start a new run.name"
         )
-
-
-def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Leaves of nested mappings by dotted key."""
-    leaves: dict[str, Any] = {}
-    for key, value in tree.items():
-        leaves |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
-    return leaves

@@ -42,6 +42,14 @@ def trajectory(prompt: Prompt, response: Response, key: str, supervise: str) -> 
     return Trajectory(key, ids[:start], ids[start:], np.zeros(len(ids) - start, np.float32), response.finish, None)
 
 
+def of_text(prompt: Prompt, key: str) -> Trajectory:
+    """A stretch of packed text: every token after the first is supervised."""
+    ids = np.asarray(prompt.token_ids, dtype=np.int64)
+    return Trajectory(
+        key, ids[:1], ids[1:], np.zeros(len(ids) - 1, np.float32), "stop", None, documents=prompt.documents
+    )
+
+
 def from_text(settings: Settings, prompts: Sequence[Prompt], tokenizer: Any) -> tuple[list[Prompt], Responses]:
     """The prompts that have a response of at most ``rollout.max_tokens``, and their responses.
 

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
 from typing import Protocol
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from onpolicy_skd.config import ClassSettings
 from onpolicy_skd.lm_head import Projector, chunk_size, chunks, log_softmax_, row_statistics
 from onpolicy_skd.models import SplitModel
-from onpolicy_skd.selection.classes import SAMPLERS, Draws, joined
+from onpolicy_skd.selection.classes import Draws, joined, sample
 from onpolicy_skd.trajectory import SparseTargets, Trajectory, collate, micro_batches
 
 Wanted = Sequence[tuple[str, Sequence[int]]]  # trajectory key, indices into its n eligible positions
@@ -49,46 +49,33 @@ class TeacherRows(Protocol):
         ...
 
 
-class Teacher:
-    """Keeps the hidden states of the eligible positions of each encoded trajectory until ``release``.
+class HiddenRowsTeacher(ABC):
+    """Whatever follows from the hidden states of encoded trajectories; where these come from is a subclass's matter.
 
+    Keeps those of the eligible positions of each encoded trajectory until ``release``.
     Memory: 2 * G bytes per response token in bfloat16 (G: hidden size), 4 * G in float32.
     """
 
-    def __init__(
-        self,
-        model: SplitModel,
-        tokens_per_batch: int,
-        pad_id: int,
-        temperature: float = 1.0,
-        chunk_rows: int | None = None,
-    ) -> None:
-        self._model = model
-        self._model.model.eval().requires_grad_(False)
-        self._tokens_per_batch = tokens_per_batch
-        self._pad_id = pad_id
+    def __init__(self, head_VG: Tensor, temperature: float, chunk_rows: int | None) -> None:
+        self._head = head_VG
         self._temperature = temperature
         self._chunk_rows = chunk_rows
         self._hidden: dict[str, Tensor] = {}  # key -> [n, G]
         self._targets: dict[str, Tensor] = {}  # key -> [n]
         self._encoded: dict[str, Trajectory] = {}
 
+    @abstractmethod
+    def _hidden_of(self, trajectories: Sequence[Trajectory]) -> Iterator[tuple[Trajectory, Tensor]]:
+        """Each trajectory, in any order, with its hidden states ``[n, G]``: a tensor of its own."""
+
     def head(self) -> Tensor:
-        return self._model.head_VH
+        return self._head
 
     @torch.inference_mode()
     def encode(self, trajectories: Sequence[Trajectory]) -> None:
-        """Runs the trunk over what of ``trajectories`` is not encoded yet, in batches by token budget."""
-        fresh = [t for t in trajectories if not self._has(t)]
-        for group in micro_batches([t.length for t in fresh], self._tokens_per_batch):
-            members = [fresh[i] for i in group]
-            batch = collate(members, self._pad_id, self._model.device)
-            hidden = self._model.hidden(batch)
-            for t, rows, targets in zip(
-                members, hidden.split(batch.counts), batch.targets.split(batch.counts), strict=True
-            ):
-                # Copies: a part of the group's tensor would keep all of it alive.
-                self._hidden[t.key], self._targets[t.key], self._encoded[t.key] = rows.clone(), targets.clone(), t
+        for t, hidden_nG in self._hidden_of([t for t in trajectories if not self._has(t)]):
+            self._hidden[t.key], self._encoded[t.key] = hidden_nG, t
+            self._targets[t.key] = torch.as_tensor(t.response_ids, device=hidden_nG.device)
 
     def rows(self, wanted: Wanted) -> Tensor:
         return torch.cat(self._picked(wanted)).clone()  # a copy outside inference mode, which autograd accepts
@@ -96,7 +83,7 @@ class Teacher:
     def scalars(self, keys: Sequence[str]) -> tuple[Tensor, Tensor]:
         hidden = torch.cat([self._known(key) for key in keys])
         targets = torch.cat([self._targets[key] for key in keys])
-        found = row_statistics(hidden, self.head(), targets, self._temperature, self._chunk_rows)
+        found = row_statistics(hidden, self._head, targets, self._temperature, self._chunk_rows)
         return found.entropy_N, found.logprob_N
 
     @torch.no_grad()
@@ -104,13 +91,12 @@ class Teacher:
         hidden = torch.cat(self._picked(wanted))
         targets = torch.cat([self._targets[key][self._index(at)] for key, at in wanted])
         uniform = torch.cat([_uniform(seed, at, options.draws) for seed, (_, at) in zip(seeds, wanted, strict=True)])
-        sampler = SAMPLERS[options.sampler]
-        size = max(1, chunk_size(len(hidden), self.head(), self._chunk_rows) // 4)  # samplers hold float64 copies
-        project = Projector(self.head().to(hidden.dtype), size)
+        size = max(1, chunk_size(len(hidden), self._head, self._chunk_rows) // 4)  # rs_kd holds float64 copies
+        project = Projector(self._head.to(hidden.dtype), size)
         parts = []
         for part in chunks(len(hidden), size):
             log_p = log_softmax_(project(hidden[part]).div_(self._temperature))
-            parts.append(sampler(log_p, Draws(options, targets[part], uniform[part])))
+            parts.append(sample(log_p, Draws(options, targets[part], uniform[part])))
         return joined(parts)
 
     def release(self, keys: Sequence[str]) -> None:
@@ -126,22 +112,44 @@ class Teacher:
     def _has(self, t: Trajectory) -> bool:
         """Whether these very tokens are encoded, not others under the same key."""
         known = self._encoded.get(t.key)
-        return (
-            known is not None
-            and np.array_equal(known.prompt_ids, t.prompt_ids)
-            and np.array_equal(known.response_ids, t.response_ids)
-        )
+        return known is not None and known.digest == t.digest
 
     def _picked(self, wanted: Wanted) -> list[Tensor]:
         return [self._known(key)[self._index(positions)] for key, positions in wanted]
 
     def _index(self, positions: Sequence[int]) -> Tensor:
-        return torch.as_tensor(positions, dtype=torch.long, device=self._model.device)
+        return torch.as_tensor(positions, dtype=torch.long, device=self._head.device)
 
     def _known(self, key: str) -> Tensor:
         if key not in self._hidden:
             raise KeyError(f"trajectory {key} has not been encoded by the teacher, or was released")
         return self._hidden[key]
+
+
+class Teacher(HiddenRowsTeacher):
+    """A frozen model, run over trajectories in batches by token budget."""
+
+    def __init__(
+        self,
+        model: SplitModel,
+        tokens_per_batch: int,
+        pad_id: int,
+        temperature: float = 1.0,
+        chunk_rows: int | None = None,
+    ) -> None:
+        super().__init__(model.head_VH, temperature, chunk_rows)
+        self._model = model
+        self._model.model.eval().requires_grad_(False)
+        self._tokens_per_batch = tokens_per_batch
+        self._pad_id = pad_id
+
+    def _hidden_of(self, trajectories: Sequence[Trajectory]) -> Iterator[tuple[Trajectory, Tensor]]:
+        for group in micro_batches([t.length for t in trajectories], self._tokens_per_batch):
+            members = [trajectories[i] for i in group]
+            batch = collate(members, self._pad_id, self._model.device)
+            parts = self._model.hidden(batch).split(batch.counts)
+            for t, rows in zip(members, parts, strict=True):
+                yield t, rows.clone()  # a part of the group's tensor would keep all of it alive
 
 
 def _uniform(seed: int, positions: Sequence[int], draws: int) -> Tensor:

@@ -9,31 +9,29 @@
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import ray
 from ray.exceptions import RayError
 
-from actors.cluster import Resources, connect, wait_ready
+from actors.cluster import Resources, connect
 from actors.roles import Roles
-from actors.rollout import RolloutGroup
 from eval.gsm8k import Evaluation, evaluate
 from onpolicy_skd.command_line import load_settings
 from onpolicy_skd.config import ConfigError, Settings
-from onpolicy_skd.prefilter import as_text, kept_prompts
+from onpolicy_skd.prefilter import as_text
 from onpolicy_skd.prepare import Run, open_folder, prepare
-from onpolicy_skd.references import Responses, from_teacher
 from onpolicy_skd.report import summary
 from onpolicy_skd.report.console import Display
 from onpolicy_skd.report.metrics import MetricsLog
 from onpolicy_skd.stop import Stopped, StopSignal
-from onpolicy_skd.trajectory import Prompt, RolloutRequest, Sampling, Trajectory, seed_of
+from onpolicy_skd.training_set import add_teacher_references, engine, gather, selected_prompts
+from onpolicy_skd.trajectory import Prompt, RolloutRequest, seed_of
 
 EMPTY_BATCH_ADVICE = {
     "no_pace": "raise rollout.n: every prompt was always right or always wrong",
@@ -112,17 +110,19 @@ def run_settings(settings: Settings) -> int:
                 book.say(f"resuming after step {first_step}")
             if settings.eval.teacher and run.held_out and "teacher" not in book.evaluations:
                 book.evaluation("teacher", 0, teacher_evaluation(run, resources))
-            if settings.mode != "on_policy" and settings.references.source == "teacher":
-                run.train, run.responses = teacher_references(run, resources, book)
-            book.say("starting the student's rollout engine, the teacher and the learner")
+            add_teacher_references(run, resources, book.say)
+            if settings.samples.when != "prefilter":
+                run.check_cached(run.train)  # before a model loads
+            book.say("starting " + ", ".join(f"{r.count} x {r.name}" for r in resources.roles if r.count))
             roles = Roles(settings, resources, run.vocabulary, run.tokenizer.pad_token_id, run.steps)
             with ExitStack() as stack:
                 stack.callback(roles.close)
                 stack.push(book.on_failure(roles))
                 roles.wait_ready(book.say)
-                prompts = run.train
+                # By the initial student: before a checkpoint is loaded.
+                prompts = selected_prompts(run, roles.rank, lambda: roles.rollouts, book.say)
                 if settings.samples.when == "prefilter":
-                    prompts = prefilter(run, roles, book)  # by the initial student: before a checkpoint is loaded
+                    run.check_cached(prompts)
                 if loaded:
                     roles.restore(loaded.path)
                 if settings.eval.before and run.held_out and "before" not in book.evaluations:
@@ -135,29 +135,15 @@ def run_settings(settings: Settings) -> int:
         return EXIT_OK if book.finished else EXIT_STOPPED
 
 
-def prefilter(run: Run, roles: Roles, book: Logbook) -> list[Prompt]:
-    """The prompts that the once-for-all sample filter keeps."""
-
-    def roll(prompts: Sequence[Prompt]) -> list[Trajectory]:
-        seed = run.settings.run.seed
-        requests = [RolloutRequest(p.key, p.token_ids, seed_of(seed, "prefilter", p.key)) for p in prompts]
-        return gather(roles.rollouts, requests, run.sampling)
-
-    return kept_prompts(run.settings, run.train, run.tokenizer, roles.rank, roll, book.say)
-
-
-def gather(group: RolloutGroup, requests: Sequence[RolloutRequest], sampling: Sampling) -> list[Trajectory]:
-    """Trajectories brought to the driver in the order asked: for evaluation, where their text is judged."""
-    by_key = {t.key: t for part in ray.get(group.generate(requests, sampling)) for t in part}
-    return [by_key[r.key] for r in requests]
-
-
 def student_evaluation(run: Run, roles: Roles, problems: int = 0) -> Evaluation:
     """Greedy exact match of the current student; if asked, its divergence from the teacher on held-out prompts.
 
     ``divergence`` is over the student's own rollouts, ``divergence_reference`` over the reference answers: a student
-    that falls into repetition lowers the first but not the second.
+    that falls into repetition lowers the first but not the second.  Of packed text there is only the second.
     """
+    if not run.settings.generates:
+        few = [as_text(p, "prompt", run.tokenizer) for p in run.held_out]
+        return Evaluation({"problems": 0, "divergence_reference": roles.divergence(few)}, [])
     if not run.samples_student:
         roles.push_weights()  # off-policy, the engines hold old weights between evaluations
     prompts = run.held_out[: problems or run.settings.eval.problems or None]
@@ -172,36 +158,11 @@ def student_evaluation(run: Run, roles: Roles, problems: int = 0) -> Evaluation:
     return done
 
 
-@contextmanager
-def teacher_engine(run: Run, resources: Resources) -> Iterator[RolloutGroup]:
-    """A rollout engine with the teacher's weights, gone afterwards."""
-    own = run.settings.teacher
-    group = RolloutGroup(own.model, run.settings, resources, 1, own.trust_remote_code)
-    try:
-        wait_ready(group.actors)
-        yield group
-    finally:
-        group.close()
-
-
 def teacher_evaluation(run: Run, resources: Resources) -> Evaluation:
     """Greedy exact match of the teacher."""
     prompts = run.held_out[: run.settings.eval.problems or None]
-    with teacher_engine(run, resources) as group:
+    with engine(run, resources, "teacher") as group:
         return evaluate(lambda r, s: gather(group, r, s), prompts, run.tokenizer, run.greedy)
-
-
-def teacher_references(run: Run, resources: Resources, book: Logbook) -> tuple[list[Prompt], Responses]:
-    """The prompts that the teacher answered, and its answers: made once, read from disk afterwards."""
-    sampling = dataclasses.replace(run.sampling, temperature=run.settings.references.temperature)
-    with ExitStack() as stack:
-
-        def roll(requests: Sequence[RolloutRequest]) -> list[Trajectory]:
-            engines[:] = engines or [stack.enter_context(teacher_engine(run, resources))]
-            return gather(engines[0], requests, sampling)
-
-        engines: list[RolloutGroup] = []  # started when something is missing on disk
-        return from_teacher(run.settings, run.train, roll, book.say)
 
 
 class Clock:
@@ -274,16 +235,19 @@ class Logbook:
 
     def evaluation(self, name: str, step: int, done: Evaluation) -> None:
         self.evaluations[name] = done.result
-        done.write_records(self._run.folder / "evaluations" / f"{name}-{step:06d}.jsonl")
+        if done.records:
+            done.write_records(self._run.folder / "evaluations" / f"{name}-{step:06d}.jsonl")
         if name != "teacher":
             self._metrics.write({"step": step, "event": "evaluation", "name": name, **done.result})
-        match, strict = done.result["match"], done.result["strict"]
-        line = f"{name}: exact match {summary.percent(match['share'], match['interval'])} of {done.result['problems']}"
-        line += f", strict {summary.percent(strict['share'], None)}"
-        if done.result.get("divergence") is not None:
-            own, reference = done.result["divergence"], done.result["divergence_reference"]
-            line += f", divergence {own:.4f} nats per token on its rollouts, {reference:.4f} on reference answers"
-        self.say(line)
+        parts = []
+        if "match" in done.result:
+            match, strict = done.result["match"], done.result["strict"]
+            share = summary.percent(match["share"], match["interval"])
+            parts = [f"exact match {share} of {done.result['problems']}", f"strict {summary.percent(strict['share'])}"]
+        for key, where in (("divergence", "its rollouts"), ("divergence_reference", "reference texts")):
+            if done.result.get(key) is not None:
+                parts.append(f"divergence {done.result[key]:.4f} nats per token on {where}")
+        self.say(f"{name}: " + ", ".join(parts))
 
     def on_failure(self, roles: Roles) -> Callable[..., bool]:
         """An exit callback that keeps what was earned when a run breaks: a checkpoint, if the learner lives, and the

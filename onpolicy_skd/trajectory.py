@@ -19,10 +19,13 @@ FinishReason = Literal["stop", "length"]
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
+    """A question, or a stretch of packed text, which asks for nothing and is its own response."""
+
     key: str  # names the data row, the same in every run
     token_ids: list[int]
     question: str
     answer: str  # reference answer, in GSM8K's format for GSM8K-like data
+    documents: np.ndarray | None = None  # packed text: as in Trajectory; its tokens are all in token_ids
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,10 +38,19 @@ class Trajectory:
     policy_version: int | None  # optimizer steps behind the weights that sampled it; None: not the student's own
     correct: bool | None = None  # whether its answer equals the reference's; None: not judged
     weight: float = 1.0  # of this sample in the batch's mean
+    documents: np.ndarray | None = None  # int64; tokens, after the first, at which attention starts anew
 
     @property
     def length(self) -> int:
         return len(self.prompt_ids) + len(self.response_ids)
+
+    @property
+    def digest(self) -> bytes:
+        """Eight bytes that name what the models see: tokens, which of them are eligible, and document starts."""
+        found = hashlib.sha256(len(self.prompt_ids).to_bytes(8, "little"))
+        for part in (self.prompt_ids, self.response_ids, () if self.documents is None else self.documents):
+            found.update(np.asarray(part, dtype="<i8").tobytes())
+        return found.digest()[:8]
 
     @property
     def prompt_key(self) -> str:
@@ -102,8 +114,8 @@ class Batch:
     """A padded micro-batch of B sequences with N eligible positions in all, ordered by sequence, then by time."""
 
     input_ids: torch.Tensor  # int64 [B, L]
-    attention_mask: torch.Tensor  # int64 [B, L]
-    position_ids: torch.Tensor  # int64 [B, L]
+    attention_mask: torch.Tensor  # int64 [B, L]; with documents bool [B, 1, L, L]: who looks at whom
+    position_ids: torch.Tensor  # int64 [B, L]; counted from each document's start
     rows: torch.Tensor  # int64 [N]; sequence of each eligible position
     columns: torch.Tensor  # int64 [N]; its column: the token *before* its target
     targets: torch.Tensor  # int64 [N]; y_t
@@ -125,6 +137,7 @@ def collate(
     ids = np.full((len(trajectories), length), pad_id, dtype=np.int64)
     mask = np.zeros_like(ids)
     positions = np.zeros_like(ids)
+    document = np.zeros_like(ids)  # which of its sequence's documents a token belongs to
     rows, columns, targets = [], [], []
     for row, t in enumerate(trajectories):
         if not len(t.response_ids) or not len(t.prompt_ids):
@@ -132,14 +145,26 @@ def collate(
         start = 0 if padding_side == "right" else length - t.length
         ids[row, start : start + t.length] = np.concatenate([t.prompt_ids, t.response_ids])
         mask[row, start : start + t.length] = 1
-        positions[row, start : start + t.length] = np.arange(t.length)
+        for number, begin in enumerate(() if t.documents is None else t.documents, 1):
+            document[row, start + begin : start + t.length] = number
+        positions[row, start : start + t.length] = _restarting(document[row, start : start + t.length])
         first = start + len(t.prompt_ids) - 1  # the last prompt token predicts y_1
         rows.append(np.full(len(t.response_ids), row))
         columns.append(np.arange(first, first + len(t.response_ids)))
         targets.append(t.response_ids)
+    if document.any():
+        together = (document[:, None, :, None] == document[:, None, None, :]) & mask[:, None, None, :].astype(bool)
+        mask = (together & np.tri(length, dtype=bool)) | np.eye(length, dtype=bool)  # padding sees itself alone
     moved = (torch.as_tensor(a, device=device) for a in (ids, mask, positions))
     flat = (torch.as_tensor(np.concatenate(a), device=device) for a in (rows, columns, targets))
     return Batch(*moved, *flat, counts=[len(t.response_ids) for t in trajectories])
+
+
+def _restarting(document_L: np.ndarray) -> np.ndarray:
+    """0, 1, 2, ... from the start of each document."""
+    places = np.arange(len(document_L))
+    starts = np.where(np.diff(document_L, prepend=-1) != 0, places, 0)
+    return places - np.maximum.accumulate(starts)
 
 
 def micro_batches(lengths: Sequence[int], token_budget: int) -> list[list[int]]:

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from onpolicy_skd.config import ClassSettings, ConfigError, PositionMetric, PositionPolicy, PositionSettings
 from onpolicy_skd.selection import classes, metrics, positions, samples
-from onpolicy_skd.selection.classes import SAMPLERS, Draws
+from onpolicy_skd.selection.classes import TRUNCATIONS, Draws, sample
 from onpolicy_skd.selection.metrics import METRICS, Ranges, Signals
 from onpolicy_skd.selection.positions import POLICIES, Context, quota
 from onpolicy_skd.selection.selector import Bandit, ScoreQueue, Selector
@@ -47,7 +47,7 @@ def by_sequence(chosen, counts):
 def test_the_names_in_the_settings_are_those_of_the_code():
     assert set(get_args(PositionMetric)) == set(METRICS)
     assert set(get_args(PositionPolicy)) == set(POLICIES)
-    assert {"none", *SAMPLERS} == set(get_args(ClassSettings.model_fields["sampler"].annotation))
+    assert {"none", "rs_kd", *TRUNCATIONS} == set(get_args(ClassSettings.model_fields["sampler"].annotation))
 
 
 def test_the_quota_is_the_exact_ceiling():
@@ -429,8 +429,8 @@ def teacher_rows(rows=5, vocabulary=40, scale=2.0, seed=0):
     return torch.log_softmax(torch.randn(rows, vocabulary, generator=draw) * scale, -1)
 
 
-def draws_for(rows, seed=0, targets=None, **options):
-    own = ClassSettings(**options)
+def draws_for(rows, sampler="rs_kd", seed=0, targets=None, **options):
+    own = ClassSettings(sampler=sampler, **options)
     uniform = torch.rand(rows, own.draws, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
     return Draws(own, torch.zeros(rows, dtype=torch.long) if targets is None else targets, uniform)
 
@@ -443,7 +443,7 @@ def dense(found, vocabulary):
 @given(st.integers(1, 6), st.integers(2, 60), st.integers(1, 80), st.integers(0, 99), st.sampled_from([0.5, 1.0, 1.3]))
 def test_rs_kd_is_a_distribution_over_unique_drawn_classes(rows, vocabulary, draws, seed, proposal):
     found = classes.rs_kd(
-        teacher_rows(rows, vocabulary, seed=seed), draws_for(rows, seed, draws=draws, proposal=proposal)
+        teacher_rows(rows, vocabulary, seed=seed), draws_for(rows, seed=seed, draws=draws, proposal=proposal)
     )
     assert torch.allclose(found.probs_NC.sum(1), torch.ones(rows), atol=1e-5)
     for ids, probs in zip(found.ids_NC.tolist(), found.probs_NC.tolist(), strict=True):
@@ -465,7 +465,7 @@ def test_rs_kd_is_unbiased_in_target_and_gradient_and_top_k_biased_as_eq_5_says(
     assert ((targets.mean(0) - p).abs() <= 4 * error + 1e-6).all()
     gradients = targets.sum(1, keepdim=True) * q - targets
     assert ((gradients.mean(0) - (q - p)).abs() <= 4 * error + 1e-6).all()
-    top = dense(classes.top_k(log_p, draws_for(1, k=12)), vocabulary)[0]
+    top = dense(sample(log_p, draws_for(1, "top_k", k=12)), vocabulary)[0]
     kept = top > 0
     mass = p[kept].sum()
     assert torch.allclose((mass * q - top)[~kept], mass * q[~kept])  # Eq. 5: no teacher outside the top K
@@ -485,7 +485,7 @@ def test_truncations_equal_their_definitions():
     mass = top.values.sum(1, keepdim=True)
 
     def build(name, **options):
-        return SAMPLERS[name](log_p, draws_for(5, targets=targets, **options))
+        return sample(log_p, draws_for(5, name, targets=targets, **options))
 
     plain = torch.zeros_like(p).scatter(1, top.indices, top.values)
     assert torch.allclose(dense(build("top_k", k=4), 40), plain)
@@ -496,7 +496,7 @@ def test_truncations_equal_their_definitions():
         assert found.residual == residual
     fixed = plain.scatter_add(1, targets[:, None], 1 - mass)
     assert torch.allclose(dense(build("naive_fix", k=4), 40), fixed, atol=1e-6)
-    inside = SAMPLERS["naive_fix"](log_p, draws_for(5, targets=top.indices[:, 2], k=4))
+    inside = sample(log_p, draws_for(5, "naive_fix", targets=top.indices[:, 2], k=4))
     assert torch.allclose(dense(inside, 40), plain.scatter_add(1, top.indices[:, 2:3], 1 - mass), atol=1e-6)
     assert dense(build("top_k", k=99), 40).sum(1).tolist() == pytest.approx([1.0] * 5)
 
@@ -504,7 +504,7 @@ def test_truncations_equal_their_definitions():
 @given(st.floats(0.05, 1.0), st.integers(1, 40), st.integers(0, 20))
 def test_top_p_keeps_the_fewest_classes_that_reach_the_mass(p, k, seed):
     log_p = teacher_rows(3, seed=seed)
-    found = classes.top_p(log_p, draws_for(3, k=k, p=p))
+    found = sample(log_p, draws_for(3, "top_p", k=k, p=p))
     for row, probs in zip(log_p.exp().sort(descending=True).values, found.probs_NC, strict=True):
         used = int((probs > 0).sum())
         assert 1 <= used <= k

@@ -15,6 +15,7 @@ from conftest import GAP, ON_GPU
 
 from onpolicy_skd import train
 from onpolicy_skd.report.metrics import read
+from onpolicy_skd.training_set import gather
 from onpolicy_skd.trajectory import RolloutRequest, Trajectory
 
 ROOT = Path(__file__).parents[1]
@@ -194,7 +195,7 @@ def test_what_several_actors_generate_comes_back_in_the_order_asked(monkeypatch)
 
     monkeypatch.setattr(train.ray, "get", lambda refs: refs)
     requests = [RolloutRequest(f"r{i}", [1], 0) for i in range(7)]
-    assert [t.key for t in train.gather(Two(), requests, None)] == [r.key for r in requests]
+    assert [t.key for t in gather(Two(), requests, None)] == [r.key for r in requests]
 
 
 def test_prefilter_scores_once_and_spends_nothing_on_what_it_drops(tmp_path):

@@ -41,7 +41,7 @@ def load_questions(settings: DataSettings, split: str) -> Iterator[tuple[str, st
         rows, where = read_jsonl(file), file.name
     else:
         spec = GSM8K if settings.source == "gsm8k" else dict(name=settings.name, subset=settings.subset)
-        rows, where = _read_hub(str(spec["name"]), spec["subset"], name), f"{spec['name']}:{name}"
+        rows, where = read_hub(str(spec["name"]), spec["subset"], name), f"{spec['name']}:{name}"
     limit = settings.train_problems if training else None
     columns = (settings.question_column, settings.answer_column)
     for number, row in enumerate(itertools.islice(rows, limit), 1):
@@ -76,11 +76,12 @@ def read_jsonl(file: Path) -> Iterator[dict[str, Any]]:
         raise DataError(f"{file}: cannot be read ({error.strerror})") from None
 
 
-def _read_hub(name: str, subset: str | None, split: str) -> Iterator[dict[str, Any]]:
+def read_hub(name: str, subset: str | None, split: str, streaming: bool = False) -> Iterator[dict[str, Any]]:
+    """Rows of a hub data set; ``streaming``: without a copy on disk.  Raises DataError."""
     from datasets import load_dataset  # takes seconds to import and is needed for hub data only
 
     try:
-        rows: Any = load_dataset(name, subset, split=split)
+        rows: Any = load_dataset(name, subset, split=split, streaming=streaming)
         yield from rows
     except Exception as error:  # the hub client raises many kinds; each means that the set is not to be had
         raise DataError(

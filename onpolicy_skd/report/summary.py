@@ -66,14 +66,14 @@ def write(folder: Path, summary: dict[str, Any], settings: Settings) -> Path:
     """Writes all three files; returns the report's path."""
     write_text(folder / "summary.json", json.dumps(summary, indent=2) + "\n")
     steps = [r for r in metrics.read(folder / metrics.FILE) if "loss" in r]
-    evaluations = [r for r in metrics.read(folder / metrics.FILE) if r.get("event") == "evaluation"]
+    evaluations = [r for r in metrics.read(folder / metrics.FILE) if r.get("event") == "evaluation" and "match" in r]
     if steps:
         plot(folder / "curves.png", steps, evaluations, summary)
     write_text(folder / "report.md", _page(summary, settings, bool(steps)))
     return folder / "report.md"
 
 
-def percent(share: float | None, interval: tuple[float, float] | list[float] | None) -> str:
+def percent(share: float | None, interval: tuple[float, float] | list[float] | None = None) -> str:
     if share is None:
         return "not measured"
     return f"{100 * share:.1f} %" + (f" ({100 * interval[0]:.1f} to {100 * interval[1]:.1f})" if interval else "")
@@ -88,7 +88,7 @@ def _page(summary: dict[str, Any], settings: Settings, plotted: bool) -> str:
     held_out = "".join(
         f"\nHeld-out {settings.alignment.divergence} per token of {what}: {summary[key]['before']:.4f} nats before, "
         f"{summary[key]['after']:.4f} after.\n"
-        for key, what in (("divergence", "the student's rollouts"), ("divergence_reference", "reference answers"))
+        for key, what in (("divergence", "the student's rollouts"), ("divergence_reference", "reference texts"))
         if summary[key]["before"] is not None and summary[key]["after"] is not None
     )
     return f"""# {summary["run"]}

@@ -1,7 +1,7 @@
 """The class axis: a teacher distribution cut down to a few classes (docs/method.md, section 6).
 
-A sampler is a pure function of the teacher's log-probabilities at b positions; adding one is one function and one line
-in ``SAMPLERS``.  Sources: RS-KD (arXiv 2503.16870), sections 3.1 to 3.4 and its appendix K.
+``rs_kd`` draws classes; the truncations are pure functions of the largest probabilities at b positions, and adding one
+is one function and one line in ``TRUNCATIONS``.  Sources: RS-KD (arXiv 2503.16870), sections 3.1 to 3.4, appendix K.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from onpolicy_skd.trajectory import SparseTargets
 
 @dataclass(frozen=True, slots=True)
 class Draws:
-    """What a sampler may know besides the teacher's log-probabilities."""
+    """What is made of the teacher's log-probabilities, and what it may know besides them."""
 
     options: ClassSettings
     targets_b: Tensor  # int64; y
@@ -46,53 +46,52 @@ def rs_kd(log_p_bV: Tensor, draws: Draws) -> SparseTargets:
     return SparseTargets(unique[:, :used], (probs / probs.sum(-1, keepdim=True))[:, :used].float())
 
 
-def top_k(log_p_bV: Tensor, draws: Draws) -> SparseTargets:
+def largest(log_p_bV: Tensor, k: int) -> SparseTargets:
+    """The k largest probabilities, falling: all that a truncation needs to know of the distribution."""
+    found = log_p_bV.topk(min(k, log_p_bV.shape[1]))
+    return SparseTargets(found.indices, found.values.exp())
+
+
+def top_k(known: SparseTargets, targets_b: Tensor, options: ClassSettings) -> SparseTargets:
     """The K largest probabilities as they are: biased, the student learns them scaled up."""
-    largest = log_p_bV.topk(min(draws.options.k, log_p_bV.shape[1]))
-    return SparseTargets(largest.indices, largest.values.exp())
+    return known
 
 
-def top_k_normalised(log_p_bV: Tensor, draws: Draws) -> SparseTargets:
+def top_k_normalised(known: SparseTargets, targets_b: Tensor, options: ClassSettings) -> SparseTargets:
     """The K largest probabilities, scaled to sum to 1."""
-    largest = top_k(log_p_bV, draws)
-    return SparseTargets(largest.ids_NC, largest.probs_NC / largest.probs_NC.sum(-1, keepdim=True))
+    return SparseTargets(known.ids_NC, known.probs_NC / known.probs_NC.sum(-1, keepdim=True))
 
 
-def top_p(log_p_bV: Tensor, draws: Draws) -> SparseTargets:
+def top_p(known: SparseTargets, targets_b: Tensor, options: ClassSettings) -> SparseTargets:
     """The fewest largest probabilities that reach the mass p, at most K of them, as they are."""
-    largest = top_k(log_p_bV, draws)
-    before = largest.probs_NC.cumsum(-1) - largest.probs_NC
-    probs = largest.probs_NC.masked_fill(before >= draws.options.p, 0.0)
+    before = known.probs_NC.cumsum(-1) - known.probs_NC
+    probs = known.probs_NC.masked_fill(before >= options.p, 0.0)
     used = int((probs > 0).sum(-1).max())
-    return SparseTargets(largest.ids_NC[:, :used], probs[:, :used])
+    return SparseTargets(known.ids_NC[:, :used], probs[:, :used])
 
 
-def ghost_token(log_p_bV: Tensor, draws: Draws) -> SparseTargets:
+def ghost_token(known: SparseTargets, targets_b: Tensor, options: ClassSettings) -> SparseTargets:
     """top_k and one more class that stands for all others, in teacher and student alike."""
-    largest = top_k(log_p_bV, draws)
-    return SparseTargets(largest.ids_NC, largest.probs_NC, "ghost")
+    return SparseTargets(known.ids_NC, known.probs_NC, "ghost")
 
 
-def naive_fix(log_p_bV: Tensor, draws: Draws) -> SparseTargets:
+def naive_fix(known: SparseTargets, targets_b: Tensor, options: ClassSettings) -> SparseTargets:
     """top_k with the residual mass given to the ground truth y."""
-    largest = top_k(log_p_bV, draws)
-    residual = (1.0 - largest.probs_NC.sum(-1, keepdim=True)).clamp(min=0.0)
-    at_target = largest.ids_NC == draws.targets_b[:, None]
-    known = at_target.any(-1, keepdim=True)
-    probs = torch.cat([largest.probs_NC + residual * at_target, residual * ~known], 1)
-    return SparseTargets(torch.cat([largest.ids_NC, draws.targets_b[:, None]], 1), probs)
+    residual = (1.0 - known.probs_NC.sum(-1, keepdim=True)).clamp(min=0.0)
+    at_target = known.ids_NC == targets_b[:, None]
+    present = at_target.any(-1, keepdim=True)
+    probs = torch.cat([known.probs_NC + residual * at_target, residual * ~present], 1)
+    return SparseTargets(torch.cat([known.ids_NC, targets_b[:, None]], 1), probs)
 
 
-def label_smoothing(log_p_bV: Tensor, draws: Draws) -> SparseTargets:
+def label_smoothing(known: SparseTargets, targets_b: Tensor, options: ClassSettings) -> SparseTargets:
     """top_k with the residual mass spread evenly over all classes."""
-    largest = top_k(log_p_bV, draws)
-    return SparseTargets(largest.ids_NC, largest.probs_NC, "smooth")
+    return SparseTargets(known.ids_NC, known.probs_NC, "smooth")
 
 
-Sampler = Callable[[Tensor, Draws], SparseTargets]
+Truncation = Callable[[SparseTargets, Tensor, ClassSettings], SparseTargets]
 
-SAMPLERS: dict[str, Sampler] = {
-    "rs_kd": rs_kd,
+TRUNCATIONS: dict[str, Truncation] = {
     "top_k": top_k,
     "top_k_normalised": top_k_normalised,
     "top_p": top_p,
@@ -100,6 +99,14 @@ SAMPLERS: dict[str, Sampler] = {
     "naive_fix": naive_fix,
     "label_smoothing": label_smoothing,
 }
+
+
+def sample(log_p_bV: Tensor, draws: Draws) -> SparseTargets:
+    """The classes of ``draws.options.sampler``."""
+    options = draws.options
+    if options.sampler == "rs_kd":
+        return rs_kd(log_p_bV, draws)
+    return TRUNCATIONS[options.sampler](largest(log_p_bV, options.k), draws.targets_b, options)
 
 
 def joined(parts: Sequence[SparseTargets]) -> SparseTargets:

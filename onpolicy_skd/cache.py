@@ -1,0 +1,174 @@
+"""A teacher's outputs on disk: ``python -m onpolicy_skd.cache build --config FILE cache.path=DIR``, info, verify.
+
+build takes the settings of the training run that will use the cache.  What is done stays done: the same command goes on
+after a kill, and ends with the same bytes.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from bisect import bisect_right
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+
+from ray.exceptions import RayError
+
+from actors.cache import CacheBuilders, Work
+from actors.cluster import Counts, Resources, connect
+from actors.rollout import RolloutGroup
+from onpolicy_skd import provenance
+from onpolicy_skd import teacher_cache as caches
+from onpolicy_skd.command_line import load_settings
+from onpolicy_skd.config import ConfigError, Settings
+from onpolicy_skd.prepare import Run, prepare
+from onpolicy_skd.teacher_cache import CacheError, Layout, Manifest, Shard
+from onpolicy_skd.train import EXIT_CONFIG, EXIT_FAILED, EXIT_OK, cause_of
+from onpolicy_skd.training_set import add_teacher_references, engine, selected_prompts
+from onpolicy_skd.trajectory import Prompt, Trajectory
+
+USAGE = "usage: python -m onpolicy_skd.cache build --config FILE [a.b=value ...] | info DIR | verify DIR"
+
+
+def build(settings: Settings, say: Callable[[str], None] = print) -> None:
+    """From prompts to a complete cache in ``cache.path``.  Raises ConfigError."""
+    folder = settings.cache.path
+    if folder is None:
+        raise ConfigError("cache.path: needed to build a cache; give the folder it shall have")
+    if (folder / caches.MANIFEST).exists():
+        raise ConfigError(f"cache.path={folder}: already holds a cache; give another folder, or remove it")
+    teaching = settings.model_copy(update={"cache": settings.cache.model_copy(update={"path": None})})
+    run = prepare(teaching, say)
+    ranks = settings.samples.when == "prefilter"
+    with connect(teaching, Counts(int(ranks), settings.cache.builders, 0)) as resources, ExitStack() as stack:
+        add_teacher_references(run, resources, say)
+        pad_id = run.tokenizer.pad_token_id
+        builders = stack.enter_context(CacheBuilders(teaching, resources, run.vocabulary, pad_id, say))
+        write(run, Samples(run, selected(run, resources, builders, say)), builders, folder, say)
+
+
+def selected(run: Run, resources: Resources, builders: CacheBuilders, say: Callable[[str], None]) -> Sequence[Prompt]:
+    """The prompts to cache; what scores them is started when the first score is missing on disk."""
+    with ExitStack() as stack:
+        rank: list[Callable[[Sequence[Trajectory]], list[float]]] = []
+        rollouts: list[RolloutGroup] = []
+
+        def ranked(trajectories: Sequence[Trajectory]) -> list[float]:
+            rank[:] = rank or [stack.enter_context(builders.ranking())]
+            return rank[0](trajectories)
+
+        def started() -> RolloutGroup:
+            rollouts[:] = rollouts or [stack.enter_context(engine(run, resources, "student"))]
+            return rollouts[0]
+
+        return selected_prompts(run, ranked, started, say)
+
+
+class Samples:
+    """All that a run on ``prompts`` may train on, made when asked for; their digests and sizes are known."""
+
+    def __init__(self, run: Run, prompts: Sequence[Prompt]) -> None:
+        self._run = run
+        self._prompts = prompts
+        self.digests: list[bytes] = []
+        self.positions: list[int] = []
+        self._first: list[int] = []  # sample of each prompt
+        for prompt in prompts:
+            self._first.append(len(self.digests))
+            for t in run.every_reference([prompt]):
+                self.digests.append(t.digest)
+                self.positions.append(len(t.response_ids))
+
+    def of(self, part: range) -> list[Trajectory]:
+        first = bisect_right(self._first, part.start) - 1
+        last = bisect_right(self._first, part.stop - 1) - 1
+        found = list(self._run.every_reference([self._prompts[i] for i in range(first, last + 1)]))
+        return found[part.start - self._first[first] :][: len(part)]
+
+
+def write(run: Run, samples: Samples, builders: CacheBuilders, folder: Path, say: Callable[[str], None]) -> None:
+    """Writes what is missing of the cache of ``samples``.  Raises CacheError if ``folder`` holds part of another."""
+    cut = caches.cut(samples.positions, run.settings.cache.positions_per_shard)
+    layout = Layout.of(run.settings, run.vocabulary)
+    plan = Manifest(provenance.made_from(run.settings, run.tokenizer), layout, caches.plan_of(samples.digests, cut))
+    _open_folder(folder, plan, say)
+    done: dict[int, Shard] = {}
+    for number in range(len(cut)):
+        if found := caches.finished_shard(folder, number):
+            done[number] = found
+    if done:
+        say(f"cache: {len(done)} of {len(cut)} shards are there already")
+
+    def missing() -> Iterator[Work]:
+        return ((number, samples.of(part)) for number, part in enumerate(cut) if number not in done)
+
+    for number, shard in builders.write(folder, missing()):
+        done[number] = shard
+        say(f"cache: {len(done)}/{len(cut)} shards, {sum(s.positions for s in done.values())} positions")
+    head = caches.write_head(folder, builders.head()) if layout.content == "hidden" else None
+    shards = [done[number] for number in range(len(cut))]
+    caches.finish(folder, Manifest(plan.made_from, layout, plan.plan, head, shards))
+    info(folder, say)
+
+
+def _open_folder(folder: Path, plan: Manifest, say: Callable[[str], None]) -> None:
+    if not (folder / caches.PLAN).exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        plan.write(folder, caches.PLAN)
+        return
+    begun = Manifest.read(folder, caches.PLAN)
+    if begun != plan:
+        raise CacheError(
+            f"cache.path={folder}: holds part of another cache ({provenance.differing(begun, plan)}); build with its "
+            "settings, give another folder, or remove it"
+        )
+
+
+def info(folder: Path, say: Callable[[str], None] = print) -> None:
+    """Says what a cache holds and what it was made from.  Raises CacheError."""
+    found = Manifest.read(folder)
+    size, information = sum(s.bytes for s in found.shards), found.information_bits / 8
+    say(f"{folder}: {found.layout.content} in {len(found.shards)} shards, {found.samples} samples")
+    say(f"{found.positions} positions, {size / found.positions:.2f} bytes each, {size} in all; records with lengths "
+        f"would be {information / found.positions:.2f} bytes a position")  # fmt: skip
+    say(json.dumps({"layout": found.layout.described(), "made_from": found.made_from}, indent=2))
+
+
+def verify(folder: Path, say: Callable[[str], None] = print) -> bool:
+    """Compares every file with its checksum; returns whether all are good."""
+    problems = [problem for _, problem in caches.verify(folder)]
+    for problem in filter(None, problems):
+        say(problem)
+    bad = sum(problem is not None for problem in problems)
+    say(
+        f"{folder}: {bad} of {len(problems)} files are damaged" if bad else f"{folder}: {len(problems)} files, all good"
+    )
+    return not bad
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command line; returns the exit code: 0 done, 1 failed or damaged, 2 bad input."""
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    command, *rest = [*(sys.argv[1:] if argv is None else argv), ""]
+    rest = rest[:-1]
+    try:
+        if command == "build":
+            build(load_settings(rest, "onpolicy_skd.cache build", "Writes a teacher's outputs on a run's texts."))
+        elif command in ("info", "verify") and len(rest) == 1:
+            if command == "verify":
+                return EXIT_OK if verify(Path(rest[0])) else EXIT_FAILED
+            info(Path(rest[0]))
+        else:
+            print(USAGE, file=sys.stdout if command in ("-h", "--help") else sys.stderr)
+            return EXIT_OK if command in ("-h", "--help") else EXIT_CONFIG
+        return EXIT_OK
+    except (ConfigError, RayError) as error:
+        cause = cause_of(error)
+        print(f"error: {cause}", file=sys.stderr)
+        return EXIT_CONFIG if isinstance(cause, ConfigError) else EXIT_FAILED
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,186 @@
+"""General text, packed: documents one after another, cut into samples of equal length.
+
+The token stream is ``[end] document [end] document [end] ...`` with the tokenizer's end of sequence: it ends a document
+and starts the next one, which then has a token to be predicted from.  It is written to disk once, as uint32, and read
+memory-mapped: a sample costs no memory until it is used, and their order is a pure function of seed and step.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, overload
+
+import numpy as np
+
+from onpolicy_skd.checkpoint import sync, write_text
+from onpolicy_skd.config import DataSettings
+from onpolicy_skd.data.prompts import DataError, read_hub, read_jsonl
+from onpolicy_skd.trajectory import Prompt
+
+DOCUMENTS_AT_ONCE = 256  # tokenized together
+TOKENS_BETWEEN_MESSAGES = 1_000_000
+SUFFIXES = (".jsonl", ".parquet", ".txt")
+
+
+class PackedText(Sequence[Prompt]):
+    """Samples of ``length`` tokens of the stream in ``file``; what is left at its end is not used."""
+
+    def __init__(self, name: str, file: Path, length: int, end_id: int, separate: bool) -> None:
+        self._name = name
+        self._tokens = np.memmap(file, dtype="<u4", mode="r")
+        self._length = length
+        self._end_id = end_id
+        self._separate = separate
+
+    def __len__(self) -> int:
+        return len(self._tokens) // self._length
+
+    @overload
+    def __getitem__(self, index: int) -> Prompt: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[Prompt]: ...
+    def __getitem__(self, index: int | slice) -> Prompt | Sequence[Prompt]:
+        if isinstance(index, slice):
+            return Picked(self, range(len(self))[index])
+        number = range(len(self))[index]  # raises IndexError; negative numbers count from the end
+        tokens = self._tokens[number * self._length : (number + 1) * self._length]
+        starts = np.flatnonzero(tokens[1:] == self._end_id) + 1 if self._separate else np.empty(0, np.int64)
+        return Prompt(f"{self._name}#{number + 1}", tokens.tolist(), "", "", starts)
+
+
+class Picked(Sequence[Prompt]):
+    """Some of ``prompts``, each made when it is asked for."""
+
+    def __init__(self, prompts: Sequence[Prompt], indices: Sequence[int]) -> None:
+        self._prompts = prompts
+        self._indices = indices
+
+    def __len__(self) -> int:
+        return len(self._indices)
+
+    @overload
+    def __getitem__(self, index: int) -> Prompt: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[Prompt]: ...
+    def __getitem__(self, index: int | slice) -> Prompt | Sequence[Prompt]:
+        if isinstance(index, slice):
+            return Picked(self._prompts, self._indices[index])
+        return self._prompts[self._indices[index]]
+
+
+def pack(settings: DataSettings, tokenizer: Any, folder: Path, say: Callable[[str], None]) -> PackedText:
+    """The samples of ``settings``, written to ``folder`` unless they are there already.
+
+    Raises DataError for a file, row or data set that cannot be read, or holds less than one sample.
+    """
+    name, source = _source(settings)
+    identity = [source, settings.text_column, settings.tokens, tokenizer_digest(tokenizer), tokenizer.eos_token_id]
+    file = folder / f"{hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:24]}.tokens"
+    if file.exists():
+        say(f"text: {file.stat().st_size // 4} packed tokens reused from {file}")
+    else:
+        folder.mkdir(parents=True, exist_ok=True)
+        _write(file, settings, tokenizer, source, say)
+    if file.stat().st_size // 4 < settings.sequence_length:
+        raise DataError(f"{name}: holds {file.stat().st_size // 4} tokens, less than data.sequence_length of them")
+    separate = settings.documents == "separate"
+    return PackedText(name, file, settings.sequence_length, tokenizer.eos_token_id, separate)
+
+
+def tokenizer_digest(tokenizer: Any) -> str:
+    """Changes with any token's id and with the special tokens."""
+    vocabulary = sorted(tokenizer.get_vocab().items())
+    return hashlib.sha256(json.dumps([vocabulary, tokenizer.eos_token_id]).encode()).hexdigest()
+
+
+def _write(file: Path, settings: DataSettings, tokenizer: Any, source: Any, say: Callable[[str], None]) -> None:
+    beside, budget, written, documents, next_message = file.with_suffix(".tmp"), settings.tokens, 0, 0, 0
+    end = [tokenizer.eos_token_id]
+    with beside.open("wb") as out:
+        texts = _documents(settings, source)
+        stream = itertools.chain([end], (ids + end for ids in _tokenized(texts, tokenizer)))
+        for ids in stream:
+            part = ids if budget is None else ids[: budget - written]
+            np.asarray(part, dtype="<u4").tofile(out)
+            written, documents = written + len(part), documents + 1
+            if written >= next_message:
+                say(f"text: {written} tokens of {documents - 1} documents packed")
+                next_message = written + TOKENS_BETWEEN_MESSAGES
+            if budget is not None and written >= budget:
+                break
+    if budget is not None and written < budget:
+        say(f"text: data.tokens={budget}, but there are only {written} tokens")
+    sync(beside)
+    about = {"tokens": written, "documents": documents - 1, "source": source, "column": settings.text_column}
+    write_text(file.with_suffix(".json"), json.dumps(about, indent=1) + "\n")
+    beside.replace(file)
+    say(f"text: {written} tokens of {documents - 1} documents packed into {file}")
+
+
+def _tokenized(texts: Iterator[str], tokenizer: Any) -> Iterator[list[int]]:
+    while several := list(itertools.islice(texts, DOCUMENTS_AT_ONCE)):
+        # A special token that a document spells out is text: an end of sequence would look like the document's.
+        yield from tokenizer(several, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+
+
+def _source(settings: DataSettings) -> tuple[str, Any]:
+    """A name for the samples, and what tells this text from another: files with size and time, or the hub's names."""
+    if settings.train_file is None:
+        return f"{settings.name}:{settings.train_split}", [settings.name, settings.subset, settings.train_split]
+    root = settings.train_file
+    files = sorted(f for f in root.rglob("*") if f.suffix in SUFFIXES) if root.is_dir() else [root]
+    if not files or not all(f.exists() for f in files) or files[0].suffix not in SUFFIXES:
+        raise DataError(
+            f"data.train_file={root}: no text there; accepted: a {', '.join(SUFFIXES)} file or a folder of them"
+        )
+    return root.name, [[str(f.absolute()), f.stat().st_size, f.stat().st_mtime_ns] for f in files]
+
+
+def _documents(settings: DataSettings, source: Any) -> Iterator[str]:
+    """Every document that has text.  Raises DataError."""
+    rows = _hub_rows(settings) if settings.train_file is None else _file_rows([Path(f) for f, *_ in source], settings)
+    for where, row in rows:
+        text = row.get(settings.text_column)
+        if not isinstance(text, str):
+            raise DataError(
+                f"{where}: column {settings.text_column!r} is missing or not text; this row has "
+                f"{', '.join(map(repr, row)) or 'no columns'} (set data.text_column)"
+            )
+        if text.strip():
+            yield text
+
+
+def _file_rows(files: Sequence[Path], settings: DataSettings) -> Iterator[tuple[str, dict[str, Any]]]:
+    for file in files:
+        if file.suffix == ".txt":
+            try:
+                yield str(file), {settings.text_column: file.read_text(encoding="utf-8")}
+            except (OSError, UnicodeDecodeError) as error:
+                raise DataError(f"{file}: cannot be read as UTF-8 text ({error})") from None
+        else:
+            rows = read_jsonl(file) if file.suffix == ".jsonl" else _parquet_rows(file, settings.text_column)
+            yield from ((f"{file} row {number}", row) for number, row in enumerate(rows, 1))
+
+
+def _parquet_rows(file: Path, column: str) -> Iterator[dict[str, Any]]:
+    import pyarrow
+    from pyarrow import parquet
+
+    try:
+        with parquet.ParquetFile(file) as opened:
+            if column not in opened.schema_arrow.names:
+                yield dict.fromkeys(opened.schema_arrow.names)  # which says what there is instead
+                return
+            for batch in opened.iter_batches(DOCUMENTS_AT_ONCE, columns=[column]):
+                yield from batch.to_pylist()
+    except (pyarrow.ArrowException, OSError) as error:
+        raise DataError(f"{file}: not a readable parquet file ({str(error).splitlines()[0]})") from None
+
+
+def _hub_rows(settings: DataSettings) -> Iterator[tuple[str, dict[str, Any]]]:
+    rows = read_hub(str(settings.name), settings.subset, settings.train_split, streaming=True)
+    return ((f"{settings.name}:{settings.train_split} row {number}", row) for number, row in enumerate(rows, 1))

@@ -1,0 +1,461 @@
+"""A teacher's outputs on disk, written once by teacher actors and read in a teacher's place (docs/off_policy.md).
+
+A cache is a folder of safetensors shards, which are memory-mapped, and ``manifest.json``.  What a shard holds of each
+eligible position depends on the class sampler of the settings:
+
+    hidden   (none)           the last hidden state, in the teacher's type; the LM head is in a file of its own: exact
+    rs_kd    (rs_kd)          the drawn ids, ceil(log2 V) bits each, and their counts, ceil(log2(U + 1)) bits each.  The
+                              counts of a position sum to U, which tells where the next one starts: no lengths are kept
+    top_k    (a truncation)   the K largest probabilities, float32, and their ids: every truncation is made of these
+
+and, for each sample, eight bytes that name its tokens (``Trajectory.digest``) and its sizes.  Samples are found by
+content, so neither their order nor the keys that a run gives them matter.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from onpolicy_skd.checkpoint import digest_of, sha256, sync, write_text
+from onpolicy_skd.config import ClassSettings, ConfigError, Settings
+from onpolicy_skd.selection.classes import TRUNCATIONS, joined
+from onpolicy_skd.teacher import HiddenRowsTeacher, TeacherRows, Wanted
+from onpolicy_skd.trajectory import SparseTargets, Trajectory, seed_of
+
+FORMAT = 1
+MANIFEST, PLAN, HEAD = "manifest.json", "building.json", "head.safetensors"
+INDEX = ("digests", "positions", "entries")  # tensors of a shard that say where its samples are
+Content = Literal["hidden", "rs_kd", "top_k"]
+
+
+class CacheError(ConfigError):
+    """A cache that is damaged, incomplete, or made of something else; the message names the file or the difference."""
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """What a cache holds of a position."""
+
+    content: Content
+    vocabulary: int  # V
+    classes: int  # U draws or K classes a position; 0 of hidden states
+    temperature: float | None  # of the distributions; None of hidden states
+
+    @staticmethod
+    def of(settings: Settings, vocabulary: int) -> Layout:
+        own, temperature = settings.classes, settings.alignment.temperature
+        if own.sampler == "none":
+            return Layout("hidden", vocabulary, 0, None)
+        if own.sampler == "rs_kd":
+            return Layout("rs_kd", vocabulary, own.draws, temperature)
+        return Layout("top_k", vocabulary, min(own.k, vocabulary), temperature)
+
+    @property
+    def id_bits(self) -> int:
+        return (self.vocabulary - 1).bit_length()
+
+    @property
+    def count_bits(self) -> int:
+        return self.classes.bit_length()  # of 0 to U
+
+    def described(self) -> dict[str, Any]:
+        """By the settings that it follows from."""
+        count = {"hidden": {}, "rs_kd": {"classes.draws": self.classes}, "top_k": {"classes.k": self.classes}}
+        return {"content": self.content, "alignment.temperature": self.temperature, **count[self.content]}
+
+    def serves(self, wanted: Layout) -> bool:
+        """Whether a cache of this layout holds what one of layout ``wanted`` would."""
+        same = (self.content, self.vocabulary, self.temperature) == (
+            wanted.content,
+            wanted.vocabulary,
+            wanted.temperature,
+        )
+        return same and (self.classes == wanted.classes or (self.content == "top_k" and self.classes > wanted.classes))
+
+
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """One file of a cache."""
+
+    file: str
+    sha256: str
+    index: str  # digest of its INDEX tensors, which are read when a cache is opened
+    samples: int
+    positions: int
+    entries: int  # (id, count) pairs of rs_kd
+    bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    made_from: dict[str, Any]  # teacher, tokenizer, template, data: see ``provenance.made_from``
+    layout: Layout
+    plan: str  # digest of all samples, in their order, and of the cut into shards
+    head: str | None = None  # SHA-256 of the LM head's file, beside hidden states
+    shards: list[Shard] = field(default_factory=list)
+
+    @property
+    def samples(self) -> int:
+        return sum(s.samples for s in self.shards)
+
+    @property
+    def positions(self) -> int:
+        return sum(s.positions for s in self.shards)
+
+    @property
+    def information_bits(self) -> float:
+        """Bits of the records alone: of rs_kd ids, counts and a length for each position; of top_k ids and floats."""
+        layout, entries = self.layout, sum(s.entries for s in self.shards)
+        if layout.content == "hidden":
+            return 8.0 * sum(s.bytes for s in self.shards)
+        if layout.content == "rs_kd":
+            return entries * (layout.id_bits + layout.count_bits) + self.positions * layout.count_bits
+        return self.positions * layout.classes * (layout.id_bits + 32)
+
+    def write(self, folder: Path, name: str = MANIFEST) -> None:
+        record = {"format": FORMAT, **asdict(self)}
+        write_text(folder / name, json.dumps(record | {"digest": digest_of(record)}, indent=1))
+
+    @staticmethod
+    def read(folder: Path, name: str = MANIFEST) -> Manifest:
+        """Raises CacheError for what is not there, damaged, or of another format."""
+        path = folder / name
+        try:
+            record = json.loads(path.read_text(encoding="utf-8"))
+            if record.pop("digest") != digest_of(record):
+                raise CacheError(f"{path} is damaged (its digest differs); restore it or build the cache anew")
+            if record.pop("format") != FORMAT:
+                raise CacheError(f"{path}: this version reads format {FORMAT}")
+            layout, shards = Layout(**record.pop("layout")), [Shard(**s) for s in record.pop("shards")]
+            return Manifest(layout=layout, shards=shards, **record)
+        except FileNotFoundError:
+            building = (folder / PLAN).exists()
+            why = "is not complete: the same build goes on with it" if building else f"has no {name}, so it is no cache"
+            raise CacheError(f"cache.path={folder}: {why} (python -m onpolicy_skd.cache build)") from None
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            if isinstance(error, CacheError):
+                raise
+            raise CacheError(f"{path} cannot be read: {type(error).__name__}: {error}") from None
+
+
+# -- bits ----------------------------------------------------------------------------------------------------------
+
+
+def pack_bits(values: np.ndarray, width: int) -> np.ndarray:
+    """``values`` (below 2 ** width) in ``width`` bits each, one after another: uint8, the last byte filled with 0."""
+    bits = (values[:, None] >> np.arange(width - 1, -1, -1)) & 1
+    return np.packbits(bits.astype(np.uint8))
+
+
+def unpack_bits(data: np.ndarray, width: int, count: int, skip: int = 0) -> np.ndarray:
+    """Inverse of ``pack_bits``: ``count`` values after the first ``skip`` bits, int64."""
+    bits = np.unpackbits(data, count=skip + count * width)[skip:].reshape(count, width)
+    return bits @ (1 << np.arange(width - 1, -1, -1, dtype=np.int64))
+
+
+# -- writing -------------------------------------------------------------------------------------------------------
+
+
+def cut(positions: Sequence[int], per_shard: int) -> list[range]:
+    """Samples of each shard: consecutive ones, until their positions reach ``per_shard``."""
+    shards, start, filled = [], 0, 0
+    for i, count in enumerate(positions):
+        filled += count
+        if filled >= per_shard or i == len(positions) - 1:
+            shards.append(range(start, i + 1))
+            start, filled = i + 1, 0
+    return shards
+
+
+def plan_of(digests: Iterable[bytes], shards: Iterable[range]) -> str:
+    found = hashlib.sha256(json.dumps([[s.start, s.stop] for s in shards]).encode())
+    for digest in digests:
+        found.update(digest)
+    return found.hexdigest()
+
+
+def shard_name(number: int) -> str:
+    return f"shard-{number:06d}.safetensors"
+
+
+def write_shard(
+    folder: Path, number: int, trajectories: Sequence[Trajectory], teacher: TeacherRows, settings: Settings, v: int
+) -> Shard:
+    """Encodes ``trajectories`` and writes them as one shard, whose bytes depend on these arguments alone."""
+    layout, keys = Layout.of(settings, v), [t.key for t in trajectories]
+    counts = [len(t.response_ids) for t in trajectories]
+    teacher.encode(trajectories)
+    try:
+        wanted = [(t.key, range(n)) for t, n in zip(trajectories, counts, strict=True)]
+        if layout.content == "hidden":
+            tensors, entries = {"hidden": teacher.rows(wanted)}, [0] * len(counts)
+        else:
+            name = "rs_kd" if layout.content == "rs_kd" else "top_k"
+            options = settings.classes.model_copy(update={"sampler": name})
+            seeds = [seed_of(settings.run.seed, "cache", t.digest.hex()) for t in trajectories]
+            tensors, entries = _packed(teacher.classes(wanted, seeds, options), counts, layout)
+    finally:
+        teacher.release(keys)
+    tensors["digests"] = torch.frombuffer(bytearray(b"".join(t.digest for t in trajectories)), dtype=torch.uint8)
+    tensors |= {"positions": torch.tensor(counts, dtype=torch.int32), "entries": torch.tensor(entries).int()}
+    path = folder / shard_name(number)
+    beside = path.with_suffix(".tmp")
+    save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, beside)
+    sync(beside)
+    shard = Shard(path.name, sha256(beside), _index_digest(tensors), len(keys), sum(counts), sum(entries),
+                  beside.stat().st_size)  # fmt: skip
+    beside.replace(path)
+    write_text(path.with_suffix(".json"), json.dumps(asdict(shard)))  # after the shard: it says that it is whole
+    return shard
+
+
+def finished_shard(folder: Path, number: int) -> Shard | None:
+    """What an earlier build has left of a shard; None if it must be written (again)."""
+    path = folder / shard_name(number)
+    try:
+        shard = Shard(**json.loads(path.with_suffix(".json").read_text(encoding="utf-8")))
+        return shard if sha256(path) == shard.sha256 else None
+    except (OSError, ValueError, TypeError):
+        return None
+
+
+def finish(folder: Path, manifest: Manifest) -> None:
+    """The cache is complete: its manifest, and nothing else but the shards, stays."""
+    manifest.write(folder)
+    for left in (*folder.glob("shard-*.json"), *folder.glob("*.tmp"), folder / PLAN):
+        left.unlink(missing_ok=True)
+    sync(folder)
+
+
+def write_head(folder: Path, head_VG: Tensor) -> str:
+    """Returns the SHA-256 of its file."""
+    beside = folder / f"{HEAD}.tmp"
+    save_file({"head": head_VG.detach().cpu().contiguous()}, beside)
+    sync(beside)
+    beside.replace(folder / HEAD)
+    return sha256(folder / HEAD)
+
+
+def _packed(targets: SparseTargets, counts: Sequence[int], layout: Layout) -> tuple[dict[str, Tensor], list[int]]:
+    """The tensors of a shard, and how many entries each sample has."""
+    if layout.content == "top_k":
+        ids = pack_bits(targets.ids_NC.flatten().cpu().numpy(), layout.id_bits)
+        return {"ids": torch.from_numpy(ids), "probs": targets.probs_NC}, [0] * len(counts)
+    used = targets.probs_NC > 0
+    drawn = (targets.probs_NC[used].double() * layout.classes).round().long()
+    entries = [int(part.sum()) for part in used.split(list(counts))]
+    ids = pack_bits(targets.ids_NC[used].cpu().numpy(), layout.id_bits)
+    return {
+        "ids": torch.from_numpy(ids),
+        "counts": torch.from_numpy(pack_bits(drawn.cpu().numpy(), layout.count_bits)),
+    }, entries
+
+
+def _index_digest(tensors: Mapping[str, Tensor]) -> str:
+    found = hashlib.sha256()
+    for name in INDEX:
+        found.update(tensors[name].numpy().tobytes())
+    return found.hexdigest()
+
+
+# -- reading -------------------------------------------------------------------------------------------------------
+
+
+class TeacherCache:
+    """A complete cache, opened for reading.  A shard's checksum is compared when it is first read.
+
+    Raises CacheError, here and in every method, naming the file that is missing or damaged.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.manifest = Manifest.read(folder)
+        self._open: dict[int, Any] = {}  # memory-mapped shards whose checksum was found right
+        digests, where = [], []
+        for number, shard in enumerate(self.manifest.shards):
+            index = self._index(shard)
+            digests.append(index["digests"].numpy().view("<u8"))
+            positions, entries = (index[name].long() for name in ("positions", "entries"))
+            starts = [size.cumsum(0) - size for size in (positions, entries)]
+            number_S = torch.full_like(positions, number)
+            where.append(torch.stack([number_S, starts[0], positions, starts[1], entries], 1).numpy())
+        found = np.concatenate(digests)
+        order = np.argsort(found, kind="stable")
+        self._digests, self._where = found[order], np.concatenate(where)[order]
+
+    def holds(self, trajectory: Trajectory) -> bool:
+        return self._find(trajectory) is not None
+
+    def hidden(self, trajectory: Trajectory) -> Tensor:
+        """``[n, G]``."""
+        file, first, count, *_ = self._sample(trajectory)
+        return file.get_slice("hidden")[first : first + count]
+
+    def classes(self, trajectory: Trajectory) -> SparseTargets:
+        """The drawn classes, or the K largest probabilities, at each of the n positions."""
+        file, first, count, first_entry, entries = self._sample(trajectory)
+        layout = self.manifest.layout
+        if layout.content == "top_k":
+            k = layout.classes
+            ids = self._bits(file, "ids", layout.id_bits, first * k, count * k)
+            return SparseTargets(
+                torch.from_numpy(ids).view(count, k), file.get_slice("probs")[first : first + count], "none"
+            )
+        ids = torch.from_numpy(self._bits(file, "ids", layout.id_bits, first_entry, entries))
+        drawn = torch.from_numpy(self._bits(file, "counts", layout.count_bits, first_entry, entries))
+        row = torch.div(drawn.cumsum(0) - 1, layout.classes, rounding_mode="floor")  # the counts of each row sum to U
+        lengths = torch.bincount(row, minlength=count)
+        slot = torch.arange(entries) - (lengths.cumsum(0) - lengths)[row]
+        width = int(lengths.max())
+        probs = torch.zeros(count, width).index_put((row, slot), (drawn.double() / layout.classes).float())
+        first_ids = ids[lengths.cumsum(0) - lengths]  # what unused slots repeat
+        return SparseTargets(first_ids[:, None].repeat(1, width).index_put((row, slot), ids), probs)
+
+    def head(self) -> Tensor:
+        """The teacher's LM head ``[V, G]``."""
+        with _checked(self.folder, HEAD, str(self.manifest.head)) as file:
+            return file.get_tensor("head")
+
+    def _find(self, trajectory: Trajectory) -> np.ndarray | None:
+        digest = np.frombuffer(trajectory.digest, "<u8")[0]
+        at = int(np.searchsorted(self._digests, digest))
+        found = at < len(self._digests) and self._digests[at] == digest
+        return self._where[at] if found and self._where[at][2] == len(trajectory.response_ids) else None
+
+    def _sample(self, trajectory: Trajectory) -> tuple[Any, int, int, int, int]:
+        found = self._find(trajectory)
+        if found is None:
+            raise CacheError(f"cache.path={self.folder}: {trajectory.key} is not in the cache, which holds other texts")
+        number, first, count, first_entry, entries = map(int, found)
+        return self._shard(number), first, count, first_entry, entries
+
+    def _shard(self, number: int) -> Any:
+        if number not in self._open:
+            shard = self.manifest.shards[number]
+            self._open[number] = _checked(self.folder, shard.file, shard.sha256)
+        return self._open[number]
+
+    def _index(self, shard: Shard) -> dict[str, Tensor]:
+        path = self.folder / shard.file
+        try:
+            with safe_open(path, framework="pt") as file:
+                index = {name: file.get_tensor(name) for name in INDEX}
+            if _index_digest(index) == shard.index:
+                return index
+            why = "its index differs from the manifest's"
+        except Exception as error:  # a flipped byte of the header shows in many ways
+            why = f"{type(error).__name__}: {error}"
+        raise CacheError(f"{path} is damaged or missing ({why}); restore it or build the cache anew")
+
+    def _bits(self, file: Any, name: str, width: int, first: int, count: int) -> np.ndarray:
+        start, stop = first * width, (first + count) * width
+        data = file.get_slice(name)[start // 8 : math.ceil(stop / 8)].numpy()
+        return unpack_bits(data, width, count, start % 8)
+
+
+def verify(folder: Path) -> Iterator[tuple[str, str | None]]:
+    """Every file of a cache with what is wrong with it, if anything is."""
+    try:
+        manifest = Manifest.read(folder)
+    except CacheError as error:
+        yield MANIFEST, str(error)
+        return
+    yield MANIFEST, None
+    files = [(s.file, s.sha256) for s in manifest.shards] + ([(HEAD, manifest.head)] if manifest.head else [])
+    for file, digest in files:
+        try:
+            _checked(folder, file, digest)
+            yield file, None
+        except CacheError as error:
+            yield file, str(error)
+
+
+def _checked(folder: Path, name: str, digest: str) -> Any:
+    """The open safetensors file, whose checksum was compared.  Raises CacheError naming it."""
+    path = folder / name
+    try:
+        found = sha256(path)
+    except OSError as error:
+        raise CacheError(f"{path} cannot be read ({error.strerror}); restore it or build the cache anew") from None
+    if found != digest:
+        raise CacheError(f"{path} is damaged (its SHA-256 differs); restore it or build the cache anew")
+    return safe_open(path, framework="pt")
+
+
+# -- in a teacher's place ------------------------------------------------------------------------------------------
+
+
+class CachedHidden(HiddenRowsTeacher):
+    """Exact: whatever a teacher can be asked follows from its hidden states."""
+
+    def __init__(self, cache: TeacherCache, settings: Settings, device: str) -> None:
+        super().__init__(cache.head().to(device), settings.alignment.temperature, settings.alignment.chunk_rows)
+        self._cache = cache
+
+    def _hidden_of(self, trajectories: Sequence[Trajectory]) -> Iterator[tuple[Trajectory, Tensor]]:
+        for t in trajectories:
+            yield t, self._cache.hidden(t).to(self._head.device)
+
+
+class CachedClasses:
+    """A few classes at each position, and nothing else, of the teacher."""
+
+    def __init__(self, cache: TeacherCache) -> None:
+        self._cache = cache
+        self._encoded: dict[str, tuple[bytes, SparseTargets, Tensor]] = {}
+
+    def encode(self, trajectories: Sequence[Trajectory]) -> None:
+        for t in trajectories:
+            if t.key not in self._encoded or self._encoded[t.key][0] != t.digest:
+                self._encoded[t.key] = (t.digest, self._cache.classes(t), torch.as_tensor(t.response_ids))
+
+    def classes(self, wanted: Wanted, seeds: Sequence[int], options: ClassSettings) -> SparseTargets:
+        """As a teacher's; ``seeds`` do not matter, the draws were made when the cache was."""
+        parts = []
+        for key, at in wanted:
+            _, known, targets = self._encoded[key]
+            index = torch.as_tensor(at, dtype=torch.long)
+            part = SparseTargets(known.ids_NC[index], known.probs_NC[index])
+            if options.sampler != "rs_kd":
+                part = SparseTargets(part.ids_NC[:, : options.k], part.probs_NC[:, : options.k])
+                part = TRUNCATIONS[options.sampler](part, targets[index], options)
+            parts.append(part)
+        return joined(parts)
+
+    def release(self, keys: Sequence[str]) -> None:
+        for key in keys:
+            self._encoded.pop(key, None)
+
+    def head(self) -> Tensor:
+        raise self._refusal("its LM head")
+
+    def rows(self, wanted: Wanted) -> Tensor:
+        raise self._refusal("its hidden states")
+
+    def scalars(self, keys: Sequence[str]) -> tuple[Tensor, Tensor]:
+        raise self._refusal("its entropy and log-probabilities")
+
+    def _refusal(self, what: str) -> CacheError:
+        return CacheError(
+            f"cache.path={self._cache.folder}: holds a few classes of the teacher at each position, not {what}; "
+            "use a cache of hidden states (classes.sampler=none) or no cache"
+        )
+
+
+def open_teacher(settings: Settings, device: str) -> TeacherRows:
+    """What stands in for the teacher of ``settings``, whose ``cache.path`` is set."""
+    assert settings.cache.path is not None
+    cache = TeacherCache(settings.cache.path)
+    return CachedHidden(cache, settings, device) if settings.classes.sampler == "none" else CachedClasses(cache)

@@ -1,0 +1,68 @@
+"""What both drivers do before they start: the teacher's own answers, and the sample filter that runs once."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+
+import ray
+
+from actors.cluster import Resources, wait_ready
+from actors.rollout import RolloutGroup
+from onpolicy_skd.prefilter import kept_prompts
+from onpolicy_skd.prepare import Run
+from onpolicy_skd.references import from_teacher
+from onpolicy_skd.trajectory import Prompt, RolloutRequest, Sampling, Trajectory, seed_of
+
+Say = Callable[[str], None]
+Rank = Callable[[Sequence[Trajectory]], list[float]]
+
+
+def gather(group: RolloutGroup, requests: Sequence[RolloutRequest], sampling: Sampling) -> list[Trajectory]:
+    """Trajectories brought to the driver in the order asked."""
+    by_key = {t.key: t for part in ray.get(group.generate(requests, sampling)) for t in part}
+    return [by_key[r.key] for r in requests]
+
+
+@contextmanager
+def engine(run: Run, resources: Resources, who: str) -> Iterator[RolloutGroup]:
+    """A rollout engine with the weights of ``who`` ("student" or "teacher"), gone afterwards."""
+    own = run.settings.teacher if who == "teacher" else run.settings.student
+    group = RolloutGroup(own.model, run.settings, resources, 1, own.trust_remote_code)
+    try:
+        wait_ready(group.actors)
+        yield group
+    finally:
+        group.close()
+
+
+def add_teacher_references(run: Run, resources: Resources, say: Say) -> None:
+    """Where the settings ask for it, gives ``run`` the teacher's answers, and leaves out prompts that have none.
+
+    They are made once and read from disk afterwards.
+    """
+    if run.settings.mode == "on_policy" or run.settings.references.source != "teacher":
+        return
+    sampling = dataclasses.replace(run.sampling, temperature=run.settings.references.temperature)
+    with ExitStack() as stack:
+
+        def roll(requests: Sequence[RolloutRequest]) -> list[Trajectory]:
+            engines[:] = engines or [stack.enter_context(engine(run, resources, "teacher"))]
+            return gather(engines[0], requests, sampling)
+
+        engines: list[RolloutGroup] = []  # started when something is missing on disk
+        run.train, run.responses = from_teacher(run.settings, run.train, roll, say)
+
+
+def selected_prompts(run: Run, rank: Rank, rollouts: Callable[[], RolloutGroup], say: Say) -> Sequence[Prompt]:
+    """The prompts to train on: all, or those that ``samples.when=prefilter`` keeps by the initial student's scores."""
+    if run.settings.samples.when != "prefilter":
+        return run.train
+
+    def roll(prompts: Sequence[Prompt]) -> list[Trajectory]:
+        seed = run.settings.run.seed
+        requests = [RolloutRequest(p.key, p.token_ids, seed_of(seed, "prefilter", p.key)) for p in prompts]
+        return gather(rollouts(), requests, run.sampling)
+
+    return kept_prompts(run.settings, run.train, run.tokenizer, rank, roll, say)

@@ -1,0 +1,111 @@
+"""Building a cache and training from it, as a user does: real Ray, processes of their own, the bundled pair."""
+
+import os
+import random
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from onpolicy_skd import teacher_cache as caches
+from onpolicy_skd.report.metrics import read
+
+ROOT = Path(__file__).parents[1]
+DEMO = ["--config", str(ROOT / "configs" / "demo.yaml"), "mode=off_policy", "data.train_problems=600"]
+TRAIN = [*DEMO, "learner.batch_size=8", "run.tensorboard=false", "run.evaluate_every=0", "eval.problems=8",
+         "eval.before=false", "rollout.engine=transformers", "run.steps=3"]  # fmt: skip
+ENVIRONMENT = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}
+
+
+def start(module, *arguments):
+    return subprocess.Popen(
+        [sys.executable, "-m", f"onpolicy_skd.{module}", *map(str, arguments)],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT, env=ENVIRONMENT,
+    )  # fmt: skip
+
+
+def run(module, *arguments):
+    process = start(module, *arguments)
+    out, err = process.communicate(timeout=300)
+    return process.returncode, out + err
+
+
+def build(tmp_path, folder, *arguments):
+    return ("cache", "build", *DEMO, f"run.dir={tmp_path}", f"cache.path={folder}", "cache.positions_per_shard=1500",
+            *arguments)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A cache built without interruption, by two builders."""
+    folder = tmp_path_factory.mktemp("cache")
+    code, said = run(*build(folder, folder / "cache", "classes.sampler=rs_kd", "cache.builders=2"))
+    assert code == 0, said
+    return folder / "cache"
+
+
+def contents(folder):
+    return {f.name: f.read_bytes() for f in sorted(folder.iterdir())}
+
+
+def test_killed_at_a_random_moment_a_build_goes_on_and_ends_with_the_same_bytes(whole, tmp_path):
+    folder, draw = tmp_path / "cache", random.Random(0)
+    process = start(*build(tmp_path, folder, "classes.sampler=rs_kd"))
+    for line in process.stdout:
+        if line.startswith("cache: "):
+            time.sleep(draw.uniform(0, 0.5))
+            process.kill()
+            break
+    process.communicate()
+    assert not (folder / caches.MANIFEST).exists()
+    code, said = run("train", *TRAIN, f"run.dir={tmp_path}", f"cache.path={folder}", "classes.sampler=rs_kd")
+    assert code == 2
+    assert "is not complete: the same build goes on with it" in said
+    code, said = run(*build(tmp_path, folder, "classes.sampler=rs_kd", "classes.draws=5"))
+    assert code == 2
+    assert "holds part of another cache (classes.draws: 64 then, 5 now)" in said
+    code, said = run(*build(tmp_path, folder, "classes.sampler=rs_kd"))
+    assert code == 0, said
+    assert "shards are there already" in said
+    assert contents(folder) == contents(whole)
+    code, said = run(*build(tmp_path, folder, "classes.sampler=rs_kd"))
+    assert code == 2
+    assert "already holds a cache" in said
+
+
+def test_training_from_a_cache_loads_no_teacher_and_refuses_damage(whole, tmp_path):
+    arguments = [*TRAIN, f"run.dir={tmp_path}", "classes.sampler=rs_kd"]
+    code, said = run("train", *arguments, f"cache.path={whole}")
+    assert code == 0, said
+    assert "starting 1 x learner, 1 x rollout\n" in said
+    assert "exact match   after" in said
+    assert len([r for r in read(tmp_path / "demo" / "metrics.jsonl") if "loss" in r]) == 3
+    bad = tmp_path / "bad"
+    shutil.copytree(whole, bad)
+    for shard in bad.glob("shard-*"):  # every payload, so that the first batch meets one
+        damaged = bytearray(shard.read_bytes())
+        damaged[-1] ^= 1
+        shard.write_bytes(damaged)
+    code, said = run("train", *arguments, f"cache.path={bad}", "run.name=bad")
+    assert code == 2
+    assert "is damaged" in said
+    assert "shard-0000" in said
+    assert run("cache", "verify", bad)[0] == 1
+
+
+def test_only_what_the_sample_filter_keeps_is_cached(tmp_path):
+    """SE-KD_3X: the scores that the build leaves behind are what training keeps by."""
+    kept = ["samples.keep=0.2", "samples.when=prefilter", "classes.sampler=rs_kd"]
+    code, said = run(*build(tmp_path, tmp_path / "cache", *kept))
+    assert code == 0, said
+    assert caches.Manifest.read(tmp_path / "cache").samples == 120
+    code, said = run("train", *TRAIN, *kept, f"run.dir={tmp_path}", f"cache.path={tmp_path / 'cache'}")
+    assert code == 0, said
+    assert "scores of 600 prompts reused" in said
+    code, said = run("train", *TRAIN, *kept[1:], "samples.keep=0.4", f"run.dir={tmp_path}", "run.name=more",
+                     f"cache.path={tmp_path / 'cache'}")  # fmt: skip
+    assert code == 2
+    assert "samples.keep: 0.2 then, 0.4 now" in said
