@@ -453,6 +453,8 @@ class Settings(Section):
     @property
     def max_model_length(self) -> int:
         """What an engine must have room for: ``max_sequence``, or longer responses in evaluation."""
+        if not self.generates:
+            return self.max_sequence
         return self.data.max_prompt_tokens + max(self.rollout.max_tokens, self.eval.max_tokens or 0)
 
     @property

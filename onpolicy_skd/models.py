@@ -105,6 +105,16 @@ def check_same_tokenizer(student: Any, teacher: Any, student_name: str, teacher_
     )
 
 
+def check_length(config: Any, model: str, tokens: int) -> None:
+    """Raises ModelError if a sequence of ``tokens`` has more positions than ``model`` knows."""
+    known = getattr(config.get_text_config(), "max_position_embeddings", None)
+    if known is not None and tokens > known:
+        raise ModelError(
+            f"model {model!r}: knows {known} positions, a sequence may have {tokens} tokens; lower "
+            "data.max_prompt_tokens + rollout.max_tokens (or eval.max_tokens), or data.sequence_length"
+        )
+
+
 def vocabulary_of(config: Any) -> int:
     """Rows of a model's LM head."""
     return config.get_text_config().vocab_size

@@ -160,6 +160,7 @@ def _vocabulary(settings: Settings, tokenizer: Any) -> int:
     """Classes that student and teacher share, whose tokenizers must be one.  Raises ConfigError."""
     student, teacher = settings.student, settings.teacher
     config = models.load_config(student.model, student.trust_remote_code)
+    models.check_length(config, student.model, settings.max_model_length)
     if settings.cache.path is not None:
         manifest = Manifest.read(settings.cache.path)
         provenance.check(manifest, settings, tokenizer, models.vocabulary_of(config))
@@ -168,6 +169,7 @@ def _vocabulary(settings: Settings, tokenizer: Any) -> int:
         tokenizer, models.load_tokenizer(teacher.model, teacher.trust_remote_code), student.model, teacher.model
     )
     teacher_config = models.load_config(teacher.model, teacher.trust_remote_code)
+    models.check_length(teacher_config, teacher.model, settings.max_sequence)
     return models.shared_vocabulary(config, teacher_config, len(tokenizer))
 
 

@@ -108,7 +108,8 @@ def run_settings(settings: Settings) -> int:
             book.say(f"{len(run.train)} prompts, {run.steps} steps of {settings.rollouts_per_step} trajectories")
             if loaded:
                 book.say(f"resuming after step {first_step}")
-            if settings.eval.teacher and run.held_out and "teacher" not in book.evaluations:
+            wants_teacher = settings.eval.teacher and settings.generates and run.held_out
+            if wants_teacher and "teacher" not in book.evaluations:
                 book.evaluation("teacher", 0, teacher_evaluation(run, resources))
             add_teacher_references(run, resources, book.say)
             if settings.samples.when != "prefilter":

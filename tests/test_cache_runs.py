@@ -1,5 +1,7 @@
 """Building a cache and training from it, as a user does: real Ray, processes of their own, the bundled pair."""
 
+import itertools
+import json
 import os
 import random
 import shutil
@@ -11,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from onpolicy_skd import teacher_cache as caches
+from onpolicy_skd.data.demo_task import problems
 from onpolicy_skd.report.metrics import read
 
 ROOT = Path(__file__).parents[1]
@@ -109,3 +112,30 @@ def test_only_what_the_sample_filter_keeps_is_cached(tmp_path):
                      f"cache.path={tmp_path / 'cache'}")  # fmt: skip
     assert code == 2
     assert "samples.keep: 0.2 then, 0.4 now" in said
+
+
+def test_packed_text_is_distilled_with_a_teacher_and_from_a_cache(tmp_path):
+    """No rollout engine starts; the cache is of hidden states, so that the runs differ by rounding alone."""
+    rows = (json.dumps({"text": f"{p['question']}\n{p['answer']}"}) for p in itertools.islice(problems("train"), 400))
+    (tmp_path / "a.jsonl").write_text("\n".join(rows))
+    own = ["--config", str(ROOT / "configs" / "demo.yaml"), "mode=off_policy", "data.source=text", "run.steps=3",
+           f"data.train_file={tmp_path / 'a.jsonl'}", "data.sequence_length=64", "learner.batch_size=8",
+           "run.evaluate_every=0", f"run.dir={tmp_path}"]  # fmt: skip
+    code, said = run("train", *own, "run.name=online", "eval.divergence_prompts=8")
+    assert code == 0, said
+    assert "starting 1 x learner, 1 x teacher\n" in said
+    summary = json.loads((tmp_path / "online" / "summary.json").read_text())
+    assert summary["divergence_reference"]["after"] < summary["divergence_reference"]["before"]
+    assert summary["problems"] == 0
+    assert "held-out problems" not in (tmp_path / "online" / "report.md").read_text()
+    code, said = run("cache", "build", *own, f"cache.path={tmp_path / 'cache'}")
+    assert code == 0, said
+    for name, more in (("teacher", []), ("cache", [f"cache.path={tmp_path / 'cache'}"])):
+        code, said = run("train", *own, f"run.name={name}", *more)
+        assert code == 0, said
+    assert "starting 1 x learner\n" in said
+    losses = [
+        [r["loss"] for r in read(tmp_path / name / "metrics.jsonl") if "loss" in r] for name in ("teacher", "cache")
+    ]
+    assert len(losses[0]) == 3
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)

@@ -8,6 +8,7 @@ from conftest import VOCABULARY, make_trajectories, tiny_model
 from onpolicy_skd.lm_head import row_statistics
 from onpolicy_skd.models import (
     ModelError,
+    check_length,
     check_same_tokenizer,
     load_config,
     load_model,
@@ -139,3 +140,10 @@ def test_pruning_keeps_every_second_layer_and_everything_else(tmp_path):
     )
     assert prune(["--model", "bundled:demo_teacher", "--without", *"0123456789", "--out", str(tmp_path / "x")]) == 2
     assert prune(["--model", "bundled:none", "--out", str(tmp_path / "x")]) == 2
+
+
+def test_sequences_longer_than_a_model_knows_are_refused():
+    config = load_config("bundled:demo_student")
+    check_length(config, "demo", 512)
+    with pytest.raises(ModelError, match="knows 512 positions, a sequence may have 513 tokens; lower data"):
+        check_length(config, "demo", 513)

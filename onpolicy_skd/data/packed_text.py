@@ -27,11 +27,11 @@ SUFFIXES = (".jsonl", ".parquet", ".txt")
 
 
 class PackedText(Sequence[Prompt]):
-    """Samples of ``length`` tokens of the stream in ``file``; what is left at its end is not used."""
+    """Samples of ``length`` tokens of the stream ``tokens``; what is left at its end is not used."""
 
-    def __init__(self, name: str, file: Path, length: int, end_id: int, separate: bool) -> None:
+    def __init__(self, name: str, tokens: np.ndarray, length: int, end_id: int, separate: bool) -> None:
         self._name = name
-        self._tokens = np.memmap(file, dtype="<u4", mode="r")
+        self._tokens = tokens
         self._length = length
         self._end_id = end_id
         self._separate = separate
@@ -85,10 +85,10 @@ def pack(settings: DataSettings, tokenizer: Any, folder: Path, say: Callable[[st
     else:
         folder.mkdir(parents=True, exist_ok=True)
         _write(file, settings, tokenizer, source, say)
-    if file.stat().st_size // 4 < settings.sequence_length:
-        raise DataError(f"{name}: holds {file.stat().st_size // 4} tokens, less than data.sequence_length of them")
-    separate = settings.documents == "separate"
-    return PackedText(name, file, settings.sequence_length, tokenizer.eos_token_id, separate)
+    tokens, length = np.memmap(file, dtype="<u4", mode="r"), settings.sequence_length
+    if len(tokens) < length:
+        raise DataError(f"{name}: holds {len(tokens)} tokens, less than data.sequence_length={length}")
+    return PackedText(name, tokens, length, tokenizer.eos_token_id, settings.documents == "separate")
 
 
 def tokenizer_digest(tokenizer: Any) -> str:

@@ -66,7 +66,7 @@ def write(folder: Path, summary: dict[str, Any], settings: Settings) -> Path:
     """Writes all three files; returns the report's path."""
     write_text(folder / "summary.json", json.dumps(summary, indent=2) + "\n")
     steps = [r for r in metrics.read(folder / metrics.FILE) if "loss" in r]
-    evaluations = [r for r in metrics.read(folder / metrics.FILE) if r.get("event") == "evaluation" and "match" in r]
+    evaluations = [r for r in metrics.read(folder / metrics.FILE) if r.get("event") == "evaluation"]
     if steps:
         plot(folder / "curves.png", steps, evaluations, summary)
     write_text(folder / "report.md", _page(summary, settings, bool(steps)))
@@ -85,6 +85,8 @@ def _page(summary: dict[str, Any], settings: Settings, plotted: bool) -> str:
         f"| {percent(summary['strict_match'][when], summary['strict_match_interval'][when])} |"
         for when, name in (("before", "student before"), ("after", "student after"), ("teacher", "teacher"))
     )
+    heading = f"| {summary['problems']} held-out problems | exact match (95 % interval) | strict rule |"
+    table = f"\n{heading}\n|---|---|---|\n{rows}\n" if summary["problems"] else ""
     held_out = "".join(
         f"\nHeld-out {settings.alignment.divergence} per token of {what}: {summary[key]['before']:.4f} nats before, "
         f"{summary[key]['after']:.4f} after.\n"
@@ -97,11 +99,7 @@ Student `{settings.student.model}`, teacher `{settings.teacher.model}`; {summary
 {summary["seconds"]:.0f} s, seed {summary["seed"]}. Positions: {settings.positions.policy} by
 {settings.positions.metric}, k = {settings.positions.k:g}. Samples: l = {settings.samples.keep:g}
 ({settings.samples.when}). Status: {summary["status"]}.
-
-| {summary["problems"]} held-out problems | exact match (95 % interval) | strict rule |
-|---|---|---|
-{rows}
-{held_out}
+{table}{held_out}
 {"![curves](curves.png)" if plotted else "No optimizer step was made."}
 
 Every step is in `metrics.jsonl`, every setting in `config.yaml`, every judged answer in `evaluations/`.
@@ -127,10 +125,26 @@ def plot(path: Path, steps: list[dict], evaluations: list[dict], summary: dict[s
             axis.legend(frameon=False)
         axis.set_title(title, loc="left", fontsize=10)
     axes[0, 0].set_ylim(bottom=0)
-    axis = axes[0, 1]
+    _plot_evaluations(axes[0, 1], evaluations, summary)
+    for axis in axes.flat:
+        axis.set_xlabel("step", fontsize=9)
+        axis.grid(alpha=0.25)
+        axis.spines[["top", "right"]].set_visible(False)
+    beside = path.with_name(f".{path.name}")
+    figure.savefig(beside, dpi=120, format="png")
+    beside.replace(path)
+
+
+def _plot_evaluations(axis: Any, evaluations: list[dict], summary: dict[str, Any]) -> None:
+    """Exact match; where nothing was answered, the divergence."""
+    at = [r["step"] for r in evaluations]
+    if evaluations and "match" not in evaluations[0]:
+        axis.set_title("divergence on held-out text, nats per token", loc="left", fontsize=10)
+        axis.plot(at, [r["divergence_reference"] for r in evaluations], marker="o", linewidth=1.2)
+        axis.set_ylim(bottom=0)
+        return
     axis.set_title("exact match on held-out problems, %", loc="left", fontsize=10)
     if evaluations:
-        at = [r["step"] for r in evaluations]
         share = [100 * r["match"]["share"] for r in evaluations]
         low, high = zip(*(r["match"]["interval"] for r in evaluations), strict=True)
         errors = [
@@ -143,10 +157,3 @@ def plot(path: Path, steps: list[dict], evaluations: list[dict], summary: dict[s
     if axis.get_legend_handles_labels()[0]:
         axis.legend(frameon=False, loc="lower right")
     axis.set_ylim(0, 100)
-    for axis in axes.flat:
-        axis.set_xlabel("step", fontsize=9)
-        axis.grid(alpha=0.25)
-        axis.spines[["top", "right"]].set_visible(False)
-    beside = path.with_name(f".{path.name}")
-    figure.savefig(beside, dpi=120, format="png")
-    beside.replace(path)

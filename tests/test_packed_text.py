@@ -1,0 +1,244 @@
+"""General text: what is packed, from which files, and that documents stay apart."""
+
+import json
+import subprocess
+import sys
+import textwrap
+
+import numpy as np
+import pyarrow
+import pytest
+import torch
+from conftest import VOCABULARY, tiny_model, tiny_settings
+from hypothesis import given
+from hypothesis import strategies as st
+from pyarrow import parquet
+
+from onpolicy_skd import models
+from onpolicy_skd.command_line import resolve
+from onpolicy_skd.config import ConfigError
+from onpolicy_skd.data.packed_text import PackedText, pack
+from onpolicy_skd.data.prompts import DataError
+from onpolicy_skd.models import load_tokenizer, split
+from onpolicy_skd.prepare import prepare
+from onpolicy_skd.references import of_text
+from onpolicy_skd.trajectory import Trajectory, collate
+
+TEXTS = ["Tom has 3 red apples.", "  \n", "Ann buys 12 pens and gives 5 away.", "One <|end|> two.", "x" * 300]
+FAMILIES = ("qwen3", "llama", "gpt_neox")
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return load_tokenizer("bundled:demo_student")
+
+
+def text_settings(file=None, **data):
+    own = {"source": "text", "sequence_length": 16, **({"train_file": file} if file else {}), **data}
+    return tiny_settings(mode="off_policy", data=own)
+
+
+def write_all(folder):
+    """The same documents in every format."""
+    rows = [{"id": i, "text": t} for i, t in enumerate(TEXTS)]
+    (folder / "a.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    parquet.write_table(pyarrow.Table.from_pylist(rows), folder / "a.parquet")
+    for i, t in enumerate(TEXTS):
+        (folder / "txt").mkdir(exist_ok=True)
+        (folder / "txt" / f"{i}.txt").write_text(t)
+    (folder / "hub").mkdir()
+    (folder / "hub" / "train.jsonl").write_text((folder / "a.jsonl").read_text())
+
+
+def tokens_of(text):
+    return np.concatenate([np.asarray(p.token_ids) for p in text])
+
+
+@pytest.mark.parametrize("where", ["a.jsonl", "a.parquet", "txt", "hub"])
+def test_every_source_gives_the_same_stream(where, tmp_path, tokenizer):
+    write_all(tmp_path)
+    data = {"name": str(tmp_path / "hub")} if where == "hub" else {"train_file": tmp_path / where}
+    text = pack(text_settings(**data).data, tokenizer, tmp_path / "packed", lambda _: None)
+    end = tokenizer.eos_token_id
+    expected = [end]
+    for document in (TEXTS[0], *TEXTS[2:]):  # blank ones are left out
+        expected += [*tokenizer(document, add_special_tokens=False, split_special_tokens=True)["input_ids"], end]
+    assert tokens_of(text).tolist() == expected[: len(expected) // 16 * 16]
+    assert expected.count(end) == 5  # what a document spells out is no end of it
+
+
+def test_packed_once_and_reused_until_something_changes(tmp_path, tokenizer):
+    write_all(tmp_path)
+    said = []
+    for settings in (text_settings(tmp_path / "a.jsonl"), text_settings(tmp_path / "a.jsonl", sequence_length=8)):
+        pack(settings.data, tokenizer, tmp_path / "packed", said.append)
+    assert "reused" in said[-1]
+    assert len(list((tmp_path / "packed").glob("*.tokens"))) == 1
+    with (tmp_path / "a.jsonl").open("a") as file:
+        file.write(json.dumps({"text": "More."}) + "\n")
+    pack(text_settings(tmp_path / "a.jsonl").data, tokenizer, tmp_path / "packed", said.append)
+    assert len(list((tmp_path / "packed").glob("*.tokens"))) == 2
+
+
+def test_a_token_budget_ends_the_text(tmp_path, tokenizer):
+    write_all(tmp_path)
+    said = []
+    assert len(pack(text_settings(tmp_path / "a.jsonl", tokens=70).data, tokenizer, tmp_path / "p", said.append)) == 4
+    pack(text_settings(tmp_path / "a.jsonl", tokens=10**6).data, tokenizer, tmp_path / "p", said.append)
+    assert any("data.tokens=1000000, but there are only" in line for line in said)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "match"),
+    [
+        ("a.jsonl", '{"id": 1}\n', r"a.jsonl row 1: column 'text' is missing or not text; this row has 'id'"),
+        ("a.jsonl", '{"text": "x"}\n{"text": 3}\n', r"a.jsonl row 2: column 'text' is missing or not text"),
+        ("a.jsonl", "nonsense\n", r"a.jsonl line 1: not JSON"),
+        ("a.parquet", "nonsense", r"a.parquet: not a readable parquet file"),
+        ("a.txt", b"\xff\xfe\xff", r"a.txt: cannot be read as UTF-8 text"),
+        ("a.txt", "short", r"a.txt: holds \d+ tokens, less than data.sequence_length"),
+        ("a.csv", "x", r"no text there; accepted: a .jsonl, .parquet, .txt file or a folder of them"),
+        ("none.txt", None, r"no text there"),
+    ],
+)
+def test_bad_text_is_refused_by_file_and_row(name, content, match, tmp_path, tokenizer):
+    if content is not None:
+        (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(DataError, match=match):
+        pack(text_settings(tmp_path / name).data, tokenizer, tmp_path / "packed", lambda _: None)
+    assert not list((tmp_path / "packed").glob("*.tokens")) or "less than" in match
+
+
+@pytest.mark.parametrize(
+    ("sections", "match"),
+    [
+        ({"data": {"source": "text"}}, "data.source=text needs that"),
+        ({"data": {"source": "text", "name": "a", "train_file": "b"}}, "one of them"),
+        ({"mode": "on_policy"}, "accepted with mode=off_policy only, not on_policy"),
+        ({"references": {"supervise": "all"}}, "packed text is its own reference"),
+        ({"samples": {"keep": 0.5, "when": "prefilter", "prefilter_text": "rollout"}}, "nothing is rolled out"),
+        ({"data": {"source": "demo", "sequence_length": 9}}, "data.sequence_length=9: accepted with data.source=text"),
+        ({"data": {"source": "text", "name": "a", "sequence_length": 9_999}}, "data.sequence_length = 9999 tokens"),
+    ],
+)
+def test_impossible_settings_of_text_are_refused(sections, match):
+    tree = {"mode": "off_policy", "data": {"source": "text", "name": "some"}, **sections}
+    with pytest.raises(ConfigError, match=match):
+        resolve(tree)
+
+
+# -- documents stay apart ------------------------------------------------------------------------------------------
+
+
+@given(st.lists(st.integers(0, 3), min_size=32, max_size=32), st.integers(4, 16))
+def test_a_document_starts_at_the_token_that_ended_the_one_before(tokens, length):
+    text = PackedText("t", np.array(tokens, "<u4"), length, 0, separate=True)
+    assert len(text) == 32 // length
+    for sample in text:
+        expected = [i for i, token in enumerate(sample.token_ids) if token == 0 and i > 0]
+        assert sample.documents.tolist() == expected
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_packed_documents_are_computed_as_if_each_were_alone(family, attention):
+    model = tiny_model(family, tied=False)
+    model.set_attn_implementation(attention)
+    own, draw = split(model, VOCABULARY), np.random.default_rng(0)
+    pieces = [draw.integers(2, VOCABULARY, n) for n in (5, 1, 9, 4)]
+    packed = of_pieces("a", pieces)
+    other = of_pieces("b", [draw.integers(2, VOCABULARY, 30)])  # longer, and of one document: padding beside it
+    for side in ("right", "left"):
+        together = own.hidden(collate([packed, other], 0, padding_side=side)).split([18, 29])[0]
+        assert collate([packed, other], 0, padding_side=side).attention_mask.shape == (2, 1, 30, 30)
+        alone = [model.base_model(input_ids=torch.as_tensor(p)[None]).last_hidden_state[0] for p in pieces]
+        torch.testing.assert_close(together, torch.cat(alone)[:-1], rtol=1e-4, atol=1e-5)
+    models.check_documents(own, 0)
+
+
+def of_pieces(key, pieces):
+    ids = np.concatenate(pieces)
+    starts = np.cumsum([len(p) for p in pieces])[:-1]
+    return Trajectory(key, ids[:1], ids[1:], np.zeros(len(ids) - 1, np.float32), "stop", None, documents=starts)
+
+
+def test_joined_documents_are_read_as_one_text(tmp_path, tokenizer):
+    write_all(tmp_path)
+    found = {}
+    for documents in ("separate", "joined"):
+        settings = text_settings(tmp_path / "a.jsonl", documents=documents, sequence_length=32)
+        sample = pack(settings.data, tokenizer, tmp_path / "packed", lambda _: None)[0]
+        found[documents] = collate([of_text(sample, "a")], 0)
+    assert found["joined"].attention_mask.ndim == 2
+    assert found["joined"].position_ids[0].tolist() == list(range(32))
+    assert found["separate"].position_ids.max() < 31
+
+
+def test_a_model_that_looks_across_documents_is_refused():
+    own = split(tiny_model("qwen3", False), VOCABULARY)
+    layer = own.model.base_model.layers[1]
+    forward = layer.forward
+
+    def smearing(hidden, *arguments, **options):
+        return forward(hidden, *arguments, **options) + hidden.cumsum(1)
+
+    layer.forward = smearing
+    with pytest.raises(models.ModelError, match="does not keep packed documents apart"):
+        models.check_documents(own, 0)
+    own.model.config._attn_implementation = "flash_attention_2"
+    with pytest.raises(models.ModelError, match="takes no mask of documents"):
+        models.check_documents(own, 0)
+
+
+# -- runs ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_run_trains_on_the_text_and_holds_out_its_end(tmp_path, tokenizer):
+    write_all(tmp_path)
+    settings = tiny_settings(
+        mode="off_policy", data={"source": "text", "train_file": tmp_path / "a.jsonl", "sequence_length": 8},
+        run={"dir": tmp_path}, eval={"divergence_prompts": 3}, learner={"batch_size": 4},
+    )  # fmt: skip
+    run = prepare(settings, lambda _: None)
+    whole = pack(settings.data, tokenizer, tmp_path / "text", lambda _: None)
+    assert [p.key for p in run.held_out] == [p.key for p in whole[len(whole) - 3 :]]
+    assert len(run.train) == len(whole) - 3
+    step = run.references(run.train, 0)
+    assert len(step) == 4
+    for t in step:
+        assert t.policy_version is None
+        assert len(t.response_ids) == 7
+        number = int(t.prompt_key.rpartition("#")[2]) - 1
+        assert [*t.prompt_ids, *t.response_ids] == run.train[number].token_ids
+    assert not run.samples_student
+    with pytest.raises(ConfigError, match=r"eval\.divergence_prompts=500: so many samples are held out"):
+        prepare(settings.model_copy(update={"eval": settings.eval.model_copy(update={"divergence_prompts": 500})}))
+
+
+def test_a_million_tokens_stream_through_in_constant_memory(tmp_path):
+    """Peak memory of packing and reading 1M tokens is within a few MiB of that for a tenth."""
+    script = textwrap.dedent("""
+        import json, resource, sys
+        from pathlib import Path
+        from onpolicy_skd.command_line import resolve
+        from onpolicy_skd.data.packed_text import pack
+        from onpolicy_skd.models import load_tokenizer
+        from onpolicy_skd.references import of_text
+        folder, tokens = Path(sys.argv[1]), int(sys.argv[2])
+        data = resolve({"mode": "off_policy", "data": {"source": "text", "train_file": folder / "a.jsonl",
+                        "tokens": tokens}}).data
+        text = pack(data, load_tokenizer("bundled:demo_student"), folder / "packed", lambda _: None)
+        seen = sum(len(of_text(p, p.key).response_ids) for p in text)
+        print(seen, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+    """)
+    line = json.dumps({"text": "Ann has 12 pens and Tom has 7 more than she does, which makes 19 pens in all. " * 40})
+    (tmp_path / "a.jsonl").write_text((line + "\n") * 3_000)
+
+    def peak(tokens):
+        command = [sys.executable, "-c", script, str(tmp_path), str(tokens)]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        seen, mebibytes = done.stdout.split()
+        assert int(seen) == tokens // 512 * 511
+        return float(mebibytes)
+
+    assert peak(1_000_000) - peak(100_000) < 24  # the mapped file itself is 3.8 MiB
