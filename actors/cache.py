@@ -11,11 +11,12 @@ from typing import Any
 import ray
 from torch import Tensor
 
-from actors.cluster import Resources, wait_ready
+from actors.cluster import Resources, located, wait_ready
 from actors.learner import LearnerActor
 from actors.teacher import TeacherActor
 from actors.transport import unpack
 from onpolicy_skd.config import Settings
+from onpolicy_skd.selection.samples import TEACHER_METRICS
 from onpolicy_skd.teacher_cache import Shard
 from onpolicy_skd.trajectory import Trajectory
 
@@ -29,7 +30,7 @@ class CacheBuilders:
     def __init__(
         self, settings: Settings, resources: Resources, vocabulary: int, pad_id: int, say: Callable[[str], None] = print
     ) -> None:
-        self._settings = settings
+        self._settings = located(settings)
         self._resources = resources
         self._vocabulary = vocabulary
         self._pad_id = pad_id
@@ -43,8 +44,8 @@ class CacheBuilders:
         for actor in self._started:
             ray.kill(actor)
 
-    @property
     def _actors(self) -> list[Any]:
+        """The teachers, which the first call starts."""
         if not self._started:
             role = self._resources.teacher
             self._say(f"starting {role.count} x {role.name}")
@@ -56,8 +57,11 @@ class CacheBuilders:
     @contextmanager
     def ranking(self) -> Iterator[Callable[[Sequence[Trajectory]], list[float]]]:
         """A function that scores samples by the initial student, in a learner that is gone afterwards."""
+        settings, teacher = self._settings, None
+        if settings.samples.metric in TEACHER_METRICS:
+            teacher = self._actors()[0]
         learner: Any = LearnerActor.options(**self._resources.learner.options()).remote(
-            self._settings, self._vocabulary, 1, self._actors[0]
+            settings, self._vocabulary, 1, teacher, ranks_only=True
         )
         try:
             wait_ready([learner], self._say)
@@ -67,7 +71,7 @@ class CacheBuilders:
 
     def head(self) -> Tensor:
         """The teacher's LM head ``[V, G]``."""
-        packed: Any = ray.get(self._actors[0].head.remote())
+        packed: Any = ray.get(self._actors()[0].head.remote())
         return unpack(packed)
 
     def write(self, folder: Path, work: Iterable[Work]) -> Iterator[tuple[int, Shard]]:
@@ -78,7 +82,7 @@ class CacheBuilders:
         if first is None:
             return
         left = itertools.chain([first], left)
-        free = [actor for _ in range(AHEAD) for actor in self._actors]
+        free = [actor for _ in range(AHEAD) for actor in self._actors()]
         while True:
             while free and (item := next(left, None)) is not None:
                 actor, (number, trajectories) = free.pop(), item

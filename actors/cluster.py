@@ -96,7 +96,7 @@ def plan(settings: Settings, available_gpus: float, counts: Counts | None = None
         terms = " + ".join(f"{r.name} {r.count} x {r.gpus:g}" for r in resources.roles if r.count)
         raise ClusterError(
             f"the run asks for {needed:g} GPUs ({terms}) but the cluster has {available_gpus:g}; use fewer "
-            "(cluster.learner_gpus, cluster.teacher_gpus, cluster.rollout_gpus, rollout.actors, "
+            "(cluster.learner_gpus, cluster.teacher_gpus, cluster.rollout_gpus, rollout.actors, cache.builders, "
             "teacher.placement=learner) or run.device=cpu"
         )
     return resources
@@ -108,7 +108,7 @@ def check_cpus(resources: Resources, available_cpus: float) -> None:
     if count * CPUS_PER_ROLE > available_cpus:
         raise ClusterError(
             f"the run's {count} actors ask for {count} x {CPUS_PER_ROLE:g} = {count * CPUS_PER_ROLE:g} CPUs but the "
-            f"cluster has {available_cpus:g}; lower rollout.actors"
+            f"cluster has {available_cpus:g}; lower rollout.actors or cache.builders"
         )
 
 
@@ -149,6 +149,18 @@ def wait_ready(actors: Sequence[Any], say: Callable[[str], None] = print) -> Non
                 f"waiting for {len(waiting)} of {len(actors)} actors: loading, or no room on any one node (free now: "
                 f"{free.get('GPU', 0):g} GPUs, {free.get('CPU', 0):g} CPUs)"
             )
+
+
+def located(settings: Settings) -> Settings:
+    """``settings`` for actors, whose working directory is another one: paths that exist here become absolute."""
+    changed: dict[str, Any] = {}
+    for section, name in (("student", "model"), ("teacher", "model"), ("cache", "path")):
+        group = getattr(settings, section)
+        value = getattr(group, name)
+        if value is not None and Path(value).exists():
+            path = Path(value).absolute()
+            changed[section] = group.model_copy(update={name: path if name == "path" else str(path)})
+    return settings.model_copy(update=changed)
 
 
 @contextmanager

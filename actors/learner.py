@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import resource
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,10 +17,10 @@ from actors.cluster import Refusal
 from actors.teacher import RemoteTeacher, build_teacher
 from actors.transport import Packed, pack_named
 from onpolicy_skd import checkpoint
-from onpolicy_skd.config import Settings
+from onpolicy_skd.config import AlignmentSettings, Settings
 from onpolicy_skd.learner import Learner
 from onpolicy_skd.models import check_documents, load_model, load_tokenizer, pick_device, pick_dtype, split
-from onpolicy_skd.teacher import TeacherRows
+from onpolicy_skd.teacher import NoTeacher, TeacherRows
 from onpolicy_skd.teacher_cache import open_teacher
 from onpolicy_skd.trajectory import FilterReport, Trajectory
 
@@ -27,11 +29,21 @@ from onpolicy_skd.trajectory import FilterReport, Trajectory
 class LearnerActor:
     """Owns the student, and the teacher too with ``teacher.placement=learner`` or a cache of its outputs."""
 
-    def __init__(self, settings: Settings, vocabulary: int, steps: int, teacher: ActorHandle | None = None) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        vocabulary: int,
+        steps: int,
+        teacher: ActorHandle | None = None,
+        ranks_only: bool = False,
+    ) -> None:
+        """``ranks_only``: only ``rank`` will be called, which may need no teacher."""
         with Refusal() as self._refusal:
-            self._start(settings, vocabulary, steps, teacher)
+            self._start(settings, vocabulary, steps, teacher, ranks_only)
 
-    def _start(self, settings: Settings, vocabulary: int, steps: int, teacher: ActorHandle | None) -> None:
+    def _start(
+        self, settings: Settings, vocabulary: int, steps: int, teacher: ActorHandle | None, ranks_only: bool
+    ) -> None:
         own = settings.student
         device = pick_device(settings.run.device)
         if device == "cpu":  # one core is left to the teacher, which works at the same time
@@ -42,11 +54,18 @@ class LearnerActor:
         model = load_model(own.model, torch.float32, device, own.trust_remote_code)
         student = split(model, vocabulary)
         if settings.data.source == "text" and settings.data.documents == "separate":
-            check_documents(student, pad_id)
-        if settings.cache.path is not None:
-            self._teacher: TeacherRows = open_teacher(settings, device)
+            check_documents(student, pad_id, settings.data.sequence_length)
+        if ranks_only:  # no variant of the loss, which may ask for the teacher's head at once
+            settings = settings.model_copy(update={"alignment": AlignmentSettings()})
+        self._teacher: TeacherRows
+        if teacher is not None:
+            self._teacher = RemoteTeacher(teacher, device)
+        elif ranks_only:
+            self._teacher = NoTeacher()
+        elif settings.cache.path is not None:
+            self._teacher = open_teacher(settings, device)
         else:
-            self._teacher = RemoteTeacher(teacher, device) if teacher else build_teacher(settings, vocabulary, pad_id)
+            self._teacher = build_teacher(settings, vocabulary, pad_id)
         self._learner = Learner(student, self._teacher, settings, pad_id, steps)
 
     def ready(self) -> None:
@@ -62,7 +81,7 @@ class LearnerActor:
     def step(self, trajectories: Sequence[Trajectory], encoded: list[ray.ObjectRef]) -> dict[str, float]:
         self._expect(trajectories, encoded)
         try:
-            return self._learner.step(trajectories)
+            return self._learner.step(trajectories) | {"learner_memory_mib": peak_memory_mib()}
         finally:
             self._release(trajectories)
 
@@ -100,3 +119,10 @@ class LearnerActor:
     def _release(self, trajectories: Sequence[Trajectory]) -> None:
         if not isinstance(self._teacher, RemoteTeacher):
             self._teacher.release([t.key for t in trajectories])
+
+
+def peak_memory_mib() -> float:
+    """Most memory that this process ever had: of the GPU where there is one, else of the machine."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)

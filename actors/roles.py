@@ -8,7 +8,7 @@ from typing import Any
 
 import ray
 
-from actors.cluster import Resources, wait_ready
+from actors.cluster import Resources, located, wait_ready
 from actors.learner import LearnerActor
 from actors.rollout import RolloutGroup
 from actors.sync import ObjectStoreSync
@@ -27,6 +27,7 @@ class Roles:
     """
 
     def __init__(self, settings: Settings, resources: Resources, vocabulary: int, pad_id: int, steps: int) -> None:
+        settings = located(settings)
         own = settings.student
         self._vocabulary = vocabulary
         self.rollouts = RolloutGroup(own.model, settings, resources, resources.rollout.count, own.trust_remote_code)

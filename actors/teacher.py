@@ -24,7 +24,7 @@ def build_teacher(settings: Settings, vocabulary: int, pad_id: int) -> Teacher:
     model = load_model(own.model, pick_dtype(own.dtype, device), device, own.trust_remote_code)
     found = split(model, vocabulary)
     if settings.data.source == "text" and settings.data.documents == "separate":
-        check_documents(found, pad_id)
+        check_documents(found, pad_id, settings.data.sequence_length)
     return Teacher(
         found,
         own.tokens_per_batch,

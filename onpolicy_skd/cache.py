@@ -6,6 +6,7 @@ after a kill, and ends with the same bytes.
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
 import sys
@@ -26,30 +27,36 @@ from onpolicy_skd.config import ConfigError, Settings
 from onpolicy_skd.prepare import Run, prepare
 from onpolicy_skd.teacher_cache import CacheError, Layout, Manifest, Shard
 from onpolicy_skd.train import EXIT_CONFIG, EXIT_FAILED, EXIT_OK, cause_of
-from onpolicy_skd.training_set import add_teacher_references, engine, selected_prompts
+from onpolicy_skd.training_set import Say, add_teacher_references, engine, selected_prompts
 from onpolicy_skd.trajectory import Prompt, Trajectory
 
+say_now = functools.partial(print, flush=True)
 USAGE = "usage: python -m onpolicy_skd.cache build --config FILE [a.b=value ...] | info DIR | verify DIR"
 
 
-def build(settings: Settings, say: Callable[[str], None] = print) -> None:
+def build(settings: Settings, say: Say = say_now) -> None:
     """From prompts to a complete cache in ``cache.path``.  Raises ConfigError."""
     folder = settings.cache.path
     if folder is None:
         raise ConfigError("cache.path: needed to build a cache; give the folder it shall have")
     if (folder / caches.MANIFEST).exists():
+        if (folder / caches.PLAN).exists():
+            caches.clean(folder)
         raise ConfigError(f"cache.path={folder}: already holds a cache; give another folder, or remove it")
     teaching = settings.model_copy(update={"cache": settings.cache.model_copy(update={"path": None})})
-    run = prepare(teaching, say)
-    ranks = settings.samples.when == "prefilter"
-    with connect(teaching, Counts(int(ranks), settings.cache.builders, 0)) as resources, ExitStack() as stack:
+    ranks, own = settings.samples.when == "prefilter", settings.samples
+    rolls = ranks and own.prefilter_text == "rollout"
+    run = prepare(teaching, say, generates=rolls or settings.references.source == "teacher")
+    # What is there at the same time: a ranking learner asks a builder where the metric needs a teacher.
+    counts = Counts(int(ranks), settings.cache.builders, int(rolls))
+    with caches.locked(folder), connect(teaching, counts) as resources, ExitStack() as stack:
         add_teacher_references(run, resources, say)
         pad_id = run.tokenizer.pad_token_id
         builders = stack.enter_context(CacheBuilders(teaching, resources, run.vocabulary, pad_id, say))
         write(run, Samples(run, selected(run, resources, builders, say)), builders, folder, say)
 
 
-def selected(run: Run, resources: Resources, builders: CacheBuilders, say: Callable[[str], None]) -> Sequence[Prompt]:
+def selected(run: Run, resources: Resources, builders: CacheBuilders, say: Say) -> Sequence[Prompt]:
     """The prompts to cache; what scores them is started when the first score is missing on disk."""
     with ExitStack() as stack:
         rank: list[Callable[[Sequence[Trajectory]], list[float]]] = []
@@ -88,7 +95,7 @@ class Samples:
         return found[part.start - self._first[first] :][: len(part)]
 
 
-def write(run: Run, samples: Samples, builders: CacheBuilders, folder: Path, say: Callable[[str], None]) -> None:
+def write(run: Run, samples: Samples, builders: CacheBuilders, folder: Path, say: Say) -> None:
     """Writes what is missing of the cache of ``samples``.  Raises CacheError if ``folder`` holds part of another."""
     cut = caches.cut(samples.positions, run.settings.cache.positions_per_shard)
     layout = Layout.of(run.settings, run.vocabulary)
@@ -113,20 +120,19 @@ def write(run: Run, samples: Samples, builders: CacheBuilders, folder: Path, say
     info(folder, say)
 
 
-def _open_folder(folder: Path, plan: Manifest, say: Callable[[str], None]) -> None:
+def _open_folder(folder: Path, plan: Manifest, say: Say) -> None:
     if not (folder / caches.PLAN).exists():
-        folder.mkdir(parents=True, exist_ok=True)
         plan.write(folder, caches.PLAN)
         return
     begun = Manifest.read(folder, caches.PLAN)
-    if begun != plan:
+    if not provenance.same_outputs(begun, plan):
         raise CacheError(
             f"cache.path={folder}: holds part of another cache ({provenance.differing(begun, plan)}); build with its "
             "settings, give another folder, or remove it"
         )
 
 
-def info(folder: Path, say: Callable[[str], None] = print) -> None:
+def info(folder: Path, say: Say = say_now) -> None:
     """Says what a cache holds and what it was made from.  Raises CacheError."""
     found = Manifest.read(folder)
     size, information = sum(s.bytes for s in found.shards), found.information_bits / 8
@@ -136,7 +142,7 @@ def info(folder: Path, say: Callable[[str], None] = print) -> None:
     say(json.dumps({"layout": found.layout.described(), "made_from": found.made_from}, indent=2))
 
 
-def verify(folder: Path, say: Callable[[str], None] = print) -> bool:
+def verify(folder: Path, say: Say = say_now) -> bool:
     """Compares every file with its checksum; returns whether all are good."""
     problems = [problem for _, problem in caches.verify(folder)]
     for problem in filter(None, problems):

@@ -11,6 +11,7 @@ import json
 import logging
 import os
 import shutil
+import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -94,10 +95,15 @@ def newest(folder: Path) -> Checkpoint | None:
 
 def write_text(path: Path, text: str) -> None:
     """Replaces ``path`` by ``text``, atomically and durably."""
-    beside = path.with_name(f".{path.name}.tmp")
+    beside = beside_of(path)
     beside.write_text(text, encoding="utf-8")
     sync(beside)
     beside.replace(path)
+
+
+def beside_of(path: Path) -> Path:
+    """A name next to ``path`` that no other process uses, to write to before renaming."""
+    return path.with_name(f".{path.name}.{os.getpid()}-{uuid.uuid4().hex[:8]}.tmp")
 
 
 def sha256(path: Path) -> str:

@@ -155,8 +155,10 @@ def _text(settings: Settings) -> str | None:
         return f"data.source=text: asks for no response; accepted with mode=off_policy only, not {settings.mode}"
     if settings.references != type(settings.references)():
         return "references.*: packed text is its own reference; not accepted with data.source=text"
-    if settings.samples.when == "prefilter" and settings.samples.prefilter_text == "rollout":
-        return "samples.prefilter_text=rollout: nothing is rolled out with data.source=text; accepted: prompt+answer"
+    if settings.samples.prefilter_text != type(settings.samples)().prefilter_text:
+        return "samples.prefilter_text: whole samples are scored with data.source=text; leave it out"
+    if settings.data.train_problems is not None:
+        return "data.train_problems: text has tokens, not problems; use data.tokens"
     return None
 
 

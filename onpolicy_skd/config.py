@@ -107,7 +107,9 @@ class DataSettings(Section):
     answer_column: str = Field(default="answer", description="column that holds the reference answer")
     text_column: str = Field(default="text", description="text: column that holds a document")
     sequence_length: Annotated[int, Field(ge=2)] = Field(default=512, description="text: tokens of one sample")
-    tokens: Positive | None = Field(default=None, description="text: token budget of the training set; empty: all")
+    tokens: Positive | None = Field(
+        default=None, description="text: token budget, held-out samples included; empty: all"
+    )
     documents: Literal["separate", "joined"] = Field(
         default="separate",
         description="text: attention and positions start anew at each document; joined: they run on, as published",

@@ -155,7 +155,7 @@ class SplitModel:
         """``[N, H]``: last hidden states, after the final norm, at the eligible positions."""
         mask = batch.attention_mask
         if mask.ndim == 4:
-            mask = _checked(mask, self.model)
+            mask = _mask_for(self.model, mask)
         out = self.trunk(
             input_ids=batch.input_ids,
             attention_mask=mask,
@@ -165,7 +165,7 @@ class SplitModel:
         return batch.eligible(out.last_hidden_state)
 
 
-def _checked(mask_B1LL: Tensor, model: Any) -> Tensor:
+def _mask_for(model: Any, mask_B1LL: Tensor) -> Tensor:
     """A mask of documents in the form that ``model``'s attention takes.  Raises ModelError if it takes none."""
     kind = model.config._attn_implementation
     if kind == "sdpa":
@@ -180,8 +180,17 @@ def _checked(mask_B1LL: Tensor, model: Any) -> Tensor:
 
 
 @torch.no_grad()
-def check_documents(split_model: SplitModel, pad_id: int) -> None:
-    """Raises ModelError unless packed documents are kept apart; layers that look back in other ways do not do so."""
+def check_documents(split_model: SplitModel, pad_id: int, longest: int) -> None:
+    """Raises ModelError unless packed documents are kept apart, in samples of up to ``longest`` tokens."""
+    config = split_model.model.config.get_text_config()
+    windowed = getattr(config, "use_sliding_window", True)
+    window = getattr(config, "attention_chunk_size", None) or (windowed and getattr(config, "sliding_window", None))
+    if window and window < longest:
+        raise ModelError(
+            f"{type(split_model.model).__name__}: its attention reaches {window} tokens back, which a mask of "
+            f"documents would override in samples of {longest}; accepted with data.documents=joined, or a shorter "
+            "data.sequence_length"
+        )
     documents = [np.arange(1, 6) % split_model.vocabulary, np.arange(3, 11) % split_model.vocabulary]
 
     def hidden(ids: np.ndarray, starts: list[int]) -> Tensor:

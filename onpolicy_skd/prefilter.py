@@ -94,5 +94,8 @@ def fingerprint(settings: Settings, prompts: Sequence[Prompt]) -> str:
     if own.prefilter_text == "rollout" or own.metric == "random":
         digest.update(json.dumps([settings.run.seed, settings.rollout.model_dump(mode="json")]).encode())
     for prompt in prompts:
-        digest.update(json.dumps([prompt.key, prompt.token_ids, prompt.answer]).encode())
+        parts = [prompt.key, prompt.token_ids, prompt.answer]
+        if prompt.documents is not None:
+            parts.append(prompt.documents.tolist())
+        digest.update(json.dumps(parts).encode())
     return digest.hexdigest()[:24]

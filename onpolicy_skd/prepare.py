@@ -25,7 +25,7 @@ from onpolicy_skd.trajectory import Prompt, RolloutRequest, Sampling, Trajectory
 
 # Settings that may change when a run is resumed: they do not touch what is trained.
 RESUMABLE = ("resume", "run.dir", "run.name", "run.evaluate_every", "run.checkpoint_every", "run.keep_checkpoints",
-             "run.tensorboard", "eval.", "cluster.")  # fmt: skip
+             "run.tensorboard", "eval.", "cluster.", "cache.builders", "cache.positions_per_shard")  # fmt: skip
 
 
 @dataclass
@@ -66,6 +66,13 @@ class Run:
     def samples_student(self) -> bool:
         """Whether the student generates anything in training."""
         return self.settings.own_per_step > 0
+
+    @property
+    def knows_its_texts(self) -> bool:
+        """Whether data and settings alone say what is trained on, before a model has answered or scored anything."""
+        own = self.settings
+        answered = own.mode != "on_policy" and own.references.source == "teacher"
+        return own.samples.when != "prefilter" and not answered
 
     def requests(self, prompts: Sequence[Prompt], step: int) -> list[RolloutRequest]:
         """The rollouts of ``step``: its first prompts, ``rollout.n`` times each, a seed for each."""
@@ -112,10 +119,8 @@ class Run:
         cache = TeacherCache(path)
         for trajectory in self.every_reference(prompts):
             if not cache.holds(trajectory):
-                raise CacheError(
-                    f"cache.path={path}: {trajectory.key} is not in it. "
-                    + provenance.other_texts(cache.manifest, self.settings)
-                )
+                why = provenance.other_texts(cache.manifest, self.settings)
+                raise CacheError(f"cache.path={path}: {trajectory.key} is not in it. {why}")
 
     @property
     def _rolled_out(self) -> int:
@@ -129,9 +134,12 @@ class Run:
         )
 
 
-def prepare(settings: Settings, say: Callable[[str], None] = print) -> Run:
-    """Loads data and tokenizers and checks that they fit.  Raises ConfigError (or one of its kinds)."""
-    if settings.rollout.engine == "vllm" and settings.generates:
+def prepare(settings: Settings, say: Callable[[str], None] = print, generates: bool = True) -> Run:
+    """Loads data and tokenizers and checks that they fit; ``generates``: whether a rollout engine may be needed.
+
+    Raises ConfigError (or one of its kinds).
+    """
+    if settings.rollout.engine == "vllm" and settings.generates and generates:
         from onpolicy_skd.vllm_engine import require_vllm
 
         require_vllm()

@@ -22,22 +22,28 @@ class Probe:
     def of(cls, trajectories: Sequence[Trajectory], teacher: TeacherRows) -> Probe:
         """``trajectories``, which the teacher must have encoded."""
         rows = {f"probe/{i}": teacher.rows([(t.key, range(len(t.response_ids)))]) for i, t in enumerate(trajectories)}
-        return cls([_named(i, t.prompt_ids, t.response_ids) for i, t in enumerate(trajectories)], rows)
+        return cls([_named(i, t.prompt_ids, t.response_ids, t.documents) for i, t in enumerate(trajectories)], rows)
 
     def state_dict(self) -> dict[str, Tensor]:
         state = {}
         for i, t in enumerate(self.trajectories):
             state |= {f"{i}/prompt": torch.as_tensor(t.prompt_ids), f"{i}/response": torch.as_tensor(t.response_ids)}
             state[f"{i}/rows"] = self.rows[t.key]
+            if t.documents is not None:
+                state[f"{i}/documents"] = torch.as_tensor(t.documents)
         return state
 
     @classmethod
     def from_state_dict(cls, state: Mapping[str, Tensor]) -> Probe:
         numbers = range(sum(name.endswith("/rows") for name in state))
-        trajectories = [_named(i, state[f"{i}/prompt"].numpy(), state[f"{i}/response"].numpy()) for i in numbers]
+        trajectories = []
+        for i in numbers:
+            documents = state.get(f"{i}/documents")
+            prompt, response = state[f"{i}/prompt"].numpy(), state[f"{i}/response"].numpy()
+            trajectories.append(_named(i, prompt, response, None if documents is None else documents.numpy()))
         return cls(trajectories, {f"probe/{i}": state[f"{i}/rows"] for i in numbers})
 
 
-def _named(number: int, prompt_ids: np.ndarray, response_ids: np.ndarray) -> Trajectory:
-    nothing = np.zeros(len(response_ids), np.float32)
-    return Trajectory(f"probe/{number}", prompt_ids, response_ids, nothing, "stop", None)
+def _named(number: int, prompt: np.ndarray, response: np.ndarray, documents: np.ndarray | None) -> Trajectory:
+    nothing = np.zeros(len(response), np.float32)
+    return Trajectory(f"probe/{number}", prompt, response, nothing, "stop", None, documents=documents)

@@ -2,41 +2,47 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from typing import Any
 
 from onpolicy_skd import models
 from onpolicy_skd.command_line import flat
 from onpolicy_skd.config import Settings
-from onpolicy_skd.data.packed_text import tokenizer_digest
+from onpolicy_skd.data.packed_text import vocabulary_digest
 from onpolicy_skd.teacher_cache import CacheError, Layout, Manifest
 
-TEMPLATE = {"template", "plain", "system", "instruction", "thinking"}
+TEMPLATE = {"chat": ("template", "system", "instruction", "thinking"), "plain": ("template", "plain", "instruction")}
 TEXTS: dict[str, Any] = {  # settings that say which texts there are
-    "data": {
-        *("source", "path", "name", "subset", "train_file", "train_split", "question_column", "answer_column"),
-        *("train_problems", "text_column", "sequence_length", "documents", "tokens"),
-    },
+    "run": {"seed"},
+    "data": True,
+    "student": {"model"},
     "references": True,
-    "rollout": {"max_tokens"},
-    "samples": {"keep", "when", "metric", "prefilter_text"},
+    "rollout": {"engine", "max_tokens", "top_p", "dtype"},
+    "samples": True,
+    "learner": {"compute_dtype"},
 }
 
 
 def made_from(settings: Settings, tokenizer: Any) -> dict[str, Any]:
     """What a teacher's outputs on a run's texts depend on; ``weights`` is None if the teacher's are not here."""
-    template = settings.data.model_dump(mode="json", include=TEMPLATE) | {
-        "chat_template": tokenizer.chat_template if settings.data.template == "chat" else None
-    }
+    data, template = settings.data, {}
+    if data.source != "text":
+        template = data.model_dump(mode="json", include=set(TEMPLATE[data.template]))
+        if data.template == "chat":
+            template["chat template"] = hashlib.sha256(str(tokenizer.chat_template).encode()).hexdigest()[:12]
     try:
         weights = models.weights_digest(settings.teacher.model)
     except models.ModelError:
         weights = None
+    drawn = settings.run.seed if settings.classes.sampler == "rs_kd" else None  # of the draws; nothing else is drawn
     return {
         "teacher": settings.teacher.model,
         "weights": weights,
-        "tokenizer": tokenizer_digest(tokenizer),
-        "template": {} if settings.data.source == "text" else template,
+        "tokenizer": vocabulary_digest(tokenizer),
+        "template": template,
+        "teacher.dtype": settings.teacher.dtype,
+        "built": {"run.device": settings.run.device, "run.seed": drawn},
         "texts": _texts(settings),
     }
 
@@ -58,11 +64,18 @@ def check(manifest: Manifest, settings: Settings, tokenizer: Any, student_classe
     if then["tokenizer"] != now["tokenizer"]:
         found.append("tokenizer: other tokens or ids than the student's now")
     found += [f"data.{text}" for text in _differences(then["template"], now["template"])]
+    found += _differences(*({"teacher.dtype": side["teacher.dtype"]} for side in (then, now)))
     if found:
         raise CacheError(
             f"cache.path={settings.cache.path}: made for another run ({'; '.join(found)}); take its settings, which "
             "`python -m onpolicy_skd.cache info` shows, or build another cache"
         )
+
+
+def same_outputs(one: Manifest, other: Manifest) -> bool:
+    """Whether shards of the two may stand in one cache; which texts is told by ``plan``, not by settings."""
+    sides = [m.made_from | {"texts": None} for m in (one, other)]
+    return sides[0] == sides[1] and one.layout == other.layout and one.plan == other.plan
 
 
 def differing(one: Manifest, other: Manifest) -> str:
@@ -75,7 +88,12 @@ def differing(one: Manifest, other: Manifest) -> str:
 def other_texts(manifest: Manifest, settings: Settings) -> str:
     """Why a text of the run may not be in the cache."""
     found = _differences(manifest.made_from["texts"], _texts(settings))
-    return f"The cache was made of other texts ({'; '.join(found) or 'by the same settings, from other data'})"
+    why = "The cache was made of other texts; " + (
+        f"of the settings that say which, these differ: {'; '.join(found)}" if found else "the data itself has changed"
+    )
+    if settings.samples.when == "prefilter":
+        why += ". The scores by which the build kept its samples are in its run.dir: train with the same one"
+    return why
 
 
 def _texts(settings: Settings) -> dict[str, Any]:

@@ -126,6 +126,16 @@ class HiddenRowsTeacher(ABC):
         return self._hidden[key]
 
 
+class NoTeacher(HiddenRowsTeacher):
+    """Stands where a teacher will be asked nothing."""
+
+    def __init__(self) -> None:
+        super().__init__(torch.empty(0, 0), 1.0, None)
+
+    def _hidden_of(self, trajectories: Sequence[Trajectory]) -> Iterator[tuple[Trajectory, Tensor]]:
+        raise RuntimeError("there is no teacher here to encode anything")
+
+
 class Teacher(HiddenRowsTeacher):
     """A frozen model, run over trajectories in batches by token budget."""
 
@@ -137,9 +147,9 @@ class Teacher(HiddenRowsTeacher):
         temperature: float = 1.0,
         chunk_rows: int | None = None,
     ) -> None:
+        model.model.eval().requires_grad_(False)
         super().__init__(model.head_VH, temperature, chunk_rows)
         self._model = model
-        self._model.model.eval().requires_grad_(False)
         self._tokens_per_batch = tokens_per_batch
         self._pad_id = pad_id
 

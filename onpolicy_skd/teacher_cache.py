@@ -14,10 +14,12 @@ content, so neither their order nor the keys that a run gives them matter.
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -28,15 +30,16 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from onpolicy_skd.checkpoint import digest_of, sha256, sync, write_text
+from onpolicy_skd.checkpoint import beside_of, digest_of, sha256, sync, write_text
 from onpolicy_skd.config import ClassSettings, ConfigError, Settings
 from onpolicy_skd.selection.classes import TRUNCATIONS, joined
 from onpolicy_skd.teacher import HiddenRowsTeacher, TeacherRows, Wanted
 from onpolicy_skd.trajectory import SparseTargets, Trajectory, seed_of
 
 FORMAT = 1
-MANIFEST, PLAN, HEAD = "manifest.json", "building.json", "head.safetensors"
+MANIFEST, PLAN, HEAD, LOCK = "manifest.json", "building.json", "head.safetensors", ".lock"
 INDEX = ("digests", "positions", "entries")  # tensors of a shard that say where its samples are
+PACKED_AT_ONCE = 65_536  # values; a multiple of 8, so that parts end on whole bytes
 Content = Literal["hidden", "rs_kd", "top_k"]
 
 
@@ -155,8 +158,11 @@ class Manifest:
 
 def pack_bits(values: np.ndarray, width: int) -> np.ndarray:
     """``values`` (below 2 ** width) in ``width`` bits each, one after another: uint8, the last byte filled with 0."""
-    bits = (values[:, None] >> np.arange(width - 1, -1, -1)) & 1
-    return np.packbits(bits.astype(np.uint8))
+    places, packed = np.arange(width - 1, -1, -1), []
+    for start in range(0, len(values), PACKED_AT_ONCE):
+        bits = (values[start : start + PACKED_AT_ONCE, None] >> places) & 1
+        packed.append(np.packbits(bits.astype(np.uint8)))
+    return np.concatenate(packed) if packed else np.empty(0, np.uint8)
 
 
 def unpack_bits(data: np.ndarray, width: int, count: int, skip: int = 0) -> np.ndarray:
@@ -211,7 +217,7 @@ def write_shard(
     tensors["digests"] = torch.frombuffer(bytearray(b"".join(t.digest for t in trajectories)), dtype=torch.uint8)
     tensors |= {"positions": torch.tensor(counts, dtype=torch.int32), "entries": torch.tensor(entries).int()}
     path = folder / shard_name(number)
-    beside = path.with_suffix(".tmp")
+    beside = beside_of(path)
     save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, beside)
     sync(beside)
     shard = Shard(path.name, sha256(beside), _index_digest(tensors), len(keys), sum(counts), sum(entries),
@@ -234,14 +240,39 @@ def finished_shard(folder: Path, number: int) -> Shard | None:
 def finish(folder: Path, manifest: Manifest) -> None:
     """The cache is complete: its manifest, and nothing else but the shards, stays."""
     manifest.write(folder)
-    for left in (*folder.glob("shard-*.json"), *folder.glob("*.tmp"), folder / PLAN):
+    clean(folder)
+
+
+def clean(folder: Path) -> None:
+    """Removes what only a build needs; it may have been killed while it did so."""
+    for left in (*folder.glob("shard-*.json"), *folder.glob(".*.tmp"), folder / PLAN):
         left.unlink(missing_ok=True)
     sync(folder)
 
 
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Keeps a second build out of ``folder``, which is made if need be.  Raises CacheError; a kill frees the lock."""
+    path = folder / LOCK
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = path.open("w")
+    except OSError as error:
+        raise CacheError(f"cache.path={folder}: cannot be written ({error.strerror}); give a folder") from None
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise CacheError(f"cache.path={folder}: another build is writing to it") from None
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)
+
+
 def write_head(folder: Path, head_VG: Tensor) -> str:
     """Returns the SHA-256 of its file."""
-    beside = folder / f"{HEAD}.tmp"
+    beside = beside_of(folder / HEAD)
     save_file({"head": head_VG.detach().cpu().contiguous()}, beside)
     sync(beside)
     beside.replace(folder / HEAD)
@@ -423,16 +454,17 @@ class CachedClasses:
 
     def classes(self, wanted: Wanted, seeds: Sequence[int], options: ClassSettings) -> SparseTargets:
         """As a teacher's; ``seeds`` do not matter, the draws were made when the cache was."""
-        parts = []
+        parts, targets = [], []
         for key, at in wanted:
-            _, known, targets = self._encoded[key]
+            _, known, own = self._encoded[key]
             index = torch.as_tensor(at, dtype=torch.long)
-            part = SparseTargets(known.ids_NC[index], known.probs_NC[index])
-            if options.sampler != "rs_kd":
-                part = SparseTargets(part.ids_NC[:, : options.k], part.probs_NC[:, : options.k])
-                part = TRUNCATIONS[options.sampler](part, targets[index], options)
-            parts.append(part)
-        return joined(parts)
+            parts.append(SparseTargets(known.ids_NC[index], known.probs_NC[index]))
+            targets.append(own[index])
+        found = joined(parts)
+        if options.sampler == "rs_kd":
+            return found
+        fewer = SparseTargets(found.ids_NC[:, : options.k], found.probs_NC[:, : options.k])
+        return TRUNCATIONS[options.sampler](fewer, torch.cat(targets), options)
 
     def release(self, keys: Sequence[str]) -> None:
         for key in keys:

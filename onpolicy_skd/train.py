@@ -61,14 +61,18 @@ def train(run: Run, roles: Roles, prompts: Sequence[Prompt], book: Logbook, step
         else:
             book.empty_batch(step, report)
         step += 1
-        if own.evaluate_every and step % own.evaluate_every == 0 and step < run.steps and not stop.requested:
+        if run.held_out and _due(own.evaluate_every, step, run.steps) and not stop.requested:
             book.evaluation("during", step, student_evaluation(run, roles, run.settings.eval.during))
-        if own.checkpoint_every and step % own.checkpoint_every == 0 and step < run.steps:
+        if _due(own.checkpoint_every, step, run.steps):
             roles.save(run.folder / "checkpoints", step, book.state(), own.keep_checkpoints)
     roles.save(run.folder / "checkpoints", step, book.state(), own.keep_checkpoints)
     if step >= run.steps:
         roles.save_pretrained(run.folder / "final")
         book.finished = True
+
+
+def _due(every: int, step: int, steps: int) -> bool:
+    return bool(every) and step % every == 0 and step < steps
 
 
 def trajectories(run: Run, roles: Roles, prompts: Sequence[Prompt], step: int) -> list[ray.ObjectRef]:
@@ -100,6 +104,8 @@ def cause_of(error: Exception) -> Exception:
 def run_settings(settings: Settings) -> int:
     """One run from settings to summary.json."""
     run = prepare(settings)
+    if run.knows_its_texts:
+        run.check_cached(run.train)  # before a folder exists or a model loads
     with connect(settings) as resources, StopSignal() as stop:  # what the cluster lacks is said before a folder exists
         loaded = open_folder(settings)
         first_step = loaded.step if loaded else 0
@@ -112,8 +118,6 @@ def run_settings(settings: Settings) -> int:
             if wants_teacher and "teacher" not in book.evaluations:
                 book.evaluation("teacher", 0, teacher_evaluation(run, resources))
             add_teacher_references(run, resources, book.say)
-            if settings.samples.when != "prefilter":
-                run.check_cached(run.train)  # before a model loads
             book.say("starting " + ", ".join(f"{r.count} x {r.name}" for r in resources.roles if r.count))
             roles = Roles(settings, resources, run.vocabulary, run.tokenizer.pad_token_id, run.steps)
             with ExitStack() as stack:
@@ -122,7 +126,7 @@ def run_settings(settings: Settings) -> int:
                 roles.wait_ready(book.say)
                 # By the initial student: before a checkpoint is loaded.
                 prompts = selected_prompts(run, roles.rank, lambda: roles.rollouts, book.say)
-                if settings.samples.when == "prefilter":
+                if not run.knows_its_texts:
                     run.check_cached(prompts)
                 if loaded:
                     roles.restore(loaded.path)

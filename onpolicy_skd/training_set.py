@@ -8,11 +8,13 @@ from contextlib import ExitStack, contextmanager
 
 import ray
 
-from actors.cluster import Resources, wait_ready
+from actors.cluster import Resources, located, wait_ready
 from actors.rollout import RolloutGroup
+from onpolicy_skd.config import ConfigError
 from onpolicy_skd.prefilter import kept_prompts
 from onpolicy_skd.prepare import Run
 from onpolicy_skd.references import from_teacher
+from onpolicy_skd.selection.samples import TEACHER_METRICS
 from onpolicy_skd.trajectory import Prompt, RolloutRequest, Sampling, Trajectory, seed_of
 
 Say = Callable[[str], None]
@@ -28,8 +30,9 @@ def gather(group: RolloutGroup, requests: Sequence[RolloutRequest], sampling: Sa
 @contextmanager
 def engine(run: Run, resources: Resources, who: str) -> Iterator[RolloutGroup]:
     """A rollout engine with the weights of ``who`` ("student" or "teacher"), gone afterwards."""
-    own = run.settings.teacher if who == "teacher" else run.settings.student
-    group = RolloutGroup(own.model, run.settings, resources, 1, own.trust_remote_code)
+    settings = located(run.settings)
+    own = settings.teacher if who == "teacher" else settings.student
+    group = RolloutGroup(own.model, settings, resources, 1, own.trust_remote_code)
     try:
         wait_ready(group.actors)
         yield group
@@ -60,9 +63,17 @@ def selected_prompts(run: Run, rank: Rank, rollouts: Callable[[], RolloutGroup],
     if run.settings.samples.when != "prefilter":
         return run.train
 
+    def scored(trajectories: Sequence[Trajectory]) -> list[float]:
+        if run.settings.cache.path is not None and run.settings.samples.metric in TEACHER_METRICS:
+            raise ConfigError(
+                f"samples.metric={run.settings.samples.metric}: no teacher is here to score samples, and the scores of "
+                f"the cache's build are not in {run.settings.run.dir / 'prefilter'}; train with the build's run.dir"
+            )
+        return rank(trajectories)
+
     def roll(prompts: Sequence[Prompt]) -> list[Trajectory]:
         seed = run.settings.run.seed
         requests = [RolloutRequest(p.key, p.token_ids, seed_of(seed, "prefilter", p.key)) for p in prompts]
         return gather(rollouts(), requests, run.sampling)
 
-    return kept_prompts(run.settings, run.train, run.tokenizer, rank, roll, say)
+    return kept_prompts(run.settings, run.train, run.tokenizer, scored, roll, say)

@@ -14,14 +14,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pyarrow import parquet
 
-from onpolicy_skd import models
+from onpolicy_skd import models, train
 from onpolicy_skd.command_line import resolve
 from onpolicy_skd.config import ConfigError
 from onpolicy_skd.data.packed_text import PackedText, pack
 from onpolicy_skd.data.prompts import DataError
+from onpolicy_skd.learner import Learner
 from onpolicy_skd.models import load_tokenizer, split
+from onpolicy_skd.prefilter import fingerprint
 from onpolicy_skd.prepare import prepare
+from onpolicy_skd.probe import Probe
 from onpolicy_skd.references import of_text
+from onpolicy_skd.teacher import Teacher
 from onpolicy_skd.trajectory import Trajectory, collate
 
 TEXTS = ["Tom has 3 red apples.", "  \n", "Ann buys 12 pens and gives 5 away.", "One <|end|> two.", "x" * 300]
@@ -96,8 +100,9 @@ def test_a_token_budget_ends_the_text(tmp_path, tokenizer):
         ("a.jsonl", "nonsense\n", r"a.jsonl line 1: not JSON"),
         ("a.parquet", "nonsense", r"a.parquet: not a readable parquet file"),
         ("a.txt", b"\xff\xfe\xff", r"a.txt: cannot be read as UTF-8 text"),
+        ("a.txt", "x" * 70_000_000, r"a.txt: over 64 MiB, and a .txt file is one document"),
         ("a.txt", "short", r"a.txt: holds \d+ tokens, less than data.sequence_length"),
-        ("a.csv", "x", r"no text there; accepted: a .jsonl, .parquet, .txt file or a folder of them"),
+        ("a.csv", "x", r"no text there; accepted: .jsonl, .parquet, .txt or a folder of them"),
         ("none.txt", None, r"no text there"),
     ],
 )
@@ -116,7 +121,11 @@ def test_bad_text_is_refused_by_file_and_row(name, content, match, tmp_path, tok
         ({"data": {"source": "text", "name": "a", "train_file": "b"}}, "one of them"),
         ({"mode": "on_policy"}, "accepted with mode=off_policy only, not on_policy"),
         ({"references": {"supervise": "all"}}, "packed text is its own reference"),
-        ({"samples": {"keep": 0.5, "when": "prefilter", "prefilter_text": "rollout"}}, "nothing is rolled out"),
+        ({"samples": {"keep": 0.5, "when": "prefilter", "prefilter_text": "rollout"}}, "whole samples are scored"),
+        (
+            {"data": {"source": "text", "name": "a", "train_problems": 9}},
+            "text has tokens, not problems; use data.tokens",
+        ),
         ({"data": {"source": "demo", "sequence_length": 9}}, "data.sequence_length=9: accepted with data.source=text"),
         ({"data": {"source": "text", "name": "a", "sequence_length": 9_999}}, "data.sequence_length = 9999 tokens"),
     ],
@@ -153,13 +162,59 @@ def test_packed_documents_are_computed_as_if_each_were_alone(family, attention):
         assert collate([packed, other], 0, padding_side=side).attention_mask.shape == (2, 1, 30, 30)
         alone = [model.base_model(input_ids=torch.as_tensor(p)[None]).last_hidden_state[0] for p in pieces]
         torch.testing.assert_close(together, torch.cat(alone)[:-1], rtol=1e-4, atol=1e-5)
-    models.check_documents(own, 0)
+    models.check_documents(own, 0, 30)
 
 
 def of_pieces(key, pieces):
     ids = np.concatenate(pieces)
     starts = np.cumsum([len(p) for p in pieces])[:-1]
     return Trajectory(key, ids[:1], ids[1:], np.zeros(len(ids) - 1, np.float32), "stop", None, documents=starts)
+
+
+def test_a_sliding_window_is_not_overridden_silently():
+    own = split(tiny_model("qwen3", False), VOCABULARY)
+    own.model.config.use_sliding_window, own.model.config.sliding_window = True, 16
+    models.check_documents(own, 0, 16)
+    with pytest.raises(models.ModelError, match="reaches 16 tokens back"):
+        models.check_documents(own, 0, 17)
+    own.model.config.use_sliding_window = False
+    models.check_documents(own, 0, 17)
+
+
+def test_prefilter_scores_know_whether_documents_are_joined(tmp_path, tokenizer):
+    write_all(tmp_path)
+    found = set()
+    for documents in ("separate", "joined"):
+        settings = text_settings(tmp_path / "a.jsonl", documents=documents)
+        found.add(fingerprint(settings, pack(settings.data, tokenizer, tmp_path / "packed", lambda _: None)))
+    assert len(found) == 2
+
+
+def test_the_bandits_probe_keeps_documents_apart():
+    """Teacher = student: no divergence, also after a checkpoint."""
+    own = split(tiny_model("qwen3", False), VOCABULARY)
+    teacher = Teacher(own, 10_000, 0)
+    sample = of_pieces("a", [np.arange(2, 9), np.arange(20, 31), np.arange(40, 44)])
+    learner = Learner(
+        split(tiny_model("qwen3", False), VOCABULARY), teacher, text_settings("a", sequence_length=22), 0, 9
+    )
+    teacher.encode([sample])
+    probe = Probe.of([sample], teacher)
+    for again in (probe, Probe.from_state_dict(probe.state_dict())):
+        assert learner.divergence(again.trajectories, again.rows) == pytest.approx(0.0, abs=1e-6)
+
+
+def test_two_runs_may_pack_the_same_text_at_once(tmp_path, tokenizer):
+    write_all(tmp_path)
+    settings = text_settings(tmp_path / "a.jsonl")
+
+    def again(text):  # a second run starts and finishes while the first is in the middle of it
+        if "packed" in text and not list((tmp_path / "packed").glob("*.tokens")):
+            again.second = pack(settings.data, tokenizer, tmp_path / "packed", lambda _: None)
+
+    first = pack(settings.data, tokenizer, tmp_path / "packed", again)
+    assert tokens_of(first).tolist() == tokens_of(again.second).tolist()
+    assert not list((tmp_path / "packed").glob(".*"))
 
 
 def test_joined_documents_are_read_as_one_text(tmp_path, tokenizer):
@@ -184,10 +239,10 @@ def test_a_model_that_looks_across_documents_is_refused():
 
     layer.forward = smearing
     with pytest.raises(models.ModelError, match="does not keep packed documents apart"):
-        models.check_documents(own, 0)
+        models.check_documents(own, 0, 30)
     own.model.config._attn_implementation = "flash_attention_2"
     with pytest.raises(models.ModelError, match="takes no mask of documents"):
-        models.check_documents(own, 0)
+        models.check_documents(own, 0, 30)
 
 
 # -- runs ----------------------------------------------------------------------------------------------------------
@@ -213,6 +268,33 @@ def test_a_run_trains_on_the_text_and_holds_out_its_end(tmp_path, tokenizer):
     assert not run.samples_student
     with pytest.raises(ConfigError, match=r"eval\.divergence_prompts=500: so many samples are held out"):
         prepare(settings.model_copy(update={"eval": settings.eval.model_copy(update={"divergence_prompts": 500})}))
+
+
+def test_held_out_text_is_evaluated_by_its_divergence_alone(tmp_path, tokenizer):
+    write_all(tmp_path)
+    settings = tiny_settings(
+        mode="off_policy", data={"source": "text", "train_file": tmp_path / "a.jsonl", "sequence_length": 8},
+        run={"dir": tmp_path}, eval={"divergence_prompts": 3},
+    )  # fmt: skip
+    run = prepare(settings, lambda _: None)
+
+    class Roles:
+        def divergence(self, trajectories):
+            assert [t.length for t in trajectories] == [8, 8, 8]
+            return 0.25
+
+    done = train.student_evaluation(run, Roles())
+    assert done.result == {"problems": 0, "divergence_reference": 0.25}
+    run.folder.mkdir()
+    with train.Logbook(run, 0, {}) as book:
+        book.evaluation("before", 0, done)
+        book.evaluation("after", 2, done)
+        book.conclude("finished")
+    found = json.loads((run.folder / "summary.json").read_text())
+    assert found["divergence_reference"] == {"before": 0.25, "after": 0.25, "teacher": None}
+    page = (run.folder / "report.md").read_text()
+    assert "Held-out forward_kl per token of reference texts: 0.2500 nats before, 0.2500 after." in page
+    assert "held-out problems" not in page
 
 
 def test_a_million_tokens_stream_through_in_constant_memory(tmp_path):

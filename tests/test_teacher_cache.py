@@ -15,11 +15,13 @@ from onpolicy_skd import cache as driver
 from onpolicy_skd import provenance
 from onpolicy_skd import teacher_cache as caches
 from onpolicy_skd.command_line import resolve
+from onpolicy_skd.compatibility import ASK_TEACHER
 from onpolicy_skd.config import ConfigError
 from onpolicy_skd.learner import Learner
 from onpolicy_skd.models import load_model, split
 from onpolicy_skd.prepare import prepare
 from onpolicy_skd.selection.classes import Draws, rs_kd
+from onpolicy_skd.selection.metrics import METRICS, Ranges, Signals
 from onpolicy_skd.teacher import Teacher
 from onpolicy_skd.teacher_cache import CachedClasses, CachedHidden, CacheError, Layout, Manifest, TeacherCache
 from onpolicy_skd.trajectory import SparseTargets, seed_of
@@ -107,6 +109,15 @@ def test_a_truncation_to_fewer_classes_is_served_by_a_cache_of_more(tmp_path):
     assert Layout.of(settings, 97).serves(Layout.of(settings.model_copy(update={"classes": fewer}), 97))
     one_less = settings_for("rs_kd", classes={"sampler": "rs_kd", "draws": 19})
     assert not Layout.of(settings_for("rs_kd"), 97).serves(Layout.of(one_less, 97))
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_nothing_may_be_selected_of_a_sample_or_of_all(sampler, tmp_path):
+    settings, batch = settings_for(sampler), make_trajectories(LENGTHS)
+    cached = CachedClasses(TeacherCache(make_cache(tmp_path, settings, batch)))
+    cached.encode(batch)
+    some = cached.classes([(batch[0].key, []), (batch[1].key, [1, 4])], [0, 0], settings.classes)
+    assert some.ids_NC.shape[0] == some.probs_NC.shape[0] == 2
 
 
 def test_hidden_rows_come_back_bit_for_bit(tmp_path):
@@ -246,6 +257,69 @@ def test_a_text_that_is_not_there_is_refused_by_name(tmp_path):
             cache.classes(t)
 
 
+@pytest.mark.parametrize("sampler", ["none", "rs_kd"])
+def test_what_a_kill_left_of_a_shard_is_not_taken_for_one(sampler, tmp_path):
+    settings, batch = settings_for(sampler), make_trajectories(LENGTHS)
+    shard = caches.write_shard(tmp_path, 0, batch, tiny_teacher(), settings, VOCABULARY)
+    file, sidecar = tmp_path / shard.file, (tmp_path / shard.file).with_suffix(".json")
+    whole, said = file.read_bytes(), sidecar.read_text()
+    assert caches.finished_shard(tmp_path, 0) == shard
+    for broken in (lambda: file.write_bytes(whole[:-1]), file.unlink, lambda: sidecar.write_text(said[:-5]),
+                   lambda: sidecar.write_text("{}"), sidecar.unlink):  # fmt: skip
+        file.write_bytes(whole)
+        sidecar.write_text(said)
+        broken()
+        assert caches.finished_shard(tmp_path, 0) is None
+    (tmp_path / ".shard-000000.safetensors.123-abc.tmp").write_bytes(whole[:9])
+    assert caches.write_shard(tmp_path, 0, batch, tiny_teacher(), settings, VOCABULARY) == shard
+    assert file.read_bytes() == whole
+    caches.finish(tmp_path, Manifest({}, Layout.of(settings, VOCABULARY), "p", None, [shard]))
+    assert {f.name for f in tmp_path.iterdir()} == {shard.file, caches.MANIFEST}
+
+
+def test_one_build_at_a_time_may_write_to_a_folder(tmp_path):
+    refused = pytest.raises(CacheError, match="another build is writing to it")
+    with caches.locked(tmp_path / "c"), refused, caches.locked(tmp_path / "c"):
+        raise AssertionError("two builds at once")
+    with caches.locked(tmp_path / "c"):
+        pass
+    assert not list((tmp_path / "c").iterdir())
+    (tmp_path / "file").write_text("")
+    with pytest.raises(CacheError, match="cannot be written"), caches.locked(tmp_path / "file"):
+        raise AssertionError("a file is no folder")
+
+
+def test_another_seed_or_type_does_not_go_on_with_a_half_built_cache(tmp_path):
+    """Draws of two seeds, or hidden states of two types, must not meet in one cache."""
+
+    def plan(**sections):
+        settings = demo(tmp_path, **sections)
+        return Manifest(provenance.made_from(settings, prepare(settings).tokenizer), Layout.of(settings, 512), "p")
+
+    begun = plan()
+    for sections, named in (({"run": {"seed": 7}}, "run.seed: 1340 then, 7 now"),
+                            ({"teacher": {"dtype": "bfloat16"}}, "teacher.dtype"),
+                            ({"run": {"device": "cuda"}}, "run.device")):  # fmt: skip
+        assert not provenance.same_outputs(begun, plan(**sections))
+        assert named in provenance.differing(begun, plan(**sections))
+    assert provenance.same_outputs(begun, plan(learner={"batch_size": 3}))
+    assert provenance.same_outputs(plan(classes={}), plan(classes={}, run={"seed": 7}))  # nothing is drawn
+
+
+def test_metrics_that_ask_the_teacher_are_those_refused_with_a_few_classes():
+    def refuse(*_):
+        raise CacheError("asked")
+
+    found = set()
+    ranges = Ranges((0.0, 1.0), (0.0, 1.0))
+    for name, metric in METRICS.items():
+        try:
+            metric(Signals(torch.ones(4), torch.ones(4), [4], [0], refuse, refuse, ranges))
+        except CacheError:
+            found.add(name)
+    assert found == set(ASK_TEACHER)
+
+
 def test_an_unfinished_cache_says_how_to_go_on(tmp_path):
     with pytest.raises(CacheError, match="so it is no cache"):
         TeacherCache(tmp_path)
@@ -300,6 +374,7 @@ def test_a_run_is_checked_against_its_cache_before_a_model_loads(demo_cache, tmp
     refused("alignment.temperature: 1.0 then, 2.0 now", alignment={"temperature": 2.0})
     refused('data.instruction: "" then, " Think." now', data={"train_problems": 6, "instruction": " Think."})
     refused(r"demo:train#7/0 is not in it.*data.train_problems: 6 then, 9 now", data={"train_problems": 9})
+    refused("teacher.dtype", teacher={"dtype": "auto"})
     refused(r'references.annotations: "keep" then, "strip" now', references={"annotations": "strip"})
     shutil.copytree(prepare(demo(tmp_path)).tokenizer.name_or_path, tmp_path / "student")
     other = json.loads((tmp_path / "student" / "tokenizer.json").read_text())

@@ -16,13 +16,14 @@ from typing import Any, overload
 
 import numpy as np
 
-from onpolicy_skd.checkpoint import sync, write_text
+from onpolicy_skd.checkpoint import beside_of, sync, write_text
 from onpolicy_skd.config import DataSettings
 from onpolicy_skd.data.prompts import DataError, read_hub, read_jsonl
 from onpolicy_skd.trajectory import Prompt
 
 DOCUMENTS_AT_ONCE = 256  # tokenized together
 TOKENS_BETWEEN_MESSAGES = 1_000_000
+LARGEST_DOCUMENT = 64 * 2**20  # bytes of a .txt file, which is tokenized as a whole
 SUFFIXES = (".jsonl", ".parquet", ".txt")
 
 
@@ -78,7 +79,7 @@ def pack(settings: DataSettings, tokenizer: Any, folder: Path, say: Callable[[st
     Raises DataError for a file, row or data set that cannot be read, or holds less than one sample.
     """
     name, source = _source(settings)
-    identity = [source, settings.text_column, settings.tokens, tokenizer_digest(tokenizer), tokenizer.eos_token_id]
+    identity = [source, settings.text_column, settings.tokens, _rules(tokenizer), tokenizer.eos_token_id]
     file = folder / f"{hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:24]}.tokens"
     if file.exists():
         say(f"text: {file.stat().st_size // 4} packed tokens reused from {file}")
@@ -91,14 +92,22 @@ def pack(settings: DataSettings, tokenizer: Any, folder: Path, say: Callable[[st
     return PackedText(name, tokens, length, tokenizer.eos_token_id, settings.documents == "separate")
 
 
-def tokenizer_digest(tokenizer: Any) -> str:
-    """Changes with any token's id and with the special tokens."""
+def vocabulary_digest(tokenizer: Any) -> str:
+    """Changes with any token's id, and with the end of sequence."""
     vocabulary = sorted(tokenizer.get_vocab().items())
     return hashlib.sha256(json.dumps([vocabulary, tokenizer.eos_token_id]).encode()).hexdigest()
 
 
+def _rules(tokenizer: Any) -> str:
+    """Changes with whatever decides how a text becomes tokens."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    rules = json.loads(backend.to_str()) if backend is not None else {}
+    state = {key: rule for key, rule in rules.items() if key not in ("truncation", "padding")}
+    return hashlib.sha256(json.dumps([vocabulary_digest(tokenizer), state], sort_keys=True).encode()).hexdigest()
+
+
 def _write(file: Path, settings: DataSettings, tokenizer: Any, source: Any, say: Callable[[str], None]) -> None:
-    beside, budget, written, documents, next_message = file.with_suffix(".tmp"), settings.tokens, 0, 0, 0
+    beside, budget, written, documents, next_message = beside_of(file), settings.tokens, 0, 0, 0
     end = [tokenizer.eos_token_id]
     with beside.open("wb") as out:
         texts = _documents(settings, source)
@@ -130,14 +139,18 @@ def _tokenized(texts: Iterator[str], tokenizer: Any) -> Iterator[list[int]]:
 def _source(settings: DataSettings) -> tuple[str, Any]:
     """A name for the samples, and what tells this text from another: files with size and time, or the hub's names."""
     if settings.train_file is None:
-        return f"{settings.name}:{settings.train_split}", [settings.name, settings.subset, settings.train_split]
+        names = [settings.name, settings.subset, settings.train_split]
+        local = sorted(f for f in Path(str(settings.name)).rglob("*") if f.is_file())  # nothing, of a hub data set
+        return f"{settings.name}:{settings.train_split}", [*names, *_stamps(local)]
     root = settings.train_file
     files = sorted(f for f in root.rglob("*") if f.suffix in SUFFIXES) if root.is_dir() else [root]
     if not files or not all(f.exists() for f in files) or files[0].suffix not in SUFFIXES:
-        raise DataError(
-            f"data.train_file={root}: no text there; accepted: a {', '.join(SUFFIXES)} file or a folder of them"
-        )
-    return root.name, [[str(f.absolute()), f.stat().st_size, f.stat().st_mtime_ns] for f in files]
+        raise DataError(f"data.train_file={root}: no text there; accepted: {', '.join(SUFFIXES)} or a folder of them")
+    return root.name, _stamps(files)
+
+
+def _stamps(files: Sequence[Path]) -> list[list[Any]]:
+    return [[str(f.absolute()), f.stat().st_size, f.stat().st_mtime_ns] for f in files]
 
 
 def _documents(settings: DataSettings, source: Any) -> Iterator[str]:
@@ -157,6 +170,11 @@ def _documents(settings: DataSettings, source: Any) -> Iterator[str]:
 def _file_rows(files: Sequence[Path], settings: DataSettings) -> Iterator[tuple[str, dict[str, Any]]]:
     for file in files:
         if file.suffix == ".txt":
+            if file.stat().st_size > LARGEST_DOCUMENT:
+                raise DataError(
+                    f"{file}: over {LARGEST_DOCUMENT // 2**20} MiB, and a .txt file is one document; give its "
+                    "documents as rows of a .jsonl or .parquet file"
+                )
             try:
                 yield str(file), {settings.text_column: file.read_text(encoding="utf-8")}
             except (OSError, UnicodeDecodeError) as error:

@@ -87,7 +87,7 @@ def read_hub(name: str, subset: str | None, split: str, streaming: bool = False)
         raise DataError(
             f"data set {name} ({subset or 'default'}, {split}) cannot be loaded from the hub: "
             f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}; "
-            "give local files with data.path or data.source=jsonl"
+            "give local files (data.path, data.source=jsonl, or data.train_file of text)"
         ) from error
 
 
