@@ -1,0 +1,78 @@
+"""Whole training runs as Ray tasks: each is a process of its own that joins the same cluster."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import TypeVar
+
+import ray
+
+from actors.cluster import CPUS_PER_ROLE, Counts, plan
+from onpolicy_skd.config import ConfigError, Settings
+
+Name = TypeVar("Name")
+LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
+DIES_WITH_PARENT = 1  # prctl's PR_SET_PDEATHSIG
+
+
+@ray.remote(num_cpus=0, max_retries=0)
+def run_command(arguments: list[str], log: Path, address: str) -> int:
+    """The exit code of ``python -m`` with ``arguments``, whose output goes to ``log``."""
+    log.parent.mkdir(parents=True, exist_ok=True)
+    environment = os.environ | {"RAY_ADDRESS": address}
+    environment.pop("OMP_NUM_THREADS", None)  # which Ray sets for a task of no processors
+    with log.open("ab") as out:
+        process = subprocess.Popen(
+            [sys.executable, "-m", *arguments],
+            stdout=out,
+            stderr=out,
+            env=environment,
+            preexec_fn=_stop_with_parent,  # noqa: PLW1509 (one system call, nothing that another thread could hold)
+        )
+        return process.wait()
+
+
+def _stop_with_parent() -> None:
+    """A run whose comparison was killed stops with a checkpoint (Linux only; elsewhere it runs on to its end)."""
+    if LIBC is not None:
+        LIBC.prctl(DIES_WITH_PARENT, signal.SIGTERM)
+
+
+def at_once(settings: Settings, limit: int | None = None) -> int:
+    """How many runs like ``settings`` the connected cluster has room for, at most ``limit``.
+
+    Raises ConfigError if there is room for none.
+    """
+    total = ray.cluster_resources()
+    resources = plan(settings, total.get("GPU", 0.0), Counts.of_training(settings))
+    cpus = sum(role.count for role in resources.roles) * CPUS_PER_ROLE
+    gpus = sum(role.count * role.gpus for role in resources.roles)
+    room = int(total.get("CPU", 0.0) // cpus)
+    if gpus:
+        room = min(room, int((total.get("GPU", 0.0) + 1e-9) // gpus))
+    if not room:
+        raise ConfigError(f"the cluster has {total.get('CPU', 0.0):g} CPUs, one run asks for {cpus:g}")
+    return min(room, limit) if limit else room
+
+
+def run_all(work: Iterable[tuple[Name, list[str], Path]], count: int) -> Iterator[tuple[Name, int]]:
+    """Runs every ``(name, arguments, log)``, ``count`` at a time; yields names with exit codes as they end."""
+    address = ray.get_runtime_context().gcs_address
+    waiting: dict[ray.ObjectRef, Name] = {}
+    left = iter(work)
+    while True:
+        while len(waiting) < count and (item := next(left, None)) is not None:
+            name, arguments, log = item
+            waiting[run_command.remote(arguments, log.absolute(), address)] = name
+        if not waiting:
+            return
+        (done,), _ = ray.wait(list(waiting), num_returns=1)
+        name = waiting.pop(done)
+        code: int = ray.get(done)
+        yield name, code

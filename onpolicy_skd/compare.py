@@ -1,0 +1,102 @@
+"""Comparison runs: ``python -m onpolicy_skd.compare --config configs/compare_demo.yaml [--dry-run] [--retry]``.
+
+Runs every row, mode and seed of a grid (``comparison.py``), as many at once as the cluster has room for, and writes
+``results.json`` and ``report.md``.  Finished runs are kept; killing and starting it again goes on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from ray.exceptions import RayError
+
+from actors.cluster import connect
+from actors.runs import at_once, run_all
+from onpolicy_skd import comparison as grids
+from onpolicy_skd.checkpoint import write_text
+from onpolicy_skd.command_line import dump, parse_override
+from onpolicy_skd.comparison import Comparison, PlannedRun
+from onpolicy_skd.config import ConfigError
+from onpolicy_skd.prepare import prepare
+from onpolicy_skd.report import comparison as report
+from onpolicy_skd.train import EXIT_CONFIG, EXIT_FAILED, EXIT_OK, cause_of
+
+
+def compare(comparison: Comparison, retry: bool = False, parallel: int | None = None) -> int:
+    """Runs what is missing, then reports; returns how many runs have failed.  Raises ConfigError."""
+    folder = comparison.grid.dir
+    wanted = ("waiting", "started", "failed") if retry else ("waiting", "started")
+    missing = [r for r in comparison.runs if r.status in wanted]
+    if missing:
+        (folder / "configs").mkdir(parents=True, exist_ok=True)
+        with connect(missing[0].settings):
+            count = at_once(missing[0].settings, parallel)
+            print(f"{len(missing)} of {len(comparison.runs)} runs to do, {count} at a time", flush=True)
+            for done, (run, code) in enumerate(run_all(_commands(missing, folder), count), 1):
+                result = report.shown(run) if run.status == "finished" else f"{run.status}, exit code {code}"
+                print(f"{done}/{len(missing)} {run.settings.run.name}: {result}", flush=True)
+    failed = [r for r in comparison.runs if r.status != "finished"]
+    for run in failed:
+        print(f"{run.settings.run.name}: {run.summary.get('reason') or run.status}; its output: {_log(run, folder)}")
+    print(f"report: {report.write(comparison)}")
+    if failed:
+        print(f"{len(failed)} runs have not finished; --retry tries those that failed again")
+    return len(failed)
+
+
+def _commands(runs: Sequence[PlannedRun], folder: Path) -> Iterator[tuple[PlannedRun, list[str], Path]]:
+    for run in runs:
+        config = folder / "configs" / f"{run.settings.run.name}.yaml"
+        write_text(config, dump(run.settings))
+        yield run, ["onpolicy_skd.train", "--config", str(config.absolute()), "resume=auto"], _log(run, folder)
+
+
+def _log(run: PlannedRun, folder: Path) -> Path:
+    return folder / "logs" / f"{run.settings.run.name}.log"
+
+
+def dry_run(comparison: Comparison) -> None:
+    """Lists the runs with what each will cost, and about how long they will take if some like them have finished."""
+    seconds = report.seconds_by_mode(comparison)
+    prompts = {mode: len(prepare(run.settings).train) for mode, run in {r.mode: r for r in comparison.runs}.items()}
+    total = 0.0
+    for run in comparison.runs:
+        cost = report.planned_cost(run.settings, prompts[run.mode])
+        about = seconds.get(run.mode)
+        if run.status != "finished" and about:
+            total += about
+        print(f"{run.status:>8}  {run.settings.run.name}: {cost}" + (f", about {about:.0f} s" if about else ""))
+    print(f"{len(comparison.runs)} runs" + (f", about {total:.0f} s left, one after another" if total else ""))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command line; returns the exit code: 0 all finished, 1 some failed, 2 bad input."""
+    parser = argparse.ArgumentParser(
+        prog="python -m onpolicy_skd.compare", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--config", type=Path, required=True, help="a YAML file with the grid: see comparison.py")
+    parser.add_argument("--dry-run", action="store_true", help="list the runs with their cost, and run nothing")
+    parser.add_argument("--retry", action="store_true", help="run those again that have failed")
+    parser.add_argument("--parallel", type=int, help="most runs at the same time (default: all there is room for)")
+    parser.add_argument("overrides", nargs="*", metavar="a.b=value", help="laid over the grid: settings.run.steps=5")
+    args = parser.parse_args(argv)
+    try:
+        overrides: dict = {}
+        for text in args.overrides:
+            overrides = grids.merge(overrides, parse_override(text))
+        comparison = grids.load(args.config, overrides)
+        if args.dry_run:
+            dry_run(comparison)
+            return EXIT_OK
+        return EXIT_FAILED if compare(comparison, args.retry, args.parallel) else EXIT_OK
+    except (ConfigError, RayError) as error:
+        cause = cause_of(error)
+        print(f"error: {cause}", file=sys.stderr)
+        return EXIT_CONFIG if isinstance(cause, ConfigError) else EXIT_FAILED
+
+
+if __name__ == "__main__":
+    sys.exit(main())

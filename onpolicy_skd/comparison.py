@@ -1,0 +1,185 @@
+"""A grid of runs that differ in their method alone: ``onpolicy_skd.compare`` reads it from a YAML file.
+
+base: demo.yaml                 settings shared by all runs, relative to the file
+dir: runs/compare_demo          where the runs and the report go
+seeds: [1340, 1341, 1342]
+baseline: Full KD               the row that the others are compared with
+settings: {...}                 laid over the base
+modes: {off_policy: {...}, on_policy: {...}}    laid over that, by mode
+rows:
+  - name: SE-KD
+    modes: [off_policy, on_policy]
+    settings: {positions: {policy: top_k, k: 0.2}}
+    published: {off_policy: [69.5, 0.12], on_policy: [70.0, 0.15]}
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import Field, ValidationError
+
+from onpolicy_skd.command_line import build_settings, dump, flat, merge, read_yaml, resolve
+from onpolicy_skd.config import ConfigError, NonNegative, Section, Settings
+
+Mode = Literal["off_policy", "on_policy"]
+METHOD = ("positions", "samples", "classes", "alignment", "cache")  # sections in which rows of one mode may differ
+Status = Literal["finished", "failed", "started", "waiting"]
+
+
+class Row(Section):
+    name: str = Field(description="as it stands in the report")
+    modes: list[Mode] = Field(default=["off_policy", "on_policy"], description="modes it is run in")
+    settings: dict[str, Any] = Field(default={}, description="what makes the method")
+    published: dict[Mode, tuple[float, float]] = Field(
+        default={}, description="exact match and standard deviation in percent, as printed elsewhere"
+    )
+
+
+UNTRAINED = Row(name="Untrained", modes=["on_policy"])
+
+
+class Grid(Section):
+    base: Path = Field(description="settings shared by all runs, relative to the grid's own file")
+    dir: Path = Field(description="where the runs and the report go")
+    seeds: list[NonNegative] = Field(description="every row is run once with each")
+    baseline: str = Field(description="the row that the others are compared with")
+    settings: dict[str, Any] = Field(default={}, description="laid over the base")
+    modes: dict[Mode, dict[str, Any]] = Field(default={}, description="laid over that, by mode")
+    rows: list[Row]
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedRun:
+    row: Row
+    mode: Mode
+    settings: Settings
+
+    @property
+    def folder(self) -> Path:
+        return self.settings.run.folder
+
+    @property
+    def seed(self) -> int:
+        return self.settings.run.seed
+
+    @property
+    def summary(self) -> dict[str, Any]:
+        path = self.folder / "summary.json"
+        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+
+    @property
+    def status(self) -> Status:
+        """``finished`` runs are kept; ``failed`` ones wait to be asked for; ``started`` ones go on where they were."""
+        said = self.summary.get("status")
+        if said in ("finished", "failed"):
+            return said
+        return "started" if (self.folder / "config.yaml").exists() else "waiting"
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    grid: Grid
+    untrained: PlannedRun  # no step: student and teacher are evaluated as they come
+    trained: list[PlannedRun]  # seed by seed, so that a comparison cut short has whole rounds
+
+    @property
+    def runs(self) -> list[PlannedRun]:
+        return [self.untrained, *self.trained]
+
+    def of(self, row: Row, mode: Mode) -> list[PlannedRun]:
+        return [r for r in self.trained if r.row == row and r.mode == mode]
+
+
+def load(path: Path, overrides: dict[str, Any] | None = None) -> Comparison:
+    """Every run of the grid in ``path``, its settings resolved.
+
+    Raises ConfigError naming the row for impossible settings, for rows of one mode that differ in more than their
+    method, and for finished runs in the folder that were made with other settings.
+    """
+    try:
+        grid = Grid.model_validate(merge(read_yaml(path), overrides or {}))
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        raise ConfigError(f"{path}: {where}: {first['msg'].removeprefix('Value error, ')}") from None
+    names = [row.name for row in grid.rows]
+    twice = {n for n in names if [slug(m) for m in names].count(slug(n)) > 1}
+    if twice or not grid.seeds or len(set(grid.seeds)) < len(grid.seeds):
+        raise ConfigError(f"{path}: rows and seeds must differ from each other: {sorted(twice) or grid.seeds}")
+    if grid.baseline not in names:
+        raise ConfigError(f"{path}: baseline: {grid.baseline!r} is no row; accepted: {', '.join(names)}")
+    runs = [
+        PlannedRun(row, mode, _settings(path, grid, row, mode, seed))
+        for seed in grid.seeds
+        for row in grid.rows
+        for mode in row.modes
+    ]
+    _check_fair(path, runs)
+    found = Comparison(grid, PlannedRun(UNTRAINED, "on_policy", _untrained(path, grid)), runs)
+    for run in found.runs:
+        _check_unchanged(run)
+    return found
+
+
+def slug(name: str) -> str:
+    """``name`` as part of a file's name."""
+    return re.sub(r"[^a-z0-9]+", "_", name.lower().replace("*", " star").replace("%", "")).strip("_")
+
+
+def _settings(path: Path, grid: Grid, row: Row, mode: Mode, seed: int) -> Settings:
+    own = {
+        "run": {"name": f"{slug(row.name)}-{mode}-{seed}", "dir": str(grid.dir / "runs"), "seed": seed},
+        "mode": mode,
+    }
+    try:
+        return build_settings(path.parent / grid.base, [grid.settings, grid.modes.get(mode, {}), row.settings, own])
+    except ConfigError as error:
+        raise ConfigError(f"{path}: row {row.name!r}, {mode}: {error}") from None
+
+
+def _untrained(path: Path, grid: Grid) -> Settings:
+    own = {
+        "run": {"name": "untrained", "dir": str(grid.dir / "runs"), "seed": grid.seeds[0], "steps": 0},
+        "eval": {"before": True, "teacher": True},
+    }
+    return build_settings(path.parent / grid.base, [grid.settings, grid.modes.get("on_policy", {}), own])
+
+
+def _check_fair(path: Path, runs: list[PlannedRun]) -> None:
+    """Same student, prompts in the same order, budget and evaluation for all rows of one mode and seed."""
+    first: dict[tuple[Mode, int], PlannedRun] = {}
+    for run in runs:
+        other = first.setdefault((run.mode, run.seed), run)
+        ours, theirs = (_but_method(r.settings) for r in (run, other))
+        changed = [k for k in ours if ours[k] != theirs.get(k)]
+        if changed:
+            raise ConfigError(
+                f"{path}: row {run.row.name!r}, {run.mode}: sets {changed[0]} to {ours[changed[0]]!r}, row "
+                f"{other.row.name!r} has {theirs.get(changed[0])!r}; rows of one mode may differ in "
+                f"{', '.join(METHOD)} only"
+            )
+
+
+def _but_method(settings: Settings) -> dict[str, Any]:
+    leaves = flat(settings.model_dump(mode="json"))
+    return {k: v for k, v in leaves.items() if k.split(".")[0] not in METHOD and k != "run.name"}
+
+
+def _check_unchanged(run: PlannedRun) -> None:
+    saved = run.folder / "config.yaml"
+    if run.status != "finished":
+        return
+    before = flat(resolve(yaml.safe_load(saved.read_text(encoding="utf-8"))).model_dump(mode="json"))
+    now = flat(yaml.safe_load(dump(run.settings)))
+    changed = [k for k in now if before.get(k) != now[k] and k not in ("resume", "run.dir")]
+    if changed:
+        raise ConfigError(
+            f"{run.folder}: finished with {changed[0]}={before.get(changed[0])!r}, the comparison now asks for "
+            f"{now[changed[0]]!r}; remove the folder to run it again, or give the comparison another dir"
+        )

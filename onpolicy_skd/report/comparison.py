@@ -1,0 +1,261 @@
+"""``results.json`` and ``report.md`` of a comparison: each run, each row over its seeds, what is more than noise."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from onpolicy_skd.checkpoint import write_text
+from onpolicy_skd.comparison import Comparison, Mode, PlannedRun
+from onpolicy_skd.config import Settings
+from onpolicy_skd.report import metrics
+from onpolicy_skd.report.summary import percent, versions
+from onpolicy_skd.selection.positions import quota
+from onpolicy_skd.statistics import Difference, Estimate, estimate, paired_difference, significant
+
+MODES: dict[Mode, str] = {"off_policy": "Off-policy", "on_policy": "On-policy"}
+
+
+@dataclass(frozen=True, slots=True)
+class RowResult:
+    """One row in one mode, over the seeds that have finished."""
+
+    row: str
+    mode: Mode
+    seeds: list[int]
+    exact_match: Estimate  # percent, as everything here
+    strict: Estimate
+    difference: Difference | None  # from the baseline of the same mode; None of the baseline itself
+    significant: bool  # after Holm's correction for all rows of the mode
+    published: tuple[float, float] | None
+    cost: dict[str, float]  # means over seeds: see ``measured_cost``
+
+
+def write(comparison: Comparison) -> Path:
+    """Writes both files into the comparison's folder; returns the page's path."""
+    folder = comparison.grid.dir
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = results(comparison)
+    record = {
+        "format": 1,
+        "baseline": comparison.grid.baseline,
+        "seeds": comparison.grid.seeds,
+        "untrained": untrained(comparison),
+        "rows": [asdict(r) for r in rows],
+        "runs": [_run_record(r) for r in comparison.runs],
+        "versions": versions(),
+    }
+    write_text(folder / "results.json", json.dumps(record, indent=1) + "\n")
+    write_text(folder / "report.md", page(comparison, rows))
+    return folder / "report.md"
+
+
+def shown(run: PlannedRun) -> str:
+    """A finished run in a few words."""
+    found = run.summary
+    return f"exact match {percent(found['exact_match']['after'], found['exact_match_interval']['after'])}"
+
+
+def untrained(comparison: Comparison) -> dict[str, float | None]:
+    """Exact match of student and teacher before anything is trained, percent."""
+    found = comparison.untrained.summary.get("exact_match", {})
+    return {who: _in_percent(found.get(when)) for who, when in (("student", "before"), ("teacher", "teacher"))}
+
+
+def results(comparison: Comparison) -> list[RowResult]:
+    """Every row in every mode that has a finished run."""
+    judged: dict[tuple[str, Mode], list[tuple[PlannedRun, np.ndarray]]] = {
+        (row.name, mode): [(r, answers(r)) for r in comparison.of(row, mode) if r.status == "finished"]
+        for row in comparison.grid.rows
+        for mode in row.modes
+    }
+    differences: dict[tuple[str, Mode], Difference] = {}
+    for (name, mode), runs in judged.items():
+        baseline = judged.get((comparison.grid.baseline, mode))
+        if runs and baseline and name != comparison.grid.baseline:
+            own, other = (np.stack([right for _, right in several]) for several in (runs, baseline))
+            differences[name, mode] = _percent_points(paired_difference(own, other))
+    notable = {
+        (name, mode)
+        for mode in MODES
+        for name in significant({name: d.p for (name, of), d in differences.items() if of == mode})
+    }
+    return [
+        RowResult(
+            row.name,
+            mode,
+            [r.seed for r, _ in judged[row.name, mode]],
+            estimate([100 * float(right.mean()) for _, right in judged[row.name, mode]]),
+            estimate([100 * r.summary["strict_match"]["after"] for r, _ in judged[row.name, mode]]),
+            differences.get((row.name, mode)),
+            (row.name, mode) in notable,
+            row.published.get(mode),
+            _mean([measured_cost(r) for r, _ in judged[row.name, mode]]),
+        )
+        for row in comparison.grid.rows
+        for mode in row.modes
+        if judged[row.name, mode]
+    ]
+
+
+def answers(run: PlannedRun) -> np.ndarray:
+    """Which of the held-out problems the trained student has right, bool ``[problems]``, in the order of their keys."""
+    file = max((run.folder / "evaluations").glob("after-*.jsonl"))
+    records = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+    return np.array([r["match"] for r in sorted(records, key=lambda r: r["key"])])
+
+
+def measured_cost(run: PlannedRun) -> dict[str, float]:
+    """What a finished run has spent on training."""
+    steps = [r for r in metrics.read(run.folder / metrics.FILE) if "loss" in r]
+    teacher = 0 if run.settings.cache.path else sum(r["train_tokens"] for r in steps)
+    return {
+        "steps": len(steps),
+        "teacher_tokens": teacher,
+        "positions": sum(r["positions"] for r in steps),
+        "positions_supervised": sum(r["positions_selected"] for r in steps),
+        "train_seconds": sum(r["seconds"]["step"] for r in steps),
+        "seconds": run.summary["seconds"],
+        "learner_memory_mib": max((r["learner_memory_mib"] for r in steps), default=0.0),
+    }
+
+
+def planned_cost(settings: Settings, prompts: int) -> str:
+    """What a run is going to do, in words; ``prompts``: before a prefilter."""
+    own = settings
+    kept = quota(own.samples.keep, prompts) if own.samples.when == "prefilter" else prompts
+    steps = own.run.steps
+    if steps is None:
+        steps = math.ceil(round(own.run.epochs * kept / own.prompts_per_step, 9))
+    share = 1.0 if own.positions.policy in ("full", "weighted") else own.positions.k
+    return (
+        f"{steps} steps, {steps * own.own_per_step} rollouts, {steps * own.learner.batch_size} samples to the teacher, "
+        f"{100 * share:g} % of their positions supervised"
+    )
+
+
+def seconds_by_mode(comparison: Comparison) -> dict[Mode, float]:
+    """Mean wall seconds of the finished runs of each mode."""
+    found: defaultdict[Mode, list[float]] = defaultdict(list)
+    for run in comparison.runs:
+        if run.status == "finished":
+            found[run.mode].append(run.summary["seconds"])
+    return {mode: sum(several) / len(several) for mode, several in found.items()}
+
+
+# -- the page ------------------------------------------------------------------------------------------------------
+
+
+def page(comparison: Comparison, rows: Sequence[RowResult]) -> str:
+    grid, own = comparison.grid, comparison.untrained.settings
+    missing = [r for r in comparison.runs if r.status != "finished"]
+    known = untrained(comparison)
+    parts = [
+        f"# Comparison: {grid.dir.name}\n",
+        f"Student `{own.student.model}`, teacher `{own.teacher.model}`, seeds {', '.join(map(str, grid.seeds))}. "
+        "Exact match in percent on the same held-out problems: mean ± standard deviation over seeds, 95 % interval of "
+        f"the mean (Student's t). Differences from {grid.baseline}: bootstrap over problems and seeds, paired "
+        "by problem. **Bold** only where a difference is more than noise after Holm's correction within the mode.\n",
+        f"Untrained student {_shown(known['student'])}, teacher {_shown(known['teacher'])}.\n",
+    ]
+    if missing:
+        parts.append(f"**{len(missing)} of {len(comparison.runs)} runs have not finished**; the others follow.\n")
+    for mode, title in MODES.items():
+        found = [r for r in rows if r.mode == mode]
+        if found:
+            parts += [f"## {title}\n", _table(found, grid.baseline), "\n".join(map(_sentence, found)) + "\n"]
+            orderings = [_ordering(r, found, grid.baseline) for r in found if r.difference and r.published]
+            if any(orderings):
+                parts += ["### Published orderings\n", "\n".join(o for o in orderings if o) + "\n"]
+    return "\n".join(parts)
+
+
+def _table(rows: Sequence[RowResult], baseline: str) -> str:
+    columns = ("method", "exact match", "95 % interval", f"from {baseline}", "published", "steps", "teacher tokens",
+               "positions supervised", "training s", "learner MiB")  # fmt: skip
+    lines = ["| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
+    for r in rows:
+        share = r.cost["positions_supervised"] / max(1.0, r.cost["positions"])
+        difference = "" if r.difference is None else f"{r.difference.mean:+.1f} ({_range(r.difference)})"
+        cells = [
+            r.row, _mean_std(r.exact_match), _interval(r.exact_match),
+            f"**{difference}**" if r.significant else difference,
+            "" if r.published is None else f"{r.published[0]:.1f} ± {r.published[1]:.2f}", f"{r.cost['steps']:.0f}",
+            _thousands(r.cost["teacher_tokens"]), f"{_thousands(r.cost['positions_supervised'])} ({100 * share:.0f} %)",
+            f"{r.cost['train_seconds']:.0f}", f"{r.cost['learner_memory_mib']:.0f}",
+        ]  # fmt: skip
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def _sentence(r: RowResult) -> str:
+    if r.difference is None:
+        return f"- {r.row}: the baseline, {_mean_std(r.exact_match)}."
+    amount = f"{r.difference.mean:+.1f} points (95 % {_range(r.difference)})"
+    if r.significant:
+        return f"- {r.row}: {amount}: more than noise."
+    inside = r.difference.low <= 0 <= r.difference.high
+    return f"- {r.row}: {amount}: " + ("within noise." if inside else "not more than noise among so many rows.")
+
+
+def _ordering(r: RowResult, rows: Sequence[RowResult], baseline: str) -> str | None:
+    theirs = next((b.published for b in rows if b.row == baseline), None)
+    if theirs is None or r.published is None or r.difference is None:
+        return None
+    gap = r.published[0] - theirs[0]
+    printed = f"- {r.row} {'above' if gap > 0 else 'below'} {baseline} ({r.published[0]:.1f} v {theirs[0]:.1f}): "
+    if not r.significant:
+        return printed + f"cannot be told here ({r.difference.mean:+.1f}, {_range(r.difference)})."
+    return printed + ("holds" if gap * r.difference.mean > 0 else "does not hold") + f" ({r.difference.mean:+.1f})."
+
+
+def _run_record(run: PlannedRun) -> dict[str, Any]:
+    record: dict[str, Any] = {"row": run.row.name, "mode": run.mode, "seed": run.seed, "status": run.status}
+    if run.status == "finished":
+        found = run.summary
+        record |= {
+            "exact_match": _in_percent(found["exact_match"]["after"]),
+            "exact_match_interval": [100 * x for x in found["exact_match_interval"]["after"]],
+            "strict": _in_percent(found["strict_match"]["after"]),
+            **measured_cost(run),
+        }
+    return record
+
+
+def _percent_points(d: Difference) -> Difference:
+    return Difference(100 * d.mean, 100 * d.low, 100 * d.high, d.p)
+
+
+def _mean(several: Sequence[dict[str, float]]) -> dict[str, float]:
+    return {key: sum(one[key] for one in several) / len(several) for key in several[0]}
+
+
+def _in_percent(share: float | None) -> float | None:
+    return None if share is None else 100 * share
+
+
+def _shown(value: float | None) -> str:
+    return "not measured" if value is None else f"{value:.1f}"
+
+
+def _mean_std(e: Estimate) -> str:
+    return f"{e.mean:.1f}" + ("" if e.std is None else f" ± {e.std:.1f}")
+
+
+def _interval(e: Estimate) -> str:
+    return "" if e.low is None or e.high is None else f"{max(0.0, e.low):.1f} to {min(100.0, e.high):.1f}"
+
+
+def _range(d: Difference) -> str:
+    return f"{d.low:+.1f} to {d.high:+.1f}"
+
+
+def _thousands(count: float) -> str:
+    return f"{count / 1e6:.2f}M" if count >= 1e6 else f"{count / 1e3:.0f}k"

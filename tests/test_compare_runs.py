@@ -1,0 +1,97 @@
+"""A comparison as its user runs it: killed, started again, one row broken, and the report at the end."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).parents[1]
+pytestmark = pytest.mark.slow
+ENVIRONMENT = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}
+
+
+def write_grid(folder, **changes):
+    tree = {
+        "base": str(ROOT / "configs" / "demo.yaml"), "dir": str(folder / "out"), "seeds": [1, 2], "baseline": "Full KD",
+        "settings": {
+            "run": {"steps": 3, "evaluate_every": 0, "checkpoint_every": 1, "tensorboard": False},
+            "learner": {"batch_size": 8}, "rollout": {"engine": "transformers"}, "teacher": {"placement": "learner"},
+            "eval": {"problems": 20, "before": False, "teacher": False},
+        },
+        "rows": [
+            {"name": "Full KD", "settings": {"positions": {"policy": "full"}}},
+            {"name": "SE-KD", "modes": ["on_policy"], "settings": {"positions": {"k": 0.2}}},
+        ],
+        **changes,
+    }  # fmt: skip
+    path = folder / "grid.yaml"
+    path.write_text(yaml.safe_dump(tree))
+    return path
+
+
+def command(path, *arguments):
+    return [sys.executable, "-m", "onpolicy_skd.compare", "--config", str(path), *arguments]
+
+
+def compare(path, *arguments):
+    done = subprocess.run(command(path, *arguments), capture_output=True, text=True, cwd=ROOT, env=ENVIRONMENT,
+                          timeout=900, check=False)  # fmt: skip
+    return done.returncode, done.stdout + done.stderr
+
+
+def table(folder):
+    record = json.loads((folder / "out" / "results.json").read_text())
+    return [{k: r[k] for k in ("row", "mode", "seeds", "exact_match", "strict", "difference")} for r in record["rows"]]
+
+
+def test_a_killed_comparison_goes_on_and_ends_with_the_same_table(tmp_path):
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    for folder in (whole, broken):
+        folder.mkdir()
+    code, said = compare(write_grid(whole))
+    assert code == 0, said
+    assert "7 of 7 runs to do" in said
+    process = subprocess.Popen(
+        command(write_grid(broken)), stdout=subprocess.PIPE, text=True, cwd=ROOT, env=ENVIRONMENT
+    )
+    for line in process.stdout:
+        if line.startswith("2/7"):
+            break
+    time.sleep(5)  # in the middle of the next ones
+    process.kill()
+    process.communicate()
+    time.sleep(20)  # what it had started stops with a checkpoint, or has ended
+    kept = [
+        p for p in (broken / "out" / "runs").glob("*/summary.json") if json.loads(p.read_text())["status"] == "finished"
+    ]
+    times = {p: p.stat().st_mtime_ns for p in kept}
+    assert 2 <= len(kept) < 7
+    code, said = compare(write_grid(broken))
+    assert code == 0, said
+    assert f"{7 - len(kept)} of 7 runs to do" in said
+    assert {p: p.stat().st_mtime_ns for p in kept} == times  # finished runs are not repeated
+    assert table(broken) == table(whole)
+    page = (whole / "out" / "report.md").read_text()
+    assert "Untrained student" in page
+    assert "teacher 100.0" in page
+
+
+def test_a_failed_run_is_reported_and_tried_again_when_asked(tmp_path):
+    path = write_grid(tmp_path, seeds=[1], rows=[{"name": "Full KD", "modes": ["off_policy"]}])
+    blocked = tmp_path / "out" / "runs" / "full_kd-off_policy-1"
+    blocked.mkdir(parents=True)
+    (blocked / "checkpoints").write_text("a file where a folder must be")
+    code, said = compare(path)
+    assert code == 1
+    assert "full_kd-off_policy-1: " in said
+    assert "--retry tries those that failed again" in said
+    assert "1 of 2 runs have not finished" in (tmp_path / "out" / "report.md").read_text()
+    (blocked / "checkpoints").unlink()
+    code, said = compare(path, "--retry")
+    assert code == 0, said
+    assert "1 of 2 runs to do" in said

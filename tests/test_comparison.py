@@ -1,0 +1,202 @@
+"""A grid of runs: what is in it, what is refused, and what its numbers can tell."""
+
+import dataclasses
+import json
+import math
+
+import numpy as np
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import settings as given_settings
+from hypothesis import strategies as st
+
+from onpolicy_skd import compare, comparison
+from onpolicy_skd.command_line import dump
+from onpolicy_skd.config import ConfigError
+from onpolicy_skd.report import comparison as report
+from onpolicy_skd.statistics import estimate, paired_difference, significant
+
+CONFIGS = comparison.Path(__file__).parents[1] / "configs"
+
+
+# -- statistics ----------------------------------------------------------------------------------------------------
+
+
+def test_the_interval_of_a_mean_is_students():
+    found = estimate([69.0, 70.0, 74.0])
+    assert found.mean == pytest.approx(71.0)
+    assert found.std == pytest.approx(math.sqrt(7.0))
+    assert found.high - found.mean == pytest.approx(4.302653 * math.sqrt(7.0 / 3))  # t at 0.975, 2 degrees of freedom
+    assert estimate([5.0]) == dataclasses.replace(estimate([5.0]), std=None, low=None, high=None, count=1)
+    with pytest.raises(ValueError, match="at least one"):
+        estimate([])
+
+
+def test_the_paired_difference_has_the_spread_of_theory():
+    """One seed each and independent problems: the bootstrap's interval is the normal one of the mean difference."""
+    draw = np.random.default_rng(0)
+    one, other = draw.random((1, 4_000)) < 0.5, draw.random((1, 4_000)) < 0.45
+    found = paired_difference(one, other, draws=4_000)
+    gaps = one[0].astype(float) - other[0]
+    assert found.mean == pytest.approx(gaps.mean())
+    half = 1.96 * gaps.std() / math.sqrt(4_000)
+    assert found.high - found.mean == pytest.approx(half, rel=0.06)
+    assert found.mean - found.low == pytest.approx(half, rel=0.06)
+
+
+def test_pairing_sees_what_separate_intervals_cannot():
+    """Two methods that agree on hard and easy problems and differ on a few: the difference is clear."""
+    base = np.random.default_rng(1).random(1_000) < 0.5
+    better = base.copy()
+    better[np.flatnonzero(~base)[:20]] = True
+    found = paired_difference(np.stack([better] * 3), np.stack([base] * 3), draws=2_000)
+    assert found.mean == pytest.approx(0.02)
+    assert found.low > 0
+    assert found.p < 0.01
+
+
+def test_the_same_method_does_not_differ_and_seeds_count_as_noise():
+    draw = np.random.default_rng(2)
+    same = draw.random((3, 300)) < 0.6
+    assert paired_difference(same, same, draws=500).mean == 0
+    assert paired_difference(same, same, draws=500).p == 1.0
+    wild = np.stack([np.ones(300), np.zeros(300), np.ones(300)])  # a method whose seeds disagree entirely
+    assert paired_difference(wild, same, draws=500).high - paired_difference(wild, same, draws=500).low > 0.5
+    with pytest.raises(ValueError, match="not the same problems"):
+        paired_difference(same, same[:, :-1])
+
+
+@given_settings(deadline=None, max_examples=20)
+@given(st.integers(0, 1_000))
+def test_noise_is_seldom_called_a_difference(seed):
+    """Not a statement about one draw: p-values of no difference are not all small."""
+    draw = np.random.default_rng(seed)
+    several = [paired_difference(draw.random((3, 200)) < 0.5, draw.random((3, 200)) < 0.5, 200).p for _ in range(5)]
+    assert max(several) > 0.05
+
+
+def test_many_comparisons_ask_for_smaller_p_values():
+    assert significant({"a": 0.001, "b": 0.02, "c": 0.04, "d": 0.5}) == {"a"}
+    assert significant({"a": 0.01, "b": 0.02}) == {"a", "b"}
+    assert significant({}) == set()
+
+
+# -- the grid ------------------------------------------------------------------------------------------------------
+
+
+def write_grid(folder, **changes):
+    tree = {
+        "base": str(CONFIGS / "demo.yaml"), "dir": str(folder / "out"), "seeds": [1, 2], "baseline": "Full KD",
+        "settings": {"run": {"steps": 2}},
+        "rows": [
+            {"name": "Full KD", "settings": {"positions": {"policy": "full"}}, "published": {"on_policy": [70.6, 0.2]}},
+            {"name": "SE-KD", "settings": {"positions": {"k": 0.2}}, "published": {"on_policy": [70.0, 0.1]}},
+            {"name": "Forward", "modes": ["on_policy"], "settings": {"alignment": {"divergence": "forward_kl"}}},
+        ],
+    }  # fmt: skip
+    path = folder / "grid.yaml"
+    path.write_text(yaml.safe_dump({**tree, **changes}))
+    return path
+
+
+def test_every_row_mode_and_seed_is_a_run_of_its_own(tmp_path):
+    found = comparison.load(write_grid(tmp_path))
+    assert len(found.trained) == 2 * (2 + 2 + 1)
+    assert len({r.settings.run.name for r in found.runs}) == len(found.runs)
+    assert [r.seed for r in found.trained] == [1] * 5 + [2] * 5  # seed by seed
+    assert {r.settings.mode for r in found.trained if "off_policy" in r.settings.run.name} == {"off_policy"}
+    assert found.untrained.settings.run.steps == 0
+    assert found.untrained.settings.eval.teacher
+    assert all(r.status == "waiting" for r in found.runs)
+    fewer = comparison.load(write_grid(tmp_path), {"seeds": [7]})
+    assert {r.seed for r in fewer.trained} == {7}
+
+
+@pytest.mark.parametrize(
+    ("changes", "match"),
+    [
+        ({"baseline": "nobody"}, "baseline: 'nobody' is no row; accepted: Full KD, SE-KD, Forward"),
+        ({"seeds": []}, "must differ"),
+        ({"seeds": [1, 1]}, "must differ"),
+        ({"rows": [{"name": "A"}, {"name": "a"}], "baseline": "A"}, "must differ"),
+        ({"rows": [{"nam": "A"}]}, r"rows\.0"),
+        ({"unknown": 1}, "unknown"),
+        (
+            {"rows": [{"name": "Full KD", "settings": {"positions": {"k": 7}}}]},
+            "row 'Full KD', off_policy: positions.k=7",
+        ),
+        (
+            {"rows": [{"name": "Full KD"}, {"name": "B", "settings": {"learner": {"lr": 1}}}]},
+            r"row 'B', off_policy: sets learner.lr to 1.0, row 'Full KD' has 0.001; rows of one mode may",
+        ),
+    ],
+)
+def test_an_unfair_or_broken_grid_is_refused_by_row(changes, match, tmp_path):
+    with pytest.raises(ConfigError, match=match):
+        comparison.load(write_grid(tmp_path, **changes))
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("compare_*.yaml")), ids=lambda p: p.name)
+def test_bundled_grids_resolve(path):
+    found = comparison.load(path)
+    published = {(r.name, mode) for r in found.grid.rows for mode in r.published}
+    assert len(published) == 15  # the rows of the SE-KD paper's Table 5
+    assert {r.seed for r in found.trained} == {1340, 1341, 1342}
+
+
+def finish(run, right, **cost):
+    """What a finished run leaves behind."""
+    folder = run.folder
+    (folder / "evaluations").mkdir(parents=True)
+    (folder / "config.yaml").write_text(dump(run.settings))
+    records = [{"key": f"p#{i}/0", "match": bool(r)} for i, r in enumerate(right)]
+    (folder / "evaluations" / "after-000002.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
+    share = sum(right) / len(right)
+    step = {"step": 0, "loss": 1.0, "train_tokens": 500, "positions": 100, "positions_selected": 20,
+            "seconds": {"step": 2.0}, "learner_memory_mib": 300.0, **cost}  # fmt: skip
+    (folder / "metrics.jsonl").write_text(json.dumps(step) + "\n")
+    summary = {"status": "finished", "seconds": 9.0, "exact_match": {"before": 0.1, "after": share, "teacher": 1.0},
+               "exact_match_interval": {"after": [0, 1]}, "strict_match": {"after": share}}  # fmt: skip
+    (folder / "summary.json").write_text(json.dumps(summary))
+
+
+def test_the_report_says_what_is_more_than_noise_and_which_orderings_hold(tmp_path):
+    found, draw = comparison.load(write_grid(tmp_path)), np.random.default_rng(0)
+    base = draw.random(400) < 0.5
+    worse = base & (draw.random(400) < 0.7)
+    for run in found.trained:
+        finish(run, worse if run.row.name == "SE-KD" else base)
+    rows = {(r.row, r.mode): r for r in report.results(found)}
+    assert rows["SE-KD", "on_policy"].significant
+    assert not rows["Forward", "on_policy"].significant
+    assert rows["Full KD", "on_policy"].difference is None
+    assert rows["SE-KD", "on_policy"].exact_match.mean == pytest.approx(100 * worse.mean())
+    assert rows["SE-KD", "on_policy"].cost["teacher_tokens"] == 500
+    page = report.write(found).read_text()
+    assert "1 of 11 runs have not finished" in page  # the untrained models
+    assert "- SE-KD below Full KD (70.0 v 70.6): holds" in page
+    assert "- Forward: +0.0 points (95 % +0.0 to +0.0): within noise." in page
+    line = next(x for x in page.splitlines() if x.startswith("| SE-KD"))
+    assert "**-" in line
+    assert "20k" not in line
+    record = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert len(record["runs"]) == 11
+    assert {r["status"] for r in record["runs"]} == {"finished", "waiting"}
+
+
+def test_finished_runs_with_other_settings_are_refused(tmp_path):
+    found = comparison.load(write_grid(tmp_path))
+    finish(found.trained[0], [True, False])
+    assert comparison.load(write_grid(tmp_path)).trained[0].status == "finished"
+    with pytest.raises(ConfigError, match=r"finished with run.steps=2, the comparison now asks for 3"):
+        comparison.load(write_grid(tmp_path, settings={"run": {"steps": 3}}))
+
+
+def test_a_dry_run_lists_every_run_with_its_cost(tmp_path, capsys):
+    assert compare.main(["--config", str(write_grid(tmp_path)), "--dry-run"]) == 0
+    printed = capsys.readouterr().out
+    assert "waiting  se_kd-on_policy-1: 2 steps, 128 rollouts, 128 samples to the teacher, 20 % of their" in printed
+    assert "full_kd-off_policy-2: 2 steps, 0 rollouts, 128 samples to the teacher, 100 %" in printed
+    assert "11 runs" in printed
+    assert compare.main(["--config", str(tmp_path / "none.yaml")]) == 2
