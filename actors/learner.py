@@ -17,11 +17,11 @@ from actors.cluster import Refusal
 from actors.teacher import RemoteTeacher, build_teacher
 from actors.transport import Packed, pack_named
 from onpolicy_skd import checkpoint
+from onpolicy_skd.cached_teacher import open_teacher
 from onpolicy_skd.config import AlignmentSettings, Settings
 from onpolicy_skd.learner import Learner
 from onpolicy_skd.models import check_documents, load_model, load_tokenizer, pick_device, pick_dtype, split
 from onpolicy_skd.teacher import NoTeacher, TeacherRows
-from onpolicy_skd.teacher_cache import open_teacher
 from onpolicy_skd.trajectory import FilterReport, Trajectory
 
 

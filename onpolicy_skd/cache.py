@@ -15,8 +15,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
-from ray.exceptions import RayError
-
 from actors.cache import CacheBuilders, Work
 from actors.cluster import Counts, Resources, connect
 from actors.rollout import RolloutGroup
@@ -24,9 +22,9 @@ from onpolicy_skd import provenance
 from onpolicy_skd import teacher_cache as caches
 from onpolicy_skd.command_line import load_settings
 from onpolicy_skd.config import ConfigError, Settings
+from onpolicy_skd.exits import EXIT_CONFIG, EXIT_FAILED, EXIT_OK, guarded
 from onpolicy_skd.prepare import Run, prepare
 from onpolicy_skd.teacher_cache import CacheError, Layout, Manifest, Shard
-from onpolicy_skd.train import EXIT_CONFIG, EXIT_FAILED, EXIT_OK, cause_of
 from onpolicy_skd.training_set import Say, add_teacher_references, engine, selected_prompts
 from onpolicy_skd.trajectory import Prompt, Trajectory
 
@@ -157,23 +155,22 @@ def verify(folder: Path, say: Say = say_now) -> bool:
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line; returns the exit code: 0 done, 1 failed or damaged, 2 bad input."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
-    command, *rest = [*(sys.argv[1:] if argv is None else argv), ""]
-    rest = rest[:-1]
-    try:
-        if command == "build":
-            build(load_settings(rest, "onpolicy_skd.cache build", "Writes a teacher's outputs on a run's texts."))
-        elif command in ("info", "verify") and len(rest) == 1:
-            if command == "verify":
-                return EXIT_OK if verify(Path(rest[0])) else EXIT_FAILED
-            info(Path(rest[0]))
-        else:
-            print(USAGE, file=sys.stdout if command in ("-h", "--help") else sys.stderr)
-            return EXIT_OK if command in ("-h", "--help") else EXIT_CONFIG
+    given = list(sys.argv[1:] if argv is None else argv)
+    return guarded(lambda: _run(*given))
+
+
+def _run(command: str = "", *rest: str) -> int:
+    if command == "build":
+        build(load_settings(rest, "onpolicy_skd.cache build", "Writes a teacher's outputs on a run's texts."))
         return EXIT_OK
-    except (ConfigError, RayError) as error:
-        cause = cause_of(error)
-        print(f"error: {cause}", file=sys.stderr)
-        return EXIT_CONFIG if isinstance(cause, ConfigError) else EXIT_FAILED
+    if command == "verify" and len(rest) == 1:
+        return EXIT_OK if verify(Path(rest[0])) else EXIT_FAILED
+    if command == "info" and len(rest) == 1:
+        info(Path(rest[0]))
+        return EXIT_OK
+    asked = command in ("-h", "--help")
+    print(USAGE, file=sys.stdout if asked else sys.stderr)
+    return EXIT_OK if asked else EXIT_CONFIG
 
 
 if __name__ == "__main__":

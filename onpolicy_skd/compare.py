@@ -7,22 +7,20 @@ Runs every row, mode and seed of a grid (``comparison.py``), as many at once as 
 from __future__ import annotations
 
 import argparse
+import functools
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-
-from ray.exceptions import RayError
 
 from actors.cluster import connect
 from actors.runs import at_once, run_all
 from onpolicy_skd import comparison as grids
 from onpolicy_skd.checkpoint import write_text
-from onpolicy_skd.command_line import dump, parse_override
+from onpolicy_skd.command_line import dump, merge, parse_override
 from onpolicy_skd.comparison import Comparison, PlannedRun
-from onpolicy_skd.config import ConfigError
+from onpolicy_skd.exits import EXIT_FAILED, EXIT_OK, guarded
 from onpolicy_skd.prepare import prepare
 from onpolicy_skd.report import comparison as report
-from onpolicy_skd.train import EXIT_CONFIG, EXIT_FAILED, EXIT_OK, cause_of
 
 
 def compare(comparison: Comparison, retry: bool = False, parallel: int | None = None) -> int:
@@ -82,20 +80,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--retry", action="store_true", help="run those again that have failed")
     parser.add_argument("--parallel", type=int, help="most runs at the same time (default: all there is room for)")
     parser.add_argument("overrides", nargs="*", metavar="a.b=value", help="laid over the grid: settings.run.steps=5")
-    args = parser.parse_args(argv)
-    try:
-        overrides: dict = {}
-        for text in args.overrides:
-            overrides = grids.merge(overrides, parse_override(text))
-        comparison = grids.load(args.config, overrides)
-        if args.dry_run:
-            dry_run(comparison)
-            return EXIT_OK
-        return EXIT_FAILED if compare(comparison, args.retry, args.parallel) else EXIT_OK
-    except (ConfigError, RayError) as error:
-        cause = cause_of(error)
-        print(f"error: {cause}", file=sys.stderr)
-        return EXIT_CONFIG if isinstance(cause, ConfigError) else EXIT_FAILED
+    return guarded(lambda: _run(parser.parse_args(argv)))
+
+
+def _run(args: argparse.Namespace) -> int:
+    comparison = grids.load(args.config, functools.reduce(merge, map(parse_override, args.overrides), {}))
+    if args.dry_run:
+        dry_run(comparison)
+        return EXIT_OK
+    return EXIT_FAILED if compare(comparison, args.retry, args.parallel) else EXIT_OK
 
 
 if __name__ == "__main__":

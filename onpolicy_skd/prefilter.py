@@ -14,7 +14,7 @@ import numpy as np
 
 from onpolicy_skd.checkpoint import write_text
 from onpolicy_skd.config import Settings
-from onpolicy_skd.data.packed_text import Picked
+from onpolicy_skd.data.packed_text import Lazy
 from onpolicy_skd.data.prompts import answer_ids
 from onpolicy_skd.models import weights_digest
 from onpolicy_skd.references import of_text
@@ -54,7 +54,7 @@ def kept_prompts(
             say(f"prefilter: {len(scores)}/{len(prompts)} prompts scored")
         path.parent.mkdir(parents=True, exist_ok=True)
         write_text(path, json.dumps({"metric": own.metric, "text": own.prefilter_text, "scores": scores}))
-    kept = Picked(prompts, top_share(scores, own.keep))
+    kept = Lazy(prompts.__getitem__, top_share(scores, own.keep))
     say(f"prefilter: {len(kept)} of {len(prompts)} prompts kept by {own.metric} of {own.prefilter_text}")
     return kept
 

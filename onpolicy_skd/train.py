@@ -23,7 +23,8 @@ from actors.cluster import Resources, connect
 from actors.roles import Roles
 from eval.gsm8k import Evaluation, evaluate
 from onpolicy_skd.command_line import load_settings
-from onpolicy_skd.config import ConfigError, Settings
+from onpolicy_skd.config import Settings
+from onpolicy_skd.exits import EXIT_OK, EXIT_STOPPED, cause_of, guarded
 from onpolicy_skd.prefilter import as_text
 from onpolicy_skd.prepare import Run, open_folder, prepare
 from onpolicy_skd.report import summary
@@ -38,7 +39,6 @@ EMPTY_BATCH_ADVICE = {
     "right": "raise learner.batch_size or set samples.correctness=any",
     "wrong": "raise learner.batch_size or set samples.correctness=any",
 }
-EXIT_OK, EXIT_CONFIG, EXIT_FAILED, EXIT_STOPPED = 0, 2, 1, 3
 
 
 def train(run: Run, roles: Roles, prompts: Sequence[Prompt], book: Logbook, step: int, stop: StopSignal) -> None:
@@ -85,20 +85,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line; returns the exit code: 0 finished, 1 failed, 2 bad input, 3 stopped with a checkpoint."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     try:
-        settings = load_settings(sys.argv[1:] if argv is None else argv, about=(__doc__ or "").splitlines()[0])
-        return run_settings(settings)
+        about = (__doc__ or "").splitlines()[0]
+        return guarded(lambda: run_settings(load_settings(sys.argv[1:] if argv is None else argv, about=about)))
     except Stopped as signal:
         print(f"{signal}: stopped outside the steps", file=sys.stderr)
         return EXIT_STOPPED
-    except (ConfigError, RayError) as error:
-        cause = cause_of(error)
-        print(f"error: {cause}", file=sys.stderr)
-        return EXIT_CONFIG if isinstance(cause, ConfigError) else EXIT_FAILED
-
-
-def cause_of(error: Exception) -> Exception:
-    """What an actor raised, without Ray's wrapping and its traceback."""
-    return getattr(error, "cause", None) or error
 
 
 def run_settings(settings: Settings) -> int:

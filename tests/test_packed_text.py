@@ -17,7 +17,7 @@ from pyarrow import parquet
 from onpolicy_skd import models, train
 from onpolicy_skd.command_line import resolve
 from onpolicy_skd.config import ConfigError
-from onpolicy_skd.data.packed_text import PackedText, pack
+from onpolicy_skd.data.packed_text import pack, samples
 from onpolicy_skd.data.prompts import DataError
 from onpolicy_skd.learner import Learner
 from onpolicy_skd.models import load_tokenizer, split
@@ -141,7 +141,7 @@ def test_impossible_settings_of_text_are_refused(sections, match):
 
 @given(st.lists(st.integers(0, 3), min_size=32, max_size=32), st.integers(4, 16))
 def test_a_document_starts_at_the_token_that_ended_the_one_before(tokens, length):
-    text = PackedText("t", np.array(tokens, "<u4"), length, 0, separate=True)
+    text = samples("t", np.array(tokens, "<u4"), length, 0, separate=True)
     assert len(text) == 32 // length
     for sample in text:
         expected = [i for i, token in enumerate(sample.token_ids) if token == 0 and i > 0]

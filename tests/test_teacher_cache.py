@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from onpolicy_skd import cache as driver
 from onpolicy_skd import provenance
 from onpolicy_skd import teacher_cache as caches
+from onpolicy_skd.cached_teacher import CachedClasses, CachedHidden
 from onpolicy_skd.command_line import resolve
 from onpolicy_skd.compatibility import ASK_TEACHER
 from onpolicy_skd.config import ConfigError
@@ -23,7 +24,7 @@ from onpolicy_skd.prepare import prepare
 from onpolicy_skd.selection.classes import Draws, rs_kd
 from onpolicy_skd.selection.metrics import METRICS, Ranges, Signals
 from onpolicy_skd.teacher import Teacher
-from onpolicy_skd.teacher_cache import CachedClasses, CachedHidden, CacheError, Layout, Manifest, TeacherCache
+from onpolicy_skd.teacher_cache import CacheError, Layout, Manifest, TeacherCache
 from onpolicy_skd.trajectory import SparseTargets, seed_of
 
 LENGTHS = [(5, 9), (3, 20), (12, 4), (7, 1), (2, 15), (9, 11)]

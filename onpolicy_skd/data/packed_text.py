@@ -27,37 +27,11 @@ LARGEST_DOCUMENT = 64 * 2**20  # bytes of a .txt file, which is tokenized as a w
 SUFFIXES = (".jsonl", ".parquet", ".txt")
 
 
-class PackedText(Sequence[Prompt]):
-    """Samples of ``length`` tokens of the stream ``tokens``; what is left at its end is not used."""
+class Lazy(Sequence[Prompt]):
+    """``make(i)`` for each ``i`` of ``indices``, each prompt made when it is asked for."""
 
-    def __init__(self, name: str, tokens: np.ndarray, length: int, end_id: int, separate: bool) -> None:
-        self._name = name
-        self._tokens = tokens
-        self._length = length
-        self._end_id = end_id
-        self._separate = separate
-
-    def __len__(self) -> int:
-        return len(self._tokens) // self._length
-
-    @overload
-    def __getitem__(self, index: int) -> Prompt: ...
-    @overload
-    def __getitem__(self, index: slice) -> Sequence[Prompt]: ...
-    def __getitem__(self, index: int | slice) -> Prompt | Sequence[Prompt]:
-        if isinstance(index, slice):
-            return Picked(self, range(len(self))[index])
-        number = range(len(self))[index]  # raises IndexError; negative numbers count from the end
-        tokens = self._tokens[number * self._length : (number + 1) * self._length]
-        starts = np.flatnonzero(tokens[1:] == self._end_id) + 1 if self._separate else np.empty(0, np.int64)
-        return Prompt(f"{self._name}#{number + 1}", tokens.tolist(), "", "", starts)
-
-
-class Picked(Sequence[Prompt]):
-    """Some of ``prompts``, each made when it is asked for."""
-
-    def __init__(self, prompts: Sequence[Prompt], indices: Sequence[int]) -> None:
-        self._prompts = prompts
+    def __init__(self, make: Callable[[int], Prompt], indices: Sequence[int]) -> None:
+        self._make = make
         self._indices = indices
 
     def __len__(self) -> int:
@@ -69,11 +43,22 @@ class Picked(Sequence[Prompt]):
     def __getitem__(self, index: slice) -> Sequence[Prompt]: ...
     def __getitem__(self, index: int | slice) -> Prompt | Sequence[Prompt]:
         if isinstance(index, slice):
-            return Picked(self._prompts, self._indices[index])
-        return self._prompts[self._indices[index]]
+            return Lazy(self._make, self._indices[index])
+        return self._make(self._indices[index])
 
 
-def pack(settings: DataSettings, tokenizer: Any, folder: Path, say: Callable[[str], None]) -> PackedText:
+def samples(name: str, tokens: np.ndarray, length: int, end_id: int, separate: bool) -> Lazy:
+    """Samples of ``length`` tokens of the stream ``tokens``; what is left at its end is not used."""
+
+    def sample(number: int) -> Prompt:
+        own = tokens[number * length : (number + 1) * length]
+        starts = np.flatnonzero(own[1:] == end_id) + 1 if separate else np.empty(0, np.int64)
+        return Prompt(f"{name}#{number + 1}", own.tolist(), "", "", starts)
+
+    return Lazy(sample, range(len(tokens) // length))
+
+
+def pack(settings: DataSettings, tokenizer: Any, folder: Path, say: Callable[[str], None]) -> Lazy:
     """The samples of ``settings``, written to ``folder`` unless they are there already.
 
     Raises DataError for a file, row or data set that cannot be read, or holds less than one sample.
@@ -89,7 +74,7 @@ def pack(settings: DataSettings, tokenizer: Any, folder: Path, say: Callable[[st
     tokens, length = np.memmap(file, dtype="<u4", mode="r"), settings.sequence_length
     if len(tokens) < length:
         raise DataError(f"{name}: holds {len(tokens)} tokens, less than data.sequence_length={length}")
-    return PackedText(name, tokens, length, tokenizer.eos_token_id, settings.documents == "separate")
+    return samples(name, tokens, length, tokenizer.eos_token_id, settings.documents == "separate")
 
 
 def vocabulary_digest(tokenizer: Any) -> str:

@@ -1,0 +1,27 @@
+"""How a driver ends: its exit codes, and what it prints of an error."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+
+from ray.exceptions import RayError
+
+from onpolicy_skd.config import ConfigError
+
+EXIT_OK, EXIT_CONFIG, EXIT_FAILED, EXIT_STOPPED = 0, 2, 1, 3
+
+
+def guarded(action: Callable[[], int]) -> int:
+    """The exit code of ``action``; of bad input or a failed actor one line on stderr, without a traceback."""
+    try:
+        return action()
+    except (ConfigError, RayError) as error:
+        cause = cause_of(error)
+        print(f"error: {cause}", file=sys.stderr)
+        return EXIT_CONFIG if isinstance(cause, ConfigError) else EXIT_FAILED
+
+
+def cause_of(error: Exception) -> Exception:
+    """What an actor raised, without Ray's wrapping and its traceback."""
+    return getattr(error, "cause", None) or error
