@@ -19,6 +19,7 @@ from actors.transport import Packed, pack_named
 from onpolicy_skd import checkpoint
 from onpolicy_skd.cached_teacher import open_teacher
 from onpolicy_skd.config import AlignmentSettings, Settings
+from onpolicy_skd.inspection import Inspection
 from onpolicy_skd.learner import Learner
 from onpolicy_skd.models import check_documents, load_model, load_tokenizer, pick_device, pick_dtype, split
 from onpolicy_skd.teacher import NoTeacher, TeacherRows
@@ -85,10 +86,10 @@ class LearnerActor:
         finally:
             self._release(trajectories)
 
-    def divergence(self, trajectories: Sequence[Trajectory], encoded: list[ray.ObjectRef]) -> float:
+    def inspect(self, trajectories: Sequence[Trajectory], encoded: list[ray.ObjectRef]) -> list[Inspection]:
         self._expect(trajectories, encoded)
         try:
-            return self._learner.divergence(trajectories)
+            return self._learner.inspect(trajectories)
         finally:
             self._release(trajectories)
 

@@ -14,6 +14,7 @@ from actors.rollout import RolloutGroup
 from actors.sync import ObjectStoreSync
 from actors.teacher import TeacherActor
 from onpolicy_skd.config import Settings
+from onpolicy_skd.inspection import Inspection
 from onpolicy_skd.selection import samples
 from onpolicy_skd.trajectory import FilterReport, RolloutRequest, Sampling, Trajectory
 
@@ -66,16 +67,16 @@ class Roles:
         self._release(report.kept)
         return metrics
 
-    def divergence(self, trajectories: Sequence[Trajectory]) -> float | None:
-        """Mean divergence per response token of ``trajectories``, nats; None if none is valid.  No update."""
+    def inspect(self, trajectories: Sequence[Trajectory]) -> list[Inspection]:
+        """The valid ones of ``trajectories``, position by position.  No update."""
         usable = set(samples.validity(trajectories, self._vocabulary, drop_truncated=False).kept)
         valid = [t for t in trajectories if t.key in usable]
         if not valid:
-            return None
+            return []
         kept = ray.put(valid)
-        value: Any = ray.get(self._learner.divergence.remote(kept, self.encode(kept)))
+        found: Any = ray.get(self._learner.inspect.remote(kept, self.encode(kept)))
         self._release([t.key for t in valid])
-        return value
+        return found
 
     def rank(self, trajectories: Sequence[Trajectory]) -> list[float]:
         return ray.get(self._learner.rank.remote(trajectories))

@@ -8,7 +8,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,14 +23,19 @@ Generate = Callable[[Sequence[RolloutRequest], Sampling], list[Trajectory]]
 
 @dataclass(frozen=True, slots=True)
 class Evaluation:
-    """``result`` is small and goes to metrics and summaries; ``records`` hold every judged answer."""
+    """``result`` is small and goes to metrics and summaries; ``records`` hold every judged answer, ``views`` a few
+    rollouts token by token."""
 
     result: dict[str, Any]
     records: list[dict[str, Any]]
+    views: list[dict[str, Any]] = field(default_factory=list)
 
     def write_records(self, path: Path) -> None:
+        """One JSON object a line: the records to ``path``, the views, if there are any, beside it."""
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_text(path, "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in self.records))
+        for file, rows in ((path, self.records), (path.with_name(f"tokens-{path.name}"), self.views)):
+            if rows:
+                write_text(file, "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows))
 
 
 def evaluate(

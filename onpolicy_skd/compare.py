@@ -21,6 +21,7 @@ from onpolicy_skd.comparison import Comparison, PlannedRun
 from onpolicy_skd.exits import EXIT_FAILED, EXIT_OK, guarded
 from onpolicy_skd.prepare import prepare
 from onpolicy_skd.report import comparison as report
+from onpolicy_skd.report import figures, html
 
 
 def compare(comparison: Comparison, retry: bool = False, parallel: int | None = None) -> int:
@@ -39,10 +40,20 @@ def compare(comparison: Comparison, retry: bool = False, parallel: int | None = 
     failed = [r for r in comparison.runs if r.status != "finished"]
     for run in failed:
         print(f"{run.settings.run.name}: {run.summary.get('reason') or run.status}; its output: {_log(run, folder)}")
-    print(f"report: {report.write(comparison)}")
+    print(f"report: {write_report(comparison)}")
     if failed:
         print(f"{len(failed)} runs have not finished; --retry tries those that failed again")
     return len(failed)
+
+
+def write_report(comparison: Comparison) -> Path:
+    """results.json, report.md, report.html and the figures as PNG; returns the HTML page's path."""
+    folder, rows = comparison.grid.dir, report.write(comparison)
+    made = figures.figures(comparison, rows)
+    for name, figure in made.items():
+        figures.png(figure, folder / f"{name}.png")
+    write_text(folder / "report.html", html.page(comparison, rows, made))
+    return folder / "report.html"
 
 
 def _commands(runs: Sequence[PlannedRun], folder: Path) -> Iterator[tuple[PlannedRun, list[str], Path]]:

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from onpolicy_skd import checkpoint
 from onpolicy_skd.config import LearnerSettings, Settings
+from onpolicy_skd.inspection import Inspection
 from onpolicy_skd.lm_head import row_statistics
 from onpolicy_skd.micro_batch import SAMPLE_SCORES, MicroBatch, SampleScore
 from onpolicy_skd.models import SplitModel, pick_dtype
@@ -148,6 +149,25 @@ class Learner:
             return [part.sum() for part in micro.split(micro.divergence(kind, known))]
 
         return sum(self._each(trajectories, total)) / sum(len(t.response_ids) for t in trajectories)
+
+    @torch.no_grad()
+    def inspect(self, trajectories: Sequence[Trajectory]) -> list[Inspection]:
+        """Entropy, divergence and selection at every eligible position, in the order of ``trajectories``.
+
+        The teacher must have encoded them.
+        """
+        kind, found = self._settings.alignment.divergence, {}
+        ranges = self._ranges(trajectories) if self._selector.needs_ranges(self.version) else None
+        for group in self._groups(trajectories):
+            micro = self._micro_batch([trajectories[i] for i in group])
+            entropy_N, divergence_N = micro.statistics.entropy_N, micro.divergence(kind)
+            _, chosen = self._selector.select(micro.signals(ranges), self.version)
+            selected_N = torch.zeros(len(entropy_N), dtype=torch.bool)
+            selected_N[chosen.indices_K.cpu()] = True
+            parts = (micro.split(values.cpu()) for values in (entropy_N, divergence_N, selected_N))
+            for place, *own in zip(group, *parts, strict=True):
+                found[place] = Inspection(trajectories[place].key, *(values.numpy() for values in own))
+        return [found[i] for i in range(len(trajectories))]
 
     @torch.no_grad()
     def _each(self, trajectories: Sequence[Trajectory], score: SampleScore) -> list[float]:

@@ -25,6 +25,7 @@ from eval.gsm8k import Evaluation, evaluate
 from onpolicy_skd.command_line import load_settings
 from onpolicy_skd.config import Settings
 from onpolicy_skd.exits import EXIT_OK, EXIT_STOPPED, cause_of, guarded
+from onpolicy_skd.inspection import means, tokens
 from onpolicy_skd.prefilter import as_text
 from onpolicy_skd.prepare import Run, open_folder, prepare
 from onpolicy_skd.report import summary
@@ -34,6 +35,7 @@ from onpolicy_skd.stop import Stopped, StopSignal
 from onpolicy_skd.training_set import add_teacher_references, engine, gather, selected_prompts
 from onpolicy_skd.trajectory import Prompt, RolloutRequest, seed_of
 
+TOKEN_VIEWS = 8  # rollouts of an evaluation that are kept token by token
 EMPTY_BATCH_ADVICE = {
     "no_pace": "raise rollout.n: every prompt was always right or always wrong",
     "right": "raise learner.batch_size or set samples.correctness=any",
@@ -132,14 +134,14 @@ def run_settings(settings: Settings) -> int:
 
 
 def student_evaluation(run: Run, roles: Roles, problems: int = 0) -> Evaluation:
-    """Greedy exact match of the current student; if asked, its divergence from the teacher on held-out prompts.
+    """Greedy exact match of the current student; if asked, how far it is from the teacher on held-out prompts.
 
     ``divergence`` is over the student's own rollouts, ``divergence_reference`` over the reference answers: a student
     that falls into repetition lowers the first but not the second.  Of packed text there is only the second.
     """
     if not run.settings.generates:
         few = [as_text(p, "prompt", run.tokenizer) for p in run.held_out]
-        return Evaluation({"problems": 0, "divergence_reference": roles.divergence(few)}, [])
+        return Evaluation({"problems": 0, "divergence_reference": means(roles.inspect(few))["divergence"]}, [])
     if not run.samples_student:
         roles.push_weights()  # off-policy, the engines hold old weights between evaluations
     prompts = run.held_out[: problems or run.settings.eval.problems or None]
@@ -148,9 +150,13 @@ def student_evaluation(run: Run, roles: Roles, problems: int = 0) -> Evaluation:
         few = run.held_out[: run.settings.eval.divergence_prompts]
         seed = run.settings.run.seed
         requests = [RolloutRequest(p.key, p.token_ids, seed_of(seed, "divergence", p.key)) for p in few]
-        done.result["divergence"] = roles.divergence(gather(roles.rollouts, requests, run.sampling))
+        rollouts = gather(roles.rollouts, requests, run.sampling)
+        inspected = {i.key: i for i in roles.inspect(rollouts)}
+        done.result.update(means(list(inspected.values())))
+        shown = [t for t in rollouts if t.key in inspected][:TOKEN_VIEWS]
+        done.views.extend(tokens(t, inspected[t.key], run.tokenizer) for t in shown)
         answers = [as_text(p, "prompt+answer", run.tokenizer) for p in few]
-        done.result["divergence_reference"] = roles.divergence(answers)
+        done.result["divergence_reference"] = means(roles.inspect(answers))["divergence"]
     return done
 
 

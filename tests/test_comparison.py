@@ -173,7 +173,8 @@ def test_the_report_says_what_is_more_than_noise_and_which_orderings_hold(tmp_pa
     assert rows["Full KD", "on_policy"].difference is None
     assert rows["SE-KD", "on_policy"].exact_match.mean == pytest.approx(100 * worse.mean())
     assert rows["SE-KD", "on_policy"].cost["teacher_tokens"] == 500
-    page = report.write(found).read_text()
+    report.write(found)
+    page = (tmp_path / "out" / "report.md").read_text()
     assert "1 of 11 runs have not finished" in page  # the untrained models
     assert "- SE-KD below Full KD (70.0 v 70.6): holds" in page
     assert "- Forward: +0.0 points (95 % +0.0 to +0.0): within noise." in page
@@ -200,3 +201,49 @@ def test_a_dry_run_lists_every_run_with_its_cost(tmp_path, capsys):
     assert "full_kd-off_policy-2: 2 steps, 0 rollouts, 128 samples to the teacher, 100 %" in printed
     assert "11 runs" in printed
     assert compare.main(["--config", str(tmp_path / "none.yaml")]) == 2
+
+
+SCRIPT = "<script>alert(1)</script> & <b>"
+
+
+def recorded(run, at=(0, 2)):
+    """Adds evaluations and a token view to what ``finish`` left behind."""
+    lines = []
+    for step in at:
+        lines.append({"step": step, "event": "evaluation", "name": "during", "match": {"share": 0.1 * (step + 1)},
+                      "entropy_selected": 1.0, "entropy_unselected": 0.2, "divergence_selected": 0.5,
+                      "divergence_unselected": 0.1})  # fmt: skip
+    steps = [{"step": s, "loss": 1.0, "train_tokens": 50, "positions": 10, "positions_selected": 2, "generated": 4,
+              "dropped": {"truncated": 1}, "response_tokens": 20.0 + s, "seconds": {"step": 2.0},
+              "learner_memory_mib": 300.0} for s in range(3)]  # fmt: skip
+    (run.folder / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in [*lines, *steps]))
+    view = {"key": "a", "prompt": f"Q {SCRIPT}", "finish": "length", "tokens": ["4", SCRIPT, "\n"],
+            "entropy": [0.0, 1.0, 9.0], "divergence": [0.1, 0.2, 0.3], "selected": [False, True, True]}  # fmt: skip
+    (run.folder / "evaluations" / "tokens-after-000002.jsonl").write_text(json.dumps(view) + "\n")
+
+
+def test_the_page_is_one_file_and_shows_what_a_model_wrote_as_text(tmp_path):
+    found, draw = comparison.load(write_grid(tmp_path)), np.random.default_rng(0)
+    for run in found.trained:
+        finish(run, draw.random(50) < 0.5)
+        recorded(run)
+    page = compare.write_report(found).read_text()
+    for name in ("learning_curves", "accuracy_and_cost", "entropy_of_positions", "divergence_of_positions",
+                 "response_length", "truncation"):  # fmt: skip
+        assert (tmp_path / "out" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+    assert page.count("<svg") == 6
+    assert "<script" not in page
+    assert "&lt;script&gt;alert(1)&lt;/script&gt; &amp; &lt;b&gt;" in page
+    assert 'class="t s" style="--a:0.50" title="entropy 1.000 nats, divergence 0.200 nats, selected"' in page
+    assert 'style="--a:1.00"' in page
+    assert "(cut off)" in page
+    for outside in ('src="http', 'href="http', "url(http", "@import"):
+        assert outside not in page
+    assert "currentColor" in page
+    assert "#010203" not in page
+
+
+def test_a_page_of_nothing_finished_says_so(tmp_path):
+    page = compare.write_report(comparison.load(write_grid(tmp_path))).read_text()
+    assert "11 of 11 runs have not finished" in page
+    assert "<svg" not in page

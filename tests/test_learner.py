@@ -11,7 +11,7 @@ import pytest
 import torch
 from conftest import VOCABULARY, make_trajectories, tiny_model, tiny_settings
 
-from onpolicy_skd import checkpoint
+from onpolicy_skd import checkpoint, inspection
 from onpolicy_skd import learner as learner_module
 from onpolicy_skd.learner import Learner, SamplerGapError, learning_rate
 from onpolicy_skd.lm_head import row_statistics
@@ -460,3 +460,24 @@ def test_learning_rate_warms_up_and_falls():
     linear = own.model_copy(update={"schedule": "linear"})
     assert learning_rate(linear, 53, 103) == pytest.approx(0.55)
     assert learning_rate(own.model_copy(update={"schedule": "constant"}), 90, 103) == 1.0
+
+
+@pytest.mark.parametrize("positions", [{"k": 0.3}, {"metric": "tip_soft_or"}, {"policy": "full"}])
+def test_inspection_shows_what_training_would_select_and_what_it_costs(positions):
+    """In the order asked, whatever the micro-batches; its means are those of a step on the same batch."""
+    batch = make_trajectories(LENGTHS)
+    learner, teacher = build(positions=positions, budget=60)
+    teacher.encode(batch)
+    found = learner.inspect(batch)
+    assert [i.key for i in found] == [t.key for t in batch]
+    for t, own in zip(batch, found, strict=True):
+        assert len(own.entropy) == len(own.divergence) == len(own.selected) == len(t.response_ids)
+        k = 1.0 if positions.get("policy") == "full" else learner._settings.positions.k
+        assert own.selected.sum() == quota(k, len(t.response_ids))
+    means = inspection.means(found)
+    assert means["divergence"] == pytest.approx(learner.divergence(batch), rel=1e-5)
+    stepped = learner.step(batch)
+    assert means["divergence_selected"] == pytest.approx(stepped["divergence_selected"], rel=1e-4)
+    assert means["entropy_selected"] == pytest.approx(stepped["entropy_selected"], rel=1e-4)
+    assert (means["divergence_unselected"] is None) == (positions.get("policy") == "full")
+    assert inspection.means([]) == {"divergence": None}

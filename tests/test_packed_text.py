@@ -19,6 +19,7 @@ from onpolicy_skd.command_line import resolve
 from onpolicy_skd.config import ConfigError
 from onpolicy_skd.data.packed_text import pack, samples
 from onpolicy_skd.data.prompts import DataError
+from onpolicy_skd.inspection import Inspection
 from onpolicy_skd.learner import Learner
 from onpolicy_skd.models import load_tokenizer, split
 from onpolicy_skd.prefilter import fingerprint
@@ -279,9 +280,9 @@ def test_held_out_text_is_evaluated_by_its_divergence_alone(tmp_path, tokenizer)
     run = prepare(settings, lambda _: None)
 
     class Roles:
-        def divergence(self, trajectories):
+        def inspect(self, trajectories):
             assert [t.length for t in trajectories] == [8, 8, 8]
-            return 0.25
+            return [Inspection(t.key, np.ones(7), np.full(7, 0.25), np.ones(7, bool)) for t in trajectories]
 
     done = train.student_evaluation(run, Roles())
     assert done.result == {"problems": 0, "divergence_reference": 0.25}

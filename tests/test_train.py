@@ -145,7 +145,7 @@ def test_a_signal_outside_the_steps_ends_the_run_at_once(tmp_path):
         stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
     for line in process.stdout:
-        if line.startswith("starting the student"):
+        if line.startswith("starting "):
             process.send_signal(signal.SIGTERM)
             break
     out, err = process.communicate(timeout=60)
@@ -166,7 +166,7 @@ def test_a_run_does_not_lean_on_the_private_ray_of_another(tmp_path):
         command(tmp_path, *options, "run.steps=4", "run.name=second"), cwd=ROOT, stdout=subprocess.PIPE, text=True
     )
     for line in second.stdout:
-        if line.startswith("starting the student"):
+        if line.startswith("starting "):
             break
     first.kill()
     out, _ = second.communicate(timeout=200)

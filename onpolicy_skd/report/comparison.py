@@ -5,9 +5,8 @@ from __future__ import annotations
 import json
 import math
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -38,8 +37,8 @@ class RowResult:
     cost: dict[str, float]  # means over seeds: see ``measured_cost``
 
 
-def write(comparison: Comparison) -> Path:
-    """Writes both files into the comparison's folder; returns the page's path."""
+def write(comparison: Comparison) -> list[RowResult]:
+    """Writes both files into the comparison's folder; returns what they say of the rows."""
     folder = comparison.grid.dir
     folder.mkdir(parents=True, exist_ok=True)
     rows = results(comparison)
@@ -54,7 +53,7 @@ def write(comparison: Comparison) -> Path:
     }
     write_text(folder / "results.json", json.dumps(record, indent=1) + "\n")
     write_text(folder / "report.md", page(comparison, rows))
-    return folder / "report.md"
+    return rows
 
 
 def shown(run: PlannedRun) -> str:
@@ -163,54 +162,71 @@ def page(comparison: Comparison, rows: Sequence[RowResult]) -> str:
         "Exact match in percent on the same held-out problems: mean ± standard deviation over seeds, 95 % interval of "
         f"the mean (Student's t). Differences from {grid.baseline}: bootstrap over problems and seeds, paired "
         "by problem. **Bold** only where a difference is more than noise after Holm's correction within the mode.\n",
-        f"Untrained student {_shown(known['student'])}, teacher {_shown(known['teacher'])}.\n",
+        f"Untrained student {shown_percent(known['student'])}, teacher {shown_percent(known['teacher'])}.\n",
     ]
     if missing:
         parts.append(f"**{len(missing)} of {len(comparison.runs)} runs have not finished**; the others follow.\n")
     for mode, title in MODES.items():
         found = [r for r in rows if r.mode == mode]
         if found:
-            parts += [f"## {title}\n", _table(found, grid.baseline), "\n".join(map(_sentence, found)) + "\n"]
-            orderings = [_ordering(r, found, grid.baseline) for r in found if r.difference and r.published]
-            if any(orderings):
-                parts += ["### Published orderings\n", "\n".join(o for o in orderings if o) + "\n"]
+            parts += [f"## {title}\n", _table(found, grid.baseline), _list(map(sentence, found))]
+            orderings = [o for r in found if (o := ordering(r, found, grid.baseline))]
+            if orderings:
+                parts += ["### Published orderings\n", _list(orderings)]
     return "\n".join(parts)
 
 
+def _list(lines: Iterable[str]) -> str:
+    return "".join(f"- {line}\n" for line in lines)
+
+
+def columns(baseline: str) -> list[str]:
+    """Headings of the table, in the published layout."""
+    return ["method", "exact match", "95 % interval", f"from {baseline}", "published", "steps", "teacher tokens",
+            "positions supervised", "training s", "learner MiB"]  # fmt: skip
+
+
+DIFFERENCE = 3  # place of the difference among them
+
+
+def cells(r: RowResult) -> list[str]:
+    """A row of the table."""
+    share = r.cost["positions_supervised"] / max(1.0, r.cost["positions"])
+    return [
+        r.row, _mean_std(r.exact_match), _interval(r.exact_match),
+        "" if r.difference is None else f"{r.difference.mean:+.1f} ({_range(r.difference)})",
+        "" if r.published is None else f"{r.published[0]:.1f} ± {r.published[1]:.2f}", f"{r.cost['steps']:.0f}",
+        _thousands(r.cost["teacher_tokens"]), f"{_thousands(r.cost['positions_supervised'])} ({100 * share:.0f} %)",
+        f"{r.cost['train_seconds']:.0f}", f"{r.cost['learner_memory_mib']:.0f}",
+    ]  # fmt: skip
+
+
 def _table(rows: Sequence[RowResult], baseline: str) -> str:
-    columns = ("method", "exact match", "95 % interval", f"from {baseline}", "published", "steps", "teacher tokens",
-               "positions supervised", "training s", "learner MiB")  # fmt: skip
-    lines = ["| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
+    lines = ["| " + " | ".join(columns(baseline)) + " |", "|---" * len(columns(baseline)) + "|"]
     for r in rows:
-        share = r.cost["positions_supervised"] / max(1.0, r.cost["positions"])
-        difference = "" if r.difference is None else f"{r.difference.mean:+.1f} ({_range(r.difference)})"
-        cells = [
-            r.row, _mean_std(r.exact_match), _interval(r.exact_match),
-            f"**{difference}**" if r.significant else difference,
-            "" if r.published is None else f"{r.published[0]:.1f} ± {r.published[1]:.2f}", f"{r.cost['steps']:.0f}",
-            _thousands(r.cost["teacher_tokens"]), f"{_thousands(r.cost['positions_supervised'])} ({100 * share:.0f} %)",
-            f"{r.cost['train_seconds']:.0f}", f"{r.cost['learner_memory_mib']:.0f}",
-        ]  # fmt: skip
-        lines.append("| " + " | ".join(cells) + " |")
+        shown = [f"**{c}**" if r.significant and place == DIFFERENCE else c for place, c in enumerate(cells(r))]
+        lines.append("| " + " | ".join(shown) + " |")
     return "\n".join(lines) + "\n"
 
 
-def _sentence(r: RowResult) -> str:
+def sentence(r: RowResult) -> str:
+    """Whether a row differs from the baseline by more than noise."""
     if r.difference is None:
-        return f"- {r.row}: the baseline, {_mean_std(r.exact_match)}."
+        return f"{r.row}: the baseline, {_mean_std(r.exact_match)}."
     amount = f"{r.difference.mean:+.1f} points (95 % {_range(r.difference)})"
     if r.significant:
-        return f"- {r.row}: {amount}: more than noise."
+        return f"{r.row}: {amount}: more than noise."
     inside = r.difference.low <= 0 <= r.difference.high
-    return f"- {r.row}: {amount}: " + ("within noise." if inside else "not more than noise among so many rows.")
+    return f"{r.row}: {amount}: " + ("within noise." if inside else "not more than noise among so many rows.")
 
 
-def _ordering(r: RowResult, rows: Sequence[RowResult], baseline: str) -> str | None:
+def ordering(r: RowResult, rows: Sequence[RowResult], baseline: str) -> str | None:
+    """Whether the published order of a row and the baseline holds; None where nothing was published."""
     theirs = next((b.published for b in rows if b.row == baseline), None)
     if theirs is None or r.published is None or r.difference is None:
         return None
     gap = r.published[0] - theirs[0]
-    printed = f"- {r.row} {'above' if gap > 0 else 'below'} {baseline} ({r.published[0]:.1f} v {theirs[0]:.1f}): "
+    printed = f"{r.row} {'above' if gap > 0 else 'below'} {baseline} ({r.published[0]:.1f} v {theirs[0]:.1f}): "
     if not r.significant:
         return printed + f"cannot be told here ({r.difference.mean:+.1f}, {_range(r.difference)})."
     return printed + ("holds" if gap * r.difference.mean > 0 else "does not hold") + f" ({r.difference.mean:+.1f})."
@@ -241,7 +257,7 @@ def _in_percent(share: float | None) -> float | None:
     return None if share is None else 100 * share
 
 
-def _shown(value: float | None) -> str:
+def shown_percent(value: float | None) -> str:
     return "not measured" if value is None else f"{value:.1f}"
 
 
