@@ -24,6 +24,7 @@ STYLE: dict[Any, Any] = {
 # Colours that can be told apart by most people (Okabe and Ito, 2008), then the same again with other lines.
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#7A7A7A")
 LINES = ("-", "--", ":")
+MARKERS = ("o", "s", "D")
 Curve = tuple[list[float], list[float]]
 
 
@@ -91,13 +92,14 @@ def _mean_curve(runs: Sequence[PlannedRun], read: Any) -> Curve:
     return shared, [sum(values[x]) / len(runs) for x in shared]
 
 
-def _finished(comparison: Comparison, mode: Mode) -> list[tuple[Row, list[PlannedRun]]]:
+def _finished(comparison: Comparison, mode: Mode) -> list[tuple[int, Row, list[PlannedRun]]]:
+    """Each row with its place in the grid, by which it looks the same in every panel."""
     found = [
-        (row, [r for r in comparison.of(row, mode) if r.status == "finished"])
-        for row in comparison.grid.rows
+        (place, row, [r for r in comparison.of(row, mode) if r.status == "finished"])
+        for place, row in enumerate(comparison.grid.rows)
         if mode in row.modes
     ]
-    return [(row, runs) for row, runs in found if runs]
+    return [one for one in found if one[2]]
 
 
 def _look(place: int) -> dict[str, Any]:
@@ -109,7 +111,7 @@ def _curves(comparison: Comparison, title: str, read: Any) -> Figure | None:
     figure, drawn = Figure(figsize=(9.5, 3.8), layout="constrained"), False
     axes = figure.subplots(1, len(MODES), sharey=True)
     for axis, (mode, name) in zip(axes, MODES.items(), strict=True):
-        for place, (row, runs) in enumerate(_finished(comparison, mode)):
+        for place, row, runs in _finished(comparison, mode):
             x, y = _mean_curve(runs, read)
             if any(y):
                 axis.plot(x, y, label=row.name, **_look(place), marker="." if len(x) < 12 else None)
@@ -136,7 +138,7 @@ def _costs(rows: Sequence[RowResult]) -> Figure | None:
             colour = COLOURS[place % len(COLOURS)]
             face = colour if filled else "none"
             label = r.row if filled or all(other.row != r.row for other in rows if other.mode == "on_policy") else None
-            marker = "osD"[place // len(COLOURS) % 3]
+            marker = MARKERS[place // len(COLOURS) % len(MARKERS)]
             axis.scatter(
                 r.cost[key], r.exact_match.mean, s=36, edgecolors=colour, facecolors=face, marker=marker, label=label
             )
@@ -152,12 +154,13 @@ def _two_kinds(comparison: Comparison, quantity: str, title: str) -> Figure | No
     figure, drawn = Figure(figsize=(9.5, 3.8), layout="constrained"), False
     axes = figure.subplots(1, len(MODES), sharey=True)
     for axis, (mode, name) in zip(axes, MODES.items(), strict=True):
-        for place, (row, runs) in enumerate(_finished(comparison, mode)):
+        for place, row, runs in _finished(comparison, mode):
             for kind, line in (("selected", "-"), ("unselected", ":")):
                 x, y = _mean_curve(runs, _evaluated(f"{quantity}_{kind}"))
                 if y and row.settings.get("positions", {}).get("policy") != "full":
                     label = row.name if kind == "selected" else None
-                    axis.plot(x, y, linestyle=line, color=COLOURS[place % len(COLOURS)], label=label)
+                    marker = MARKERS[place // len(COLOURS) % len(MARKERS)]
+                    axis.plot(x, y, line, color=COLOURS[place % len(COLOURS)], label=label, marker=marker, markersize=4)
                     drawn = True
         axis.set(title=f"{name}: {title}\n(solid: selected, dotted: not)", xlabel="step", ylim=(0, None))
         if axis.get_legend_handles_labels()[0]:
