@@ -155,10 +155,15 @@ def _text(settings: Settings) -> str | None:
         return f"data.source=text: asks for no response; accepted with mode=off_policy only, not {settings.mode}"
     if settings.references != type(settings.references)():
         return "references.*: packed text is its own reference; not accepted with data.source=text"
-    if settings.samples.prefilter_text != type(settings.samples)().prefilter_text:
-        return "samples.prefilter_text: whole samples are scored with data.source=text; leave it out"
-    if settings.data.train_problems is not None:
-        return "data.train_problems: text has tokens, not problems; use data.tokens"
+    samples, data = settings.samples, settings.data
+    unused = {
+        "samples.prefilter_text: whole samples are scored": samples.prefilter_text != type(samples)().prefilter_text,
+        "data.train_problems: text has tokens, not problems; use data.tokens": data.train_problems is not None,
+        "data.validation_problems: text has none; eval.divergence_prompts holds out samples": data.validation_problems,
+    }
+    for reason, changed in unused.items():
+        if changed:
+            return f"{reason}; not accepted with data.source=text"
     return None
 
 

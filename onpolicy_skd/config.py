@@ -115,6 +115,9 @@ class DataSettings(Section):
         description="text: attention and positions start anew at each document; joined: they run on, as published",
     )
     train_problems: Positive | None = Field(default=None, description="use only the first N training problems")
+    validation_problems: NonNegative = Field(
+        default=0, description="training problems held out, always the same ones, for evaluations during training"
+    )
     template: Literal["chat", "plain"] = Field(
         default="chat", description="chat: the tokenizer's template; plain: data.plain"
     )

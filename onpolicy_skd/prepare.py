@@ -15,7 +15,7 @@ import yaml
 from onpolicy_skd import checkpoint, command_line, models, provenance, references
 from onpolicy_skd.config import ConfigError, Settings
 from onpolicy_skd.data.packed_text import pack
-from onpolicy_skd.data.prompts import load_prompts, prompts_of_step
+from onpolicy_skd.data.prompts import hold_out, load_prompts, prompts_of_step
 from onpolicy_skd.references import Responses
 from onpolicy_skd.report import metrics
 from onpolicy_skd.selection.positions import quota
@@ -38,6 +38,7 @@ class Run:
     train: Sequence[Prompt]
     held_out: Sequence[Prompt]
     responses: Responses = field(default_factory=dict)  # references by prompt key
+    validation: Sequence[Prompt] = ()  # held out of the training data, for evaluations during training
 
     @property
     def folder(self) -> Path:
@@ -66,6 +67,12 @@ class Run:
     def samples_student(self) -> bool:
         """Whether the student generates anything in training."""
         return self.settings.own_per_step > 0
+
+    @property
+    def watched(self) -> Sequence[Prompt]:
+        """What evaluations during training are of."""
+        own = self.settings.eval
+        return self.validation or self.held_out[: own.during or own.problems or None]
 
     @property
     def knows_its_texts(self) -> bool:
@@ -154,14 +161,25 @@ def prepare(settings: Settings, say: Callable[[str], None] = print, generates: b
             held = f"eval.divergence_prompts={settings.eval.divergence_prompts}"
             raise ConfigError(f"{held}: so many samples are held out, but the text has {len(text)}; accepted: fewer")
         return Run(settings, tokenizer, vocabulary, text[:border], text[border:])
-    train, responses = load_prompts(settings.data, tokenizer, "train"), {}
+    train, validation = _train_prompts(settings, tokenizer)
+    responses: Responses = {}
     if settings.mode != "on_policy" and settings.references.source != "teacher":
         train, responses = references.from_text(settings, train, tokenizer)
     has_eval = settings.data.source != "jsonl" or settings.data.eval_file or settings.data.path
     own = settings.eval
     wanted = max(own.problems, own.during, own.divergence_prompts) if own.problems else None
     held_out = load_prompts(settings.data, tokenizer, "eval", wanted) if has_eval else []
-    return Run(settings, tokenizer, vocabulary, train, held_out, responses)
+    return Run(settings, tokenizer, vocabulary, train, held_out, responses, validation)
+
+
+def _train_prompts(settings: Settings, tokenizer: Any) -> tuple[list[Prompt], list[Prompt]]:
+    """What to train on and what is held out of it; which ones does not depend on ``data.train_problems``."""
+    own = settings.data
+    if not own.validation_problems:
+        return load_prompts(own, tokenizer, "train"), []
+    every = load_prompts(own.model_copy(update={"train_problems": None}), tokenizer, "train")
+    train, validation = hold_out(every, own.validation_problems)
+    return train[: own.train_problems], validation
 
 
 def _vocabulary(settings: Settings, tokenizer: Any) -> int:

@@ -9,6 +9,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import sys
 import time
@@ -22,6 +23,7 @@ from ray.exceptions import RayError
 from actors.cluster import Resources, connect
 from actors.roles import Roles
 from eval.gsm8k import Evaluation, evaluate
+from onpolicy_skd.checkpoint import write_text
 from onpolicy_skd.command_line import load_settings
 from onpolicy_skd.config import Settings
 from onpolicy_skd.exits import EXIT_OK, EXIT_STOPPED, cause_of, guarded
@@ -63,8 +65,8 @@ def train(run: Run, roles: Roles, prompts: Sequence[Prompt], book: Logbook, step
         else:
             book.empty_batch(step, report)
         step += 1
-        if run.held_out and _due(own.evaluate_every, step, run.steps) and not stop.requested:
-            book.evaluation("during", step, student_evaluation(run, roles, run.settings.eval.during))
+        if run.watched and _due(own.evaluate_every, step, run.steps) and not stop.requested:
+            book.evaluation("during", step, student_evaluation(run, roles, run.watched))
         if _due(own.checkpoint_every, step, run.steps):
             roles.save(run.folder / "checkpoints", step, book.state(), own.keep_checkpoints)
     roles.save(run.folder / "checkpoints", step, book.state(), own.keep_checkpoints)
@@ -104,6 +106,10 @@ def run_settings(settings: Settings) -> int:
         first_step = loaded.step if loaded else 0
         with Logbook(run, first_step, loaded.state if loaded else {}) as book:
             book.say(f"run folder: {run.folder.absolute()}")
+            if run.validation:
+                keys = [p.key for p in run.validation]
+                write_text(run.folder / "validation.json", json.dumps(keys, indent=0) + "\n")
+                book.say(f"{len(keys)} training problems are held out for validation")
             book.say(f"{len(run.train)} prompts, {run.steps} steps of {settings.rollouts_per_step} trajectories")
             if loaded:
                 book.say(f"resuming after step {first_step}")
@@ -133,7 +139,7 @@ def run_settings(settings: Settings) -> int:
         return EXIT_OK if book.finished else EXIT_STOPPED
 
 
-def student_evaluation(run: Run, roles: Roles, problems: int = 0) -> Evaluation:
+def student_evaluation(run: Run, roles: Roles, prompts: Sequence[Prompt] = ()) -> Evaluation:
     """Greedy exact match of the current student; if asked, how far it is from the teacher on held-out prompts.
 
     ``divergence`` is over the student's own rollouts, ``divergence_reference`` over the reference answers: a student
@@ -144,10 +150,10 @@ def student_evaluation(run: Run, roles: Roles, problems: int = 0) -> Evaluation:
         return Evaluation({"problems": 0, "divergence_reference": means(roles.inspect(few))["divergence"]}, [])
     if not run.samples_student:
         roles.push_weights()  # off-policy, the engines hold old weights between evaluations
-    prompts = run.held_out[: problems or run.settings.eval.problems or None]
+    prompts = prompts or run.held_out[: run.settings.eval.problems or None]
     done = evaluate(lambda r, s: gather(roles.rollouts, r, s), prompts, run.tokenizer, run.greedy)
     if run.settings.eval.divergence_prompts:
-        few = run.held_out[: run.settings.eval.divergence_prompts]
+        few = (run.validation or run.held_out)[: run.settings.eval.divergence_prompts]
         seed = run.settings.run.seed
         requests = [RolloutRequest(p.key, p.token_ids, seed_of(seed, "divergence", p.key)) for p in few]
         rollouts = gather(roles.rollouts, requests, run.sampling)

@@ -108,10 +108,6 @@ def test_only_what_the_sample_filter_keeps_is_cached(tmp_path):
     code, said = run("train", *TRAIN, *kept, f"run.dir={tmp_path}", f"cache.path={tmp_path / 'cache'}")
     assert code == 0, said
     assert "scores of 600 prompts reused" in said
-    code, said = run("train", *TRAIN, *kept[1:], "samples.keep=0.4", f"run.dir={tmp_path}", "run.name=more",
-                     f"cache.path={tmp_path / 'cache'}")  # fmt: skip
-    assert code == 2
-    assert "samples.keep: 0.2 then, 0.4 now" in said
 
 
 def test_packed_text_is_distilled_with_a_teacher_and_from_a_cache(tmp_path):

@@ -11,7 +11,7 @@ from onpolicy_skd.data import demo_task
 from onpolicy_skd.data.prompts import DataError, load_prompts, load_questions, prompts_of_step, read_jsonl, render
 from onpolicy_skd.exact_match import reference_number
 from onpolicy_skd.models import load_tokenizer
-from onpolicy_skd.prepare import Run
+from onpolicy_skd.prepare import Run, prepare
 
 TOKENIZER = load_tokenizer("bundled:demo_student")
 
@@ -167,3 +167,19 @@ def test_demo_text_survives_the_tokenizer_with_single_digits():
         assert TOKENIZER.decode(ids) == text
         assert not [t for t in TOKENIZER.convert_ids_to_tokens(ids) if sum(c.isdigit() for c in t) > 1]
     assert Counter(json.dumps(p) for p in itertools.islice(demo_task.problems("test"), 100)).most_common(1)[0][1] == 1
+
+
+def test_validation_is_always_the_same_part_of_the_training_problems():
+    """Whatever the seed of the run and however many problems it trains on; nothing of the test split."""
+    found = []
+    for own, seed in (({}, 1), ({"train_problems": 50}, 2)):
+        settings = tiny_settings(data={"validation_problems": 40, **own}, run={"seed": seed})
+        run = prepare(settings)
+        assert not {p.key for p in run.train} & {p.key for p in run.validation}
+        assert all(":train#" in p.key for p in run.validation)
+        found.append([p.key for p in run.validation])
+    assert len(run.train) == 50
+    assert found[0] == found[1]
+    assert len(found[0]) == 40
+    with pytest.raises(DataError, match=r"data\.validation_problems=20000: there are 20000 training problems"):
+        prepare(tiny_settings(data={"validation_problems": 20_000}))

@@ -127,6 +127,7 @@ def test_bad_text_is_refused_by_file_and_row(name, content, match, tmp_path, tok
             {"data": {"source": "text", "name": "a", "train_problems": 9}},
             "text has tokens, not problems; use data.tokens",
         ),
+        ({"data": {"source": "text", "name": "a", "validation_problems": 9}}, "holds out samples; not accepted"),
         ({"data": {"source": "demo", "sequence_length": 9}}, "data.sequence_length=9: accepted with data.source=text"),
         ({"data": {"source": "text", "name": "a", "sequence_length": 9_999}}, "data.sequence_length = 9999 tokens"),
     ],

@@ -13,7 +13,7 @@ import numpy as np
 
 from onpolicy_skd.config import ConfigError, DataSettings
 from onpolicy_skd.data import demo_task
-from onpolicy_skd.trajectory import Prompt
+from onpolicy_skd.trajectory import Prompt, seed_of
 
 log = logging.getLogger(__name__)
 DEMO_TRAIN_PROBLEMS = 20_000
@@ -136,6 +136,19 @@ def load_prompts(settings: DataSettings, tokenizer: Any, split: str, limit: int 
     if not prompts:
         raise DataError(f"data: no prompt is left in the {split} split of source {settings.source}")
     return prompts
+
+
+def hold_out(prompts: list[Prompt], count: int) -> tuple[list[Prompt], list[Prompt]]:
+    """``prompts`` without ``count`` of them, and these: chosen by their keys alone, so the same in every run.
+
+    Raises DataError if nothing would be left.
+    """
+    if count >= len(prompts):
+        raise DataError(
+            f"data.validation_problems={count}: there are {len(prompts)} training problems; accepted: fewer"
+        )
+    chosen = {p.key for p in sorted(prompts, key=lambda p: seed_of("validation", p.key))[:count]}
+    return [p for p in prompts if p.key not in chosen], [p for p in prompts if p.key in chosen]
 
 
 def prompts_of_step(count: int, per_step: int, step: int, seed: int) -> list[int]:
