@@ -459,7 +459,7 @@ def test_rs_kd_is_unbiased_in_target_and_gradient_and_top_k_biased_as_eq_5_says(
     vocabulary, trials = 40, 3_000
     log_p = teacher_rows(1)
     p, q = log_p.exp()[0], torch.softmax(torch.randn(vocabulary, generator=torch.Generator().manual_seed(9)), -1)
-    found = classes.rs_kd(log_p.expand(trials, -1), draws_for(trials, draws=12))
+    found = sample(log_p.expand(trials, -1), draws_for(trials, draws=12))
     targets = dense(found, vocabulary)
     error = targets.std(0) / trials**0.5
     assert ((targets.mean(0) - p).abs() <= 4 * error + 1e-6).all()
