@@ -14,14 +14,14 @@ import torch
 from ray.actor import ActorHandle
 
 from actors.cluster import Refusal
-from actors.teacher import RemoteTeacher, build_teacher
+from actors.teacher import RemoteTeacher, build_teacher, split_for
 from actors.transport import Packed, pack_named
 from onpolicy_skd import checkpoint
 from onpolicy_skd.cached_teacher import open_teacher
 from onpolicy_skd.config import AlignmentSettings, Settings
 from onpolicy_skd.inspection import Inspection
 from onpolicy_skd.learner import Learner
-from onpolicy_skd.models import check_documents, load_model, load_tokenizer, pick_device, pick_dtype, split
+from onpolicy_skd.models import load_model, load_tokenizer, pick_device, pick_dtype
 from onpolicy_skd.teacher import NoTeacher, TeacherRows
 from onpolicy_skd.trajectory import FilterReport, Trajectory
 
@@ -53,9 +53,7 @@ class LearnerActor:
         self._tokenizer = load_tokenizer(own.model, own.trust_remote_code)
         pad_id = self._tokenizer.pad_token_id
         model = load_model(own.model, torch.float32, device, own.trust_remote_code)
-        student = split(model, vocabulary)
-        if settings.data.source == "text" and settings.data.documents == "separate":
-            check_documents(student, pad_id, settings.data.sequence_length)
+        student = split_for(settings, model, vocabulary, pad_id)
         if ranks_only:  # no variant of the loss, which may ask for the teacher's head at once
             settings = settings.model_copy(update={"alignment": AlignmentSettings()})
         self._teacher: TeacherRows

@@ -12,7 +12,7 @@ from torch import Tensor
 from actors.cluster import Refusal
 from actors.transport import Packed, pack, unpack
 from onpolicy_skd.config import ClassSettings, Settings
-from onpolicy_skd.models import check_documents, load_model, pick_device, pick_dtype, split
+from onpolicy_skd.models import SplitModel, check_documents, load_model, pick_device, pick_dtype, split
 from onpolicy_skd.teacher import Teacher, Wanted
 from onpolicy_skd.teacher_cache import Shard, write_shard
 from onpolicy_skd.trajectory import SparseTargets, Trajectory
@@ -22,16 +22,21 @@ def build_teacher(settings: Settings, vocabulary: int, pad_id: int) -> Teacher:
     own = settings.teacher
     device = pick_device(settings.run.device)
     model = load_model(own.model, pick_dtype(own.dtype, device), device, own.trust_remote_code)
-    found = split(model, vocabulary)
-    if settings.data.source == "text" and settings.data.documents == "separate":
-        check_documents(found, pad_id, settings.data.sequence_length)
     return Teacher(
-        found,
+        split_for(settings, model, vocabulary, pad_id),
         own.tokens_per_batch,
         pad_id,
         settings.alignment.temperature,
         settings.alignment.chunk_rows,
     )
+
+
+def split_for(settings: Settings, model: Any, vocabulary: int, pad_id: int) -> SplitModel:
+    """Trunk and head of ``model``, which was seen to keep documents apart if the run does.  Raises ModelError."""
+    found = split(model, vocabulary)
+    if settings.data.source == "text" and settings.data.documents == "separate":
+        check_documents(found, pad_id, settings.data.sequence_length)
+    return found
 
 
 @ray.remote

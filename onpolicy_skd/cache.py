@@ -11,13 +11,12 @@ import json
 import logging
 import sys
 from bisect import bisect_right
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
 from actors.cache import CacheBuilders, Work
 from actors.cluster import Counts, Resources, connect
-from actors.rollout import RolloutGroup
 from onpolicy_skd import provenance
 from onpolicy_skd import teacher_cache as caches
 from onpolicy_skd.command_line import load_settings
@@ -57,18 +56,13 @@ def build(settings: Settings, say: Say = say_now) -> None:
 def selected(run: Run, resources: Resources, builders: CacheBuilders, say: Say) -> Sequence[Prompt]:
     """The prompts to cache; what scores them is started when the first score is missing on disk."""
     with ExitStack() as stack:
-        rank: list[Callable[[Sequence[Trajectory]], list[float]]] = []
-        rollouts: list[RolloutGroup] = []
+        ranking = functools.cache(lambda: stack.enter_context(builders.ranking()))
+        rollouts = functools.cache(lambda: stack.enter_context(engine(run, resources, "student")))
 
-        def ranked(trajectories: Sequence[Trajectory]) -> list[float]:
-            rank[:] = rank or [stack.enter_context(builders.ranking())]
-            return rank[0](trajectories)
+        def rank(trajectories: Sequence[Trajectory]) -> list[float]:
+            return ranking()(trajectories)
 
-        def started() -> RolloutGroup:
-            rollouts[:] = rollouts or [stack.enter_context(engine(run, resources, "student"))]
-            return rollouts[0]
-
-        return selected_prompts(run, ranked, started, say)
+        return selected_prompts(run, rank, rollouts, say)
 
 
 class Samples:

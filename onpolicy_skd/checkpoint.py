@@ -12,7 +12,8 @@ import logging
 import os
 import shutil
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -95,15 +96,21 @@ def newest(folder: Path) -> Checkpoint | None:
 
 def write_text(path: Path, text: str) -> None:
     """Replaces ``path`` by ``text``, atomically and durably."""
-    beside = beside_of(path)
-    beside.write_text(text, encoding="utf-8")
-    sync(beside)
-    beside.replace(path)
+    with replacing(path) as beside:
+        beside.write_text(text, encoding="utf-8")
 
 
-def beside_of(path: Path) -> Path:
-    """A name next to ``path`` that no other process uses, to write to before renaming."""
-    return path.with_name(f".{path.name}.{os.getpid()}-{uuid.uuid4().hex[:8]}.tmp")
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A name next to ``path`` that no other process uses.  What is written there replaces ``path``, atomically and
+    durably; after an error nothing of it is left."""
+    beside = path.with_name(f".{path.name}.{os.getpid()}-{uuid.uuid4().hex[:8]}.tmp")
+    try:
+        yield beside
+        sync(beside)
+        beside.replace(path)
+    finally:
+        beside.unlink(missing_ok=True)
 
 
 def sha256(path: Path) -> str:

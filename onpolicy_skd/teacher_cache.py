@@ -20,7 +20,7 @@ import json
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -30,7 +30,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from onpolicy_skd.checkpoint import beside_of, digest_of, sha256, sync, write_text
+from onpolicy_skd.checkpoint import digest_of, replacing, sha256, sync, write_text
 from onpolicy_skd.config import ConfigError, Settings
 from onpolicy_skd.teacher import TeacherRows
 from onpolicy_skd.trajectory import SparseTargets, Trajectory, seed_of
@@ -79,11 +79,7 @@ class Layout:
 
     def serves(self, wanted: Layout) -> bool:
         """Whether a cache of this layout holds what one of layout ``wanted`` would."""
-        same = (self.content, self.vocabulary, self.temperature) == (
-            wanted.content,
-            wanted.vocabulary,
-            wanted.temperature,
-        )
+        same = replace(self, classes=0) == replace(wanted, classes=0)
         return same and (self.classes == wanted.classes or (self.content == "top_k" and self.classes > wanted.classes))
 
 
@@ -216,12 +212,10 @@ def write_shard(
     tensors["digests"] = torch.frombuffer(bytearray(b"".join(t.digest for t in trajectories)), dtype=torch.uint8)
     tensors |= {"positions": torch.tensor(counts, dtype=torch.int32), "entries": torch.tensor(entries).int()}
     path = folder / shard_name(number)
-    beside = beside_of(path)
-    save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, beside)
-    sync(beside)
-    shard = Shard(path.name, sha256(beside), _index_digest(tensors), len(keys), sum(counts), sum(entries),
-                  beside.stat().st_size)  # fmt: skip
-    beside.replace(path)
+    with replacing(path) as beside:
+        save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, beside)
+    size = path.stat().st_size
+    shard = Shard(path.name, sha256(path), _index_digest(tensors), len(keys), sum(counts), sum(entries), size)
     write_text(path.with_suffix(".json"), json.dumps(asdict(shard)))  # after the shard: it says that it is whole
     return shard
 
@@ -271,10 +265,8 @@ def locked(folder: Path) -> Iterator[None]:
 
 def write_head(folder: Path, head_VG: Tensor) -> str:
     """Returns the SHA-256 of its file."""
-    beside = beside_of(folder / HEAD)
-    save_file({"head": head_VG.detach().cpu().contiguous()}, beside)
-    sync(beside)
-    beside.replace(folder / HEAD)
+    with replacing(folder / HEAD) as beside:
+        save_file({"head": head_VG.detach().cpu().contiguous()}, beside)
     return sha256(folder / HEAD)
 
 

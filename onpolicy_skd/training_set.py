@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 
@@ -49,12 +50,11 @@ def add_teacher_references(run: Run, resources: Resources, say: Say) -> None:
         return
     sampling = dataclasses.replace(run.sampling, temperature=run.settings.references.temperature)
     with ExitStack() as stack:
+        teacher = functools.cache(lambda: stack.enter_context(engine(run, resources, "teacher")))
 
         def roll(requests: Sequence[RolloutRequest]) -> list[Trajectory]:
-            engines[:] = engines or [stack.enter_context(engine(run, resources, "teacher"))]
-            return gather(engines[0], requests, sampling)
+            return gather(teacher(), requests, sampling)  # which starts when something is missing on disk
 
-        engines: list[RolloutGroup] = []  # started when something is missing on disk
         run.train, run.responses = from_teacher(run.settings, run.train, roll, say)
 
 

@@ -16,7 +16,7 @@ from typing import Any, overload
 
 import numpy as np
 
-from onpolicy_skd.checkpoint import beside_of, sync, write_text
+from onpolicy_skd.checkpoint import replacing, write_text
 from onpolicy_skd.config import DataSettings
 from onpolicy_skd.data.prompts import DataError, read_hub, read_jsonl
 from onpolicy_skd.trajectory import Prompt
@@ -92,27 +92,24 @@ def _rules(tokenizer: Any) -> str:
 
 
 def _write(file: Path, settings: DataSettings, tokenizer: Any, source: Any, say: Callable[[str], None]) -> None:
-    beside, budget, written, documents, next_message = beside_of(file), settings.tokens, 0, 0, 0
-    end = [tokenizer.eos_token_id]
-    with beside.open("wb") as out:
+    budget, end = settings.tokens, [tokenizer.eos_token_id]
+    written, documents, next_message = 0, -1, 0  # the first end of sequence ends no document
+    with replacing(file) as beside, beside.open("wb") as out:
         texts = _documents(settings, source)
-        stream = itertools.chain([end], (ids + end for ids in _tokenized(texts, tokenizer)))
-        for ids in stream:
+        for ids in itertools.chain([end], (ids + end for ids in _tokenized(texts, tokenizer))):
             part = ids if budget is None else ids[: budget - written]
             np.asarray(part, dtype="<u4").tofile(out)
             written, documents = written + len(part), documents + 1
             if written >= next_message:
-                say(f"text: {written} tokens of {documents - 1} documents packed")
+                say(f"text: {written} tokens of {documents} documents packed")
                 next_message = written + TOKENS_BETWEEN_MESSAGES
             if budget is not None and written >= budget:
                 break
+        about = {"tokens": written, "documents": documents, "source": source, "column": settings.text_column}
+        write_text(file.with_suffix(".json"), json.dumps(about, indent=1) + "\n")
     if budget is not None and written < budget:
         say(f"text: data.tokens={budget}, but there are only {written} tokens")
-    sync(beside)
-    about = {"tokens": written, "documents": documents - 1, "source": source, "column": settings.text_column}
-    write_text(file.with_suffix(".json"), json.dumps(about, indent=1) + "\n")
-    beside.replace(file)
-    say(f"text: {written} tokens of {documents - 1} documents packed into {file}")
+    say(f"text: {written} tokens of {documents} documents packed into {file}")
 
 
 def _tokenized(texts: Iterator[str], tokenizer: Any) -> Iterator[list[int]]:

@@ -11,6 +11,7 @@ from typing import Any
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 
+from onpolicy_skd.checkpoint import replacing
 from onpolicy_skd.comparison import Comparison, Mode, PlannedRun, Row
 from onpolicy_skd.report import metrics
 from onpolicy_skd.report.comparison import MODES, RowResult
@@ -52,8 +53,8 @@ def svg(figure: Figure) -> str:
 
 
 def png(figure: Figure, path: Path) -> None:
-    with rc_context(STYLE):
-        figure.savefig(path, format="png", dpi=110, facecolor="white")
+    with rc_context(STYLE), replacing(path) as beside:
+        figure.savefig(beside, format="png", dpi=110, facecolor="white")
 
 
 def _exact_match(run: PlannedRun) -> Curve:

@@ -8,7 +8,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from onpolicy_skd.checkpoint import write_text
+from onpolicy_skd.checkpoint import replacing, write_text
 from onpolicy_skd.config import Settings
 from onpolicy_skd.report import metrics
 
@@ -130,9 +130,8 @@ def plot(path: Path, steps: list[dict], evaluations: list[dict], summary: dict[s
         axis.set_xlabel("step", fontsize=9)
         axis.grid(alpha=0.25)
         axis.spines[["top", "right"]].set_visible(False)
-    beside = path.with_name(f".{path.name}")
-    figure.savefig(beside, dpi=120, format="png")
-    beside.replace(path)
+    with replacing(path) as beside:
+        figure.savefig(beside, dpi=120, format="png")
 
 
 def _plot_evaluations(axis: Any, evaluations: list[dict], summary: dict[str, Any]) -> None:
