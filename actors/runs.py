@@ -8,8 +8,9 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Generic, TypeVar
 
 import ray
 
@@ -19,6 +20,16 @@ from onpolicy_skd.config import ConfigError, Settings
 Name = TypeVar("Name")
 LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
 DIES_WITH_PARENT = 1  # prctl's PR_SET_PDEATHSIG
+
+
+@dataclass(frozen=True, slots=True)
+class Command(Generic[Name]):
+    """A run as ``python -m`` with ``arguments``, its output in ``log``."""
+
+    name: Name
+    arguments: list[str]
+    log: Path
+    owns_device: bool = False  # computes in its own process, and so needs a GPU of its own where there are any
 
 
 @ray.remote(num_cpus=0, max_retries=0)
@@ -61,15 +72,15 @@ def at_once(settings: Settings, limit: int | None = None) -> int:
     return min(room, limit) if limit else room
 
 
-def run_all(work: Iterable[tuple[Name, list[str], Path]], count: int) -> Iterator[tuple[Name, int]]:
-    """Runs every ``(name, arguments, log)``, ``count`` at a time; yields names with exit codes as they end."""
-    address = ray.get_runtime_context().gcs_address
+def run_all(work: Iterable[Command[Name]], count: int) -> Iterator[tuple[Name, int]]:
+    """Runs every command, ``count`` at a time; yields names with exit codes as they end."""
+    address, gpus = ray.get_runtime_context().gcs_address, ray.cluster_resources().get("GPU", 0.0)
     waiting: dict[ray.ObjectRef, Name] = {}
     left = iter(work)
     while True:
         while len(waiting) < count and (item := next(left, None)) is not None:
-            name, arguments, log = item
-            waiting[run_command.remote(arguments, log.absolute(), address)] = name
+            task = run_command.options(num_gpus=1.0 if item.owns_device and gpus else 0.0)
+            waiting[task.remote(item.arguments, item.log.absolute(), address)] = item.name
         if not waiting:
             return
         (done,), _ = ray.wait(list(waiting), num_returns=1)

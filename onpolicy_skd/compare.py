@@ -13,11 +13,11 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from actors.cluster import connect
-from actors.runs import at_once, run_all
+from actors.runs import Command, at_once, run_all
 from onpolicy_skd import comparison as grids
 from onpolicy_skd.checkpoint import write_text
 from onpolicy_skd.command_line import dump, merge, parse_override
-from onpolicy_skd.comparison import Comparison, PlannedRun
+from onpolicy_skd.comparison import MODULES, Comparison, PlannedRun
 from onpolicy_skd.exits import EXIT_FAILED, EXIT_OK, guarded
 from onpolicy_skd.prepare import prepare
 from onpolicy_skd.report import comparison as report
@@ -56,11 +56,13 @@ def write_report(comparison: Comparison) -> Path:
     return folder / "report.html"
 
 
-def _commands(runs: Sequence[PlannedRun], folder: Path) -> Iterator[tuple[PlannedRun, list[str], Path]]:
+def _commands(runs: Sequence[PlannedRun], folder: Path) -> Iterator[Command[PlannedRun]]:
     for run in runs:
         config = folder / "configs" / f"{run.settings.run.name}.yaml"
         write_text(config, dump(run.settings))
-        yield run, ["onpolicy_skd.train", "--config", str(config.absolute()), "resume=auto"], _log(run, folder)
+        arguments = [MODULES[run.row.trainer], "--config", str(config.absolute()), "resume=auto"]
+        owns_device = run.row.trainer == "trl" and run.settings.run.device != "cpu"  # others get theirs by role
+        yield Command(run, arguments, _log(run, folder), owns_device)
 
 
 def _log(run: PlannedRun, folder: Path) -> Path:

@@ -11,6 +11,7 @@ rows:
     modes: [off_policy, on_policy]
     settings: {positions: {policy: top_k, k: 0.2}}
     published: {off_policy: [69.5, 0.12], on_policy: [70.0, 0.15]}
+  - {name: TRL, trainer: trl, modes: [on_policy], settings: {positions: {policy: full}}}
 """
 
 from __future__ import annotations
@@ -25,9 +26,12 @@ import yaml
 from pydantic import Field, ValidationError
 
 from onpolicy_skd.command_line import build_settings, dump, flat, merge, read_yaml, resolve
+from onpolicy_skd.compatibility import check_trl
 from onpolicy_skd.config import ConfigError, NonNegative, Section, Settings
 
 Mode = Literal["off_policy", "on_policy"]
+Trainer = Literal["own", "trl"]
+MODULES: dict[Trainer, str] = {"own": "onpolicy_skd.train", "trl": "eval.trl_baseline"}  # the command of a run
 METHOD = ("positions", "samples", "classes", "alignment", "cache")  # sections in which rows of one mode may differ
 Status = Literal["finished", "failed", "started", "waiting"]
 
@@ -35,6 +39,7 @@ Status = Literal["finished", "failed", "started", "waiting"]
 class Row(Section):
     name: str = Field(description="as it stands in the report")
     modes: list[Mode] = Field(default=["off_policy", "on_policy"], description="modes it is run in")
+    trainer: Trainer = Field(default="own", description="own, or trl: TRL's DistillationTrainer (eval.trl_baseline)")
     settings: dict[str, Any] = Field(default={}, description="what makes the method")
     published: dict[Mode, tuple[float, float]] = Field(
         default={}, description="exact match and standard deviation in percent, as printed elsewhere"
@@ -138,7 +143,10 @@ def _settings(path: Path, grid: Grid, row: Row, mode: Mode, seed: int) -> Settin
         "mode": mode,
     }
     try:
-        return build_settings(path.parent / grid.base, [grid.settings, grid.modes.get(mode, {}), row.settings, own])
+        settings = build_settings(path.parent / grid.base, [grid.settings, grid.modes.get(mode, {}), row.settings, own])
+        if row.trainer == "trl":
+            check_trl(settings)
+        return settings
     except ConfigError as error:
         raise ConfigError(f"{path}: row {row.name!r}, {mode}: {error}") from None
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 from onpolicy_skd.config import DRAWING, ConfigError, Settings
 
 LOOK_AT_TARGET = ("student_ce", "teacher_ce", "ce_ratio", "ce_ratio_plus_entropy")  # metrics that know y_t
@@ -195,3 +197,24 @@ def _asks_teacher(settings: Settings) -> str | None:
     if samples.metric in ("kl", "ce_ratio") and samples.when == "rollout":
         return f"samples.metric={samples.metric}"
     return None
+
+
+TRL_ONLY = {
+    "mode": "on_policy", "positions.policy": "full", "samples.keep": 1.0, "samples.correctness": "any",
+    "samples.weight": "uniform", "classes.sampler": "none", "alignment.variant": "full_kd",
+    "alignment.estimator": "exact", "alignment.kd_weight": 1.0, "alignment.ema_weight": 0.0, "rollout.n": 1,
+}  # fmt: skip
+
+
+def check_trl(settings: Settings) -> None:
+    """Raises ConfigError for the first setting of which TRL's DistillationTrainer has no counterpart."""
+    for key, accepted in TRL_ONLY.items():
+        value = functools.reduce(getattr, key.split("."), settings)
+        if value != accepted:
+            raise ConfigError(f"{key}={value}: TRL's DistillationTrainer has no such choice; accepted: {accepted}")
+    own, sampled = settings.alignment.temperature, settings.rollout.temperature
+    if own != sampled:
+        raise ConfigError(
+            f"alignment.temperature={own}: TRL samples and scores at one temperature; accepted: {sampled} "
+            "(rollout.temperature)"
+        )

@@ -76,15 +76,7 @@ class Learner:
         wrong = next((n for n, p in self.named.items() if p.dtype != torch.float32), None)
         if wrong:
             raise ValueError(f"student parameter {wrong} is {self.named[wrong].dtype}; masters must be float32")
-        own = settings.learner
-        self.optimizer = torch.optim.AdamW(
-            [
-                dict(params=[p for p in self.named.values() if p.ndim > 1], weight_decay=own.weight_decay),
-                dict(params=[p for p in self.named.values() if p.ndim <= 1], weight_decay=0.0),
-            ],
-            lr=own.lr,
-            betas=(own.beta1, own.beta2),
-        )
+        self.optimizer = adamw(self.named, settings.learner)
         _no_dropout(student.model)
         student.model.train(settings.student.activation_checkpointing)
         if settings.student.activation_checkpointing:
@@ -367,6 +359,18 @@ class Learner:
         """Names and tensors as in a transformers checkpoint; a tied LM head is left out."""
         for name, parameter in self.student.model.named_parameters():
             yield name, parameter.detach().to(dtype or parameter.dtype)
+
+
+def adamw(named: Mapping[str, Tensor], settings: LearnerSettings) -> torch.optim.AdamW:
+    """The optimizer of a run; vectors (norms, biases) do not decay."""
+    return torch.optim.AdamW(
+        [
+            dict(params=[p for p in named.values() if p.ndim > 1], weight_decay=settings.weight_decay),
+            dict(params=[p for p in named.values() if p.ndim <= 1], weight_decay=0.0),
+        ],
+        lr=settings.lr,
+        betas=(settings.beta1, settings.beta2),
+    )
 
 
 def learning_rate(settings: LearnerSettings, step: int, steps: int) -> float:
