@@ -1,9 +1,9 @@
 """When is an answer right?  Two rules, scored side by side.
 
 ``strict``: the number after the first ``####`` equals the reference's, as text without thousands separators; the rule
-of the GSM8K authors and of lm-eval's strict-match.
-``match``: the final answer (after the last ``####``, else in the last ``\\boxed{}``, else the last number) equals the
-reference's by math-verify, so that 18, 18.00 and $18 agree.
+of the GSM8K authors and, answer by answer, of lm-eval's strict-match (``python -m eval.agreement``).
+``match``: the final answer (after the last ``####``, else in the last ``\\boxed{}``, else the last number; one that is
+empty or cut off does not count) equals the reference's by math-verify, so that 18, 18.00 and $18 agree.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ from onpolicy_skd.trajectory import RolloutRequest, Trajectory
 
 ANSWER_TAIL = 4_000  # characters from the end that may hold the final answer
 STRICT = re.compile(r"#### (-?[0-9.,]+)")
-NUMBER = re.compile(r"[-\u2212]?\$?\d[\d,]*(?:\.\d+)?|[-\u2212]?\$?\.\d+")
+NUMBER = re.compile(r"[-\u2212]?\$?[0-9][0-9,]*(?:\.[0-9]+)?|[-\u2212]?\$?\.[0-9]+")
+BOXED = "\\boxed"
 LONGEST_ANSWER = 100  # characters; a longer "final answer" is none
 logging.getLogger("math_verify").setLevel(logging.CRITICAL)  # its warnings are about single answers
 
@@ -36,7 +37,7 @@ class Score:
 
 def reference_number(answer: str) -> str:
     """The number after ``####`` of a GSM8K reference answer, or the whole answer if there is none."""
-    found = STRICT.search(answer)
+    found = STRICT.search(answer.replace("$", ""))
     return _plain(found.group(1)) if found else answer.strip()
 
 
@@ -44,12 +45,12 @@ def final_answer(output: str) -> str | None:
     """The part of ``output`` that states its final answer, or None."""
     tail = output[-ANSWER_TAIL:]
     _, marker, after = tail.rpartition("####")
-    if marker:
-        line = after.strip().split("\n", 1)[0].strip()
-        return line[:LONGEST_ANSWER] or None
-    boxed = tail.rfind("\\boxed{")
-    if boxed >= 0:
-        return _braced(tail[boxed + len("\\boxed") :])
+    stated = after.strip().split("\n", 1)[0].strip()
+    if marker and stated:
+        return stated[:LONGEST_ANSWER]
+    boxes = (_braced(part) for part in reversed(tail.split(BOXED)[1:]))
+    if boxed := next(filter(None, boxes), None):
+        return boxed
     numbers = NUMBER.findall(tail)
     return numbers[-1] if numbers else None
 
@@ -86,10 +87,11 @@ def _equal(gold: str, extracted: str) -> bool:
 
 
 def _plain(number: str) -> str:
-    return number.replace(",", "").replace("$", "").replace("\u2212", "-").rstrip(".")
+    return number.replace(",", "").replace("$", "").replace("\u2212", "-").removesuffix(".")
 
 
 def _braced(text: str) -> str | None:
+    """What stands in the braces that ``text`` begins with, if they are closed soon and hold anything."""
     depth = 0
     for place, char in enumerate(text[: LONGEST_ANSWER + 2]):
         depth += (char == "{") - (char == "}")

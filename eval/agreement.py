@@ -1,0 +1,132 @@
+"""Our two rules beside lm-eval's on the same answers, one by one: ``python -m eval.agreement RECORDS.jsonl ...``.
+
+Records are those of ``eval.gsm8k --out`` or of a run's ``evaluations/``.  ``strict`` must be lm-eval's strict-match on
+every answer; ``match`` and its flexible-extract are different rules, and every answer that they judge differently is
+listed with the reason (docs/evaluation.md).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from eval.suite import load_tasks
+from onpolicy_skd.checkpoint import write_text
+from onpolicy_skd.config import ConfigError
+from onpolicy_skd.data.prompts import read_jsonl
+from onpolicy_skd.exact_match import ANSWER_TAIL, score
+from onpolicy_skd.exits import EXIT_FAILED, EXIT_OK, guarded
+
+FILTERS = ("strict-match", "flexible-extract")
+NEEDED = ("key", "output", "reference")
+
+
+@dataclass(frozen=True, slots=True)
+class Judged:
+    """One answer under the four rules; ``ours`` and ``theirs`` are what match and flexible-extract looked at."""
+
+    key: str
+    strict: bool
+    strict_match: bool
+    match: bool
+    flexible: bool
+    ours: str | None
+    theirs: str
+
+
+def judge(records: Sequence[dict[str, str]]) -> list[Judged]:
+    """Every record under our rules and under lm-eval's own gsm8k task."""
+    found = []
+    for record, theirs in zip(records, harness([(r["output"], r["reference"]) for r in records]), strict=True):
+        own = score(record["output"], record["reference"])
+        (strict_match, _), (flexible, looked_at) = (theirs[name] for name in FILTERS)
+        found.append(Judged(record["key"], own.strict, strict_match, own.match, flexible, own.extracted, looked_at))
+    return found
+
+
+def harness(answers: Sequence[tuple[str, str]]) -> list[dict[str, tuple[bool, str]]]:
+    """lm-eval's gsm8k on (output, reference) pairs, its filters and metric: for each filter, right and extracted."""
+    from lm_eval.api.instance import Instance
+
+    with tempfile.TemporaryDirectory() as folder:
+        rows = "".join(json.dumps({"question": "", "answer": reference}) + "\n" for _, reference in answers)
+        (Path(folder) / "gsm8k").mkdir()
+        write_text(Path(folder) / "gsm8k" / "test.jsonl", rows)
+        task = load_tasks(["gsm8k"], Path(folder), fewshot=0)["gsm8k"]
+        docs = list(task.test_docs())
+    instances = [
+        Instance(request_type="generate_until", doc=doc, arguments=("", {}), idx=0, doc_id=i, resps=[output])
+        for i, (doc, (output, _)) in enumerate(zip(docs, answers, strict=True))
+    ]
+    task._instances = instances
+    task.apply_filters()
+    return [
+        {
+            name: (bool(task.process_results(i.doc, [i.filtered_resps[name]])["exact_match"]), i.filtered_resps[name])
+            for name in FILTERS
+        }
+        for i in instances
+    ]
+
+
+def reason(found: Judged) -> str:
+    """Why match and flexible-extract judge an answer differently, in a few words."""
+    if found.ours is None:
+        return f"the last number stands more than {ANSWER_TAIL} characters before the end"
+    if "\u2212" in found.ours:
+        return "lm-eval does not read the minus sign \u2212"
+    if found.match:
+        same = score(found.theirs, f"#### {found.ours}").match
+        return "the same number, written otherwise" if same else "a number follows the final answer"
+    return "the number after the final answer is the right one"
+
+
+def read(files: Iterable[Path]) -> list[dict[str, str]]:
+    """Records of all files.  Raises ConfigError naming file and line."""
+    records = []
+    for file in files:
+        for number, row in enumerate(read_jsonl(file), 1):
+            missing = [k for k in NEEDED if not isinstance(row.get(k), str)]
+            if missing:
+                raise ConfigError(f"{file} record {number}: has no {missing[0]}; accepted: records of eval.gsm8k")
+            records.append(row)
+    if not records:
+        raise ConfigError("no records to compare")
+    return records
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command line; returns the exit code: 0 strict agrees everywhere, 1 it does not, 2 bad input."""
+    parser = argparse.ArgumentParser(
+        prog="python -m eval.agreement", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("records", type=Path, nargs="+", help="records.jsonl, or evaluations/*.jsonl of a run")
+    return guarded(lambda: _run(parser.parse_args(argv).records))
+
+
+def _run(files: Sequence[Path]) -> int:
+    found = judge(read(files))
+    strict = [j for j in found if j.strict != j.strict_match]
+    loose = [j for j in found if j.match != j.flexible]
+    print(f"{len(found)} answers")
+    for name, ours, theirs in (("strict", "strict", "strict_match"), ("match", "match", "flexible")):
+        right = [sum(getattr(j, rule) for j in found) for rule in (ours, theirs)]
+        print(f"{name:>7}: {right[0]} right here, {right[1]} by lm-eval's {FILTERS[name == 'match']}")
+    print(f"strict: {len(strict)} disagreements" + "".join(f"\n  {j.key}" for j in strict))
+    print(f"match: {len(loose)} disagreements")
+    for why, count in Counter(map(reason, loose)).most_common():
+        print(f"  {count} x {why}")
+    for j in loose:
+        verdict = "right here" if j.match else "wrong here"
+        print(f"  {j.key}: {verdict}: we look at {j.ours!r}, flexible-extract at {j.theirs!r} ({reason(j)})")
+    return EXIT_FAILED if strict else EXIT_OK
+
+
+if __name__ == "__main__":
+    sys.exit(main())
