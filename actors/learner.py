@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import resource
 import sys
 from collections.abc import Sequence
@@ -20,7 +19,7 @@ from onpolicy_skd import checkpoint
 from onpolicy_skd.cached_teacher import open_teacher
 from onpolicy_skd.config import AlignmentSettings, Settings
 from onpolicy_skd.inspection import Inspection
-from onpolicy_skd.learner import Learner
+from onpolicy_skd.learner import Learner, learner_threads
 from onpolicy_skd.models import load_model, load_tokenizer, pick_device, pick_dtype
 from onpolicy_skd.teacher import NoTeacher, TeacherRows
 from onpolicy_skd.trajectory import FilterReport, Trajectory
@@ -48,7 +47,7 @@ class LearnerActor:
         own = settings.student
         device = pick_device(settings.run.device)
         if device == "cpu":  # one core is left to the teacher, which works at the same time
-            torch.set_num_threads(settings.learner.threads or max(1, (os.cpu_count() or 2) - 1))
+            torch.set_num_threads(learner_threads(settings.learner))
         self._settings = settings
         self._tokenizer = load_tokenizer(own.model, own.trust_remote_code)
         pad_id = self._tokenizer.pad_token_id

@@ -28,7 +28,7 @@ from onpolicy_skd.command_line import load_settings
 from onpolicy_skd.compatibility import check_trl
 from onpolicy_skd.config import Settings
 from onpolicy_skd.exits import EXIT_OK, EXIT_STOPPED, guarded
-from onpolicy_skd.learner import adamw, learning_rate
+from onpolicy_skd.learner import adamw, learner_threads, learning_rate
 from onpolicy_skd.prepare import Run, open_folder, prepare
 from onpolicy_skd.report import summary
 from onpolicy_skd.report.metrics import MetricsLog
@@ -181,6 +181,8 @@ def train(settings: Settings) -> int:
     metrics = MetricsLog(run.folder, first)
     started, status, reason, steps = time.monotonic(), "failed", None, first
     device = models.pick_device(settings.run.device)
+    if device == "cpu":
+        torch.set_num_threads(learner_threads(settings.learner))
     student = models.load_model(settings.student.model, torch.float32, device, settings.student.trust_remote_code)
     with StopSignal() as stop:
         recorder = Recorder(run, metrics, stop, student)

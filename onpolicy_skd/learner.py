@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import math
+import os
 import shutil
 import time
 from collections import defaultdict
@@ -371,6 +372,11 @@ def adamw(named: Mapping[str, Tensor], settings: LearnerSettings) -> torch.optim
         lr=settings.lr,
         betas=(settings.beta1, settings.beta2),
     )
+
+
+def learner_threads(settings: LearnerSettings) -> int:
+    """Processor threads of a learner on CPU: as set, or all cores but one, which is left to the other roles."""
+    return settings.threads or max(1, (os.cpu_count() or 2) - 1)
 
 
 def learning_rate(settings: LearnerSettings, step: int, steps: int) -> float:

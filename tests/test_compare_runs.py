@@ -26,6 +26,7 @@ def write_grid(folder, **changes):
         "rows": [
             {"name": "Full KD", "settings": {"positions": {"policy": "full"}}},
             {"name": "SE-KD", "modes": ["on_policy"], "settings": {"positions": {"k": 0.2}}},
+            {"name": "TRL", "trainer": "trl", "modes": ["on_policy"], "settings": {"positions": {"policy": "full"}}},
         ],
         **changes,
     }  # fmt: skip
@@ -55,7 +56,7 @@ def test_a_killed_comparison_goes_on_and_ends_with_the_same_table(tmp_path):
         folder.mkdir()
     code, said = compare(write_grid(whole))
     assert code == 0, said
-    assert "7 of 7 runs to do" in said
+    assert "9 of 9 runs to do" in said
     process = subprocess.Popen(
         command(write_grid(broken)), stdout=subprocess.PIPE, text=True, cwd=ROOT, env=ENVIRONMENT
     )
@@ -70,10 +71,10 @@ def test_a_killed_comparison_goes_on_and_ends_with_the_same_table(tmp_path):
         p for p in (broken / "out" / "runs").glob("*/summary.json") if json.loads(p.read_text())["status"] == "finished"
     ]
     times = {p: p.stat().st_mtime_ns for p in kept}
-    assert 2 <= len(kept) < 7
+    assert 2 <= len(kept) < 9
     code, said = compare(write_grid(broken))
     assert code == 0, said
-    assert f"{7 - len(kept)} of 7 runs to do" in said
+    assert f"{9 - len(kept)} of 9 runs to do" in said
     assert {p: p.stat().st_mtime_ns for p in kept} == times  # finished runs are not repeated
     assert table(broken) == table(whole)
     page = (whole / "out" / "report.md").read_text()

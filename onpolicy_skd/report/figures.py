@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import io
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from matplotlib import rc_context
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter, MaxNLocator
 
 from onpolicy_skd.checkpoint import replacing
 from onpolicy_skd.comparison import Comparison, Mode, PlannedRun, Row
@@ -57,22 +60,41 @@ def png(figure: Figure, path: Path) -> None:
         figure.savefig(beside, format="png", dpi=110, facecolor="white")
 
 
+@lru_cache(maxsize=256)
+def _read(file: Path, changed: int) -> list[dict[str, Any]]:
+    return metrics.read(file)
+
+
+def _records(run: PlannedRun) -> list[dict[str, Any]]:
+    """The run's metrics, read once for all figures."""
+    file = run.folder / metrics.FILE
+    return _read(file, file.stat().st_mtime_ns) if file.exists() else []
+
+
 def _exact_match(run: PlannedRun) -> Curve:
-    found = [r for r in metrics.read(run.folder / metrics.FILE) if r.get("event") == "evaluation" and "match" in r]
-    return [r["step"] for r in found], [100 * r["match"]["share"] for r in found]
+    return _evaluated("match", lambda match: 100 * match["share"])(run)
 
 
-def _series(key: str) -> Any:
+def _evaluated(key: str, value: Callable[[Any], float] = float) -> Callable[[PlannedRun], Curve]:
     def read(run: PlannedRun) -> Curve:
-        steps = [r for r in metrics.read(run.folder / metrics.FILE) if "loss" in r]
+        found = [r for r in _records(run) if r.get("event") == "evaluation" and r.get(key) is not None]
+        return [r["step"] for r in found], [value(r[key]) for r in found]
+
+    return read
+
+
+def _series(key: str) -> Callable[[PlannedRun], Curve]:
+    def read(run: PlannedRun) -> Curve:
+        steps = [r for r in _records(run) if "loss" in r]
         return _smoothed([r["step"] for r in steps], [r[key] for r in steps])
 
     return read
 
 
 def _truncation(run: PlannedRun) -> Curve:
-    steps = [r for r in metrics.read(run.folder / metrics.FILE) if "generated" in r]
-    shares = [100 * r["dropped"].get("truncated", 0) / r["generated"] for r in steps]
+    steps = [r for r in _records(run) if "generated" in r]
+    # TRL trains on what is truncated: it drops nothing, and says how much there was.
+    shares = [100 * r.get("truncated", r["dropped"].get("truncated", 0) / r["generated"]) for r in steps]
     return _smoothed([r["step"] for r in steps], shares)
 
 
@@ -83,7 +105,7 @@ def _smoothed(x: list[float], y: list[float], points: int = 40) -> Curve:
     return [sum(x[p]) / len(x[p]) for p in parts], [sum(y[p]) / len(y[p]) for p in parts]
 
 
-def _mean_curve(runs: Sequence[PlannedRun], read: Any) -> Curve:
+def _mean_curve(runs: Sequence[PlannedRun], read: Callable[[PlannedRun], Curve]) -> Curve:
     """The mean over runs at every x that all of them have."""
     values: defaultdict[float, list[float]] = defaultdict(list)
     for run in runs:
@@ -107,20 +129,37 @@ def _look(place: int) -> dict[str, Any]:
     return {"color": COLOURS[place % len(COLOURS)], "linestyle": LINES[place // len(COLOURS) % len(LINES)]}
 
 
-def _curves(comparison: Comparison, title: str, read: Any) -> Figure | None:
-    """One panel a mode, one line a row: the mean over seeds."""
-    figure, drawn = Figure(figsize=(9.5, 3.8), layout="constrained"), False
-    axes = figure.subplots(1, len(MODES), sharey=True)
+def _panels(
+    comparison: Comparison, title: str, draw: Callable[[Axes, int, Row, list[PlannedRun]], None], shared: bool = True
+) -> Figure | None:
+    """One panel a mode, in which ``draw`` adds each row; None if nothing was drawn."""
+    figure = Figure(figsize=(11, 4), layout="constrained")
+    axes = figure.subplots(1, len(MODES), sharey=shared)
+    legend: dict[str, Any] = {}
     for axis, (mode, name) in zip(axes, MODES.items(), strict=True):
         for place, row, runs in _finished(comparison, mode):
-            x, y = _mean_curve(runs, read)
-            if any(y):
-                axis.plot(x, y, label=row.name, **_look(place), marker="." if len(x) < 12 else None)
-                drawn = True
-        axis.set(title=f"{name}: {title}", xlabel="step", ylim=(0, None))
-        if axis.get_legend_handles_labels()[0]:
-            axis.legend(fontsize=7, ncols=2)
-    return figure if drawn else None
+            draw(axis, place, row, runs)
+        axis.set(title=f"{name}: {title}", xlabel="step")
+        handles, labels = axis.get_legend_handles_labels()
+        legend |= dict(zip(labels, handles, strict=True))
+        if not handles:
+            axis.text(0.5, 0.5, "none", transform=axis.transAxes, ha="center")
+    for axis in axes:
+        axis.set_ylim(bottom=0)
+    names = [row.name for row in comparison.grid.rows if row.name in legend]
+    figure.legend([legend[n] for n in names], names, loc="outside right upper", fontsize=8)
+    return figure if legend else None
+
+
+def _curves(comparison: Comparison, title: str, read: Callable[[PlannedRun], Curve]) -> Figure | None:
+    """One line a row: the mean over seeds."""
+
+    def draw(axis: Axes, place: int, row: Row, runs: list[PlannedRun]) -> None:
+        x, y = _mean_curve(runs, read)
+        if any(y):
+            axis.plot(x, y, label=row.name, **_look(place), marker="." if len(x) < 12 else None)
+
+    return _panels(comparison, title, draw)
 
 
 def _costs(rows: Sequence[RowResult]) -> Figure | None:
@@ -131,7 +170,7 @@ def _costs(rows: Sequence[RowResult]) -> Figure | None:
     }  # fmt: skip
     if not rows:
         return None
-    figure = Figure(figsize=(9.5, 6.4), layout="constrained")
+    figure = Figure(figsize=(11, 6.4), layout="constrained")
     names = list(dict.fromkeys(r.row for r in rows))
     for axis, (key, title) in zip(figure.subplots(2, 2).flat, kinds.items(), strict=True):
         for r in rows:
@@ -144,6 +183,8 @@ def _costs(rows: Sequence[RowResult]) -> Figure | None:
                 r.cost[key], r.exact_match.mean, s=36, edgecolors=colour, facecolors=face, marker=marker, label=label
             )
         axis.set(xlabel=title, ylabel="exact match, %")
+        axis.xaxis.set_major_locator(MaxNLocator(5))
+        axis.xaxis.set_major_formatter(EngFormatter(sep=""))
     figure.suptitle("Accuracy and cost (filled: on-policy, hollow: off-policy)", fontsize=10)
     handles, labels = figure.axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside right upper", fontsize=7)
@@ -151,27 +192,16 @@ def _costs(rows: Sequence[RowResult]) -> Figure | None:
 
 
 def _two_kinds(comparison: Comparison, quantity: str, title: str) -> Figure | None:
-    """Of the positions that training would select and of the others, on held-out rollouts: one panel a mode."""
-    figure, drawn = Figure(figsize=(9.5, 3.8), layout="constrained"), False
-    axes = figure.subplots(1, len(MODES), sharey=True)
-    for axis, (mode, name) in zip(axes, MODES.items(), strict=True):
-        for place, row, runs in _finished(comparison, mode):
-            for kind, line in (("selected", "-"), ("unselected", ":")):
-                x, y = _mean_curve(runs, _evaluated(f"{quantity}_{kind}"))
-                if y and row.settings.get("positions", {}).get("policy") != "full":
-                    label = row.name if kind == "selected" else None
-                    marker = MARKERS[place // len(COLOURS) % len(MARKERS)]
-                    axis.plot(x, y, line, color=COLOURS[place % len(COLOURS)], label=label, marker=marker, markersize=4)
-                    drawn = True
-        axis.set(title=f"{name}: {title}\n(solid: selected, dotted: not)", xlabel="step", ylim=(0, None))
-        if axis.get_legend_handles_labels()[0]:
-            axis.legend(fontsize=7, ncols=2)
-    return figure if drawn else None
+    """Of the positions that training would select and of the others, on held-out rollouts."""
 
+    def draw(axis: Axes, place: int, row: Row, runs: list[PlannedRun]) -> None:
+        if runs[0].settings.positions.policy == "full":
+            return
+        colour, marker = COLOURS[place % len(COLOURS)], MARKERS[place // len(COLOURS) % len(MARKERS)]
+        for kind, line in (("selected", "-"), ("unselected", ":")):
+            x, y = _mean_curve(runs, _evaluated(f"{quantity}_{kind}"))
+            if y:
+                label = row.name if kind == "selected" else None
+                axis.plot(x, y, line, color=colour, label=label, marker=marker, markersize=4)
 
-def _evaluated(key: str) -> Any:
-    def read(run: PlannedRun) -> Curve:
-        found = [r for r in metrics.read(run.folder / metrics.FILE) if r.get(key) is not None]
-        return [r["step"] for r in found], [r[key] for r in found]
-
-    return read
+    return _panels(comparison, f"{title}\n(solid: selected, dotted: not)", draw, shared=False)

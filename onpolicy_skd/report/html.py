@@ -17,7 +17,7 @@ from onpolicy_skd.report.figures import svg
 VIEWS = 4  # rollouts shown token by token for each of the rows shown
 FULL_COLOUR = 2.0  # nats of student entropy at which a token's colour is full
 CAPTIONS = {
-    "learning_curves": "Exact match on held-out problems while training; mean over seeds.",
+    "learning_curves": "Exact match on held-out problems while training, at the end on test problems; mean over seeds.",
     "accuracy_and_cost": "Exact match after training over what it cost; mean over seeds.",
     "entropy_of_positions": "Student entropy on held-out rollouts, at positions to be supervised and at the others.",
     "divergence_of_positions": "Divergence from the teacher on held-out rollouts, at the same two kinds of positions.",
@@ -30,15 +30,17 @@ STYLE = """
 @media (prefers-color-scheme: dark) { :root { --ink: #e6e8eb; --paper: #14171b; --soft: #9aa4ae; --line: #333a42;
   --band: #1d2228; --hot: 240, 140, 50; --mark: #6cb8f0; } }
 * { box-sizing: border-box; }
-body { margin: 0 auto; padding: 1.5rem 1rem 4rem; max-width: 72rem; background: var(--paper); color: var(--ink);
+body { margin: 0 auto; padding: 1.5rem 1rem 4rem; max-width: 76rem; background: var(--paper); color: var(--ink);
   font: 16px/1.55 system-ui, sans-serif; }
 h1 { font-size: 1.7rem; line-height: 1.2; } h2 { margin-top: 2.5rem; border-bottom: 1px solid var(--line); }
 h3 { margin-bottom: .3rem; } p, li { max-width: 48rem; } .soft { color: var(--soft); }
 .wide { overflow-x: auto; } table { border-collapse: collapse; font-size: .85rem; font-variant-numeric: tabular-nums; }
-th, td { padding: .3rem .6rem; text-align: right; white-space: nowrap; border-bottom: 1px solid var(--line); }
+th, td { padding: .3rem .5rem; text-align: right; white-space: nowrap; vertical-align: bottom;
+  border-bottom: 1px solid var(--line); }
 th:first-child, td:first-child { text-align: left; position: sticky; left: 0;
   background: var(--paper); }
-thead th { color: var(--soft); font-weight: 600; }
+thead th { color: var(--soft); font-weight: 600; white-space: normal; }
+ul { columns: 26rem 2; column-gap: 3rem; }
 tbody tr:hover td { background: var(--band); }
 figure { margin: 1.5rem 0; } figure svg { width: 100%; height: auto; }
 figcaption { color: var(--soft); font-size: .9rem; }
@@ -127,6 +129,7 @@ def _token_views(comparison: Comparison) -> Iterator[str]:
         f"(full at {FULL_COLOUR:g} nats); outlined: positions that training would supervise. Point at a token for its "
         "numbers.</p>"
     )
+    shown.sort(key=lambda run: run.settings.positions.policy == "full")  # where nothing is selected comes last
     for place, run in enumerate(shown):
         views = "".join(_rollout(view) for view in _views(run)[:VIEWS])
         opened = " open" if place == 0 else ""

@@ -1,0 +1,83 @@
+"""TRL's trainer as a row of a comparison: the same prompts, optimizer and run folder; what it cannot do is refused."""
+
+import json
+
+import pytest
+from conftest import tiny_settings
+
+from eval import trl_baseline
+from onpolicy_skd import comparison
+from onpolicy_skd.compatibility import check_trl
+from onpolicy_skd.config import ConfigError
+from onpolicy_skd.prepare import prepare
+from onpolicy_skd.report.metrics import read
+
+OPTIONS = [
+    "data.source=demo", "data.max_prompt_tokens=96", "data.train_problems=40", "student.model=bundled:demo_student",
+    "teacher.model=bundled:demo_teacher", "teacher.dtype=float32", "rollout.max_tokens=32", "rollout.dtype=float32",
+    "rollout.engine=transformers", "positions.policy=full", "learner.batch_size=4", "learner.compute_dtype=float32",
+    "learner.lr=1e-4", "run.tensorboard=false", "run.device=cpu", "run.checkpoint_every=2", "run.steps=4",
+    "eval.problems=4", "eval.teacher=false", "eval.before=false",
+]  # fmt: skip
+
+
+def losses(folder):
+    return [r["loss"] for r in read(folder / "metrics.jsonl") if "loss" in r]
+
+
+def test_a_stopped_run_goes_on_with_the_same_losses_and_leaves_a_run_folder(tmp_path, monkeypatch):
+    options = [*OPTIONS, f"run.dir={tmp_path}"]
+    seen = []
+    tokenize = trl_baseline.Trainer._tokenize_prompts
+
+    def spy(self, prompts):
+        seen.extend(tokenize(self, prompts)[0])
+        return tokenize(self, prompts)
+
+    monkeypatch.setattr(trl_baseline.Trainer, "_tokenize_prompts", spy)
+    assert trl_baseline.main([*options, "run.name=whole"]) == 0
+    whole = losses(tmp_path / "whole")
+    assert len(whole) == 4
+    run = prepare(trl_baseline.load_settings([*options, "run.name=whole"]))
+    assert seen == [r.prompt_ids for step in range(4) for r in run.requests(run.train, step)]  # our order
+    summary = json.loads((tmp_path / "whole" / "summary.json").read_text())
+    assert (summary["status"], summary["steps"], summary["problems"]) == ("finished", 4, 4)
+    assert (tmp_path / "whole" / "final" / "model.safetensors").exists()
+    steps = [r for r in read(tmp_path / "whole" / "metrics.jsonl") if "loss" in r]
+    for r in steps:
+        assert r["positions"] <= 4 * 32
+        assert r["train_tokens"] > r["positions"]
+        assert r["seconds"]["step"] > 0
+
+    class StopsAfterThree(trl_baseline.Recorder):
+        def on_step_end(self, args, state, control, **given):
+            self._stop.requested = state.global_step == 3
+            super().on_step_end(args, state, control, **given)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(trl_baseline, "Recorder", StopsAfterThree)
+        assert trl_baseline.main([*options, "run.name=cut"]) == 3
+    assert losses(tmp_path / "cut") == whole[:3]
+    assert trl_baseline.main([*options, "run.name=cut", "resume=auto"]) == 0
+    assert losses(tmp_path / "cut") == pytest.approx(whole, rel=1e-5)
+
+
+def test_what_trl_has_no_counterpart_of_is_refused():
+    full = {"positions": {"policy": "full"}}
+    check_trl(tiny_settings(**full))
+    with pytest.raises(ConfigError, match=r"positions.policy=top_k: TRL's DistillationTrainer .* accepted: full"):
+        check_trl(tiny_settings())
+    with pytest.raises(ConfigError, match="mode=off_policy"):
+        check_trl(tiny_settings(mode="off_policy", **full))
+    with pytest.raises(ConfigError, match=r"one temperature; accepted: 1.0"):
+        check_trl(tiny_settings(alignment={"temperature": 2.0}, **full))
+
+
+def test_a_grid_refuses_such_a_row_by_name(tmp_path):
+    grid = {
+        "base": str(comparison.Path(__file__).parents[1] / "configs" / "demo.yaml"), "dir": str(tmp_path), "seeds": [1],
+        "baseline": "TRL", "rows": [{"name": "TRL", "trainer": "trl", "modes": ["on_policy"], "settings": {}}],
+    }  # fmt: skip
+    (tmp_path / "grid.yaml").write_text(json.dumps(grid))
+    with pytest.raises(ConfigError, match=r"row 'TRL', on_policy: positions.policy=top_k"):
+        comparison.load(tmp_path / "grid.yaml")
