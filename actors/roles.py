@@ -63,8 +63,10 @@ class Roles:
 
     def step(self, kept: ray.ObjectRef, encoded: Refs, report: FilterReport) -> dict[str, float]:
         """One optimizer step; the teacher forgets ``kept`` afterwards."""
-        metrics: Any = ray.get(self._learner.step.remote(kept, encoded))
-        self._release(report.kept)
+        try:
+            metrics: Any = ray.get(self._learner.step.remote(kept, encoded))
+        finally:
+            self._release(report.kept)
         return metrics
 
     def inspect(self, trajectories: Sequence[Trajectory]) -> list[Inspection]:

@@ -184,7 +184,7 @@ def train(settings: Settings) -> int:
     if device == "cpu":
         torch.set_num_threads(learner_threads(settings.learner))
     student = models.load_model(settings.student.model, torch.float32, device, settings.student.trust_remote_code)
-    with StopSignal() as stop:
+    with StopSignal(settings.run.max_hours) as stop:
         recorder = Recorder(run, metrics, stop, student)
         try:
             trainer = trainer_for(run, student, recorder)

@@ -75,6 +75,9 @@ class RunSettings(Section):
     evaluate_every: NonNegative = Field(default=0, description="steps between evaluations; 0: only before and after")
     checkpoint_every: NonNegative = Field(default=50, description="steps between checkpoints; 0: only at the end")
     keep_checkpoints: Positive = Field(default=2, description="how many of the newest checkpoints stay on disk")
+    max_hours: Annotated[float, Field(gt=0)] | None = Field(
+        default=None, description="wall-clock limit of this process; then it stops as by a signal, with a checkpoint"
+    )
     device: Literal["auto", "cpu", "cuda"] = Field(
         default="auto", description="where models live; auto: cuda when present"
     )
@@ -344,6 +347,9 @@ class LearnerSettings(Section):
     clip: Annotated[float, Field(gt=0)] = Field(default=1.0, description="largest gradient norm")
     compute_dtype: Literal["auto", "float32", "bfloat16"] = Field(
         default="auto", description="of the forward; weights stay float32 masters; auto: bfloat16 on cuda, else float32"
+    )
+    max_skipped: NonNegative = Field(
+        default=5, description="steps skipped for a loss or gradient that is not finite, before the run stops"
     )
     threads: Positive | None = Field(default=None, description="CPU threads of the learner; empty: all cores but one")
 

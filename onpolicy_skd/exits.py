@@ -12,11 +12,15 @@ from onpolicy_skd.config import ConfigError
 EXIT_OK, EXIT_CONFIG, EXIT_FAILED, EXIT_STOPPED = 0, 2, 1, 3
 
 
+class RunError(RuntimeError):
+    """A run that cannot go on; the message says why."""
+
+
 def guarded(action: Callable[[], int]) -> int:
     """The exit code of ``action``; of bad input or a failed actor one line on stderr, without a traceback."""
     try:
         return action()
-    except (ConfigError, RayError) as error:
+    except (ConfigError, RayError, RunError) as error:
         cause = cause_of(error)
         print(f"error: {cause}", file=sys.stderr)
         return EXIT_CONFIG if isinstance(cause, ConfigError) else EXIT_FAILED

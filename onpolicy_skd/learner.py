@@ -42,6 +42,17 @@ class SamplerGapError(RuntimeError):
     """The sampler's log-probabilities are not those of the learner's weights."""
 
 
+class UnsoundStepError(RuntimeError):
+    """A loss or gradient that is not finite; nothing was updated.  ``samples``: keys of those it comes from."""
+
+    def __init__(self, message: str, samples: Sequence[str]) -> None:
+        super().__init__(message, samples)
+        self.message, self.samples = message, list(samples)
+
+    def __str__(self) -> str:
+        return self.message
+
+
 @dataclass
 class _Totals:
     """Sums over the micro-batches of a step, from which its metrics are formed."""
@@ -49,6 +60,7 @@ class _Totals:
     sums: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
     gap_max: float = 0.0
     scores: dict[str, Tensor] = field(default_factory=dict)  # of each trajectory's positions
+    unsound: list[str] = field(default_factory=list)  # trajectories with a value that is not finite
 
     def add(self, **values: float | Tensor) -> None:
         for name, value in values.items():
@@ -177,16 +189,18 @@ class Learner:
     def step(self, trajectories: Sequence[Trajectory]) -> dict[str, float]:
         """One optimizer step on ``trajectories``, which the teacher must have encoded; returns its metrics.
 
-        Raises SamplerGapError (weights untouched) if sampler and learner disagree by more than ``sync.max_gap``, and
-        RuntimeError for trajectories of another policy version.
+        Raises, with nothing updated, UnsoundStepError for a loss or gradient that is not finite, SamplerGapError if
+        sampler and learner disagree by more than ``sync.max_gap``, and RuntimeError for trajectories of another policy
+        version.
         """
         started = time.perf_counter()
         check_version(trajectories, self.version)
         self.optimizer.zero_grad(set_to_none=True)
         totals = self.accumulate(trajectories)
+        norm = torch.nn.utils.clip_grad_norm_(self.named.values(), self._settings.learner.clip)
+        self._check_sound(totals, norm.item(), trajectories)
         found = self._summary(totals)
         self._check_gap(found)
-        norm = torch.nn.utils.clip_grad_norm_(self.named.values(), self._settings.learner.clip)
         rate = learning_rate(self._settings.learner, self.version, self._steps)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
@@ -227,6 +241,8 @@ class Learner:
         shares = torch.tensor([t.weight / total for t in micro.members]).repeat_interleave(torch.tensor(chosen.counts))
         loss, values_K = self._objective.loss(micro, chosen, chosen.weights_K * shares.to(chosen.weights_K.device))
         loss.backward()
+        sound = torch.isfinite(values_K).cpu().split(chosen.counts)
+        totals.unsound += [key for key, own in zip(micro.keys, sound, strict=True) if not own.all()]
         totals.scores |= dict(zip(micro.keys, scores_N.split(batch.counts), strict=True))
         own = [torch.full((len(t.response_ids),), t.policy_version is not None) for t in micro.members]
         sampled = torch.cat([torch.as_tensor(t.sampler_logprobs) for t in micro.members])
@@ -279,6 +295,15 @@ class Learner:
             "padding_share": 1.0 - s["tokens"] / s["padded_tokens"],
             "teacher_wait_seconds": s["teacher_wait_seconds"],
         }
+
+    def _check_sound(self, totals: _Totals, norm: float, trajectories: Sequence[Trajectory]) -> None:
+        loss = totals.sums["loss"]
+        if math.isfinite(loss) and math.isfinite(norm) and not totals.unsound:
+            return
+        self.optimizer.zero_grad(set_to_none=True)
+        samples = totals.unsound or [t.key for t in trajectories]
+        shown = ", ".join(samples[:3]) + (", ..." if len(samples) > 3 else "")
+        raise UnsoundStepError(f"loss {loss:g}, gradient norm {norm:g}, from {len(samples)} samples ({shown})", samples)
 
     def _check_gap(self, found: dict[str, float]) -> None:
         bound = self._settings.sync.max_gap

@@ -1,15 +1,18 @@
-"""Ending a run from outside.
+"""Ending a run from outside, by a signal or by the clock.
 
-During its steps, the first signal asks for an orderly end with a checkpoint and the second ends at once.  Before and
-after them (engines starting, evaluation) there is nothing to save: the first one ends the run by raising ``Stopped``.
+During its steps, the first signal asks for an orderly end with a checkpoint and the second ends at once; so does a
+deadline ask.  Before and after the steps (engines starting, evaluation) there is nothing to save: the first signal ends
+the run by raising ``Stopped``.
 """
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
@@ -24,11 +27,15 @@ class StopSignal:
     """``with StopSignal() as stop: ... with stop.orderly(): while not stop.requested: ...``
 
     Handlers are put back on leaving.  Enter it after Ray is connected: Ray sets handlers of its own.
+    ``hours``: from now, after which ``requested`` becomes true by itself.
     """
 
-    def __init__(self) -> None:
-        self.requested = False
+    def __init__(self, hours: float | None = None, clock: Callable[[], float] = time.monotonic) -> None:
+        self._requested = self._signalled = False
         self._orderly = False
+        self._hours = hours
+        self._clock = clock
+        self._deadline = math.inf if hours is None else clock() + 3600 * hours
         self._before: dict[int, object] = {}
 
     def __enter__(self) -> StopSignal:
@@ -38,6 +45,17 @@ class StopSignal:
     def __exit__(self, *_: object) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)  # type: ignore[arg-type]
+
+    @property
+    def requested(self) -> bool:
+        if not self._requested and self._clock() >= self._deadline:
+            self.request(f"run.max_hours={self._hours:g}")
+        return self._requested
+
+    def request(self, why: str, more: str = "") -> None:
+        """Asks for an orderly end."""
+        self._requested = True
+        print(f"{why}: ending after this step, with a checkpoint{more}", file=sys.stderr, flush=True)
 
     @contextmanager
     def orderly(self) -> Iterator[None]:
@@ -50,9 +68,10 @@ class StopSignal:
 
     def _on_signal(self, number: int, _: FrameType | None) -> None:
         name = signal.Signals(number).name
-        if self.requested:
+        if self._signalled:
             os._exit(128 + number)
-        self.requested = True
+        self._signalled = True
         if not self._orderly:
+            self._requested = True
             raise Stopped(name)
-        print(f"{name}: ending after this step, with a checkpoint; once more ends at once", file=sys.stderr, flush=True)
+        self.request(name, "; once more ends at once")

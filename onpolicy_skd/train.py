@@ -26,8 +26,9 @@ from eval.gsm8k import Evaluation, evaluate
 from onpolicy_skd.checkpoint import write_text
 from onpolicy_skd.command_line import load_settings
 from onpolicy_skd.config import Settings
-from onpolicy_skd.exits import EXIT_OK, EXIT_STOPPED, cause_of, guarded
+from onpolicy_skd.exits import EXIT_OK, EXIT_STOPPED, RunError, cause_of, guarded
 from onpolicy_skd.inspection import means, tokens
+from onpolicy_skd.learner import UnsoundStepError
 from onpolicy_skd.prefilter import as_text
 from onpolicy_skd.prepare import Run, open_folder, prepare
 from onpolicy_skd.report import summary
@@ -57,11 +58,15 @@ def train(run: Run, roles: Roles, prompts: Sequence[Prompt], book: Logbook, step
         clock.lap("filter")
         if report.kept:
             encoded = roles.encode(kept)  # the teacher works while the learner runs its own trunk
-            found = roles.step(kept, encoded, report)
-            clock.lap("learn")
-            version = roles.push_weights() if run.samples_student else roles.version()
-            clock.lap("sync")
-            book.step(step, version, report, found, clock)
+            try:
+                found = roles.step(kept, encoded, report)
+            except UnsoundStepError as problem:
+                book.skipped(step, report, problem)
+            else:
+                clock.lap("learn")
+                version = roles.push_weights() if run.samples_student else roles.version()
+                clock.lap("sync")
+                book.step(step, version, report, found, clock)
         else:
             book.empty_batch(step, report)
         step += 1
@@ -101,7 +106,10 @@ def run_settings(settings: Settings) -> int:
     run = prepare(settings)
     if run.knows_its_texts:
         run.check_cached(run.train)  # before a folder exists or a model loads
-    with connect(settings) as resources, StopSignal() as stop:  # what the cluster lacks is said before a folder exists
+    with (
+        connect(settings) as resources,
+        StopSignal(settings.run.max_hours) as stop,
+    ):  # what the cluster lacks is said before a folder exists
         loaded = open_folder(settings)
         first_step = loaded.step if loaded else 0
         with Logbook(run, first_step, loaded.state if loaded else {}) as book:
@@ -194,6 +202,7 @@ class Logbook:
         self.finished = False
         self._run = run
         self._seconds_before = state.get("seconds", 0.0)
+        self._skipped = state.get("skipped", 0)
         self._started = time.monotonic()
         self._steps = first_step
         self._metrics = MetricsLog(run.folder, first_step, run.settings.run.tensorboard)
@@ -214,7 +223,7 @@ class Logbook:
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps of the logbook."""
-        return {"evaluations": self.evaluations, "seconds": self._seconds()}
+        return {"evaluations": self.evaluations, "seconds": self._seconds(), "skipped": self._skipped}
 
     def step(self, step: int, version: int, report: Any, found: dict[str, float], clock: Clock) -> None:
         total = sum(clock.seconds.values())
@@ -241,6 +250,20 @@ class Logbook:
         advice = EMPTY_BATCH_ADVICE.get(worst, "raise rollout.max_tokens or set samples.truncated=keep")
         self.say(f"step {step}: no sample left of {report.generated} ({reasons}); no update. If this goes on, {advice}")
 
+    def skipped(self, step: int, report: Any, problem: UnsoundStepError) -> None:
+        """A step without an update.  Raises RunError after more than ``learner.max_skipped`` of them."""
+        self._steps = step + 1
+        self._skipped += 1
+        bound = self._run.settings.learner.max_skipped
+        why = {"reason": str(problem), "samples": problem.samples}
+        self._metrics.write({"step": step, "event": "skipped", "generated": report.generated} | why)
+        self.say(f"step {step}: no update, {self._skipped} so far (learner.max_skipped={bound}): {problem}")
+        if self._skipped > bound:
+            raise RunError(
+                f"{self._skipped} steps had a loss or gradient that is not finite, learner.max_skipped={bound}; the "
+                f"last: {problem}. The samples of each are in {self._metrics.path}"
+            )
+
     def evaluation(self, name: str, step: int, done: Evaluation) -> None:
         self.evaluations[name] = done.result
         if done.records:
@@ -262,7 +285,7 @@ class Logbook:
         summary with the reason."""
 
         def leave(_: type | None, error: BaseException | None, __: Any) -> bool:
-            if isinstance(error, RayError):
+            if isinstance(error, RayError | RunError):
                 folder, keep = self._run.folder / "checkpoints", self._run.settings.run.keep_checkpoints
                 try:
                     roles.save(folder, self._steps, self.state(), keep)

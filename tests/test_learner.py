@@ -13,7 +13,7 @@ from conftest import VOCABULARY, make_trajectories, tiny_model, tiny_settings
 
 from onpolicy_skd import checkpoint, inspection
 from onpolicy_skd import learner as learner_module
-from onpolicy_skd.learner import Learner, SamplerGapError, learning_rate
+from onpolicy_skd.learner import Learner, SamplerGapError, UnsoundStepError, learning_rate
 from onpolicy_skd.lm_head import row_statistics
 from onpolicy_skd.models import split
 from onpolicy_skd.selection.positions import quota
@@ -155,6 +155,37 @@ def test_a_gap_between_sampler_and_learner_stops_the_run_before_the_update():
             logprob = row_statistics(model.hidden(one), model.head_VH, one.targets).raw_logprob_N
         agreeing.append(dataclasses.replace(t, sampler_logprobs=logprob.numpy()))
     assert learner.step(agreeing)["sampler_gap"] < 1e-5
+
+
+def test_a_loss_that_is_not_finite_is_no_update_and_names_its_samples():
+    learner, teacher = build(budget=40)
+    batch = make_trajectories(LENGTHS)
+    before = {n: p.clone() for n, p in learner.named.items()}
+    teacher.encode(batch)
+    teacher._hidden["t3"] = torch.full_like(teacher._hidden["t3"], math.nan)
+    with pytest.raises(UnsoundStepError, match=r"loss nan.*from 1 samples \(t3\)") as caught:
+        learner.step(batch)
+    assert caught.value.samples == ["t3"]
+    assert learner.version == 0
+    assert all(torch.equal(p, before[n]) for n, p in learner.named.items())
+    assert not any(p.grad is not None for p in learner.named.values())
+    assert not learner.optimizer.state
+    teacher.release(["t3"])
+    teacher.encode(batch)
+    assert math.isfinite(learner.step(batch)["loss"])  # and the next step is as good as ever
+
+
+def test_a_gradient_that_overflows_is_no_update():
+    learner, teacher = build()
+    batch = make_trajectories(LENGTHS)
+    teacher.encode(batch)
+    name, parameter = next(iter(learner.named.items()))
+    handle = parameter.register_hook(lambda gradient: gradient * math.inf)
+    before = parameter.clone()
+    with pytest.raises(UnsoundStepError, match=f"gradient norm (nan|inf), from {len(batch)} samples"):
+        learner.step(batch)
+    handle.remove()
+    assert torch.equal(learner.named[name], before)
 
 
 def test_trajectories_of_another_policy_are_refused():

@@ -33,3 +33,21 @@ def test_the_second_signal_ends_at_once():
         os._exit(0)
     _, status = os.waitpid(child, 0)
     assert os.waitstatus_to_exitcode(status) == 128 + signal.SIGTERM
+
+
+def test_a_deadline_is_a_request_too(capsys):
+    now = [100.0]
+    with StopSignal(hours=0.5, clock=lambda: now[0]) as stop, stop.orderly():
+        now[0] += 1_799
+        assert not stop.requested
+        now[0] += 1
+        assert stop.requested
+        assert stop.requested
+    assert capsys.readouterr().err == "run.max_hours=0.5: ending after this step, with a checkpoint\n"
+
+
+def test_a_signal_after_the_deadline_is_the_first_signal(capsys):
+    with StopSignal(hours=1e-9) as stop, stop.orderly():
+        assert stop.requested
+        os.kill(os.getpid(), signal.SIGTERM)  # is no reason to lose the checkpoint
+    assert "SIGTERM: ending after this step, with a checkpoint; once more" in capsys.readouterr().err

@@ -314,6 +314,27 @@ def test_the_worked_example_of_the_docs_runs(tmp_path):
     assert "positions.policy=surprise:above_mean: cannot be imported" in refused.stderr
 
 
+def test_steps_whose_loss_is_not_finite_are_skipped_and_then_end_the_run(tmp_path):
+    """A policy of the user's own gives weights that are no numbers, in real actors."""
+    (tmp_path / "broken.py").write_text(
+        "from onpolicy_skd.selection.positions import top_k\n"
+        "def weights(scores, counts, context):\n"
+        "    found = top_k(scores, counts, context)\n"
+        "    found.weights_K[0] = float('nan')\n"
+        "    return found\n"
+    )
+    done = run(tmp_path, *TRANSFORMERS, "positions.policy=broken:weights", "run.steps=5", "learner.max_skipped=1",
+               "run.name=r", paths=[tmp_path])  # fmt: skip
+    assert done.returncode == 1
+    assert "error: 2 steps had a loss or gradient that is not finite, learner.max_skipped=1" in done.stderr
+    assert "Traceback" not in done.stderr
+    skipped = [r for r in read(tmp_path / "r" / "metrics.jsonl") if r.get("event") == "skipped"]
+    assert [(r["step"], len(r["samples"])) for r in skipped] == [(0, 8), (1, 8)]
+    summary = json.loads((tmp_path / "r" / "summary.json").read_text())
+    assert (summary["status"], summary["steps"]) == ("failed", 2)
+    assert (tmp_path / "r" / "checkpoints" / "step-00000002").is_dir()  # with weights that are as they were
+
+
 def test_off_policy_the_reference_answers_teach(tmp_path):
     """The same learner, fed with reference answers; the rollout engine serves evaluations alone."""
     off = ["mode=off_policy", "classes.sampler=rs_kd", "positions.policy=gls", "alignment.ema_weight=0.1",

@@ -51,7 +51,8 @@ def test_a_stopped_run_goes_on_with_the_same_losses_and_leaves_a_run_folder(tmp_
 
     class StopsAfterThree(trl_baseline.Recorder):
         def on_step_end(self, args, state, control, **given):
-            self._stop.requested = state.global_step == 3
+            if state.global_step == 3:
+                self._stop.request("enough")
             super().on_step_end(args, state, control, **given)
 
     with monkeypatch.context() as patch:
