@@ -119,7 +119,7 @@ def memory_mib() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
-def trainer_for(run: Run, student: Any, recorder: Recorder) -> Trainer:
+def trainer_for(run: Run, student: Any, recorder: TrainerCallback) -> Trainer:
     """TRL's trainer on the prompts of every step of ``run``, in its order."""
     own, device = run.settings, models.pick_device(run.settings.run.device)
     dtype = models.pick_dtype(own.learner.compute_dtype, device)

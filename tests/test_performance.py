@@ -2,7 +2,8 @@ import json
 
 import pytest
 
-from eval import performance
+from eval.performance import __main__ as performance
+from eval.performance import end_to_end
 
 
 def test_the_loss_benchmark_compares_equal_losses_and_writes_its_keys(tmp_path, capsys):
@@ -15,3 +16,30 @@ def test_the_loss_benchmark_compares_equal_losses_and_writes_its_keys(tmp_path, 
         assert runs[variant]["loss"] == pytest.approx(runs["dense"]["loss"], rel=1e-4)
     assert found["ratio_to_trl"]["time_k100"] == runs["trl"]["seconds"] / runs["ours_k100"]["seconds"]
     assert "TRL's figure over ours" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_the_end_to_end_benchmark_writes_its_keys(tmp_path, capsys):
+    file = tmp_path / "all.json"
+    assert performance.main(["end-to-end", "--json", str(file), "--shapes", "tiny", "--rounds", "1"]) == 0
+    found = json.loads(file.read_text())
+    assert set(found["ratio_to_trl"]) == {"k100", "k20", "ragged", "prefilter", "memory"}
+    assert set(found["step_over_unavoidable"]) == {"ours_k100", "ours_k20", "ours_ragged"}
+    runs = {name: rounds[0] for name, rounds in found["shapes"]["tiny"]["runs"].items()}
+    assert found["ratio_to_trl"]["k20"] == runs["trl"]["seconds"] / runs["ours_k20"]["seconds"]
+    assert "step over unavoidable" in capsys.readouterr().out
+
+
+def test_a_measured_step_is_the_sum_of_its_phases():
+    found = end_to_end.measure("ours_k20", "tiny", "cpu")
+    assert set(found["phases"]) == {"rollout", "filter", "teacher", "learn", "sync"}
+    assert found["seconds"] == pytest.approx(sum(found["phases"].values()))
+    assert found["unavoidable"] > found["phases"]["rollout"]
+    assert end_to_end.measure("trl_ragged", "tiny", "cpu")["seconds"] > 0
+
+
+def test_ragged_answers_are_a_third_of_the_limit_on_average():
+    shape = end_to_end.SHAPES["small"]
+    lengths = end_to_end.ragged(shape)
+    assert (len(lengths), max(lengths)) == (shape.batch, shape.new_tokens)
+    assert sum(lengths) / shape.batch == pytest.approx(shape.new_tokens / 3, rel=0.05)

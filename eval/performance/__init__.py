@@ -1,0 +1,1 @@
+"""Benchmarks: what the pieces cost, side by side with their peers in one run."""

@@ -1,0 +1,60 @@
+"""``python -m eval.performance loss|end-to-end --json FILE``: ratios within one run, beside TRL's trainer."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from eval.performance import end_to_end, loss
+from onpolicy_skd.checkpoint import write_text
+from onpolicy_skd.report.summary import versions
+
+BENCHMARKS = {"loss": loss, "end-to-end": end_to_end}
+HELP = {
+    "loss": "the loss alone, forward and backward",
+    "end-to-end": "whole on-policy steps, generation to optimizer, beside TRL's DistillationTrainer",
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m eval.performance", description=(__doc__ or "").splitlines()[0])
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name, module in BENCHMARKS.items():
+        own = commands.add_parser(name, help=HELP[name])
+        own.add_argument("--json", type=Path, help="file for all figures")
+        own.add_argument("--shapes", nargs="+", choices=module.SHAPES, default=list(module.DEFAULT))
+        own.add_argument("--rounds", type=int, default=3)
+        own.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    one = commands.add_parser("one")  # one measurement, for the processes that the others start
+    for name in ("benchmark", "variant", "shape", "device"):
+        one.add_argument(name)
+    args = parser.parse_args(argv)
+    if args.command == "one":
+        print(json.dumps(BENCHMARKS[args.benchmark].measure(args.variant, args.shape, args.device)))
+        return 0
+    module: Any = BENCHMARKS[args.command]
+    shapes = {name: module.compare(name, args.device, args.rounds) for name in args.shapes}
+    first = shapes[args.shapes[0]]
+    result = {
+        "benchmark": args.command,
+        "device": torch.cuda.get_device_name() if args.device == "cuda" else platform.machine() + ", one thread",
+        "versions": versions(),
+        **{key: first[key] for key in ("ratio_to_trl", "step_over_unavoidable") if key in first},  # of the first shape
+        "shapes": shapes,
+    }
+    module.show(shapes)
+    if args.json:
+        args.json.parent.mkdir(parents=True, exist_ok=True)
+        write_text(args.json, json.dumps(result, indent=2) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

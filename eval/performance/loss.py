@@ -1,0 +1,130 @@
+"""The loss alone, forward and backward: dense, TRL's chunked one, ours."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from eval.performance.measuring import clock, in_turn, memory, ratio, reset_peak
+
+VARIANTS = ("dense", "trl", "ours_k100", "ours_k20")
+MEANING = {
+    "dense": "full [N, V] logits, torch autograd",
+    "trl": "TRL's chunked divergence (DistillationTrainer)",
+    "ours_k100": "this project, all rows, no entropy pass",
+    "ours_k20": "this project, entropy pass over all rows, loss on 20 %",
+}
+SHAPES = {  # name -> vocabulary, student hidden, teacher hidden, rows
+    "small": (151_936, 256, 512, 512),
+    "large": (151_936, 2048, 4096, 1024),
+    "tiny": (600, 16, 24, 40),  # for tests
+}
+DEFAULT = ("small", "large")
+SEQUENCES = 8  # the rows are this many responses, for the per-sequence selection
+
+
+def loss_step(variant: str, inputs: dict[str, Tensor]) -> Callable[[], Tensor]:
+    """A function that does forward and backward of reverse KL once and returns the loss."""
+    hidden, head = inputs["student_hidden"], inputs["student_head"]
+    other, other_head, targets = inputs["teacher_hidden"], inputs["teacher_head"], inputs["targets"]
+    rows = len(hidden)
+
+    def dense() -> Tensor:
+        log_q = torch.log_softmax((hidden @ head.T).float(), -1)
+        with torch.no_grad():
+            log_p = torch.log_softmax((other @ other_head.T).float(), -1)
+        return (log_q.exp() * (log_q - log_p)).sum(-1).mean()
+
+    def trl() -> Tensor:
+        mask = torch.ones(1, rows, device=hidden.device)
+        return chunked(hidden[None], other[None], head, other_head, mask, 1.0)[0]
+
+    def ours(k: float) -> Tensor:
+        counts = [rows // SEQUENCES] * SEQUENCES
+        chosen = torch.arange(rows, device=hidden.device)
+        if k < 1:
+            entropy = row_statistics(hidden.detach(), head.detach(), targets).entropy_N
+            chosen = top_k(entropy, counts, Context(k)).indices_K
+        weights = torch.full((len(chosen),), 1 / len(chosen), device=hidden.device)
+        teacher = HiddenRows(other[chosen], other_head)
+        return distillation_loss(hidden[chosen], head, teacher, Rows(weights, targets[chosen]), Alignment())[0]
+
+    if variant == "trl":
+        from trl.trainer.distillation_trainer import _chunked_divergence_loss as chunked
+    from onpolicy_skd.divergence import Alignment, HiddenRows, Rows, distillation_loss
+    from onpolicy_skd.lm_head import row_statistics
+    from onpolicy_skd.selection.positions import Context, top_k
+
+    forward = {"dense": dense, "trl": trl, "ours_k100": lambda: ours(1.0), "ours_k20": lambda: ours(0.2)}[variant]
+
+    def step() -> Tensor:
+        hidden.grad = head.grad = None
+        value = forward()
+        value.backward()
+        return value.detach()
+
+    return step
+
+
+def make_inputs(shape: Sequence[int], device: str) -> dict[str, Tensor]:
+    vocabulary, student, teacher, rows = shape
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    generator = torch.Generator(device).manual_seed(0)
+
+    def draw(*size: int, scale: float = 1.0) -> Tensor:
+        return (torch.randn(*size, generator=generator, device=device) * scale).to(dtype)
+
+    return {
+        "student_hidden": draw(rows, student).requires_grad_(),
+        "student_head": draw(vocabulary, student, scale=student**-0.5).requires_grad_(),
+        "teacher_hidden": draw(rows, teacher),
+        "teacher_head": draw(vocabulary, teacher, scale=teacher**-0.5),
+        "targets": torch.randint(0, vocabulary, (rows,), generator=generator, device=device),
+    }
+
+
+def measure(variant: str, shape: str, device: str) -> dict[str, float]:
+    """Seconds of one warm step and peak extra MiB, in this process."""
+    torch.set_num_threads(1)
+    step = loss_step(variant, make_inputs(SHAPES[shape], device))
+    reset_peak(device)
+    resident = memory(device, "now")
+    step()  # also the warm-up; its peak is that of every later step
+    peak = memory(device, "peak")
+    started = clock(device)
+    value = step()
+    seconds = clock(device) - started
+    return {"seconds": seconds, "extra_mib": peak - resident, "loss": value.item()}
+
+
+def compare(shape: str, device: str, rounds: int) -> dict[str, Any]:
+    """All variants of one shape, ``rounds`` times in turn, each in a process of its own."""
+    found = in_turn("loss", VARIANTS, [shape, device], rounds)
+    spread = {
+        "time_k100": ratio(found["trl"], found["ours_k100"], "seconds"),
+        "time_k20": ratio(found["trl"], found["ours_k20"], "seconds"),
+        "memory_k100": ratio(found["trl"], found["ours_k100"], "extra_mib"),
+        "memory_k20": ratio(found["trl"], found["ours_k20"], "extra_mib"),
+    }
+    return {
+        "shape": dict(zip(("vocabulary", "student_hidden", "teacher_hidden", "rows"), SHAPES[shape], strict=True)),
+        "runs": found,
+        "ratio_to_trl": {name: value["median"] for name, value in spread.items()},
+        "ratio_to_trl_spread": spread,
+    }
+
+
+def show(shapes: dict[str, dict[str, Any]]) -> None:
+    """Prints medians and ratios."""
+    for name, figures in shapes.items():
+        print(f"\n{name}: {figures['shape']}")
+        for variant in VARIANTS:
+            seconds, extra = (
+                statistics.median(r[key] for r in figures["runs"][variant]) for key in ("seconds", "extra_mib")
+            )
+            print(f"  {variant:>9}  {seconds:8.3f} s  {extra:8.0f} MiB extra   {MEANING[variant]}")
+        print("  TRL's figure over ours: " + ", ".join(f"{k} {v:.2f}" for k, v in figures["ratio_to_trl"].items()))
