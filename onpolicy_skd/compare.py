@@ -24,7 +24,9 @@ from onpolicy_skd.report import comparison as report
 from onpolicy_skd.report import figures, html
 
 
-def compare(comparison: Comparison, retry: bool = False, parallel: int | None = None) -> int:
+def compare(
+    comparison: Comparison, retry: bool = False, parallel: int | None = None, report_to: Path | None = None
+) -> int:
     """Runs what is missing, then reports; returns how many runs have failed.  Raises ConfigError."""
     folder = comparison.grid.dir
     wanted = ("waiting", "started", "failed") if retry else ("waiting", "started")
@@ -40,18 +42,21 @@ def compare(comparison: Comparison, retry: bool = False, parallel: int | None = 
     failed = [r for r in comparison.runs if r.status != "finished"]
     for run in failed:
         print(f"{run.settings.run.name}: {run.summary.get('reason') or run.status}; its output: {_log(run, folder)}")
-    print(f"report: {write_report(comparison)}")
+    print(f"report: {write_report(comparison, report_to or folder)}")
     if failed:
         print(f"{len(failed)} runs have not finished; --retry tries those that failed again")
     return len(failed)
 
 
-def write_report(comparison: Comparison) -> Path:
-    """results.json, report.md, report.html and the figures as PNG; returns the HTML page's path."""
-    folder, rows = comparison.grid.dir, report.write(comparison)
+def write_report(comparison: Comparison, folder: Path) -> Path:
+    """results.json, report.md, report.html and the figures as PNG, in ``folder``; returns the HTML page's path."""
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = report.results(comparison)
     made = figures.figures(comparison, rows)
     for name, figure in made.items():
         figures.png(figure, folder / f"{name}.png")
+    write_text(folder / "results.json", report.record(comparison, rows))
+    write_text(folder / "report.md", report.page(comparison, rows, list(made)))
     write_text(folder / "report.html", html.page(comparison, rows, made))
     return folder / "report.html"
 
@@ -91,6 +96,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--config", type=Path, required=True, help="a YAML file with the grid: see comparison.py")
     parser.add_argument("--dry-run", action="store_true", help="list the runs with their cost, and run nothing")
     parser.add_argument("--retry", action="store_true", help="run those again that have failed")
+    parser.add_argument("--report", type=Path, metavar="FOLDER", help="where the report goes (default: the grid's dir)")
     parser.add_argument("--parallel", type=int, help="most runs at the same time (default: all there is room for)")
     parser.add_argument("overrides", nargs="*", metavar="a.b=value", help="laid over the grid: settings.run.steps=5")
     return guarded(lambda: _run(parser.parse_args(argv)))
@@ -101,7 +107,7 @@ def _run(args: argparse.Namespace) -> int:
     if args.dry_run:
         dry_run(comparison)
         return EXIT_OK
-    return EXIT_FAILED if compare(comparison, args.retry, args.parallel) else EXIT_OK
+    return EXIT_FAILED if compare(comparison, args.retry, args.parallel, args.report) else EXIT_OK
 
 
 if __name__ == "__main__":

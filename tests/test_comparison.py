@@ -15,6 +15,7 @@ from onpolicy_skd import compare, comparison
 from onpolicy_skd.command_line import dump
 from onpolicy_skd.config import ConfigError
 from onpolicy_skd.report import comparison as report
+from onpolicy_skd.report import figures
 from onpolicy_skd.statistics import estimate, paired_difference, significant
 
 CONFIGS = comparison.Path(__file__).parents[1] / "configs"
@@ -173,7 +174,7 @@ def test_the_report_says_what_is_more_than_noise_and_which_orderings_hold(tmp_pa
     assert rows["Full KD", "on_policy"].difference is None
     assert rows["SE-KD", "on_policy"].exact_match.mean == pytest.approx(100 * worse.mean())
     assert rows["SE-KD", "on_policy"].cost["teacher_tokens"] == 500
-    report.write(found)
+    compare.write_report(found, tmp_path / "out")
     page = (tmp_path / "out" / "report.md").read_text()
     assert "1 of 11 runs have not finished" in page  # the untrained models
     assert "- SE-KD below Full KD (70.0 v 70.6): holds" in page
@@ -214,7 +215,7 @@ def recorded(run, at=(0, 2)):
                       "entropy_selected": 1.0, "entropy_unselected": 0.2, "divergence_selected": 0.5,
                       "divergence_unselected": 0.1})  # fmt: skip
     steps = [{"step": s, "loss": 1.0, "train_tokens": 50, "positions": 10, "positions_selected": 2, "generated": 4,
-              "dropped": {"truncated": 1}, "response_tokens": 20.0 + s, "seconds": {"step": 2.0},
+              "dropped": {"truncated": 1}, "entropy_selected": 9.0, "response_tokens": 20.0 + s, "seconds": {"step": 2.0},
               "learner_memory_mib": 300.0} for s in range(3)]  # fmt: skip
     (run.folder / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in [*lines, *steps]))
     view = {"key": "a", "prompt": f"Q {SCRIPT}", "finish": "length", "tokens": ["4", SCRIPT, "\n"],
@@ -227,11 +228,16 @@ def test_the_page_is_one_file_and_shows_what_a_model_wrote_as_text(tmp_path):
     for run in found.trained:
         finish(run, draw.random(50) < 0.5)
         recorded(run)
-    page = compare.write_report(found).read_text()
+    page = compare.write_report(found, tmp_path / "out").read_text()
     for name in ("learning_curves", "accuracy_and_cost", "entropy_of_positions", "divergence_of_positions",
                  "response_length", "truncation"):  # fmt: skip
         assert (tmp_path / "out" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+        assert f"]({name}.png)" in (tmp_path / "out" / "report.md").read_text()
     assert page.count("<svg") == 6
+    made = figures.figures(found, report.results(found))["entropy_of_positions"]
+    drawn = [line.get_ydata().max() for axis in made.axes for line in axis.lines]
+    assert drawn  # evaluations alone: 9.0 is of a training batch
+    assert max(drawn) == 1.0
     assert "<script" not in page
     assert "&lt;script&gt;alert(1)&lt;/script&gt; &amp; &lt;b&gt;" in page
     assert 'class="t s" style="--a:0.50" title="entropy 1.000 nats, divergence 0.200 nats, selected"' in page
@@ -244,6 +250,6 @@ def test_the_page_is_one_file_and_shows_what_a_model_wrote_as_text(tmp_path):
 
 
 def test_a_page_of_nothing_finished_says_so(tmp_path):
-    page = compare.write_report(comparison.load(write_grid(tmp_path))).read_text()
+    page = compare.write_report(comparison.load(write_grid(tmp_path)), tmp_path / "new").read_text()
     assert "11 of 11 runs have not finished" in page
     assert "<svg" not in page

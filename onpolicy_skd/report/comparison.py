@@ -1,4 +1,4 @@
-"""``results.json`` and ``report.md`` of a comparison: each run, each row over its seeds, what is more than noise."""
+"""What a comparison found: each run, each row over its seeds, what is more than noise; ``report.md`` of it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 
-from onpolicy_skd.checkpoint import write_text
 from onpolicy_skd.comparison import Comparison, Mode, PlannedRun
 from onpolicy_skd.config import Settings
 from onpolicy_skd.report import metrics
@@ -37,12 +36,19 @@ class RowResult:
     cost: dict[str, float]  # means over seeds: see ``measured_cost``
 
 
-def write(comparison: Comparison) -> list[RowResult]:
-    """Writes both files into the comparison's folder; returns what they say of the rows."""
-    folder = comparison.grid.dir
-    folder.mkdir(parents=True, exist_ok=True)
-    rows = results(comparison)
-    record = {
+CAPTIONS = {
+    "learning_curves": "Exact match on held-out problems while training, at the end on test problems; mean over seeds.",
+    "accuracy_and_cost": "Exact match after training over what it cost; mean over seeds.",
+    "entropy_of_positions": "Student entropy on held-out rollouts, at positions to be supervised and at the others.",
+    "divergence_of_positions": "Divergence from the teacher on held-out rollouts, at the same two kinds of positions.",
+    "response_length": "Length of the trained responses; mean over seeds.",
+    "truncation": "Rollouts without an end within the limit; mean over seeds.",
+}
+
+
+def record(comparison: Comparison, rows: Sequence[RowResult]) -> str:
+    """What results.json holds: each row, and one record per run."""
+    found = {
         "format": 1,
         "baseline": comparison.grid.baseline,
         "seeds": comparison.grid.seeds,
@@ -51,9 +57,7 @@ def write(comparison: Comparison) -> list[RowResult]:
         "runs": [_run_record(r) for r in comparison.runs],
         "versions": versions(),
     }
-    write_text(folder / "results.json", json.dumps(record, indent=1) + "\n")
-    write_text(folder / "report.md", page(comparison, rows))
-    return rows
+    return json.dumps(found, indent=1) + "\n"
 
 
 def shown(run: PlannedRun) -> str:
@@ -152,7 +156,8 @@ def seconds_by_mode(comparison: Comparison) -> dict[Mode, float]:
 # -- the page ------------------------------------------------------------------------------------------------------
 
 
-def page(comparison: Comparison, rows: Sequence[RowResult]) -> str:
+def page(comparison: Comparison, rows: Sequence[RowResult], figures: Sequence[str] = ()) -> str:
+    """report.md; ``figures``: names of the PNG files beside it."""
     grid, own = comparison.grid, comparison.untrained.settings
     missing = [r for r in comparison.runs if r.status != "finished"]
     known = untrained(comparison)
@@ -173,6 +178,9 @@ def page(comparison: Comparison, rows: Sequence[RowResult]) -> str:
             orderings = [o for r in found if (o := ordering(r, found, grid.baseline))]
             if orderings:
                 parts += ["### Published orderings\n", _list(orderings)]
+    if figures:
+        parts.append("## Figures\n")
+    parts += [f"![{CAPTIONS[name]}]({name}.png)\n\n{CAPTIONS[name]}\n" for name in figures]
     return "\n".join(parts)
 
 

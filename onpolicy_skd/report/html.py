@@ -16,14 +16,6 @@ from onpolicy_skd.report.figures import svg
 
 VIEWS = 4  # rollouts shown token by token for each of the rows shown
 FULL_COLOUR = 2.0  # nats of student entropy at which a token's colour is full
-CAPTIONS = {
-    "learning_curves": "Exact match on held-out problems while training, at the end on test problems; mean over seeds.",
-    "accuracy_and_cost": "Exact match after training over what it cost; mean over seeds.",
-    "entropy_of_positions": "Student entropy on held-out rollouts, at positions to be supervised and at the others.",
-    "divergence_of_positions": "Divergence from the teacher on held-out rollouts, at the same two kinds of positions.",
-    "response_length": "Length of the trained responses; mean over seeds.",
-    "truncation": "Rollouts without an end within the limit; mean over seeds.",
-}
 STYLE = """
 :root { color-scheme: light dark; --ink: #1b1f24; --paper: #ffffff; --soft: #6a737d; --line: #d8dee4; --band: #f3f5f7;
   --hot: 213, 94, 0; --mark: #0072b2; }
@@ -85,7 +77,7 @@ def page(comparison: Comparison, rows: Sequence[RowResult], figures: dict[str, F
     if figures:
         parts.append("<h2>Figures</h2>")
     for name, figure in figures.items():
-        parts.append(f"<figure>{svg(figure)}<figcaption>{CAPTIONS[name]}</figcaption></figure>")
+        parts.append(f"<figure>{svg(figure)}<figcaption>{report.CAPTIONS[name]}</figcaption></figure>")
     parts += _token_views(comparison)
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
