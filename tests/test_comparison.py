@@ -174,15 +174,14 @@ def test_the_report_says_what_is_more_than_noise_and_which_orderings_hold(tmp_pa
     assert rows["Full KD", "on_policy"].difference is None
     assert rows["SE-KD", "on_policy"].exact_match.mean == pytest.approx(100 * worse.mean())
     assert rows["SE-KD", "on_policy"].cost["teacher_tokens"] == 500
-    compare.write_report(found, tmp_path / "out")
-    page = (tmp_path / "out" / "report.md").read_text()
+    page = report.page(found, list(rows.values()))
     assert "1 of 11 runs have not finished" in page  # the untrained models
     assert "- SE-KD below Full KD (70.0 v 70.6): holds" in page
     assert "- Forward: +0.0 points (95 % +0.0 to +0.0): within noise." in page
     line = next(x for x in page.splitlines() if x.startswith("| SE-KD"))
     assert "**-" in line
     assert "20k" not in line
-    record = json.loads((tmp_path / "out" / "results.json").read_text())
+    record = json.loads(report.record(found, list(rows.values())))
     assert len(record["runs"]) == 11
     assert {r["status"] for r in record["runs"]} == {"finished", "waiting"}
 
@@ -215,8 +214,8 @@ def recorded(run, at=(0, 2)):
                       "entropy_selected": 1.0, "entropy_unselected": 0.2, "divergence_selected": 0.5,
                       "divergence_unselected": 0.1})  # fmt: skip
     steps = [{"step": s, "loss": 1.0, "train_tokens": 50, "positions": 10, "positions_selected": 2, "generated": 4,
-              "dropped": {"truncated": 1}, "entropy_selected": 9.0, "response_tokens": 20.0 + s, "seconds": {"step": 2.0},
-              "learner_memory_mib": 300.0} for s in range(3)]  # fmt: skip
+              "dropped": {"truncated": 1}, "entropy_selected": 9.0, "response_tokens": 20.0 + s,
+              "seconds": {"step": 2.0}, "learner_memory_mib": 300.0} for s in range(3)]  # fmt: skip
     (run.folder / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in [*lines, *steps]))
     view = {"key": "a", "prompt": f"Q {SCRIPT}", "finish": "length", "tokens": ["4", SCRIPT, "\n"],
             "entropy": [0.0, 1.0, 9.0], "divergence": [0.1, 0.2, 0.3], "selected": [False, True, True]}  # fmt: skip
