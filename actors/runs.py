@@ -13,9 +13,11 @@ from pathlib import Path
 from typing import Generic, TypeVar
 
 import ray
+from ray.exceptions import RayError
 
 from actors.cluster import CPUS_PER_ROLE, Counts, plan
 from onpolicy_skd.config import ConfigError, Settings
+from onpolicy_skd.exits import EXIT_FAILED, cause_of
 
 Name = TypeVar("Name")
 LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
@@ -33,14 +35,15 @@ class Command(Generic[Name]):
 
 
 @ray.remote(num_cpus=0, max_retries=0)
-def run_command(arguments: list[str], log: Path, address: str) -> int:
-    """The exit code of ``python -m`` with ``arguments``, whose output goes to ``log``."""
+def run_command(arguments: list[str], log: Path, address: str, folder: Path) -> int:
+    """The exit code of ``python -m`` with ``arguments`` in ``folder``, whose output goes to ``log``."""
     log.parent.mkdir(parents=True, exist_ok=True)
     environment = os.environ | {"RAY_ADDRESS": address}
     environment.pop("OMP_NUM_THREADS", None)  # which Ray sets for a task of no processors
     with log.open("ab") as out:
         process = subprocess.Popen(
             [sys.executable, "-m", *arguments],
+            cwd=folder,
             stdout=out,
             stderr=out,
             env=environment,
@@ -80,10 +83,14 @@ def run_all(work: Iterable[Command[Name]], count: int) -> Iterator[tuple[Name, i
     while True:
         while len(waiting) < count and (item := next(left, None)) is not None:
             task = run_command.options(num_gpus=1.0 if item.owns_device and gpus else 0.0)
-            waiting[task.remote(item.arguments, item.log.absolute(), address)] = item.name
+            waiting[task.remote(item.arguments, item.log.absolute(), address, Path.cwd())] = item.name
         if not waiting:
             return
         (done,), _ = ray.wait(list(waiting), num_returns=1)
         name = waiting.pop(done)
-        code: int = ray.get(done)
+        try:
+            code: int = ray.get(done)
+        except RayError as error:  # its worker died: this run has failed, the others go on
+            print(f"{cause_of(error)}", file=sys.stderr)
+            code = EXIT_FAILED
         yield name, code

@@ -25,6 +25,7 @@ from onpolicy_skd.checkpoint import write_text
 from onpolicy_skd.config import ConfigError
 from onpolicy_skd.exits import EXIT_OK, guarded
 from onpolicy_skd.report.summary import percent, versions
+from onpolicy_skd.vllm_engine import harness_model, require_vllm
 
 FORMAT = 1
 NEED_PUNKT = {"length_constraints:number_sentences", "change_case:capital_word_frequency"}  # IFEval's instructions
@@ -136,11 +137,7 @@ def language_model(args: argparse.Namespace) -> Any:
     shared: dict[str, Any] = dict(
         pretrained=path, dtype=dtype, max_length=longest(args), trust_remote_code=args.trust_remote_code
     )
-    if args.enable_thinking is not None:
-        shared["enable_thinking"] = args.enable_thinking
     if args.backend == "vllm":
-        from onpolicy_skd.vllm_engine import harness_model
-
         return harness_model(device, max_batch_size=args.batch_size, **shared)
     from lm_eval.models import huggingface
 
@@ -200,7 +197,7 @@ def evaluate(args: argparse.Namespace) -> Outcome:
     tasks = load_tasks(args.tasks, args.data, longest(args), args.fewshot)
     calibrated: dict[str, Calibration] = {}
     for name in args.tasks:
-        if TASKS[name].calibrated == "next_token":
+        if TASKS[name].calibrated == "next_token" and not args.chat:
             calibrated[name] = next_token_calibration(args, tasks[name])
             gc.collect()  # before an engine takes the device's memory
             if torch.cuda.is_available():
@@ -278,7 +275,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--limit", type=int, help="only the first N problems of each task")
     parser.add_argument("--fewshot", type=int, help="examples in the prompt (default: the task's own, 5 for gsm8k)")
     parser.add_argument("--chat", action="store_true", help="prompts through the chat template")
-    parser.add_argument("--enable-thinking", action=argparse.BooleanOptionalAction, help="of chat templates that think")
     parser.add_argument("--batch-size", type=int, default=16, help="sequences at once (default: 16)")
     parser.add_argument("--max-length", type=int, default=4096, help="longest prompt with its answer, tokens")
     parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto")
@@ -293,7 +289,13 @@ def _run(args: argparse.Namespace) -> int:
         raise ConfigError(f"--limit {args.limit}: accepted: at least 1")
     if args.data and not args.data.is_dir():
         raise ConfigError(f"--data {args.data}: no such folder")
+    if args.backend == "vllm":
+        require_vllm()
     models.load_config(args.model, args.trust_remote_code)  # a wrong name is said before any data loads
+    try:
+        args.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"--out {args.out}: cannot be written ({error.strerror})") from None
     done = evaluate(args)
     done.write(args.out)
     show(done.result)

@@ -8,20 +8,20 @@ process, one device, no Ray; evaluations generate with transformers and measure 
 
 from __future__ import annotations
 
-import resource
 import sys
 import time
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from datasets import Dataset
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import PrinterCallback, TrainerCallback
-from transformers.trainer_utils import get_last_checkpoint
 from trl.trainer.distillation_config import DistillationConfig
 from trl.trainer.distillation_trainer import DistillationTrainer
 
+from actors.learner import peak_memory_mib
 from eval.gsm8k import Evaluation, evaluate
 from onpolicy_skd import models
 from onpolicy_skd.command_line import load_settings
@@ -31,11 +31,12 @@ from onpolicy_skd.exits import EXIT_OK, EXIT_STOPPED, guarded
 from onpolicy_skd.learner import adamw, learner_threads, learning_rate
 from onpolicy_skd.prepare import Run, open_folder, prepare
 from onpolicy_skd.report import summary
-from onpolicy_skd.report.metrics import MetricsLog
+from onpolicy_skd.report.metrics import MetricsLog, read
 from onpolicy_skd.rollout import TransformersEngine
-from onpolicy_skd.stop import StopSignal
+from onpolicy_skd.stop import Stopped, StopSignal
 from onpolicy_skd.trajectory import Prompt
 
+VLLM_SHARE = 0.25  # of the GPU that student, teacher and optimizer are on as well
 BETA = {"forward_kl": 0.0, "reverse_kl": 1.0}  # TRL's name for the divergence; jsd has its own
 
 
@@ -55,6 +56,9 @@ class Recorder(TrainerCallback):
         self._engine: TransformersEngine | None = None
         self._started = self._seconds = 0.0
         self._tokens = 0
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self._tokens = int(state.num_input_tokens_seen)  # of the steps before a resume
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self._started = time.perf_counter()
@@ -88,7 +92,7 @@ class Recorder(TrainerCallback):
                 "response_tokens": logs["completions/mean_length"],
                 "truncated": logs["completions/clipped_ratio"],
                 "train_tokens": tokens,
-                "learner_memory_mib": memory_mib(),
+                "learner_memory_mib": peak_memory_mib(),
                 "grad_norm": logs["grad_norm"],
                 "lr": logs["learning_rate"],
                 "seconds": {"step": self._seconds},
@@ -112,11 +116,10 @@ class Recorder(TrainerCallback):
         print(f"{name} {step}: exact match {summary.percent(done.result['match']['share'])}", flush=True)
 
 
-def memory_mib() -> float:
-    """Most that this process ever had: of its GPU, else of the machine."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / 2**20
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+def newest(folder: Path) -> Path | None:
+    """The last whole checkpoint: transformers writes them in place, its state last."""
+    whole = [p for p in folder.glob("checkpoint-*") if (p / "trainer_state.json").exists()]
+    return max(whole, key=lambda p: int(p.name.rpartition("-")[2]), default=None)
 
 
 def trainer_for(run: Run, student: Any, recorder: TrainerCallback) -> Trainer:
@@ -143,7 +146,7 @@ def trainer_for(run: Run, student: Any, recorder: TrainerCallback) -> Trainer:
         top_p=own.rollout.top_p,
         max_completion_length=own.rollout.max_tokens,
         use_vllm=vllm,
-        vllm_gpu_memory_utilization=own.rollout.gpu_memory,
+        vllm_gpu_memory_utilization=min(own.rollout.gpu_memory, VLLM_SHARE),
         vllm_max_model_length=own.max_model_length if vllm else None,
         logging_steps=1,
         logging_nan_inf_filter=False,
@@ -176,9 +179,11 @@ def train(settings: Settings) -> int:
     check_trl(settings)
     run = prepare(settings, generates=False)
     open_folder(settings)
-    found = (run.folder / "checkpoints").is_dir() and get_last_checkpoint(str(run.folder / "checkpoints"))
-    first = int(found.rpartition("-")[2]) if found else 0
+    run.save_validation()
+    found = newest(run.folder / "checkpoints") if settings.resume == "auto" else None
+    first = int(found.name.rpartition("-")[2]) if found else 0
     metrics = MetricsLog(run.folder, first)
+    before = sum(r["seconds"]["step"] for r in read(metrics.path) if "loss" in r)
     started, status, reason, steps = time.monotonic(), "failed", None, first
     device = models.pick_device(settings.run.device)
     if device == "cpu":
@@ -189,21 +194,24 @@ def train(settings: Settings) -> int:
         try:
             trainer = trainer_for(run, student, recorder)
             with stop.orderly():
-                trainer.train(resume_from_checkpoint=found or None)
+                trainer.train(resume_from_checkpoint=str(found) if found else None)
             steps = trainer.state.global_step
-            status = "finished" if steps >= run.steps else "stopped"
-            if status == "finished":
+            del trainer  # with the teacher and the optimizer: evaluation needs their room
+            if steps >= run.steps:
                 student.save_pretrained(run.folder / "final")
                 run.tokenizer.save_pretrained(run.folder / "final")
                 recorder.evaluate("after", steps, run.held_out[: settings.eval.problems or None])
+            status = "finished" if steps >= run.steps else "stopped"
+        except Stopped as signal:
+            status, reason = "stopped", f"{signal} outside the steps"
         except Exception as error:
             reason = f"{type(error).__name__}: {error}"
             raise
         finally:
             metrics.close()
-            seconds = time.monotonic() - started
+            seconds = before + time.monotonic() - started
             built = summary.build(settings, recorder.evaluations, status, steps, seconds, reason)
-            summary.write(run.folder, built, settings)
+            summary.write(run.folder, built | {"trainer": "trl"}, settings)
     print(f"{status} after {steps} steps, {seconds:.0f} s; report: {run.folder / 'report.md'}")
     return EXIT_OK if status == "finished" else EXIT_STOPPED
 

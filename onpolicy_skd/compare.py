@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import json
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -18,7 +19,8 @@ from onpolicy_skd import comparison as grids
 from onpolicy_skd.checkpoint import write_text
 from onpolicy_skd.command_line import dump, merge, parse_override
 from onpolicy_skd.comparison import MODULES, Comparison, PlannedRun
-from onpolicy_skd.exits import EXIT_FAILED, EXIT_OK, guarded
+from onpolicy_skd.config import ConfigError
+from onpolicy_skd.exits import EXIT_FAILED, EXIT_OK, EXIT_STOPPED, guarded
 from onpolicy_skd.prepare import prepare
 from onpolicy_skd.report import comparison as report
 from onpolicy_skd.report import figures, html
@@ -34,9 +36,10 @@ def compare(
     if missing:
         (folder / "configs").mkdir(parents=True, exist_ok=True)
         with connect(missing[0].settings):
-            count = at_once(missing[0].settings, parallel)
+            count = min(at_once(run.settings, parallel) for run in missing)
             print(f"{len(missing)} of {len(comparison.runs)} runs to do, {count} at a time", flush=True)
             for done, (run, code) in enumerate(run_all(_commands(missing, folder), count), 1):
+                _note_failure(run, code)
                 result = report.shown(run) if run.status == "finished" else f"{run.status}, exit code {code}"
                 print(f"{done}/{len(missing)} {run.settings.run.name}: {result}", flush=True)
     failed = [r for r in comparison.runs if r.status != "finished"]
@@ -61,8 +64,17 @@ def write_report(comparison: Comparison, folder: Path) -> Path:
     return folder / "report.html"
 
 
+def _note_failure(run: PlannedRun, code: int) -> None:
+    """A run that ended without a word is marked as failed, so that it waits to be asked for."""
+    if code not in (EXIT_OK, EXIT_STOPPED) and run.status in ("waiting", "started"):
+        reason = f"ended with exit code {code}; its output says why"
+        write_text(run.folder / "summary.json", json.dumps({"status": "failed", "reason": reason}) + "\n")
+
+
 def _commands(runs: Sequence[PlannedRun], folder: Path) -> Iterator[Command[PlannedRun]]:
     for run in runs:
+        if run.status == "failed":  # it is no longer, until it says so again
+            (run.folder / "summary.json").unlink()
         config = folder / "configs" / f"{run.settings.run.name}.yaml"
         write_text(config, dump(run.settings))
         arguments = [MODULES[run.row.trainer], "--config", str(config.absolute()), "resume=auto"]
@@ -76,12 +88,12 @@ def _log(run: PlannedRun, folder: Path) -> Path:
 
 def dry_run(comparison: Comparison) -> None:
     """Lists the runs with what each will cost, and about how long they will take if some like them have finished."""
-    seconds = report.seconds_by_mode(comparison)
+    seconds = report.seconds_of_runs(comparison)
     prompts = {mode: len(prepare(run.settings).train) for mode, run in {r.mode: r for r in comparison.runs}.items()}
     total = 0.0
     for run in comparison.runs:
         cost = report.planned_cost(run.settings, prompts[run.mode])
-        about = seconds.get(run.mode)
+        about = seconds.get((run.row.name, run.mode)) or seconds.get(run.mode)
         if run.status != "finished" and about:
             total += about
         print(f"{run.status:>8}  {run.settings.run.name}: {cost}" + (f", about {about:.0f} s" if about else ""))
@@ -103,6 +115,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(args: argparse.Namespace) -> int:
+    if args.parallel is not None and args.parallel < 1:
+        raise ConfigError(f"--parallel {args.parallel}: accepted: at least 1")
     comparison = grids.load(args.config, functools.reduce(merge, map(parse_override, args.overrides), {}))
     if args.dry_run:
         dry_run(comparison)

@@ -28,11 +28,15 @@ from pydantic import Field, ValidationError
 from onpolicy_skd.command_line import build_settings, dump, flat, merge, read_yaml, resolve
 from onpolicy_skd.compatibility import check_trl
 from onpolicy_skd.config import ConfigError, NonNegative, Section, Settings
+from onpolicy_skd.prepare import RESUMABLE
 
+# Settings of a finished run that may since have changed: they touch neither what was trained nor how it was evaluated.
+HARMLESS = tuple(k for k in RESUMABLE if not k.startswith("eval") and k != "run.evaluate_every")
 Mode = Literal["off_policy", "on_policy"]
 Trainer = Literal["own", "trl"]
 MODULES: dict[Trainer, str] = {"own": "onpolicy_skd.train", "trl": "eval.trl_baseline"}  # the command of a run
 METHOD = ("positions", "samples", "classes", "alignment", "cache")  # sections in which rows of one mode may differ
+OWN = ("run.name", "eval.teacher")  # what else may differ: the second one's default depends on a cache
 Status = Literal["finished", "failed", "started", "waiting"]
 
 
@@ -79,10 +83,16 @@ class PlannedRun:
         return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
 
     @property
+    def answers_file(self) -> Path:
+        """Every judged answer of the trained student."""
+        found = sorted((self.folder / "evaluations").glob("after-*.jsonl"))
+        return found[-1] if found else self.folder / "evaluations" / "after.jsonl"
+
+    @property
     def status(self) -> Status:
         """``finished`` runs are kept; ``failed`` ones wait to be asked for; ``started`` ones go on where they were."""
         said = self.summary.get("status")
-        if said in ("finished", "failed"):
+        if said == "failed" or (said == "finished" and (self.answers_file.exists() or self.settings.run.steps == 0)):
             return said
         return "started" if (self.folder / "config.yaml").exists() else "waiting"
 
@@ -117,6 +127,12 @@ def load(path: Path, overrides: dict[str, Any] | None = None) -> Comparison:
     twice = {n for n in names if [slug(m) for m in names].count(slug(n)) > 1}
     if twice or not grid.seeds or len(set(grid.seeds)) < len(grid.seeds):
         raise ConfigError(f"{path}: rows and seeds must differ from each other: {sorted(twice) or grid.seeds}")
+    for row in grid.rows:
+        if len(set(row.modes)) < len(row.modes) or not row.modes or not slug(row.name) or set(row.name) & set("|\n"):
+            raise ConfigError(
+                f"{path}: row {row.name!r}, modes {row.modes}: a name has letters or digits, no | and no line break, "
+                "and each mode stands once"
+            )
     if grid.baseline not in names:
         raise ConfigError(f"{path}: baseline: {grid.baseline!r} is no row; accepted: {', '.join(names)}")
     runs = [
@@ -146,21 +162,34 @@ def _settings(path: Path, grid: Grid, row: Row, mode: Mode, seed: int) -> Settin
         settings = build_settings(path.parent / grid.base, [grid.settings, grid.modes.get(mode, {}), row.settings, own])
         if row.trainer == "trl":
             check_trl(settings)
+        _check_answers(settings)
         return settings
     except ConfigError as error:
         raise ConfigError(f"{path}: row {row.name!r}, {mode}: {error}") from None
 
 
+def _check_answers(settings: Settings) -> None:
+    own = settings.data
+    if own.source == "text" or (own.source == "jsonl" and not (own.eval_file or own.path)):
+        more = "" if own.source == "text" else " without data.eval_file"
+        raise ConfigError(
+            f"data.source={own.source}{more}: has no problems to answer, and a comparison is of exact match"
+        )
+
+
 def _untrained(path: Path, grid: Grid) -> Settings:
     own = {
-        "run": {"name": "untrained", "dir": str(grid.dir / "runs"), "seed": grid.seeds[0], "steps": 0},
+        "run": {"name": "untrained", "dir": str(grid.dir / "runs"), "steps": 0},
         "eval": {"before": True, "teacher": True},
     }
     return build_settings(path.parent / grid.base, [grid.settings, grid.modes.get("on_policy", {}), own])
 
 
 def _check_fair(path: Path, runs: list[PlannedRun]) -> None:
-    """Same student, prompts in the same order, budget and evaluation for all rows of one mode and seed."""
+    """Same student, data, passes over the prompts, optimizer and evaluation for all rows of one mode and seed.
+
+    A method that drops prompts beforehand takes its passes over what it keeps, so fewer steps.
+    """
     first: dict[tuple[Mode, int], PlannedRun] = {}
     for run in runs:
         other = first.setdefault((run.mode, run.seed), run)
@@ -176,7 +205,7 @@ def _check_fair(path: Path, runs: list[PlannedRun]) -> None:
 
 def _but_method(settings: Settings) -> dict[str, Any]:
     leaves = flat(settings.model_dump(mode="json"))
-    return {k: v for k, v in leaves.items() if k.split(".")[0] not in METHOD and k != "run.name"}
+    return {k: v for k, v in leaves.items() if k.split(".")[0] not in METHOD and k not in OWN}
 
 
 def _check_unchanged(run: PlannedRun) -> None:
@@ -185,7 +214,12 @@ def _check_unchanged(run: PlannedRun) -> None:
         return
     before = flat(resolve(yaml.safe_load(saved.read_text(encoding="utf-8"))).model_dump(mode="json"))
     now = flat(yaml.safe_load(dump(run.settings)))
-    changed = [k for k in now if before.get(k) != now[k] and k not in ("resume", "run.dir")]
+    made = run.summary.get("trainer", "own")
+    if made != run.row.trainer:
+        raise ConfigError(
+            f"{run.folder}: finished by trainer {made}, the row now says {run.row.trainer}; remove the folder"
+        )
+    changed = [k for k in now if before.get(k) != now[k] and not k.startswith(HARMLESS)]
     if changed:
         raise ConfigError(
             f"{run.folder}: finished with {changed[0]}={before.get(changed[0])!r}, the comparison now asks for "

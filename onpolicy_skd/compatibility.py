@@ -201,7 +201,7 @@ def _asks_teacher(settings: Settings) -> str | None:
 
 TRL_ONLY = {
     "mode": "on_policy", "positions.policy": "full", "samples.keep": 1.0, "samples.correctness": "any",
-    "samples.weight": "uniform", "classes.sampler": "none", "alignment.variant": "full_kd",
+    "samples.truncated": "keep", "samples.weight": "uniform", "classes.sampler": "none", "alignment.variant": "full_kd",
     "alignment.estimator": "exact", "alignment.kd_weight": 1.0, "alignment.ema_weight": 0.0, "rollout.n": 1,
 }  # fmt: skip
 

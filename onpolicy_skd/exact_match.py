@@ -12,8 +12,12 @@ import dataclasses
 import logging
 import math
 import re
-from collections.abc import Sequence
+import signal
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Any
 
 from math_verify import parse, verify
@@ -24,8 +28,11 @@ ANSWER_TAIL = 4_000  # characters from the end that may hold the final answer
 STRICT = re.compile(r"#### (-?[0-9.,]+)")
 NUMBER = re.compile(r"[-\u2212]?\$?[0-9][0-9,]*(?:\.[0-9]+)?|[-\u2212]?\$?\.[0-9]+")
 BOXED = "\\boxed"
-LONGEST_ANSWER = 100  # characters; a longer "final answer" is none
-logging.getLogger("math_verify").setLevel(logging.CRITICAL)  # its warnings are about single answers
+LONGEST_ANSWER = 100  # characters of a stated answer that are read
+LONGEST_COMPARISON = 0.5  # seconds of symbolic algebra; what takes longer is not equal
+PLAIN = re.compile(r"-?[0-9]*\.?[0-9]+")
+for _name in ("math_verify", "math_verify.parser", "math_verify.grader"):
+    logging.getLogger(_name).setLevel(logging.CRITICAL)  # their warnings are about single answers
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +63,7 @@ def final_answer(output: str) -> str | None:
 
 
 def score(output: str, answer: str) -> Score:
-    """Scores ``output`` against the reference ``answer``; takes well under a second for any text."""
+    """Scores ``output`` against the reference ``answer``; takes less than a second whatever the text."""
     gold = reference_number(answer)
     found = STRICT.search(output)
     extracted = final_answer(output)
@@ -80,10 +87,39 @@ def judged(trajectories: Sequence[Trajectory], requests: Sequence[RolloutRequest
 
 def _equal(gold: str, extracted: str) -> bool:
     number = NUMBER.search(extracted)
-    if number and number.group() == extracted.rstrip(".").rstrip():  # the usual case needs no symbolic algebra
+    if number and number.group() == extracted.rstrip(".").rstrip():
         extracted = _plain(number.group())
-    truth, guess = (parse(f"${text}$", parsing_timeout=1) for text in (gold, extracted))
-    return bool(truth and guess) and verify(truth, guess, timeout_seconds=1)
+        if PLAIN.fullmatch(gold) and PLAIN.fullmatch(extracted):  # the usual case needs no symbolic algebra
+            return Fraction(gold) == Fraction(extracted)
+    try:
+        with _within(LONGEST_COMPARISON):
+            truth, guess = (parse(f"${text}$", parsing_timeout=0) for text in (gold, extracted))
+            return bool(truth and guess) and verify(truth, guess, timeout_seconds=0)
+    except _TooLongError:
+        return False
+
+
+class _TooLongError(BaseException):
+    """Like KeyboardInterrupt, no ``except Exception`` of a library swallows it."""
+
+
+@contextmanager
+def _within(seconds: float) -> Iterator[None]:
+    """Ends what it holds by _TooLongError.  Off the main thread, where there are no signals, it only waits."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(*_: object) -> None:
+        raise _TooLongError
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
 
 
 def _plain(number: str) -> str:

@@ -75,6 +75,12 @@ class Run:
         own = self.settings.eval
         return self.validation or self.held_out[: own.during or own.problems or None]
 
+    def save_validation(self) -> None:
+        """Writes which training problems are held out, if any are."""
+        if self.validation:
+            keys = [p.key for p in self.validation]
+            checkpoint.write_text(self.folder / "validation.json", json.dumps(keys, indent=0) + "\n")
+
     @property
     def knows_its_texts(self) -> bool:
         """Whether data and settings alone say what is trained on, before a model has answered or scored anything."""

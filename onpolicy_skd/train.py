@@ -9,7 +9,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import sys
 import time
@@ -23,7 +22,6 @@ from ray.exceptions import RayError
 from actors.cluster import Resources, connect
 from actors.roles import Roles
 from eval.gsm8k import Evaluation, evaluate
-from onpolicy_skd.checkpoint import write_text
 from onpolicy_skd.command_line import load_settings
 from onpolicy_skd.config import Settings
 from onpolicy_skd.exits import EXIT_OK, EXIT_STOPPED, RunError, cause_of, guarded
@@ -114,10 +112,9 @@ def run_settings(settings: Settings) -> int:
         first_step = loaded.step if loaded else 0
         with Logbook(run, first_step, loaded.state if loaded else {}) as book:
             book.say(f"run folder: {run.folder.absolute()}")
+            run.save_validation()
             if run.validation:
-                keys = [p.key for p in run.validation]
-                write_text(run.folder / "validation.json", json.dumps(keys, indent=0) + "\n")
-                book.say(f"{len(keys)} training problems are held out for validation")
+                book.say(f"{len(run.validation)} training problems are held out for validation")
             book.say(f"{len(run.train)} prompts, {run.steps} steps of {settings.rollouts_per_step} trajectories")
             if loaded:
                 book.say(f"resuming after step {first_step}")

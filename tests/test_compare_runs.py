@@ -26,7 +26,8 @@ def write_grid(folder, **changes):
         "rows": [
             {"name": "Full KD", "settings": {"positions": {"policy": "full"}}},
             {"name": "SE-KD", "modes": ["on_policy"], "settings": {"positions": {"k": 0.2}}},
-            {"name": "TRL", "trainer": "trl", "modes": ["on_policy"], "settings": {"positions": {"policy": "full"}}},
+            {"name": "TRL", "trainer": "trl", "modes": ["on_policy"],
+             "settings": {"positions": {"policy": "full"}, "samples": {"truncated": "keep"}}},
         ],
         **changes,
     }  # fmt: skip
@@ -61,7 +62,7 @@ def test_a_killed_comparison_goes_on_and_ends_with_the_same_table(tmp_path):
         command(write_grid(broken)), stdout=subprocess.PIPE, text=True, cwd=ROOT, env=ENVIRONMENT
     )
     for line in process.stdout:
-        if line.startswith("2/7"):
+        if line.startswith("2/9"):
             break
     time.sleep(5)  # in the middle of the next ones
     process.kill()

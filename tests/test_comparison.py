@@ -7,9 +7,6 @@ import math
 import numpy as np
 import pytest
 import yaml
-from hypothesis import given
-from hypothesis import settings as given_settings
-from hypothesis import strategies as st
 
 from onpolicy_skd import compare, comparison
 from onpolicy_skd.command_line import dump
@@ -68,13 +65,17 @@ def test_the_same_method_does_not_differ_and_seeds_count_as_noise():
         paired_difference(same, same[:, :-1])
 
 
-@given_settings(deadline=None, max_examples=20)
-@given(st.integers(0, 1_000))
-def test_noise_is_seldom_called_a_difference(seed):
-    """Not a statement about one draw: p-values of no difference are not all small."""
-    draw = np.random.default_rng(seed)
-    several = [paired_difference(draw.random((3, 200)) < 0.5, draw.random((3, 200)) < 0.5, 200).p for _ in range(5)]
-    assert max(several) > 0.05
+def test_noise_is_called_a_difference_as_seldom_as_promised():
+    """Two methods that do not differ, whose seeds do by 10 points: without widening 15 to 20 % would be called one."""
+    draw = np.random.default_rng(3)
+
+    def method():
+        shares = 0.5 + draw.normal(0, 0.1, 3)
+        return draw.random((3, 400)) < shares[:, None]
+
+    p = [paired_difference(method(), method(), draws=200, seed=i).p for i in range(200)]
+    assert 1 <= sum(x <= 0.05 for x in p) <= 16  # 10 expected, if the level is kept exactly
+    assert sum(x <= 0.5 for x in p) >= 60
 
 
 def test_many_comparisons_ask_for_smaller_p_values():
@@ -180,7 +181,7 @@ def test_the_report_says_what_is_more_than_noise_and_which_orderings_hold(tmp_pa
     assert "- Forward: +0.0 points (95 % +0.0 to +0.0): within noise." in page
     line = next(x for x in page.splitlines() if x.startswith("| SE-KD"))
     assert "**-" in line
-    assert "20k" not in line
+    assert " 20 (20 %) " in line  # positions supervised
     record = json.loads(report.record(found, list(rows.values())))
     assert len(record["runs"]) == 11
     assert {r["status"] for r in record["runs"]} == {"finished", "waiting"}
@@ -239,7 +240,9 @@ def test_the_page_is_one_file_and_shows_what_a_model_wrote_as_text(tmp_path):
     assert max(drawn) == 1.0
     assert "<script" not in page
     assert "&lt;script&gt;alert(1)&lt;/script&gt; &amp; &lt;b&gt;" in page
-    assert 'class="t s" style="--a:0.50" title="entropy 1.000 nats, divergence 0.200 nats, selected"' in page
+    assert (
+        'class="t s" style="--a:0.50" title="entropy 1.000 nats, divergence 0.200 nats, selected" tabindex="0"' in page
+    )
     assert 'style="--a:1.00"' in page
     assert "(cut off)" in page
     for outside in ('src="http', 'href="http', "url(http", "@import"):

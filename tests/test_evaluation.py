@@ -55,7 +55,22 @@ def test_both_rules_on_nasty_outputs(output, reference, match, strict):
 
 
 @pytest.mark.parametrize(
-    "text", ["9" * 1_000_000, "#### " * 200_000, "{" * 1_000_000, "1," * 500_000, r"\boxed{" * 99999]
+    "text",
+    [
+        "9" * 1_000_000,
+        "#### " * 200_000,
+        "{" * 1_000_000,
+        "1," * 500_000,
+        r"\boxed{" * 99999,
+        "#### (((2^{1000})^{1000})^{1000})",
+        r"\boxed{\int_0^1 x^{x^x} dx}",
+        "#### 9^{9^{9^{9}}}",
+        r"\boxed{\sum_{n=1}^{10^9} \sin(n)}",
+        r"#### \prod_{n=1}^{9999999} n",
+        "#### 2**(10**10)",
+        r"\boxed{\binom{10^6}{10^5}}",
+        r"\boxed{100000000!}",
+    ],
 )
 def test_no_output_takes_a_second(text):
     started = time.perf_counter()

@@ -15,7 +15,8 @@ from onpolicy_skd.report.metrics import read
 OPTIONS = [
     "data.source=demo", "data.max_prompt_tokens=96", "data.train_problems=40", "student.model=bundled:demo_student",
     "teacher.model=bundled:demo_teacher", "teacher.dtype=float32", "rollout.max_tokens=32", "rollout.dtype=float32",
-    "rollout.engine=transformers", "positions.policy=full", "learner.batch_size=4", "learner.compute_dtype=float32",
+    "rollout.engine=transformers", "positions.policy=full", "samples.truncated=keep",
+    "learner.batch_size=4", "learner.compute_dtype=float32",
     "learner.lr=1e-4", "run.tensorboard=false", "run.device=cpu", "run.checkpoint_every=2", "run.steps=4",
     "eval.problems=4", "eval.teacher=false", "eval.before=false",
 ]  # fmt: skip
@@ -61,13 +62,19 @@ def test_a_stopped_run_goes_on_with_the_same_losses_and_leaves_a_run_folder(tmp_
     assert losses(tmp_path / "cut") == whole[:3]
     assert trl_baseline.main([*options, "run.name=cut", "resume=auto"]) == 0
     assert losses(tmp_path / "cut") == pytest.approx(whole, rel=1e-5)
+    tokens = [
+        [r["train_tokens"] for r in read(tmp_path / n / "metrics.jsonl") if "loss" in r] for n in ("cut", "whole")
+    ]
+    assert tokens[0] == tokens[1]
+    (tmp_path / "cut" / "checkpoints" / "checkpoint-9").mkdir()  # what a kill while saving leaves
+    assert trl_baseline.newest(tmp_path / "cut" / "checkpoints").name == "checkpoint-4"
 
 
 def test_what_trl_has_no_counterpart_of_is_refused():
-    full = {"positions": {"policy": "full"}}
+    full = {"positions": {"policy": "full"}, "samples": {"truncated": "keep"}}
     check_trl(tiny_settings(**full))
     with pytest.raises(ConfigError, match=r"positions.policy=top_k: TRL's DistillationTrainer .* accepted: full"):
-        check_trl(tiny_settings())
+        check_trl(tiny_settings(samples={"truncated": "keep"}))
     with pytest.raises(ConfigError, match="mode=off_policy"):
         check_trl(tiny_settings(mode="off_policy", **full))
     with pytest.raises(ConfigError, match=r"one temperature; accepted: 1.0"):

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from onpolicy_skd.comparison import Comparison, Mode, PlannedRun
-from onpolicy_skd.config import Settings
+from onpolicy_skd.config import ConfigError, Settings
 from onpolicy_skd.report import metrics
 from onpolicy_skd.report.summary import percent, versions
 from onpolicy_skd.selection.positions import quota
@@ -46,6 +46,12 @@ CAPTIONS = {
 }
 
 
+TRL_NOTE = (
+    "TRL's trainer averages a batch over its tokens (here: over its sequences), trains on truncated answers, and is "
+    "one process, whose whole memory is counted; of the other rows it is the learner's."
+)
+
+
 def record(comparison: Comparison, rows: Sequence[RowResult]) -> str:
     """What results.json holds: each row, and one record per run."""
     found = {
@@ -74,7 +80,7 @@ def untrained(comparison: Comparison) -> dict[str, float | None]:
 
 def results(comparison: Comparison) -> list[RowResult]:
     """Every row in every mode that has a finished run."""
-    judged: dict[tuple[str, Mode], list[tuple[PlannedRun, np.ndarray]]] = {
+    judged: dict[tuple[str, Mode], list[tuple[PlannedRun, dict[str, bool]]]] = {
         (row.name, mode): [(r, answers(r)) for r in comparison.of(row, mode) if r.status == "finished"]
         for row in comparison.grid.rows
         for mode in row.modes
@@ -83,19 +89,25 @@ def results(comparison: Comparison) -> list[RowResult]:
     for (name, mode), runs in judged.items():
         baseline = judged.get((comparison.grid.baseline, mode))
         if runs and baseline and name != comparison.grid.baseline:
-            own, other = (np.stack([right for _, right in several]) for several in (runs, baseline))
-            differences[name, mode] = _percent_points(paired_difference(own, other))
+            both = _together([right for _, right in [*runs, *baseline]])
+            differences[name, mode] = _percent_points(paired_difference(both[: len(runs)], both[len(runs) :]))
     notable = {
         (name, mode)
         for mode in MODES
-        for name in significant({name: d.p for (name, of), d in differences.items() if of == mode})
+        for name in significant(
+            {
+                name: d.p if min(len(judged[row, mode]) for row in (name, comparison.grid.baseline)) > 1 else 1.0
+                for (name, of), d in differences.items()
+                if of == mode
+            }
+        )
     }
     return [
         RowResult(
             row.name,
             mode,
             [r.seed for r, _ in judged[row.name, mode]],
-            estimate([100 * float(right.mean()) for _, right in judged[row.name, mode]]),
+            estimate([100 * sum(right.values()) / len(right) for _, right in judged[row.name, mode]]),
             estimate([100 * r.summary["strict_match"]["after"] for r, _ in judged[row.name, mode]]),
             differences.get((row.name, mode)),
             (row.name, mode) in notable,
@@ -108,11 +120,18 @@ def results(comparison: Comparison) -> list[RowResult]:
     ]
 
 
-def answers(run: PlannedRun) -> np.ndarray:
-    """Which of the held-out problems the trained student has right, bool ``[problems]``, in the order of their keys."""
-    file = max((run.folder / "evaluations").glob("after-*.jsonl"))
-    records = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
-    return np.array([r["match"] for r in sorted(records, key=lambda r: r["key"])])
+def answers(run: PlannedRun) -> dict[str, bool]:
+    """Which of the held-out problems the trained student has right, by their keys."""
+    records = [json.loads(line) for line in run.answers_file.read_text(encoding="utf-8").splitlines()]
+    return {r["key"]: r["match"] for r in records}
+
+
+def _together(several: Sequence[dict[str, bool]]) -> np.ndarray:
+    """bool ``[runs, problems]``.  Raises ConfigError if the runs have not answered the same problems."""
+    keys = sorted(several[0])
+    if any(sorted(one) != keys for one in several):
+        raise ConfigError("finished runs were evaluated on different problems; remove the folders of the odd ones")
+    return np.array([[one[k] for k in keys] for one in several])
 
 
 def measured_cost(run: PlannedRun) -> dict[str, float]:
@@ -144,22 +163,40 @@ def planned_cost(settings: Settings, prompts: int) -> str:
     )
 
 
-def seconds_by_mode(comparison: Comparison) -> dict[Mode, float]:
-    """Mean wall seconds of the finished runs of each mode."""
-    found: defaultdict[Mode, list[float]] = defaultdict(list)
-    for run in comparison.runs:
+def seconds_of_runs(comparison: Comparison) -> dict[Any, float]:
+    """Mean wall seconds of the finished runs of each (row, mode), and of each mode."""
+    found: defaultdict[Any, list[float]] = defaultdict(list)
+    for run in comparison.trained:
         if run.status == "finished":
+            found[run.row.name, run.mode].append(run.summary["seconds"])
             found[run.mode].append(run.summary["seconds"])
-    return {mode: sum(several) / len(several) for mode, several in found.items()}
+    return {key: sum(several) / len(several) for key, several in found.items()}
 
 
 # -- the page ------------------------------------------------------------------------------------------------------
 
 
+def notes(comparison: Comparison) -> list[str]:
+    """What a reader must know of how the runs were made."""
+    finished = [r for r in comparison.runs if r.status == "finished"]
+    missing, found = len(comparison.runs) - len(finished), []
+    if missing:
+        found.append(f"{missing} of {len(comparison.runs)} runs have not finished; the others follow.")
+    sources = {r.summary.get("versions", {}).get("source") for r in finished} - {None}
+    if len(sources) > 1:
+        found.append(f"Runs were made by {len(sources)} states of the code ({', '.join(sorted(sources))}).")
+    found.append(
+        "Seconds are of training steps alone, without prefilter and evaluations, while other runs shared the machine: "
+        "orders of magnitude."
+    )
+    if any(row.trainer == "trl" for row in comparison.grid.rows):
+        found.append(TRL_NOTE)
+    return found
+
+
 def page(comparison: Comparison, rows: Sequence[RowResult], figures: Sequence[str] = ()) -> str:
     """report.md; ``figures``: names of the PNG files beside it."""
     grid, own = comparison.grid, comparison.untrained.settings
-    missing = [r for r in comparison.runs if r.status != "finished"]
     known = untrained(comparison)
     parts = [
         f"# Comparison: {grid.dir.name}\n",
@@ -169,12 +206,11 @@ def page(comparison: Comparison, rows: Sequence[RowResult], figures: Sequence[st
         "by problem. **Bold** only where a difference is more than noise after Holm's correction within the mode.\n",
         f"Untrained student {shown_percent(known['student'])}, teacher {shown_percent(known['teacher'])}.\n",
     ]
-    if missing:
-        parts.append(f"**{len(missing)} of {len(comparison.runs)} runs have not finished**; the others follow.\n")
+    parts += [f"{line}\n" for line in notes(comparison)]
     for mode, title in MODES.items():
         found = [r for r in rows if r.mode == mode]
         if found:
-            parts += [f"## {title}\n", _table(found, grid.baseline), _list(map(sentence, found))]
+            parts += [f"## {title}\n", _table(found, grid.baseline), _list(sentence(r, grid.baseline) for r in found)]
             orderings = [o for r in found if (o := ordering(r, found, grid.baseline))]
             if orderings:
                 parts += ["### Published orderings\n", _list(orderings)]
@@ -217,13 +253,16 @@ def _table(rows: Sequence[RowResult], baseline: str) -> str:
     return "\n".join(lines) + "\n"
 
 
-def sentence(r: RowResult) -> str:
+def sentence(r: RowResult, baseline: str) -> str:
     """Whether a row differs from the baseline by more than noise."""
     if r.difference is None:
-        return f"{r.row}: the baseline, {_mean_std(r.exact_match)}."
+        what = "the baseline" if r.row == baseline else f"no run of {baseline} has finished to compare with"
+        return f"{r.row}: {what}, {_mean_std(r.exact_match)}."
     amount = f"{r.difference.mean:+.1f} points (95 % {_range(r.difference)})"
     if r.significant:
         return f"{r.row}: {amount}: more than noise."
+    if len(r.seeds) < 2:
+        return f"{r.row}: {amount} of the problems alone: one seed cannot tell whether it is more than noise."
     inside = r.difference.low <= 0 <= r.difference.high
     return f"{r.row}: {amount}: " + ("within noise." if inside else "not more than noise among so many rows.")
 
@@ -235,6 +274,8 @@ def ordering(r: RowResult, rows: Sequence[RowResult], baseline: str) -> str | No
         return None
     gap = r.published[0] - theirs[0]
     printed = f"{r.row} {'above' if gap > 0 else 'below'} {baseline} ({r.published[0]:.1f} v {theirs[0]:.1f}): "
+    if abs(gap) <= max(r.published[1], theirs[1]):
+        return f"{printed}within the published deviations, so no order to compare with ({r.difference.mean:+.1f} here)."
     if not r.significant:
         return printed + f"cannot be told here ({r.difference.mean:+.1f}, {_range(r.difference)})."
     return printed + ("holds" if gap * r.difference.mean > 0 else "does not hold") + f" ({r.difference.mean:+.1f})."
@@ -282,4 +323,6 @@ def _range(d: Difference) -> str:
 
 
 def _thousands(count: float) -> str:
+    if count < 1e3:
+        return f"{count:.0f}"
     return f"{count / 1e6:.2f}M" if count >= 1e6 else f"{count / 1e3:.0f}k"

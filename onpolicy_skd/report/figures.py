@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from functools import lru_cache
@@ -24,6 +25,7 @@ STYLE: dict[Any, Any] = {
     "svg.fonttype": "none", "font.size": 9, "text.color": INK, "axes.labelcolor": INK, "axes.edgecolor": INK,
     "xtick.color": INK, "ytick.color": INK, "axes.grid": True, "grid.alpha": 0.2, "grid.color": INK,
     "axes.spines.top": False, "axes.spines.right": False, "lines.linewidth": 1.4, "legend.frameon": False,
+    "text.parse_math": False,
 }  # fmt: skip
 # Colours that can be told apart by most people (Okabe and Ito, 2008), then the same again with other lines.
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#7A7A7A")
@@ -92,17 +94,21 @@ def _series(key: str) -> Callable[[PlannedRun], Curve]:
 
 
 def _truncation(run: PlannedRun) -> Curve:
-    steps = [r for r in _records(run) if "generated" in r]
-    # TRL trains on what is truncated: it drops nothing, and says how much there was.
-    shares = [100 * r.get("truncated", r["dropped"].get("truncated", 0) / r["generated"]) for r in steps]
-    return _smoothed([r["step"] for r in steps], shares)
+    steps = [r for r in _records(run) if "truncated" in r or "dropped" in r]
+    # What is kept for training is no longer among what was dropped, so a run that keeps it says how much there was.
+    shares = [r["truncated"] if "truncated" in r else r["dropped"].get("truncated", 0) / r["generated"] for r in steps]
+    return _smoothed([r["step"] for r in steps], [100 * share for share in shares])
 
 
 def _smoothed(x: list[float], y: list[float], points: int = 40) -> Curve:
-    """Means over equal stretches: at most ``points`` of them."""
-    width = max(1, -(-len(x) // points))
-    parts = [slice(i, i + width) for i in range(0, len(x), width)]
-    return [sum(x[p]) / len(x[p]) for p in parts], [sum(y[p]) / len(y[p]) for p in parts]
+    """Means over equal stretches of steps, at most ``points`` of them; each stands at the middle of its stretch."""
+    if not x:
+        return [], []
+    width = max(1, math.ceil((max(x) + 1) / points))
+    parts: defaultdict[int, list[float]] = defaultdict(list)
+    for step, value in zip(x, y, strict=True):
+        parts[int(step // width)].append(value)
+    return [(part + 0.5) * width - 0.5 for part in sorted(parts)], [sum(v) / len(v) for _, v in sorted(parts.items())]
 
 
 def _mean_curve(runs: Sequence[PlannedRun], read: Callable[[PlannedRun], Curve]) -> Curve:
@@ -156,7 +162,7 @@ def _curves(comparison: Comparison, title: str, read: Callable[[PlannedRun], Cur
 
     def draw(axis: Axes, place: int, row: Row, runs: list[PlannedRun]) -> None:
         x, y = _mean_curve(runs, read)
-        if any(y):
+        if x:
             axis.plot(x, y, label=row.name, **_look(place), marker="." if len(x) < 12 else None)
 
     return _panels(comparison, title, draw)

@@ -51,7 +51,7 @@ figcaption { color: var(--soft); font-size: .9rem; }
 def page(comparison: Comparison, rows: Sequence[RowResult], figures: dict[str, Figure]) -> str:
     """The whole document."""
     grid, own = comparison.grid, comparison.untrained.settings
-    known, missing = report.untrained(comparison), [r for r in comparison.runs if r.status != "finished"]
+    known = report.untrained(comparison)
     title = f"Comparison: {grid.dir.name}"
     parts = [
         f"<h1>{escape(title)}</h1>",
@@ -62,15 +62,12 @@ def page(comparison: Comparison, rows: Sequence[RowResult], figures: dict[str, F
         "bootstrap over problems and seeds, paired by problem. <b>Bold</b> only where a difference is more than noise "
         "after Holm's correction within the mode.</p>",
     ]
-    if missing:
-        parts.append(
-            f"<p><b>{len(missing)} of {len(comparison.runs)} runs have not finished</b>; the others follow.</p>"
-        )
+    parts += [f'<p class="soft">{escape(line)}</p>' for line in report.notes(comparison)]
     for mode, name in MODES.items():
         found = [r for r in rows if r.mode == mode]
         if found:
             parts += [f"<h2>{name}</h2>", _table(found, grid.baseline)]
-            parts.append(_list(report.sentence(r) for r in found))
+            parts.append(_list(report.sentence(r, grid.baseline) for r in found))
             orderings = [o for r in found if (o := report.ordering(r, found, grid.baseline))]
             if orderings:
                 parts += ["<h3>Published orderings</h3>", _list(orderings)]
@@ -141,7 +138,9 @@ def _rollout(view: dict[str, Any]) -> str:
         strength = min(1.0, max(0.0, entropy) / FULL_COLOUR)
         about = f"entropy {entropy:.3f} nats, divergence {divergence:.3f} nats, {'' if selected else 'not '}selected"
         kind = "t s" if selected else "t"
-        spans.append(f'<span class="{kind}" style="--a:{strength:.2f}" title="{about}">{escape(text)}</span>')
+        spans.append(
+            f'<span class="{kind}" style="--a:{strength:.2f}" title="{about}" tabindex="0">{escape(text)}</span>'
+        )
     end = "" if view["finish"] == "stop" else ' <span class="soft">(cut off)</span>'
     asked = f'<div class="prompt">{escape(view["prompt"])}</div>'
     return f'<div class="rollout">{asked}<div class="tokens">{"".join(spans)}{end}</div></div>'

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import platform
+from functools import lru_cache
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -52,14 +54,23 @@ def build(
 
 
 def versions() -> dict[str, str]:
-    """Versions of Python and of the installed packages that matter."""
-    found = {"python": platform.python_version()}
+    """Versions of Python and of the installed packages that matter; ``source``: a digest of this project's code."""
+    found = {"python": platform.python_version(), "source": source_digest()}
     for name in PACKAGES:
         try:
             found[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
             continue
     return found
+
+
+@lru_cache(maxsize=1)
+def source_digest() -> str:
+    """Of every Python file of the project, as it was when first asked."""
+    root, digest = Path(__file__).parents[2], hashlib.sha256()
+    for file in sorted(f for part in ("onpolicy_skd", "actors", "eval") for f in (root / part).rglob("*.py")):
+        digest.update(file.relative_to(root).as_posix().encode() + b"\0" + file.read_bytes() + b"\0")
+    return digest.hexdigest()[:12]
 
 
 def write(folder: Path, summary: dict[str, Any], settings: Settings) -> Path:
