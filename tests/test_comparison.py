@@ -182,7 +182,10 @@ def test_the_report_says_what_is_more_than_noise_and_which_orderings_hold(tmp_pa
     line = next(x for x in page.splitlines() if x.startswith("| SE-KD"))
     assert "**-" in line
     assert " 20 (20 %) " in line  # positions supervised
+    assert "## Off-policy minus on-policy" in page
+    assert "- SE-KD: +0.0 points (95 % +0.0 to +0.0): not more than noise." in page  # the same answers in both modes
     record = json.loads(report.record(found, list(rows.values())))
+    assert [m["row"] for m in record["off_minus_on"]] == ["Full KD", "SE-KD"]
     assert len(record["runs"]) == 11
     assert {r["status"] for r in record["runs"]} == {"finished", "waiting"}
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -18,6 +18,7 @@ from onpolicy_skd.report.summary import percent, versions
 from onpolicy_skd.selection.positions import quota
 from onpolicy_skd.statistics import Difference, Estimate, estimate, paired_difference, significant
 
+ACROSS = "Off-policy minus on-policy"
 MODES: dict[Mode, str] = {"off_policy": "Off-policy", "on_policy": "On-policy"}
 
 
@@ -46,6 +47,17 @@ CAPTIONS = {
 }
 
 
+@dataclass(frozen=True, slots=True)
+class ModeDifference:
+    """One row, off-policy minus on-policy, percent points."""
+
+    row: str
+    difference: Difference
+    significant: bool
+    published_off: tuple[float, float] | None
+    published_on: tuple[float, float] | None
+
+
 TRL_NOTE = (
     "TRL's trainer averages a batch over its tokens (here: over its sequences), trains on truncated answers, and is "
     "one process, whose whole memory is counted; of the other rows it is the learner's."
@@ -60,6 +72,7 @@ def record(comparison: Comparison, rows: Sequence[RowResult]) -> str:
         "seeds": comparison.grid.seeds,
         "untrained": untrained(comparison),
         "rows": [asdict(r) for r in rows],
+        "off_minus_on": [asdict(m) for m in between_modes(comparison)],
         "runs": [_run_record(r) for r in comparison.runs],
         "versions": versions(),
     }
@@ -78,45 +91,71 @@ def untrained(comparison: Comparison) -> dict[str, float | None]:
     return {who: _in_percent(found.get(when)) for who, when in (("student", "before"), ("teacher", "teacher"))}
 
 
-def results(comparison: Comparison) -> list[RowResult]:
-    """Every row in every mode that has a finished run."""
-    judged: dict[tuple[str, Mode], list[tuple[PlannedRun, dict[str, bool]]]] = {
+Judged = list[tuple[PlannedRun, dict[str, bool]]]
+
+
+def _judged(comparison: Comparison) -> dict[tuple[str, Mode], Judged]:
+    """The finished runs of every row in every mode, with which problems they have right."""
+    return {
         (row.name, mode): [(r, answers(r)) for r in comparison.of(row, mode) if r.status == "finished"]
         for row in comparison.grid.rows
         for mode in row.modes
     }
-    differences: dict[tuple[str, Mode], Difference] = {}
-    for (name, mode), runs in judged.items():
-        baseline = judged.get((comparison.grid.baseline, mode))
-        if runs and baseline and name != comparison.grid.baseline:
-            both = _together([right for _, right in [*runs, *baseline]])
-            differences[name, mode] = _percent_points(paired_difference(both[: len(runs)], both[len(runs) :]))
-    notable = {
-        (name, mode)
-        for mode in MODES
-        for name in significant(
-            {
-                name: d.p if min(len(judged[row, mode]) for row in (name, comparison.grid.baseline)) > 1 else 1.0
-                for (name, of), d in differences.items()
-                if of == mode
-            }
-        )
-    }
-    return [
-        RowResult(
-            row.name,
-            mode,
-            [r.seed for r, _ in judged[row.name, mode]],
-            estimate([100 * sum(right.values()) / len(right) for _, right in judged[row.name, mode]]),
-            estimate([100 * r.summary["strict_match"]["after"] for r, _ in judged[row.name, mode]]),
-            differences.get((row.name, mode)),
-            (row.name, mode) in notable,
-            row.published.get(mode),
-            _mean([measured_cost(r) for r, _ in judged[row.name, mode]]),
-        )
+
+
+def _compared(pairs: Mapping[str, tuple[Judged, Judged]]) -> dict[str, tuple[Difference, bool]]:
+    """Each pair's difference in percent points, and whether it is more than noise among all of ``pairs``."""
+    found = {}
+    for name, (one, other) in pairs.items():
+        both = _together([right for _, right in [*one, *other]])
+        found[name] = _percent_points(paired_difference(both[: len(one)], both[len(one) :]))
+    alone = {name for name, several in pairs.items() if min(map(len, several)) < 2}  # one seed shows no noise
+    notable = significant({name: 1.0 if name in alone else d.p for name, d in found.items()})
+    return {name: (d, name in notable) for name, d in found.items()}
+
+
+def results(comparison: Comparison) -> list[RowResult]:
+    """Every row in every mode that has a finished run."""
+    judged, baseline, compared = _judged(comparison), comparison.grid.baseline, {}
+    for mode in MODES:
+        names = [name for (name, of), runs in judged.items() if of == mode and runs and name != baseline]
+        if judged.get((baseline, mode)):
+            compared[mode] = _compared({name: (judged[name, mode], judged[baseline, mode]) for name in names})
+    found = []
+    for row in comparison.grid.rows:
+        for mode in row.modes:
+            runs = judged[row.name, mode]
+            if not runs:
+                continue
+            difference, notable = compared.get(mode, {}).get(row.name, (None, False))
+            found.append(
+                RowResult(
+                    row.name,
+                    mode,
+                    [r.seed for r, _ in runs],
+                    estimate([100 * sum(right.values()) / len(right) for _, right in runs]),
+                    estimate([100 * r.summary["strict_match"]["after"] for r, _ in runs]),
+                    difference,
+                    notable,
+                    row.published.get(mode),
+                    _mean([measured_cost(r) for r, _ in runs]),
+                )
+            )
+    return found
+
+
+def between_modes(comparison: Comparison) -> list[ModeDifference]:
+    """Off-policy against on-policy, of every row that has finished runs in both."""
+    judged = _judged(comparison)
+    both = {
+        row.name: (judged[row.name, "off_policy"], judged[row.name, "on_policy"])
         for row in comparison.grid.rows
-        for mode in row.modes
-        if judged[row.name, mode]
+        if judged.get((row.name, "off_policy")) and judged.get((row.name, "on_policy"))
+    }
+    published = {row.name: row.published for row in comparison.grid.rows}
+    return [
+        ModeDifference(name, d, notable, published[name].get("off_policy"), published[name].get("on_policy"))
+        for name, (d, notable) in _compared(both).items()
     ]
 
 
@@ -214,6 +253,8 @@ def page(comparison: Comparison, rows: Sequence[RowResult], figures: Sequence[st
             orderings = [o for r in found if (o := ordering(r, found, grid.baseline))]
             if orderings:
                 parts += ["### Published orderings\n", _list(orderings)]
+    if across := between_modes(comparison):
+        parts += [f"## {ACROSS}\n", _list(map(mode_sentence, across))]
     if figures:
         parts.append("## Figures\n")
     parts += [f"![{CAPTIONS[name]}]({name}.png)\n\n{CAPTIONS[name]}\n" for name in figures]
@@ -270,15 +311,32 @@ def sentence(r: RowResult, baseline: str) -> str:
 def ordering(r: RowResult, rows: Sequence[RowResult], baseline: str) -> str | None:
     """Whether the published order of a row and the baseline holds; None where nothing was published."""
     theirs = next((b.published for b in rows if b.row == baseline), None)
-    if theirs is None or r.published is None or r.difference is None:
+    if r.difference is None or theirs is None or r.published is None:
         return None
-    gap = r.published[0] - theirs[0]
-    printed = f"{r.row} {'above' if gap > 0 else 'below'} {baseline} ({r.published[0]:.1f} v {theirs[0]:.1f}): "
-    if abs(gap) <= max(r.published[1], theirs[1]):
-        return f"{printed}within the published deviations, so no order to compare with ({r.difference.mean:+.1f} here)."
-    if not r.significant:
-        return printed + f"cannot be told here ({r.difference.mean:+.1f}, {_range(r.difference)})."
-    return printed + ("holds" if gap * r.difference.mean > 0 else "does not hold") + f" ({r.difference.mean:+.1f})."
+    return _order(r.row, baseline, r.published, theirs, r.difference, r.significant)
+
+
+def mode_sentence(m: ModeDifference) -> str:
+    """How far off-policy is from on-policy, and whether the published order holds."""
+    noise = "more than noise" if m.significant else "not more than noise"
+    text = f"{m.row}: {m.difference.mean:+.1f} points (95 % {_range(m.difference)}): {noise}."
+    if m.published_off is None or m.published_on is None:
+        return text
+    order = _order("off-policy", "on-policy", m.published_off, m.published_on, m.difference, m.significant)
+    return f"{text} Published {order}"
+
+
+def _order(
+    one: str, other: str, ours: tuple[float, float], theirs: tuple[float, float], found: Difference, notable: bool
+) -> str:
+    """Whether a published order, of (mean, standard deviation) each, holds."""
+    gap = ours[0] - theirs[0]
+    printed = f"{one} {'above' if gap > 0 else 'below'} {other} ({ours[0]:.1f} v {theirs[0]:.1f}): "
+    if abs(gap) <= max(ours[1], theirs[1]):
+        return f"{printed}within the published deviations, so no order to compare with ({found.mean:+.1f} here)."
+    if not notable:
+        return f"{printed}cannot be told here ({found.mean:+.1f}, {_range(found)})."
+    return printed + ("holds" if gap * found.mean > 0 else "does not hold") + f" ({found.mean:+.1f})."
 
 
 def _run_record(run: PlannedRun) -> dict[str, Any]:

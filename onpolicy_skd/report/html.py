@@ -32,7 +32,7 @@ th, td { padding: .3rem .5rem; text-align: right; white-space: nowrap; vertical-
 th:first-child, td:first-child { text-align: left; position: sticky; left: 0;
   background: var(--paper); }
 thead th { color: var(--soft); font-weight: 600; white-space: normal; }
-ul { columns: 26rem 2; column-gap: 3rem; }
+ul { columns: 26rem 2; column-gap: 3rem; } li { break-inside: avoid; }
 tbody tr:hover td { background: var(--band); }
 figure { margin: 1.5rem 0; } figure svg { width: 100%; height: auto; }
 figcaption { color: var(--soft); font-size: .9rem; }
@@ -42,7 +42,8 @@ figcaption { color: var(--soft); font-size: .9rem; }
 .t { border-radius: .2rem; background: rgba(var(--hot), var(--a)); }
 .t:hover, .t:focus { outline: 2px solid var(--soft); }
 .s { box-shadow: inset 0 0 0 1.5px var(--mark); } details > summary { cursor: pointer; }
-@media print { body { max-width: none; font-size: 11px; } figure, .rollout, tr { break-inside: avoid; }
+@media print { body { max-width: none; font-size: 11px; padding: 0; } table { font-size: 9px; }
+  th, td { padding: .15rem .25rem; } .wide { overflow: visible; } figure, .rollout, tr { break-inside: avoid; }
   .t { print-color-adjust: exact; -webkit-print-color-adjust: exact; } }
 @media (max-width: 40rem) { body { font-size: 15px; } figure { overflow-x: auto; } figure svg { min-width: 36rem; } }
 """
@@ -71,6 +72,8 @@ def page(comparison: Comparison, rows: Sequence[RowResult], figures: dict[str, F
             orderings = [o for r in found if (o := report.ordering(r, found, grid.baseline))]
             if orderings:
                 parts += ["<h3>Published orderings</h3>", _list(orderings)]
+    if across := report.between_modes(comparison):
+        parts += [f"<h2>{report.ACROSS}</h2>", _list(map(report.mode_sentence, across))]
     if figures:
         parts.append("<h2>Figures</h2>")
     for name, figure in figures.items():
