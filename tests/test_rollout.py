@@ -6,11 +6,14 @@ import numpy as np
 import pytest
 import torch
 from conftest import GAP, tiny_settings
+from hypothesis import given
+from hypothesis import settings as given_settings
+from hypothesis import strategies as st
 
 from onpolicy_skd.data.prompts import load_prompts
 from onpolicy_skd.lm_head import row_statistics
 from onpolicy_skd.models import load_model, load_tokenizer, split
-from onpolicy_skd.rollout import TransformersEngine, build_engine
+from onpolicy_skd.rollout import TransformersEngine, _project, build_engine, inverse_cdf
 from onpolicy_skd.trajectory import RolloutRequest, Sampling, collate
 
 SAMPLED = Sampling(max_tokens=128)
@@ -120,6 +123,29 @@ def test_sampling_follows_the_distribution():
     order = np.argsort(-q)
     inside = order[: int(np.searchsorted(np.cumsum(q[order]), 0.5)) + 1]
     assert set(nucleus) <= set(inside.tolist())
+
+
+@given_settings(deadline=None, max_examples=60)
+@given(st.integers(0, 10_000), st.sampled_from([1, 3, 97, 511, 512, 513, 1025, 5_000]), st.floats(0, 0.95))
+def test_the_inverse_cdf_is_that_of_the_whole_sum(seed, classes, empty):
+    draw = torch.Generator().manual_seed(seed)
+    weight = torch.rand(6, classes, generator=draw) ** 4
+    weight[torch.rand(6, classes, generator=draw) < empty] = 0.0
+    weight[:, classes // 2] += 0.1
+    uniform = torch.rand(6, generator=draw, dtype=torch.float64)
+    uniform[0], uniform[1] = 0.0, np.nextafter(1.0, 0.0)
+    running = weight.double().cumsum(-1)
+    expected = torch.searchsorted(running, (uniform * running[:, -1])[:, None], right=True)[:, 0]
+    found = inverse_cdf(weight, uniform)
+    assert (weight.gather(1, found[:, None]) > 0).all()  # never a class without weight
+    assert torch.equal(found[:1], expected[:1])
+    assert torch.equal(found[2:], expected[2:])
+
+
+@pytest.mark.parametrize("rows", [1, 4, 5, 8, 15, 16])
+def test_the_head_of_a_few_rows_is_the_same_product(rows):
+    head, hidden = torch.nn.Linear(16, 700, bias=False), torch.randn(rows, 1, 16)
+    assert torch.allclose(_project(head, hidden), head(hidden), atol=1e-6)
 
 
 def test_vllm_and_transformers_agree_greedily(requests):
