@@ -35,7 +35,6 @@ def test_a_measured_step_is_the_sum_of_its_phases():
     assert set(found["phases"]) == {"rollout", "filter", "teacher", "learn", "sync"}
     assert found["seconds"] == pytest.approx(sum(found["phases"].values()))
     assert found["unavoidable"] > found["phases"]["rollout"]
-    assert end_to_end.measure("trl_ragged", "tiny", "cpu")["seconds"] > 0
 
 
 def test_ragged_answers_are_a_third_of_the_limit_on_average():

@@ -155,6 +155,7 @@ def test_a_signal_outside_the_steps_ends_the_run_at_once(tmp_path):
     assert json.loads((tmp_path / "r" / "summary.json").read_text())["status"] == "stopped"
 
 
+@pytest.mark.slow
 def test_a_run_does_not_lean_on_the_private_ray_of_another(tmp_path):
     """The first run is killed, and its Ray with it, while the second goes on."""
     options = [*TRANSFORMERS, "learner.batch_size=4"]
@@ -388,7 +389,7 @@ def test_the_demo_pair_learns(tmp_path):
     """The learning test: on-policy, a fifth of the positions, and exact match rises clearly."""
     started = time.monotonic()
     done = run(tmp_path, "learner.batch_size=64", "run.steps=150", "eval.before=true", "eval.problems=300",
-               "run.name=r", "run.checkpoint_every=0", timeout=900)  # fmt: skip
+               "run.name=r", "run.checkpoint_every=0", "teacher.placement=learner", timeout=900)  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     match = json.loads((tmp_path / "r" / "summary.json").read_text())["exact_match"]
     print(f"{match} in {time.monotonic() - started:.0f} s")
