@@ -30,6 +30,7 @@ NUMBER = re.compile(r"[-\u2212]?\$?[0-9][0-9,]*(?:\.[0-9]+)?|[-\u2212]?\$?\.[0-9
 BOXED = "\\boxed"
 LONGEST_ANSWER = 100  # characters of a stated answer that are read
 LONGEST_COMPARISON = 0.5  # seconds of symbolic algebra; what takes longer is not equal
+AGAIN = 0.05  # seconds after which it is interrupted once more
 PLAIN = re.compile(r"-?[0-9]*\.?[0-9]+")
 for _name in ("math_verify", "math_verify.parser", "math_verify.grader"):
     logging.getLogger(_name).setLevel(logging.CRITICAL)  # their warnings are about single answers
@@ -105,19 +106,25 @@ class _TooLongError(BaseException):
 
 @contextmanager
 def _within(seconds: float) -> Iterator[None]:
-    """Ends what it holds by _TooLongError.  Off the main thread, where there are no signals, it only waits."""
+    """Ends what it holds by _TooLongError, again and again: one may be lost in a destructor or a bare ``except``.
+
+    Off the main thread, where there are no signals, it only waits.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
+    active = True
 
     def stop(*_: object) -> None:
-        raise _TooLongError
+        if active:
+            raise _TooLongError
 
     before = signal.signal(signal.SIGALRM, stop)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
+    signal.setitimer(signal.ITIMER_REAL, seconds, AGAIN)
     try:
         yield
     finally:
+        active = False
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
 

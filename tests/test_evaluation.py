@@ -6,6 +6,7 @@ import pytest
 from conftest import tiny_settings
 
 from eval import gsm8k as evaluation
+from onpolicy_skd import exact_match
 from onpolicy_skd.data.prompts import load_questions
 from onpolicy_skd.exact_match import final_answer, reference_number, score, wilson
 from onpolicy_skd.models import load_tokenizer
@@ -76,6 +77,20 @@ def test_no_output_takes_a_second(text):
     started = time.perf_counter()
     score(text, "#### 18")
     assert time.perf_counter() - started < 1.0
+
+
+def test_an_interrupt_that_is_swallowed_comes_again():
+    swallowed = 0
+    with pytest.raises(exact_match._TooLongError), exact_match._within(0.05):
+        while True:
+            try:
+                while True:
+                    pass
+            except exact_match._TooLongError:
+                swallowed += 1
+                if swallowed == 3:
+                    raise
+    assert swallowed == 3
 
 
 def test_every_real_reference_answer_is_right_by_both_rules(gsm8k):
