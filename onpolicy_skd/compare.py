@@ -54,13 +54,13 @@ def compare(
 def write_report(comparison: Comparison, folder: Path) -> Path:
     """results.json, report.md, report.html and the figures as PNG, in ``folder``; returns the HTML page's path."""
     folder.mkdir(parents=True, exist_ok=True)
-    rows = report.results(comparison)
+    rows, across = report.results(comparison), report.between_modes(comparison)
     made = figures.figures(comparison, rows)
     for name, figure in made.items():
         figures.png(figure, folder / f"{name}.png")
-    write_text(folder / "results.json", report.record(comparison, rows))
-    write_text(folder / "report.md", report.page(comparison, rows, list(made)))
-    write_text(folder / "report.html", html.page(comparison, rows, made))
+    write_text(folder / "results.json", report.record(comparison, rows, across))
+    write_text(folder / "report.md", report.page(comparison, rows, across, list(made)))
+    write_text(folder / "report.html", html.page(comparison, rows, across, made))
     return folder / "report.html"
 
 

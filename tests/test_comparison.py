@@ -175,7 +175,7 @@ def test_the_report_says_what_is_more_than_noise_and_which_orderings_hold(tmp_pa
     assert rows["Full KD", "on_policy"].difference is None
     assert rows["SE-KD", "on_policy"].exact_match.mean == pytest.approx(100 * worse.mean())
     assert rows["SE-KD", "on_policy"].cost["teacher_tokens"] == 500
-    page = report.page(found, list(rows.values()))
+    page = report.page(found, list(rows.values()), report.between_modes(found))
     assert "1 of 11 runs have not finished" in page  # the untrained models
     assert "- SE-KD below Full KD (70.0 v 70.6): holds" in page
     assert "- Forward: +0.0 points (95 % +0.0 to +0.0): within noise." in page
@@ -184,7 +184,7 @@ def test_the_report_says_what_is_more_than_noise_and_which_orderings_hold(tmp_pa
     assert " 20 (20 %) " in line  # positions supervised
     assert "## Off-policy minus on-policy" in page
     assert "- SE-KD: +0.0 points (95 % +0.0 to +0.0): not more than noise." in page  # the same answers in both modes
-    record = json.loads(report.record(found, list(rows.values())))
+    record = json.loads(report.record(found, list(rows.values()), report.between_modes(found)))
     assert [m["row"] for m in record["off_minus_on"]] == ["Full KD", "SE-KD"]
     assert len(record["runs"]) == 11
     assert {r["status"] for r in record["runs"]} == {"finished", "waiting"}

@@ -64,7 +64,7 @@ TRL_NOTE = (
 )
 
 
-def record(comparison: Comparison, rows: Sequence[RowResult]) -> str:
+def record(comparison: Comparison, rows: Sequence[RowResult], across: Sequence[ModeDifference]) -> str:
     """What results.json holds: each row, and one record per run."""
     found = {
         "format": 1,
@@ -72,7 +72,7 @@ def record(comparison: Comparison, rows: Sequence[RowResult]) -> str:
         "seeds": comparison.grid.seeds,
         "untrained": untrained(comparison),
         "rows": [asdict(r) for r in rows],
-        "off_minus_on": [asdict(m) for m in between_modes(comparison)],
+        "off_minus_on": [asdict(m) for m in across],
         "runs": [_run_record(r) for r in comparison.runs],
         "versions": versions(),
     }
@@ -233,7 +233,12 @@ def notes(comparison: Comparison) -> list[str]:
     return found
 
 
-def page(comparison: Comparison, rows: Sequence[RowResult], figures: Sequence[str] = ()) -> str:
+def page(
+    comparison: Comparison,
+    rows: Sequence[RowResult],
+    across: Sequence[ModeDifference],
+    figures: Sequence[str] = (),
+) -> str:
     """report.md; ``figures``: names of the PNG files beside it."""
     grid, own = comparison.grid, comparison.untrained.settings
     known = untrained(comparison)
@@ -253,7 +258,7 @@ def page(comparison: Comparison, rows: Sequence[RowResult], figures: Sequence[st
             orderings = [o for r in found if (o := ordering(r, found, grid.baseline))]
             if orderings:
                 parts += ["### Published orderings\n", _list(orderings)]
-    if across := between_modes(comparison):
+    if across:
         parts += [f"## {ACROSS}\n", _list(map(mode_sentence, across))]
     if figures:
         parts.append("## Figures\n")

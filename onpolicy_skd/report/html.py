@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 
 from onpolicy_skd.comparison import Comparison, PlannedRun
 from onpolicy_skd.report import comparison as report
-from onpolicy_skd.report.comparison import MODES, RowResult
+from onpolicy_skd.report.comparison import MODES, ModeDifference, RowResult
 from onpolicy_skd.report.figures import svg
 
 VIEWS = 4  # rollouts shown token by token for each of the rows shown
@@ -49,7 +49,9 @@ figcaption { color: var(--soft); font-size: .9rem; }
 """
 
 
-def page(comparison: Comparison, rows: Sequence[RowResult], figures: dict[str, Figure]) -> str:
+def page(
+    comparison: Comparison, rows: Sequence[RowResult], across: Sequence[ModeDifference], figures: dict[str, Figure]
+) -> str:
     """The whole document."""
     grid, own = comparison.grid, comparison.untrained.settings
     known = report.untrained(comparison)
@@ -72,7 +74,7 @@ def page(comparison: Comparison, rows: Sequence[RowResult], figures: dict[str, F
             orderings = [o for r in found if (o := report.ordering(r, found, grid.baseline))]
             if orderings:
                 parts += ["<h3>Published orderings</h3>", _list(orderings)]
-    if across := report.between_modes(comparison):
+    if across:
         parts += [f"<h2>{report.ACROSS}</h2>", _list(map(report.mode_sentence, across))]
     if figures:
         parts.append("<h2>Figures</h2>")
