@@ -1,4 +1,4 @@
-# make demo | test | test-slow | coverage | lint | lock -- each sets up what it needs in ./.venv first.
+# make demo | test | test-slow | faults | soak | coverage | lint | lock -- each sets up what it needs in ./.venv first.
 #
 # BACKEND  cpu or gpu; found by itself (gpu where nvidia-smi lists one)
 # PYTHON   the Python (3.11 to 3.13) that makes the virtual environment
@@ -20,7 +20,7 @@ unexport PYTHONDONTWRITEBYTECODE
 export HF_HUB_DISABLE_TELEMETRY := 1
 export RAY_USAGE_STATS_ENABLED := 0
 
-.PHONY: demo test test-slow coverage lint lock setup clean
+.PHONY: demo test test-slow faults soak coverage lint lock setup clean
 
 demo: $(READY)
 	rm -rf runs/demo
@@ -31,6 +31,14 @@ test: $(READY)
 
 test-slow: $(READY)
 	$(RUN) -m pytest -m slow
+
+# Processes killed, disks filled, files damaged: what becomes of runs (docs/reliability.md). About 40 minutes on two cores.
+faults: $(READY)
+	$(RUN) -m eval.faults --out runs/faults
+
+# Two thousand steps of the demo's loop, watched for anything that grows. About 15 minutes.
+soak: $(READY)
+	$(RUN) -m eval.soak --out runs/soak
 
 # Every branch of the mathematics.
 coverage: $(READY)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import socket
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,7 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import ray
+from ray._private import ray_constants
+from ray.exceptions import GetTimeoutError
 
+from actors.faults import Place
 from onpolicy_skd.config import ConfigError, Settings
 
 CPUS_PER_ROLE = 0.25  # roles take turns on the processors; a small share lets all of them fit on two cores
@@ -135,20 +140,31 @@ class Refusal:
             raise self._error
 
 
-def wait_ready(actors: Sequence[Any], say: Callable[[str], None] = print) -> None:
-    """Blocks until every actor is up; raises what its start refused.  Says every minute what it is waiting for."""
+def wait_ready(
+    actors: Sequence[Any], say: Callable[[str], None] = print, patience: float = math.inf
+) -> dict[Any, Place]:
+    """Blocks until every actor is up; where each one lives.  Says every minute what it is waiting for.
+
+    Raises what its start refused, and GetTimeoutError after ``patience`` seconds.
+    """
     waiting = {actor.ready.remote(): actor for actor in actors}
+    found: dict[Any, Place] = {}
+    deadline = time.monotonic() + patience
     while waiting:
-        done, _ = ray.wait(list(waiting), num_returns=len(waiting), timeout=PATIENCE)
+        left = max(0.0, deadline - time.monotonic())
+        done, _ = ray.wait(list(waiting), num_returns=len(waiting), timeout=min(PATIENCE, left))
         for ref in done:
-            ray.get(ref)
-            del waiting[ref]
+            where: Any = ray.get(ref)
+            found[waiting.pop(ref)] = where
+        if waiting and time.monotonic() >= deadline:
+            raise GetTimeoutError(f"{len(waiting)} of {len(actors)} actors did not start within {patience:.0f} s")
         if waiting:
             free = ray.available_resources()
             say(
                 f"waiting for {len(waiting)} of {len(actors)} actors: loading, or no room on any one node (free now: "
                 f"{free.get('GPU', 0):g} GPUs, {free.get('CPU', 0):g} CPUs)"
             )
+    return found
 
 
 def located(settings: Settings) -> Settings:
@@ -170,6 +186,7 @@ def connect(settings: Settings, counts: Counts | None = None) -> Iterator[Resour
     Yields what each role asks for; disconnects, and stops a Ray that it started, on leaving.  Raises ClusterError.
     """
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    os.environ.setdefault("RAY_IGNORE_UNHANDLED_ERRORS", "1")  # what matters is asked for, and then raised
     _join_or_start(settings.cluster.address or os.environ.get("RAY_ADDRESS"))
     try:
         total = ray.cluster_resources()
@@ -182,16 +199,21 @@ def connect(settings: Settings, counts: Counts | None = None) -> Iterator[Resour
 
 def _join_or_start(address: str | None) -> None:
     """Joins the cluster at ``address`` or the one on this machine; starts a private one where there is none."""
-    options: dict[str, Any] = {"logging_level": logging.WARNING, "log_to_driver": False}
     if address and ":" in address and "://" not in address and not answers(address):
         raise ClusterError(f"no Ray cluster answers at {address}; leave cluster.address empty for a local one")
     found = address or running_here()
     if found:
-        ray.init(address=found, **options)
+        _init(address=found)
         if address or PRIVATE not in ray.cluster_resources():
             return
         ray.shutdown()  # another run's private Ray would end with that run
-    ray.init(address="local", include_dashboard=False, resources={PRIVATE: 1.0}, **options)
+    _init(address="local", include_dashboard=False, resources={PRIVATE: 1.0})
+
+
+def _init(address: str, **options: Any) -> None:
+    """``ray.init``; a Ray of our own listens on loopback alone, which ray.init has no public way to say."""
+    ray_constants.ENABLE_RAY_CLUSTER = address != "local"
+    ray.init(address=address, logging_level=logging.WARNING, log_to_driver=False, **options)
 
 
 def running_here() -> str | None:

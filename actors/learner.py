@@ -13,6 +13,7 @@ import torch
 from ray.actor import ActorHandle
 
 from actors.cluster import Refusal
+from actors.faults import Place, place
 from actors.teacher import RemoteTeacher, build_teacher, split_for
 from actors.transport import Packed, pack_named
 from onpolicy_skd import checkpoint
@@ -66,8 +67,14 @@ class LearnerActor:
             self._teacher = build_teacher(settings, vocabulary, pad_id)
         self._learner = Learner(student, self._teacher, settings, pad_id, steps)
 
-    def ready(self) -> None:
+    def ready(self) -> Place:
         self._refusal.repeat()
+        return place()
+
+    def use_teacher(self, teacher: ActorHandle) -> None:
+        """Another actor of the same teacher from now on."""
+        if isinstance(self._teacher, RemoteTeacher):
+            self._teacher.replace(teacher)
 
     def version(self) -> int:
         return self._learner.version
@@ -79,7 +86,8 @@ class LearnerActor:
     def step(self, trajectories: Sequence[Trajectory], encoded: list[ray.ObjectRef]) -> dict[str, float]:
         self._expect(trajectories, encoded)
         try:
-            return self._learner.step(trajectories) | {"learner_memory_mib": peak_memory_mib()}
+            found = self._learner.step(trajectories)
+            return found | {"learner_memory_mib": peak_memory_mib(), "version": self._learner.version}
         finally:
             self._release(trajectories)
 
@@ -101,9 +109,10 @@ class LearnerActor:
         state = state | {"version": self._learner.version}
         return checkpoint.save(folder, step, state, self._learner.tensors(), keep)
 
-    def restore(self, path: Path) -> None:
+    def restore(self, path: Path) -> int:
         loaded = checkpoint.load(path)
         self._learner.restore(loaded.tensors, loaded.state["version"])
+        return self._learner.version
 
     def save_pretrained(self, folder: Path) -> None:
         self._learner.save_pretrained(folder, self._tokenizer)

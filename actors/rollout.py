@@ -8,6 +8,7 @@ from typing import Any
 import ray
 
 from actors.cluster import Refusal, Resources
+from actors.faults import Place, place
 from actors.transport import Packed, unpack_named
 from onpolicy_skd.config import Settings
 from onpolicy_skd.exact_match import judged
@@ -23,8 +24,9 @@ class RolloutActor:
             self._engine = build_engine(model, settings, trust_remote_code)
             self._tokenizer = load_tokenizer(model, trust_remote_code)
 
-    def ready(self) -> None:
+    def ready(self) -> Place:
         self._refusal.repeat()
+        return place()
 
     def generate(self, requests: Sequence[RolloutRequest], sampling: Sampling) -> list[Trajectory]:
         return judged(self._engine.generate(requests, sampling), requests, self._tokenizer)
@@ -37,13 +39,27 @@ class RolloutGroup:
     """Several rollout actors that share each batch; which actor serves a request does not change its response."""
 
     def __init__(self, model: str, settings: Settings, resources: Resources, count: int, trust: bool = False) -> None:
-        options = resources.rollout.options()
-        self.actors: list[Any] = [RolloutActor.options(**options).remote(model, settings, trust) for _ in range(count)]
+        self._start = lambda: RolloutActor.options(**resources.rollout.options()).remote(model, settings, trust)
+        self._step = settings.rollouts_per_step * settings.rollout.max_tokens  # tokens, at most
+        self._faults = settings.faults
+        self.actors: list[Any] = [self._start() for _ in range(count)]
+
+    def restart(self, number: int) -> Any:
+        """Starts a new actor in place of one that was ended; it has the weights of its checkpoint."""
+        self.actors[number] = self._start()
+        return self.actors[number]
 
     def generate(self, requests: Sequence[RolloutRequest], sampling: Sampling) -> list[ray.ObjectRef]:
         """One ref to a list of trajectories per actor.  Requests go round, so that actors get like shares."""
         shares = [list(requests[i :: len(self.actors)]) for i in range(len(self.actors))]
         return [a.generate.remote(share, sampling) for a, share in zip(self.actors, shares, strict=True) if share]
+
+    def gather(self, requests: Sequence[RolloutRequest], sampling: Sampling) -> list[Trajectory]:
+        """Trajectories brought here in the order asked.  Raises GetTimeoutError if an actor seems to hang."""
+        patience = self._faults.patience(len(requests) * sampling.max_tokens / self._step)
+        parts = ray.get(self.generate(requests, sampling), timeout=patience)
+        by_key = {t.key: t for part in parts for t in part}
+        return [by_key[r.key] for r in requests]
 
     def close(self) -> None:
         for actor in self.actors:

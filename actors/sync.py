@@ -13,7 +13,9 @@ from actors.rollout import RolloutGroup
 class WeightSync(Protocol):
     """Makes every rollout engine hold the learner's weights, under their policy version."""
 
-    def push(self, version: int) -> None: ...
+    def push(self, version: int, patience: float) -> None:
+        """Raises GetTimeoutError after ``patience`` seconds."""
+        ...
 
 
 class ObjectStoreSync:
@@ -23,6 +25,6 @@ class ObjectStoreSync:
         self._learner = learner
         self._rollouts = rollouts
 
-    def push(self, version: int) -> None:
+    def push(self, version: int, patience: float) -> None:
         weights = self._learner.weights.remote()  # stays in the object store: the driver holds the reference alone
-        ray.get([actor.load_weights.remote(weights, version) for actor in self._rollouts.actors])
+        ray.get([actor.load_weights.remote(weights, version) for actor in self._rollouts.actors], timeout=patience)

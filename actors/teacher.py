@@ -10,6 +10,7 @@ import ray
 from torch import Tensor
 
 from actors.cluster import Refusal
+from actors.faults import Place, place
 from actors.transport import Packed, pack, unpack
 from onpolicy_skd.config import ClassSettings, Settings
 from onpolicy_skd.models import SplitModel, check_documents, load_model, pick_device, pick_dtype, split
@@ -47,8 +48,9 @@ class TeacherActor:
         with Refusal() as self._refusal:
             self._teacher = build_teacher(settings, vocabulary, pad_id)
 
-    def ready(self) -> None:
+    def ready(self) -> Place:
         self._refusal.repeat()
+        return place()
 
     def head(self) -> Packed:
         return pack(self._teacher.head())
@@ -82,6 +84,9 @@ class RemoteTeacher:
         self._device = device
         self._head: Tensor | None = None
         self._encoded: ray.ObjectRef | None = None
+
+    def replace(self, actor: Any) -> None:
+        self._actor, self._encoded = actor, None
 
     def expect(self, encoded: ray.ObjectRef) -> None:
         """The rows wanted next exist once ``encoded`` does; calls of two processes have no order of their own."""

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -33,6 +34,10 @@ class CheckpointError(ConfigError):
     """A checkpoint that cannot be used; the message names the file."""
 
 
+class SaveError(RuntimeError):
+    """A checkpoint that cannot be written; those before are as they were."""
+
+
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
     path: Path
@@ -42,26 +47,45 @@ class Checkpoint:
 
 
 def save(folder: Path, step: int, state: dict[str, Any], tensors: dict[str, Tensor], keep: int) -> Path:
-    """Writes ``folder/step-N`` atomically, then removes all but the newest ``keep``; returns its path."""
+    """Writes ``folder/step-N`` atomically, then removes all but the newest ``keep``; returns its path.
+
+    Raises SaveError, with nothing changed, if the disk is full or refuses.
+    """
+    beside = folder / f".step-{step:08d}.tmp"
+    try:
+        final = _write(folder, beside, step, state, tensors)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(beside, ignore_errors=True)  # gives back the room it took
+        raise SaveError(f"the checkpoint of step {step} cannot be written to {folder}: {error}") from error
+    for old in [path for path in _newest_first(folder) if path != final][keep - 1 :]:
+        shutil.rmtree(old, ignore_errors=True)
+    return final
+
+
+def _write(folder: Path, beside: Path, step: int, state: dict[str, Any], tensors: dict[str, Tensor]) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     final = folder / f"step-{step:08d}"
-    beside = folder / f".{final.name}.tmp"
     shutil.rmtree(beside, ignore_errors=True)
     beside.mkdir()
     save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, beside / TENSORS)
     record = {"format": 1, "step": step, "state": state, "sha256": {TENSORS: sha256(beside / TENSORS)}}
     write_text(beside / STATE, json.dumps(record | {"digest": digest_of(record)}, indent=1))
-    sync(beside / TENSORS)
+    replace_folder(final, beside)
+    return final
+
+
+def replace_folder(final: Path, beside: Path) -> None:
+    """Makes ``beside``, a whole folder, ``final``.  A kill in between leaves the one before as ``.NAME.old``."""
+    replaced = final.with_name(f".{final.name}.old")
+    for file in beside.iterdir():
+        sync(file)
     sync(beside)
-    replaced = folder / f".{final.name}.old"
+    shutil.rmtree(replaced, ignore_errors=True)
     if final.exists():
         final.rename(replaced)
     beside.rename(final)
-    sync(folder)
+    sync(final.parent)
     shutil.rmtree(replaced, ignore_errors=True)
-    for old in [path for path in _newest_first(folder) if path != final][keep - 1 :]:
-        shutil.rmtree(old)
-    return final
 
 
 def load(path: Path) -> Checkpoint:
@@ -84,7 +108,12 @@ def load(path: Path) -> Checkpoint:
 
 def newest(folder: Path) -> Checkpoint | None:
     """The newest good checkpoint under ``folder``; damaged ones are warned of and renamed ``damaged-step-N``, lest they
-    count among the newest that are kept."""
+    count among the newest that are kept.  What a killed write left lying is cleared away."""
+    for half in folder.glob(".step-*.tmp"):
+        shutil.rmtree(half, ignore_errors=True)
+    for replaced in folder.glob(".step-*.old"):  # killed while it was being replaced
+        final = folder / replaced.stem.removeprefix(".")
+        shutil.rmtree(replaced, ignore_errors=True) if final.exists() else replaced.rename(final)
     for path in _newest_first(folder):
         try:
             return load(path)

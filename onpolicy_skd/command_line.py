@@ -20,6 +20,8 @@ from pydantic import AfterValidator, ValidationError
 from onpolicy_skd import compatibility
 from onpolicy_skd.config import ConfigError, KnownOrOwn, Section, Settings
 
+DEEPEST = 20  # files that extend each other, and sections within sections
+
 
 def walk(section: type[Section] = Settings, prefix: str = "") -> Iterator[tuple[str, Any]]:
     """Every leaf as (dotted key, pydantic field)."""
@@ -83,18 +85,24 @@ def _shown(value: Any) -> str:
     return "" if value is None else repr(value) if value == "" or "\n" in str(value) else str(value)
 
 
-def read_yaml(path: Path) -> dict[str, Any]:
+def read_yaml(path: Path, seen: Sequence[Path] = ()) -> dict[str, Any]:
     """The mapping in ``path``, merged over the file that its ``extends`` names (relative to itself)."""
     try:
         tree = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
     except OSError as error:
         raise ConfigError(f"--config {path}: cannot be read ({error.strerror}); give a YAML file") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: dates and numbers that are none
         raise ConfigError(f"--config {path}: not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(tree, dict):
         raise ConfigError(f"--config {path}: must hold a mapping of settings, not {type(tree).__name__}")
     parent = tree.pop("extends", None)
-    return merge(read_yaml(path.parent / parent), tree) if parent else tree
+    if not parent:
+        return tree
+    if not isinstance(parent, str) or "\0" in parent:
+        raise ConfigError(f"--config {path}: extends={parent!r}; accepted: the name of another YAML file")
+    if len(seen) >= DEEPEST:
+        raise ConfigError(f"--config {path}: extends goes round, or through more than {DEEPEST} files")
+    return merge(read_yaml(path.parent / parent, (*seen, path)), tree)
 
 
 def merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
@@ -113,8 +121,10 @@ def parse_override(text: str) -> dict[str, Any]:
         raise ConfigError(f"{text!r}: an override reads section.name=value, for example learner.lr=5e-6")
     try:
         node: Any = yaml.safe_load(value)
-    except yaml.YAMLError:
+    except (yaml.YAMLError, ValueError, RecursionError):
         raise ConfigError(f"{text!r}: the value is not YAML") from None
+    if key.count(".") > DEEPEST:
+        raise ConfigError(f"{key!r}: an override reads section.name=value, for example learner.lr=5e-6")
     for part in reversed(key.split(".")):
         node = {part: node}
     return node
@@ -139,7 +149,10 @@ def load_settings(argv: Sequence[str], program: str = "onpolicy_skd.train", abou
 
 def build_settings(file: Path | None, overrides: Sequence[dict[str, Any]] = ()) -> Settings:
     """Settings of a YAML file, each of ``overrides`` laid on top in turn.  Raises ConfigError."""
-    return resolve(functools.reduce(merge, overrides, read_yaml(file) if file else {}))
+    try:
+        return resolve(functools.reduce(merge, overrides, read_yaml(file) if file else {}))
+    except RecursionError:  # an alias within itself, or brackets without end
+        raise ConfigError(f"--config {file}: nested without end; accepted: sections of settings") from None
 
 
 def dump(settings: Settings) -> str:

@@ -75,6 +75,10 @@ class RunSettings(Section):
     evaluate_every: NonNegative = Field(default=0, description="steps between evaluations; 0: only before and after")
     checkpoint_every: NonNegative = Field(default=50, description="steps between checkpoints; 0: only at the end")
     keep_checkpoints: Positive = Field(default=2, description="how many of the newest checkpoints stay on disk")
+    keep_best: bool = Field(
+        default=False,
+        description="also save the student of the best evaluation during training, as a plain model: best/",
+    )
     max_hours: Annotated[float, Field(gt=0)] | None = Field(
         default=None, description="wall-clock limit of this process; then it stops as by a signal, with a checkpoint"
     )
@@ -388,6 +392,25 @@ class EvalSettings(Section):
     )
 
 
+class FaultSettings(Section):
+    restarts: NonNegative = Field(
+        default=5, description="failures of a role's actors within faults.window_hours that are mended; one more ends "
+        "the run, with a checkpoint"
+    )  # fmt: skip
+    window_hours: Annotated[float, Field(gt=0)] = Field(default=1.0, description="how long a failure counts")
+    backoff_seconds: Annotated[float, Field(ge=0)] = Field(
+        default=1.0, description="wait before a role's first restart; doubles with each that still counts, to a minute"
+    )
+    deadline_minutes: Annotated[float, Field(gt=0)] = Field(
+        default=60.0, description="longest that an actor may take for its part of a step, before it counts as hung; "
+        "for more work, as in an evaluation, more in proportion"
+    )  # fmt: skip
+
+    def patience(self, size: float = 1.0) -> float:
+        """Seconds after which a call counts as hung; ``size``: its work over that of one step."""
+        return 60 * self.deadline_minutes * max(1.0, size)
+
+
 class ClusterSettings(Section):
     address: str | None = Field(default=None, description="Ray address; empty: the running cluster, else a local one")
     learner_gpus: Annotated[float, Field(ge=0)] | None = Field(default=None, description="empty: 1 on cuda, 0 on cpu")
@@ -421,6 +444,7 @@ class Settings(Section):
     cache: CacheSettings = CacheSettings()
     sync: SyncSettings = SyncSettings()
     eval: EvalSettings = EvalSettings()
+    faults: FaultSettings = FaultSettings()
     cluster: ClusterSettings = ClusterSettings()
 
     @model_validator(mode="before")

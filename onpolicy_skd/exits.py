@@ -20,10 +20,14 @@ def guarded(action: Callable[[], int]) -> int:
     """The exit code of ``action``; of bad input or a failed actor one line on stderr, without a traceback."""
     try:
         return action()
-    except (ConfigError, RayError, RunError) as error:
+    except (ConfigError, RayError, RunError, OSError) as error:
         cause = cause_of(error)
         print(f"error: {cause}", file=sys.stderr)
         return EXIT_CONFIG if isinstance(cause, ConfigError) else EXIT_FAILED
+
+
+def first_line(error: object) -> str:
+    return (str(error).splitlines() or [""])[0]
 
 
 def cause_of(error: Exception) -> Exception:

@@ -19,10 +19,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 from onpolicy_skd import checkpoint
 from onpolicy_skd.config import LearnerSettings, Settings
+from onpolicy_skd.guards import repetition
 from onpolicy_skd.inspection import Inspection
 from onpolicy_skd.lm_head import row_statistics
 from onpolicy_skd.micro_batch import SAMPLE_SCORES, MicroBatch, SampleScore
@@ -36,6 +38,8 @@ from onpolicy_skd.teacher import TeacherRows
 from onpolicy_skd.trajectory import Batch, FilterReport, Trajectory, check_version, collate, micro_batches, seed_of
 
 log = logging.getLogger(__name__)
+ENDINGS = 4  # responses whose end is shown to the teacher ...
+ENDINGS_EVERY = 4  # ... once in so many steps: it reads all their positions for it
 
 
 class SamplerGapError(RuntimeError):
@@ -201,6 +205,7 @@ class Learner:
         self._check_sound(totals, norm.item(), trajectories)
         found = self._summary(totals)
         self._check_gap(found)
+        found |= self._responses(trajectories)
         rate = learning_rate(self._settings.learner, self.version, self._steps)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
@@ -273,6 +278,23 @@ class Learner:
             found.append(torch.stack([*signals.entropy_N.aminmax(), *signals.kl_N.aminmax()]))
         low_h, high_h, low_d, high_d = torch.stack(found).T
         return Ranges((low_h.min().item(), high_h.max().item()), (low_d.min().item(), high_d.max().item()))
+
+    @torch.no_grad()
+    def _responses(self, trajectories: Sequence[Trajectory]) -> dict[str, float]:
+        """What guards look at beside the sums: of the student's own responses."""
+        own = [t for t in trajectories if t.policy_version is not None]
+        if not own:
+            return {}
+        found = {
+            "truncated": sum(t.finish == "length" for t in own) / len(own),
+            "repetition": sum(repetition(t.response_ids) for t in own) / len(own),
+        }
+        ended = [t for t in own if t.finish == "stop"][:ENDINGS]
+        if ended and self.version % ENDINGS_EVERY == 0:
+            last_B = torch.tensor([len(t.response_ids) for t in ended]).cumsum(0) - 1
+            _, logprob_N = self._teacher.scalars([t.key for t in ended])
+            found["teacher_ending"] = logprob_N.cpu()[last_B].exp().mean().item()
+        return found
 
     def _summary(self, totals: _Totals) -> dict[str, float]:
         s = totals.sums
@@ -370,16 +392,23 @@ class Learner:
             self._probe = Probe.from_state_dict(parts["probe"]) if parts["probe"] else None
 
     def save_pretrained(self, folder: Path, tokenizer: Any) -> None:
-        """The student as a plain transformers checkpoint, in the compute dtype; written beside and renamed."""
+        """The student as a plain transformers checkpoint, in the compute dtype; written beside and renamed.
+
+        Raises SaveError, with nothing changed, if the disk is full or refuses.
+        """
         beside = folder.with_name(f".{folder.name}.tmp")
         shutil.rmtree(beside, ignore_errors=True)
         model = self.student.model
         kept, model.config.dtype = model.config.dtype, self._dtype
-        model.save_pretrained(beside, state_dict={n: t.to(self._dtype) for n, t in model.state_dict().items()})
-        model.config.dtype = kept
-        tokenizer.save_pretrained(beside)
-        shutil.rmtree(folder, ignore_errors=True)
-        beside.rename(folder)
+        try:
+            model.save_pretrained(beside, state_dict={n: t.to(self._dtype) for n, t in model.state_dict().items()})
+            tokenizer.save_pretrained(beside)
+            checkpoint.replace_folder(folder, beside)
+        except (OSError, SafetensorError) as error:
+            shutil.rmtree(beside, ignore_errors=True)
+            raise checkpoint.SaveError(f"the student cannot be written to {folder}: {error}") from error
+        finally:
+            model.config.dtype = kept
 
     def weights(self, dtype: torch.dtype | None = None) -> Iterator[tuple[str, Tensor]]:
         """Names and tensors as in a transformers checkpoint; a tied LM head is left out."""

@@ -4,28 +4,28 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from typing import TypeVar
 
-import ray
+from ray.exceptions import RayError
 
 from actors.cluster import Resources, located, wait_ready
+from actors.faults import fault_of
 from actors.rollout import RolloutGroup
-from onpolicy_skd.config import ConfigError
+from onpolicy_skd.config import ConfigError, Settings
+from onpolicy_skd.exits import RunError
 from onpolicy_skd.prefilter import kept_prompts
 from onpolicy_skd.prepare import Run
 from onpolicy_skd.references import from_teacher
 from onpolicy_skd.selection.samples import TEACHER_METRICS
-from onpolicy_skd.trajectory import Prompt, RolloutRequest, Sampling, Trajectory, seed_of
+from onpolicy_skd.supervisor import GiveUp, Supervisor
+from onpolicy_skd.trajectory import Prompt, RolloutRequest, Trajectory, seed_of
 
+T = TypeVar("T")
 Say = Callable[[str], None]
 Rank = Callable[[Sequence[Trajectory]], list[float]]
-
-
-def gather(group: RolloutGroup, requests: Sequence[RolloutRequest], sampling: Sampling) -> list[Trajectory]:
-    """Trajectories brought to the driver in the order asked."""
-    by_key = {t.key: t for part in ray.get(group.generate(requests, sampling)) for t in part}
-    return [by_key[r.key] for r in requests]
 
 
 @contextmanager
@@ -41,6 +41,22 @@ def engine(run: Run, resources: Resources, who: str) -> Iterator[RolloutGroup]:
         group.close()
 
 
+def with_engine(settings: Settings, role: str, action: Callable[[], T], say: Say) -> T:
+    """``action``, which starts an engine of its own, again after each fault.  Raises RunError after too many."""
+    supervisor = Supervisor(settings.faults)
+    while True:
+        try:
+            return action()
+        except RayError as error:
+            if (cause := fault_of(error)) is None:
+                raise
+            decision = supervisor.decide({role: cause})
+            if isinstance(decision, GiveUp):
+                raise RunError(decision.reason) from None
+            say(f"fault: {cause}; starting another {role} in {decision.seconds:g} s")
+            time.sleep(decision.seconds)
+
+
 def add_teacher_references(run: Run, resources: Resources, say: Say) -> None:
     """Where the settings ask for it, gives ``run`` the teacher's answers, and leaves out prompts that have none.
 
@@ -49,13 +65,17 @@ def add_teacher_references(run: Run, resources: Resources, say: Say) -> None:
     if run.settings.mode == "on_policy" or run.settings.references.source != "teacher":
         return
     sampling = dataclasses.replace(run.sampling, temperature=run.settings.references.temperature)
-    with ExitStack() as stack:
-        teacher = functools.cache(lambda: stack.enter_context(engine(run, resources, "teacher")))
 
-        def roll(requests: Sequence[RolloutRequest]) -> list[Trajectory]:
-            return gather(teacher(), requests, sampling)  # which starts when something is missing on disk
+    def once() -> None:
+        with ExitStack() as stack:
+            teacher = functools.cache(lambda: stack.enter_context(engine(run, resources, "teacher")))
 
-        run.train, run.responses = from_teacher(run.settings, run.train, roll, say)
+            def roll(requests: Sequence[RolloutRequest]) -> list[Trajectory]:
+                return teacher().gather(requests, sampling)  # which starts when something is missing on disk
+
+            run.train, run.responses = from_teacher(run.settings, run.train, roll, say)
+
+    with_engine(run.settings, "teacher engine", once, say)
 
 
 def selected_prompts(run: Run, rank: Rank, rollouts: Callable[[], RolloutGroup], say: Say) -> Sequence[Prompt]:
@@ -74,6 +94,6 @@ def selected_prompts(run: Run, rank: Rank, rollouts: Callable[[], RolloutGroup],
     def roll(prompts: Sequence[Prompt]) -> list[Trajectory]:
         seed = run.settings.run.seed
         requests = [RolloutRequest(p.key, p.token_ids, seed_of(seed, "prefilter", p.key)) for p in prompts]
-        return gather(rollouts(), requests, run.sampling)
+        return rollouts().gather(requests, run.sampling)
 
     return kept_prompts(run.settings, run.train, run.tokenizer, scored, roll, say)

@@ -17,6 +17,7 @@ from onpolicy_skd.command_line import resolve
 from onpolicy_skd.config import Settings
 from onpolicy_skd.trajectory import Trajectory
 
+ROOT = Path(__file__).parents[1]
 GSM8K = Path(__file__).parents[2] / "shared" / "data" / "gsm8k"
 VOCABULARY = 97
 ON_GPU = torch.cuda.is_available()  # engines then run there; what is bitwise on a CPU is only close

@@ -7,7 +7,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from onpolicy_skd import checkpoint
-from onpolicy_skd.checkpoint import CheckpointError
+from onpolicy_skd.checkpoint import CheckpointError, SaveError
 from onpolicy_skd.report.metrics import MetricsLog, read
 
 TENSORS = {"a": torch.arange(5.0), "deep/b": torch.ones(2, 3, dtype=torch.bfloat16)}
@@ -64,7 +64,7 @@ def test_an_interrupted_write_leaves_no_checkpoint(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(checkpoint, "save_file", full)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(SaveError, match=r"step 2 cannot be written to .*No space left"):
         checkpoint.save(tmp_path, 2, {}, TENSORS, keep=1)
     assert checkpoint.newest(tmp_path).step == 1
     monkeypatch.undo()

@@ -6,7 +6,7 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from onpolicy_skd.command_line import describe, dump, load_settings, resolve, walk
+from onpolicy_skd.command_line import build_settings, describe, dump, load_settings, resolve, walk
 from onpolicy_skd.config import ConfigError, Settings
 
 CONFIGS = sorted(p for p in (Path(__file__).parents[1] / "configs").rglob("*.yaml") if "compare" not in p.name)
@@ -176,3 +176,19 @@ def test_config_imports_without_torch_ray_or_vllm():
 
     code = "import onpolicy_skd.command_line, sys; print([m for m in ('torch', 'ray', 'vllm') if m in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "needle"),
+    [
+        ("extends: loop.yaml", "extends goes round"),
+        ("extends: [1]", "extends=\\[1\\]; accepted"),
+        ("run: " + "[" * 5000, "not YAML"),
+        ("run: &a {run: *a}", "run"),
+        ("run: {seed: 2001-99-99}", "not YAML"),
+    ],
+)
+def test_files_without_an_end_are_refused(tmp_path, text, needle):
+    (tmp_path / "loop.yaml").write_text(text)
+    with pytest.raises(ConfigError, match=needle):
+        build_settings(tmp_path / "loop.yaml")

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 from pathlib import Path
 from typing import Any
+
+from onpolicy_skd.checkpoint import write_text
 
 FILE = "metrics.jsonl"
 
@@ -15,14 +19,17 @@ class MetricsLog:
     def __init__(self, folder: Path, first_step: int = 0, tensorboard: bool = False) -> None:
         self.path = folder / FILE
         kept = [r for r in read(self.path) if _stays(r, first_step)] if first_step else []
-        self.path.write_text("".join(json.dumps(r) + "\n" for r in kept), encoding="utf-8")
-        self._file = self.path.open("a", encoding="utf-8")
+        write_text(self.path, "".join(json.dumps(r) + "\n" for r in kept))
+        self._file = self.path.open("ab", buffering=0)
         self._tracker = _tensorboard(folder, first_step) if tensorboard else None
 
     def write(self, record: dict[str, Any]) -> None:
-        """``record`` must hold ``step``; nested numbers reach TensorBoard as ``outer/inner``."""
-        self._file.write(json.dumps(record) + "\n")
-        self._file.flush()
+        """``record`` must hold ``step``; nested numbers reach TensorBoard as ``outer/inner``.  Raises OSError."""
+        line = (json.dumps(record) + "\n").encode()
+        end = self._file.seek(0, os.SEEK_END)
+        if self._file.write(line) < len(line):
+            self._file.truncate(end)  # half a line would be taken for damage
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.path))
         if self._tracker:
             self._tracker.log(_flat(record), step=record["step"])
 

@@ -1,0 +1,84 @@
+"""``python -m eval.faults --out runs/faults``: injects faults and says what became of each; ``make faults``."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import random
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+from eval.faults import damage, processes
+from eval.faults.processes import Lab, Tally
+from onpolicy_skd.checkpoint import write_text
+from onpolicy_skd.report.summary import versions
+
+COUNTS = ("injected", "ended_right", "clear_error", "wrong", "lost")
+Scenario = Callable[[Lab, Path, random.Random], Tally]
+
+
+def scenarios(count: int) -> dict[str, Scenario]:
+    """By name; ``count``: kills of each kind of process."""
+    few = max(1, count // 4)
+
+    def kills(kind: str) -> Scenario:
+        return lambda lab, _, __: processes.killed_actors(lab, kind, count)
+
+    return {
+        "damaged-checkpoints": lambda _, folder, draw: damage.damaged_checkpoints(folder, draw, 10 * count),
+        "damaged-caches": lambda _, folder, draw: damage.damaged_caches(folder, draw, 10 * count),
+        "damaged-data": lambda _, folder, draw: damage.damaged_data(folder, draw, 10 * count),
+        "fuzzed-settings": lambda _, folder, draw: damage.fuzzed_settings(folder, draw, 250 * count),
+        "fuzzed-data": lambda _, folder, draw: damage.fuzzed_data(folder, draw, 200 * count),
+        "fuzzed-caches": lambda _, folder, draw: damage.fuzzed_caches(folder, draw, 100 * count),
+        **{f"killed-{kind.lower()}": kills(kind) for kind in processes.KINDS},
+        "killed-driver": lambda lab, _, __: processes.killed_driver(lab, count),
+        "stopped-while-saving": lambda lab, _, __: processes.stopped_while_saving(lab, few),
+        "lost-node": lambda lab, _, __: processes.lost_node(lab, few),
+        "full-object-store": lambda lab, _, __: processes.full_object_store(lab),
+        "full-disk": lambda lab, _, __: processes.full_disk(lab, few),
+    }
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m eval.faults", description=(__doc__ or "").split(":", 1)[1])
+    parser.add_argument("--out", type=Path, default=Path("runs/faults"))
+    parser.add_argument("--count", type=int, default=20, help="kills of each kind of process (default: 20)")
+    parser.add_argument("--only", nargs="+", choices=scenarios(1), help="scenarios (default: all)")
+    parser.add_argument("--engine", choices=("vllm", "transformers"), default="transformers", help="what generates")
+    parser.add_argument("--seed", type=int, default=0, help="of the moments and places")
+    args = parser.parse_args(argv)
+    logging.getLogger("onpolicy_skd").setLevel(logging.ERROR)  # every damaged checkpoint is warned of
+    out: Path = args.out.absolute()
+    found = _earlier(out / "summary.json")
+    for name, scenario in scenarios(args.count).items():
+        if args.only and name not in args.only:
+            continue
+        started, draw = time.monotonic(), random.Random(f"{args.seed}/{name}")
+        shutil.rmtree(out / name, ignore_errors=True)
+        with tempfile.TemporaryDirectory() as scratch:
+            lab = Lab(out / name, args.engine, draw)
+            tally = processes.result_of(scenario, lab, Path(scratch), draw)
+        found[name] = asdict(tally) | {"seconds": round(time.monotonic() - started)}
+        found[name]["notes"] = sorted(set(tally.notes))[:10]
+        print(f"{name}: " + ", ".join(f"{getattr(tally, key)} {key}" for key in COUNTS), *tally.notes[:3], flush=True)
+        totals = {key: sum(f[key] for f in found.values()) for key in COUNTS}
+        summary = {**totals, "engine": args.engine, "seed": args.seed, "versions": versions(), "scenarios": found}
+        out.mkdir(parents=True, exist_ok=True)
+        write_text(out / "summary.json", json.dumps(summary, indent=2) + "\n")
+    return int(any(f["wrong"] or f["lost"] for f in found.values()))
+
+
+def _earlier(file: Path) -> dict[str, dict]:
+    """What other scenarios found before, if ``--only`` asked for some."""
+    return json.loads(file.read_text(encoding="utf-8"))["scenarios"] if file.exists() else {}
+
+
+if __name__ == "__main__":
+    sys.exit(main())

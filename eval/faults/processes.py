@@ -1,0 +1,361 @@
+"""Real runs of the bundled pair as processes, and what befalls them."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import random
+import secrets
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from onpolicy_skd.report import metrics
+
+ROOT = Path(__file__).parents[2]
+SMALL = [
+    "--config", str(ROOT / "configs" / "demo.yaml"), "learner.batch_size=4", "run.tensorboard=false",
+    "run.evaluate_every=0", "run.checkpoint_every=1", "eval.problems=4", "eval.teacher=false", "eval.before=false",
+    "faults.restarts=1000", "faults.backoff_seconds=0", "faults.deadline_minutes=1", "resume=auto",
+]  # fmt: skip
+COMPARED = ("loss", "grad_norm", "entropy", "positions", "lr")  # of every step, bit for bit
+KINDS = ("Rollout", "Teacher", "Learner")
+PATIENCE = 900.0  # seconds after which a run counts as hung
+
+
+@dataclass
+class Tally:
+    """What became of the faults of one scenario."""
+
+    injected: int = 0
+    ended_right: int = 0
+    clear_error: int = 0
+    wrong: int = 0
+    lost: int = 0  # something earned before the fault was gone after it
+    notes: list[str] = field(default_factory=list)
+
+    def add(self, outcome: str, count: int = 1, note: str = "") -> None:
+        self.injected += count
+        setattr(self, outcome, getattr(self, outcome) + count)
+        if note:
+            self.notes.append(note)
+
+
+@dataclass
+class Lab:
+    """Where runs of ``steps`` steps with ``engine`` leave their folders; ``draw`` times the faults."""
+
+    folder: Path
+    engine: str
+    draw: random.Random
+    say: Callable[[str], None] = print
+
+    def command(self, name: str, steps: int, *overrides: str, folder: Path | None = None) -> list[str]:
+        own = [f"run.dir={folder or self.folder}", f"run.name={name}", f"run.steps={steps}", *overrides]
+        return [sys.executable, "-m", "onpolicy_skd.train", *SMALL, f"rollout.engine={self.engine}", *own]
+
+    def start(self, command: list[str], log: str, **environment: str) -> subprocess.Popen[bytes]:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        own = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"} | {"PYTHONUNBUFFERED": "1"} | environment
+        with (self.folder / f"{log}.log").open("ab") as out:
+            return subprocess.Popen(
+                command, cwd=ROOT, env=own, stdout=out, stderr=subprocess.STDOUT, start_new_session=True
+            )
+
+    def finish(self, command: list[str], log: str, **environment: str) -> int:
+        """Runs ``command`` to its end; its exit code, or -1 if it hung."""
+        process = self.start(command, log, **environment)
+        try:
+            return process.wait(PATIENCE)
+        except subprocess.TimeoutExpired:
+            kill_tree(process.pid)
+            return -1
+
+    def log(self, name: str) -> str:
+        return (self.folder / f"{name}.log").read_text(encoding="utf-8", errors="replace")
+
+    def steps(self, name: str, folder: Path | None = None) -> dict[int, tuple[float, ...]]:
+        """What was compared, by step.  Raises nothing: an unreadable file has no steps."""
+        return {r["step"]: tuple(r[k] for k in COMPARED)
+                for r in metrics.read((folder or self.folder) / name / metrics.FILE) if "loss" in r}  # fmt: skip
+
+    def reference(self, steps: int) -> dict[int, tuple[float, ...]]:
+        """The undisturbed run of so many steps; made once."""
+        name = f"reference-{steps}"
+        if not (self.folder / name / "final").exists():
+            shutil.rmtree(self.folder / name, ignore_errors=True)
+            if self.finish(self.command(name, steps), name) != 0:
+                raise RuntimeError(f"the undisturbed run failed: {self.folder / name}.log")
+        return self.steps(name)
+
+
+def kill_tree(pid: int) -> None:
+    """Kills a process that was started here and everything it started."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        process = psutil.Process(pid)
+        family = [*process.children(recursive=True), process]
+        for member in family:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                member.kill()
+        psutil.wait_procs(family, timeout=20)
+
+
+def actors(driver: int, kind: str) -> list[psutil.Process]:
+    """Processes of the ``kind`` of actor that the Ray of process ``driver`` runs."""
+    found = []
+    with contextlib.suppress(psutil.NoSuchProcess):
+        for process in psutil.Process(driver).children(recursive=True):
+            with contextlib.suppress(psutil.NoSuchProcess, IndexError):
+                if process.cmdline()[0].startswith(f"ray::{kind}Actor"):
+                    found.append(process)
+    return found
+
+
+def verdict(lab: Lab, tally: Tally, name: str, steps: int, code: int, count: int) -> None:
+    """Counts ``count`` faults of a run that must have ended with the losses of the undisturbed one."""
+    expected, found = lab.reference(steps), lab.steps(name)
+    if code == 0 and found == expected and (lab.folder / name / "final" / "model.safetensors").exists():
+        tally.add("ended_right", count)
+    elif code not in (0, -1) and one_error(lab.log(name)):
+        tally.add("clear_error", count, f"{name}: exit {code}")
+    else:
+        different = sorted(s for s in expected if found.get(s) != expected[s])
+        tally.add("wrong", count, f"{name}: exit {code}, {len(different)} steps differ, the first {different[:1]}")
+
+
+def one_error(text: str) -> bool:
+    return text.count("\nerror: ") == 1 and "Traceback" not in text
+
+
+def killed_actors(lab: Lab, kind: str, count: int, signal_number: int = signal.SIGKILL, *overrides: str) -> Tally:
+    """One run in which actors of ``kind`` are killed ``count`` times, at random moments, starting up included."""
+    tally, steps, name = Tally(), 8 * count, f"killed-{kind.lower()}"
+    lab.reference(steps)
+    process = lab.start(lab.command(name, steps, *overrides), name)
+    done = 0
+    while done < count and process.poll() is None:
+        time.sleep(lab.draw.uniform(0.2, 6.0 if lab.engine == "transformers" else 12.0))
+        deadline = time.monotonic() + 120
+        while process.poll() is None and time.monotonic() < deadline:
+            if found := actors(process.pid, kind):
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    lab.draw.choice(found).send_signal(signal_number)
+                    done += 1
+                    break
+            time.sleep(0.02)
+    try:
+        code = process.wait(PATIENCE)
+    except subprocess.TimeoutExpired:
+        kill_tree(process.pid)
+        code = -1
+    verdict(lab, tally, name, steps, code, done)
+    return tally
+
+
+def killed_driver(lab: Lab, count: int, steps: int = 60) -> Tally:
+    """One run whose driver is killed ``count`` times and started again; no checkpoint may be lost on the way."""
+    tally, name = Tally(), "killed-driver"
+    lab.reference(steps)
+    lost = done = 0
+    code = None
+    for _ in range(count):
+        before = newest_step(lab.folder / name)
+        process = lab.start(lab.command(name, steps), name)
+        try:
+            code = process.wait(lab.draw.uniform(1.0, 25.0))
+        except subprocess.TimeoutExpired:
+            process.kill()
+            kill_tree(process.pid)
+            process.wait()
+            done += 1
+            lost += newest_step(lab.folder / name) < before
+        else:
+            break
+    if code is None or code != 0:
+        code = lab.finish(lab.command(name, steps), name)
+    verdict(lab, tally, name, steps, code, done - lost)
+    if lost:
+        tally.add("lost", lost, f"{name}: a checkpoint was gone after a kill")
+    return tally
+
+
+def newest_step(run: Path) -> int:
+    """Of the checkpoints that resuming would look at, a folder under replacement included; -1 if there is none."""
+    names = [p.name.removeprefix(".").removesuffix(".old") for p in (run / "checkpoints").glob("*step-*")]
+    return max((int(n.removeprefix("step-")) for n in names if n.removeprefix("step-").isdigit()), default=-1)
+
+
+def stopped_while_saving(lab: Lab, count: int, steps: int = 30) -> Tally:
+    """SIGTERM at the moment a checkpoint is being written, ``count`` times; each end is orderly, and resumed."""
+    tally, name = Tally(), "stopped-while-saving"
+    lab.reference(steps)
+    codes = []
+    for _ in range(count):
+        process = lab.start(lab.command(name, steps), name)
+        deadline = time.monotonic() + PATIENCE
+        first = newest_step(lab.folder / name)
+        while process.poll() is None and time.monotonic() < deadline:
+            now = newest_step(lab.folder / name)
+            if now > first + 1 and list((lab.folder / name / "checkpoints").glob(".step-*.tmp")):
+                process.send_signal(signal.SIGTERM)
+                break
+            time.sleep(0.0005)
+        codes.append(process.wait(PATIENCE))
+    verdict(lab, tally, name, steps, lab.finish(lab.command(name, steps), name), len(codes))
+    if wrong := [c for c in codes if c != 3]:
+        tally.add("wrong", len(wrong), f"{name}: exits {wrong}, 3 was promised")
+    return tally
+
+
+def full_disk(lab: Lab, count: int, steps: int = 14) -> Tally:
+    """A file system of a few MiB that fills up during the run; after room was made, the run goes on."""
+    tally, mount = Tally(), lab.folder / "disk"
+    mount.mkdir(parents=True, exist_ok=True)
+    inside = ["unshare", "-rm", "sh", "-c"]
+    if subprocess.run([*inside, f"mount -t tmpfs none {mount}"], capture_output=True, check=False).returncode:
+        tally.notes.append("not injected: this machine lets nobody mount a small file system")
+        return tally
+    lab.reference(steps)
+    for number in range(count):
+        name, left = f"full-disk-{number}", lab.draw.choice((0, 40, 400, 2000))
+        when = lab.draw.randrange(2, steps - 3)
+        train = " ".join(lab.command("r", steps, folder=mount))
+        # Beside the run: as soon as a checkpoint is there, everything but a little is filled.
+        script = f"""
+            mount -t tmpfs -o size=24m none {mount}
+            ( while [ ! -d {mount}/r/checkpoints/step-{when:08d} ]; do sleep 0.02; done
+              dd if=/dev/zero of={mount}/filler bs=1k 2>/dev/null; truncate -s -{left}k {mount}/filler ) &
+            {train}; echo "first exit $?"
+            ls {mount}/r/checkpoints > {lab.folder}/{name}.kept
+            kill %1 2>/dev/null; rm -f {mount}/filler
+            {train}; code=$?
+            cp -r {mount}/r {lab.folder}/{name}; exit $code
+        """
+        code = lab.finish([*inside, script], name)
+        log = lab.log(name)
+        kept = (lab.folder / f"{name}.kept").read_text().split() if (lab.folder / f"{name}.kept").exists() else []
+        if not any(k.startswith("step-") for k in kept):
+            tally.add("lost", 1, f"{name}: no checkpoint survived the full disk")
+        elif "first exit 0" not in log and not one_error(log):
+            tally.add("wrong", 1, f"{name}: no clear error")
+        else:
+            verdict(lab, tally, name, steps, code, 1)
+    return tally
+
+
+# -- clusters of their own -----------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def cluster(cpus: float, *options: str) -> Iterator[tuple[str, Callable[[], subprocess.Popen[bytes]], dict[str, str]]]:
+    """A Ray head with ``cpus``: its address, what adds a node of one CPU, and the environment that has its token."""
+    environment = os.environ | {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+    ray, port = str(Path(sys.executable).parent / "ray"), free_port()
+    started: list[subprocess.Popen[bytes]] = []
+
+    def start(*arguments: str) -> subprocess.Popen[bytes]:
+        process = subprocess.Popen(
+            [ray, "start", "--block", "--node-ip-address", "127.0.0.1", *arguments, *options], env=environment,
+            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
+        )  # fmt: skip
+        started.append(process)
+        return process
+
+    start("--head", "--port", str(port), "--include-dashboard=false", f"--num-cpus={cpus:g}")
+    try:
+        deadline = time.monotonic() + 90
+        while not _listens(port):
+            if time.monotonic() > deadline:
+                raise RuntimeError("the Ray head did not come up")
+            time.sleep(0.2)
+        time.sleep(3)
+        token = {name: environment[name] for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN")}
+        yield f"127.0.0.1:{port}", lambda: start(f"--address=127.0.0.1:{port}", "--num-cpus=1"), token
+    finally:
+        for process in reversed(started):
+            kill_tree(process.pid)
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def _listens(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
+
+
+def lost_node(lab: Lab, count: int) -> Tally:
+    """A head without room for actors and one node at a time, which is killed with all on it, ``count`` times."""
+    tally, steps, name = Tally(), 8 * count + 8, "lost-node"
+    lab.reference(steps)
+    with cluster(0) as (address, add_node, token):
+        node = add_node()
+        process = lab.start(lab.command(name, steps, f"cluster.address={address}"), name, **token)
+        for _ in range(count):
+            wait_for(process, lambda own=node: bool(actors(own.pid, "Learner")))
+            first = newest_step(lab.folder / name)
+            wait_for(process, lambda before=first: newest_step(lab.folder / name) > before)
+            time.sleep(lab.draw.uniform(0.0, 2.0))
+            spare = add_node()
+            time.sleep(4)
+            kill_tree(node.pid)
+            node = spare
+        try:
+            code = process.wait(PATIENCE)
+        except subprocess.TimeoutExpired:
+            kill_tree(process.pid)
+            code = -1
+    verdict(lab, tally, name, steps, code, count)
+    return tally
+
+
+def wait_for(process: subprocess.Popen[bytes], condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 300
+    while process.poll() is None and not condition() and time.monotonic() < deadline:
+        time.sleep(0.1)
+
+
+HOG = """
+import sys, time, numpy as np, ray
+ray.init(address=sys.argv[1], logging_level="ERROR", log_to_driver=False)
+held = []
+for _ in range(40):
+    held.append(ray.put(np.random.default_rng(0).integers(0, 255, 10 << 20, dtype=np.uint8)))
+    time.sleep(0.5)
+print("full", flush=True)
+time.sleep(600)
+"""
+
+
+def full_object_store(lab: Lab, steps: int = 40) -> Tally:
+    """Another driver of the same Ray holds five times what its object store has room for."""
+    tally, name = Tally(), "full-object-store"
+    lab.reference(steps)
+    with cluster(2, "--object-store-memory=80000000") as (address, _, token):
+        hog = lab.start([sys.executable, "-c", HOG, address], "hog", **token)
+        code = lab.finish(lab.command(name, steps, f"cluster.address={address}"), name, **token)
+        kill_tree(hog.pid)
+    verdict(lab, tally, name, steps, code, 1)
+    return tally
+
+
+def result_of(scenario: Callable[..., Tally], *arguments: Any) -> Tally:
+    """``scenario``, whose own failure is a wrong outcome and not the end of the others."""
+    try:
+        return scenario(*arguments)
+    except Exception as error:
+        tally = Tally()
+        tally.add("wrong", 1, f"{type(error).__name__}: {error}")
+        return tally

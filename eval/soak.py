@@ -1,0 +1,127 @@
+"""``python -m eval.soak --out runs/soak``: the demo's loop for thousands of steps, and whether anything grows.
+
+Watches the processes of a run from outside: the memory each has to itself (unique set size), their number, their open
+files, and the objects in Ray's store.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import random
+import statistics
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from eval.faults.processes import Lab, kill_tree
+from onpolicy_skd.checkpoint import write_text
+from onpolicy_skd.report import metrics
+from onpolicy_skd.report.summary import versions
+
+LONG = ["run.checkpoint_every=100", "run.evaluate_every=200", "eval.during=32", "learner.lr=1e-4", "resume=never"]
+EVERY = 5.0  # seconds between looks
+NAMES = ("LearnerActor", "TeacherActor", "RolloutActor", "raylet", "gcs_server")
+
+
+def look(driver: psutil.Process) -> dict[str, dict[str, float]]:
+    """MiB of its own and open files of each process of a run, by what it is."""
+    found = {}
+    for process in [driver, *driver.children(recursive=True)]:
+        with contextlib.suppress(psutil.NoSuchProcess, psutil.AccessDenied, IndexError):
+            line = " ".join(process.cmdline())
+            name = "driver" if process == driver else next((n for n in NAMES if n in line[:200]), None)
+            if name:
+                own = process.memory_full_info().uss / 2**20
+                found[name] = {"mib": own, "files": process.num_fds(), "pid": process.pid}
+    found["all"] = {"processes": len(driver.children(recursive=True)), "store_mib": _store(driver)}
+    return found
+
+
+def _store(driver: psutil.Process) -> float:
+    """MiB of Ray's object store that this machine holds, as shared memory of the raylet."""
+    for process in driver.children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess, psutil.AccessDenied):
+            if "raylet" in process.name():
+                return process.memory_info().shared / 2**20
+    return 0.0
+
+
+def drift(series: Sequence[float]) -> float:
+    """Mean of the last tenth over the mean of the second tenth (after warm-up), minus 1."""
+    tenth = max(1, len(series) // 10)
+    return statistics.fmean(series[-tenth:]) / statistics.fmean(series[tenth : 2 * tenth]) - 1.0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m eval.soak", description=(__doc__ or "").split(":", 1)[1])
+    parser.add_argument("--out", type=Path, default=Path("runs/soak"))
+    parser.add_argument("--steps", type=int, default=2000)
+    parser.add_argument("--engine", choices=("vllm", "transformers"), default="vllm")
+    parser.add_argument("overrides", nargs="*", metavar="a.b=value")
+    args = parser.parse_args(argv)
+    out = args.out.absolute()
+    lab = Lab(out, args.engine, random.Random(0))
+    process = lab.start(lab.command("run", args.steps, *LONG, *args.overrides), "run")
+    driver, looks = psutil.Process(process.pid), []
+    started = time.monotonic()
+    try:
+        while process.poll() is None:
+            time.sleep(EVERY)
+            with contextlib.suppress(psutil.NoSuchProcess):
+                steps = len([r for r in metrics.read(out / "run" / metrics.FILE) if "loss" in r])
+                if 0 < steps < args.steps:
+                    looks.append({"step": steps, "seconds": time.monotonic() - started, **look(driver)})
+    finally:
+        kill_tree(process.pid)
+    report = conclude(looks, args.steps, process.returncode, time.monotonic() - started)
+    write_text(out / "soak.json", json.dumps(report | {"looks": looks}, indent=1) + "\n")
+    plot(out / "soak.png", looks)
+    print(json.dumps(report, indent=2))
+    return int(not report["flat"])
+
+
+def conclude(looks: Sequence[dict[str, Any]], steps: int, code: int | None, seconds: float) -> dict[str, Any]:
+    """What grew between the second and the last tenth of the looks; flat: no process by more than 5 %."""
+    series: defaultdict[str, list[float]] = defaultdict(list)
+    pids: defaultdict[str, set[float]] = defaultdict(set)
+    for one in looks:
+        for name in ("driver", *NAMES):
+            if name in one:
+                series[f"{name} MiB"].append(one[name]["mib"])
+                series[f"{name} files"].append(one[name]["files"])
+                pids[name].add(one[name]["pid"])
+        series["processes"].append(one["all"]["processes"])
+        series["object store MiB"].append(one["all"]["store_mib"])
+    grown = {name: round(drift(values), 4) for name, values in series.items() if len(values) >= 20}
+    last = {name: round(values[-1], 1) for name, values in series.items()}
+    flat = bool(grown) and all(change <= 0.05 for name, change in grown.items())
+    restarts = {name: len(own) - 1 for name, own in pids.items() if len(own) > 1}
+    head = {"steps": steps, "exit": code, "seconds": round(seconds), "looks": len(looks)}
+    return {**head, "flat": flat and code == 0, "grown": grown, "last": last, "restarts": restarts,
+            "versions": versions()}  # fmt: skip
+
+
+def plot(path: Path, looks: Sequence[dict[str, Any]]) -> None:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    axis = figure.subplots()
+    for name in ("driver", *NAMES):
+        points = [(one["step"], one[name]["mib"]) for one in looks if name in one]
+        if points:
+            axis.plot(*zip(*points, strict=True), label=name, linewidth=1.2)
+    axis.set(xlabel="step", ylabel="memory of its own, MiB", ylim=(0, None))
+    axis.legend(fontsize="small")
+    axis.grid(alpha=0.3)
+    figure.savefig(path, dpi=110)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

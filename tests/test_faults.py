@@ -1,0 +1,201 @@
+"""Faults of actors told from errors, runs that outlive them, and input that nobody meant."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+
+import psutil
+import pytest
+import ray
+import torch
+from conftest import tiny_settings
+from ray.exceptions import ActorUnavailableError, GetTimeoutError, ObjectLostError, ObjectStoreFullError
+
+from actors.faults import HUNG, blamed, end, fault_of, place, silent
+from eval.faults import damage, processes
+from eval.faults.__main__ import main
+from eval.soak import conclude, drift
+from onpolicy_skd.config import ConfigError
+from onpolicy_skd.train import connect
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    with connect(tiny_settings()):
+        yield
+
+
+@ray.remote(num_cpus=0.1)
+class LearnerActor:  # named as the real one: faults are blamed by name
+    def __init__(self, problem=None):
+        if problem:
+            raise problem
+
+    def ready(self):
+        return place()
+
+    def fail(self, problem):
+        raise problem
+
+    def ask(self, other):
+        return ray.get(other.ready.remote())
+
+
+def raised(ref):
+    with pytest.raises(ray.exceptions.RayError) as caught:
+        ray.get(ref, timeout=60)
+    return caught.value
+
+
+def test_what_code_raises_is_no_fault(cluster):
+    actor = LearnerActor.remote()
+    for problem in (ValueError("no"), ConfigError("lr: no"), ZeroDivisionError()):
+        assert fault_of(raised(actor.fail.remote(problem))) is None
+    assert fault_of(raised(LearnerActor.remote(ValueError("no")).ready.remote())) is None  # it would come again
+    end(actor, None)
+
+
+@pytest.mark.parametrize("problem", [MemoryError("host"), torch.OutOfMemoryError("CUDA out of memory")])
+def test_out_of_memory_is_a_fault_of_the_one_that_ran_out(cluster, problem):
+    actor = LearnerActor.remote()
+    error = raised(actor.fail.remote(problem))
+    assert str(problem) in fault_of(error)
+    assert blamed(error) == "Learner"
+    end(actor, None)
+
+
+def test_a_dead_actor_is_a_fault_also_where_another_one_needed_it(cluster):
+    dead, alive = LearnerActor.remote(), LearnerActor.remote()
+    where = ray.get(dead.ready.remote())
+    os.kill(where.pid, signal.SIGKILL)
+    for error in (raised(dead.ready.remote()), raised(alive.ask.remote(dead))):
+        assert "its process ended" in fault_of(error)
+        assert blamed(error) is None
+    assert silent(alive, 30) is None
+    assert "its process ended" in silent(dead, 30)
+    end(alive, None)
+
+
+def test_an_actor_that_no_longer_hears_ray_is_ended_too(cluster):
+    actor = LearnerActor.remote()
+    where = ray.get(actor.ready.remote())
+    process = psutil.Process(where.pid)
+    process.suspend()
+    assert silent(actor, 1.0) == HUNG
+    end(actor, where)
+    process.wait(20)
+
+
+def test_other_faults_have_words():
+    assert fault_of(GetTimeoutError("x")) == HUNG
+    assert "unavailable" in fault_of(ActorUnavailableError("the node is unavailable", None))
+    assert fault_of(ObjectStoreFullError("full")).startswith("ObjectStoreFullError")
+    assert fault_of(ObjectLostError("aa", None, "")).startswith("ObjectLostError")
+    assert fault_of(RuntimeError("no")) is None
+
+
+def test_a_ray_of_our_own_listens_on_loopback_alone(cluster):
+    heard = [
+        connection.laddr.ip
+        for process in psutil.Process().children(recursive=True)
+        for connection in process.net_connections("inet")
+        if connection.status == psutil.CONN_LISTEN
+    ]
+    assert len(heard) > 3
+    assert {ip.removeprefix("::ffff:") for ip in heard} == {"127.0.0.1"}
+
+
+def test_a_ray_of_our_own_answers_nobody_without_its_token(cluster):
+    address = ray.get_runtime_context().gcs_address
+    near = "from ray._private import ray_constants as known; known.ENABLE_RAY_CLUSTER = False"  # as we do
+    code = f"import ray; {near}; ray.init(address={address!r})"
+    stranger = os.environ | {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "0" * 64, "RAY_NUM_REDIS_GET_RETRIES": "1"}
+    done = subprocess.run([sys.executable, "-c", code], env=stranger, capture_output=True, text=True, check=False)
+    assert done.returncode != 0
+    assert "InvalidAuthToken" in done.stderr
+
+
+# -- whole runs ----------------------------------------------------------------------------------------------------
+
+
+def lab(tmp_path, engine="transformers"):
+    return processes.Lab(tmp_path, engine, random.Random(0))
+
+
+def test_a_run_that_cannot_be_mended_ends_with_a_checkpoint_and_the_cause(tmp_path):
+    """No restart is allowed, and a rollout actor is killed."""
+    own = lab(tmp_path)
+    process = own.start(own.command("r", 500, "faults.restarts=0", "run.checkpoint_every=0"), "r")
+    processes.wait_for(process, lambda: (tmp_path / "r.log").exists() and "step 2 " in own.log("r"))
+    processes.actors(process.pid, "Rollout")[0].kill()
+    assert process.wait(120) == 1
+    summary = json.loads((tmp_path / "r" / "summary.json").read_text())
+    assert summary["status"] == "failed"
+    assert "rollout failed 1 times" in summary["reason"]
+    assert "faults.restarts=0" in summary["reason"]
+    assert processes.one_error(own.log("r"))
+    assert (tmp_path / "r" / "checkpoints" / f"step-{summary['steps']:08d}").is_dir()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", processes.KINDS)
+def test_a_run_outlives_actors_that_hang(tmp_path, kind):
+    own = lab(tmp_path)
+    tally = processes.killed_actors(own, kind, 2, signal.SIGSTOP, "faults.deadline_minutes=0.1")
+    assert (tally.ended_right, tally.wrong) == (2, 0), tally.notes
+
+
+# -- damage and fuzzing --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("scenario", "count"),
+    [
+        (damage.damaged_checkpoints, 40), (damage.damaged_caches, 60), (damage.damaged_data, 100),
+        (damage.fuzzed_settings, 500), (damage.fuzzed_data, 400), (damage.fuzzed_caches, 150),
+    ],
+)  # fmt: skip
+def test_readers_answer_right_or_refuse_in_words(tmp_path, scenario, count):
+    """A share of what `make faults` does."""
+    tally = scenario(tmp_path / "s", random.Random(f"{os.urandom(4)}"), count)
+    assert (tally.injected, tally.wrong) == (count, 0), tally.notes
+
+
+def test_a_wrong_answer_or_a_traceback_would_be_counted():
+    tally = processes.Tally()
+
+    def fails():
+        raise KeyError("x")
+
+    def refuses():
+        raise ConfigError("row 3: no")
+
+    for action in (lambda: True, lambda: False, fails, refuses):
+        damage.tried(tally, "it", action)
+    assert (tally.injected, tally.ended_right, tally.clear_error, tally.wrong) == (4, 1, 1, 2)
+
+
+def test_the_suite_writes_its_summary_and_fails_if_anything_was_wrong(tmp_path, monkeypatch):
+    arguments = ["--out", str(tmp_path / "out"), "--count", "1", "--only", "damaged-data"]
+    assert main(arguments) == 0
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert summary["injected"] == 10 == summary["ended_right"] + summary["clear_error"]
+    monkeypatch.setattr(damage, "load_questions", lambda *_: 1 / 0)
+    assert main(arguments) == 1
+    assert json.loads((tmp_path / "out" / "summary.json").read_text())["wrong"] == 10
+
+
+def test_a_soak_is_flat_only_if_nothing_grows():
+    def look(step, growth):
+        own = {"mib": 100 + growth * step, "files": 10, "pid": 1}
+        return {"step": step, "driver": own, "all": {"processes": 5, "store_mib": 3.0}}
+
+    assert conclude([look(s, 0) for s in range(100)], 100, 0, 1.0)["flat"]
+    leaking = conclude([look(s, 1) for s in range(100)], 100, 0, 1.0)
+    assert not leaking["flat"]
+    assert leaking["grown"]["driver MiB"] > 0.5
+    assert not conclude([look(s, 0) for s in range(100)], 100, 1, 1.0)["flat"]
+    assert drift([9.0] * 10 + [1.0] * 90) == 0
