@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from dataclasses import dataclass
 from pathlib import Path
@@ -77,17 +78,27 @@ def load_model(model: str, dtype: torch.dtype, device: str, trust_remote_code: b
 
 def _from_pretrained(kind: Any, model: str, **options: Any) -> Any:
     if options.get("trust_remote_code"):
-        log.warning("trust_remote_code is on: Python code that comes with %s runs on this machine", model)
+        _warn_of_code(model)
     try:
         return kind.from_pretrained(resolve_path(model), **options)
     except ModelError:
         raise
     except Exception as error:  # transformers raises many kinds; each means that this model is not to be had
         reason = str(error).strip().splitlines()[0] if str(error).strip() else ""
+        if "custom code" in reason:
+            raise ModelError(
+                f"model {model!r} brings Python code along, which is not run unless you say so: read it, and set "
+                "student.trust_remote_code or teacher.trust_remote_code if you trust it"
+            ) from None
         raise ModelError(
             f"model {model!r} cannot be loaded: {type(error).__name__}: {reason}; "
             "give a folder with a transformers checkpoint or a hub name OWNER/NAME"
         ) from error
+
+
+@functools.cache
+def _warn_of_code(model: str) -> None:
+    log.warning("trust_remote_code is on: Python code that comes with %s runs here, with your rights", model)
 
 
 def check_same_tokenizer(student: Any, teacher: Any, student_name: str, teacher_name: str) -> None:

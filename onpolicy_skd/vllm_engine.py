@@ -55,6 +55,7 @@ class VLLMEngine:
         self._llm = LLM(
             path,
             dtype=dtype,
+            load_format="safetensors",  # never a pickle
             max_model_len=longest,
             max_num_seqs=own.max_sequences,
             generation_config="vllm",  # nothing is inherited from the model's own sampling settings

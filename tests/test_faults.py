@@ -6,6 +6,7 @@ import random
 import signal
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -15,10 +16,12 @@ from conftest import tiny_settings
 from ray.exceptions import ActorUnavailableError, GetTimeoutError, ObjectLostError, ObjectStoreFullError
 
 from actors.faults import HUNG, blamed, end, fault_of, place, silent
+from actors.roles import Roles
 from eval.faults import damage, processes
 from eval.faults.__main__ import main
 from eval.soak import conclude, drift
-from onpolicy_skd.config import ConfigError
+from onpolicy_skd.config import ConfigError, FaultSettings
+from onpolicy_skd.supervisor import Supervisor
 from onpolicy_skd.train import connect
 
 
@@ -30,12 +33,16 @@ def cluster():
 
 @ray.remote(num_cpus=0.1)
 class LearnerActor:  # named as the real one: faults are blamed by name
-    def __init__(self, problem=None):
+    def __init__(self, problem=None, updates=0):
+        self.updates = updates
         if problem:
             raise problem
 
     def ready(self):
         return place()
+
+    def version(self):
+        return self.updates
 
     def fail(self, problem):
         raise problem
@@ -95,6 +102,28 @@ def test_other_faults_have_words():
     assert fault_of(ObjectStoreFullError("full")).startswith("ObjectStoreFullError")
     assert fault_of(ObjectLostError("aa", None, "")).startswith("ObjectLostError")
     assert fault_of(RuntimeError("no")) is None
+
+
+@pytest.mark.parametrize(("made", "rolled_back"), [(3, False), (4, True)])
+def test_an_update_whose_answer_was_lost_is_not_made_twice(cluster, tmp_path, made, rolled_back):
+    """A learner that answers too late is well, but whether it made the update shows in its version alone."""
+    roles = Roles.__new__(Roles)
+    roles._settings, roles.supervisor = tiny_settings(), Supervisor(FaultSettings(backoff_seconds=0))
+    roles._places, roles._version, roles._pushed, roles._teacher = {}, 3, 3, None
+    roles._learner, roles.rollouts = LearnerActor.remote(updates=made), SimpleNamespace(actors=[])
+    roles._start_learner = LearnerActor.remote
+    done = roles.recover(GetTimeoutError("late"), tmp_path, lambda _: None)
+    assert (done.rolled_back, done.restarted) == (rolled_back, ["learner"] * rolled_back)
+    assert roles._version == (0 if rolled_back else 3)
+    end(roles._learner, None)
+
+
+def test_an_error_that_would_come_again_is_raised_and_mends_nothing(cluster, tmp_path):
+    actor = LearnerActor.remote()
+    error = raised(actor.fail.remote(ValueError("no")))
+    with pytest.raises(ValueError, match="no"):
+        Roles.__new__(Roles).recover(error, tmp_path, lambda _: None)
+    end(actor, None)
 
 
 def test_a_ray_of_our_own_listens_on_loopback_alone(cluster):

@@ -1,4 +1,5 @@
 import json
+import logging
 import shutil
 
 import pytest
@@ -69,6 +70,24 @@ def test_weights_are_read_from_safetensors_only(tmp_path):
     torch.save({}, tmp_path / "pytorch_model.bin")
     with pytest.raises(ModelError, match="safetensors"):
         load_model(str(tmp_path), torch.float32, "cpu")
+
+
+def test_code_that_comes_with_a_model_runs_only_if_it_is_trusted(tmp_path, caplog):
+    marker = tmp_path / "ran"
+    (tmp_path / "own.py").write_text(
+        "import pathlib\nfrom transformers import Qwen3Config\n"
+        f"pathlib.Path({str(marker)!r}).touch()\nclass OwnConfig(Qwen3Config):\n    model_type = 'own'\n"
+    )
+    (tmp_path / "config.json").write_text(
+        json.dumps({"model_type": "own", "auto_map": {"AutoConfig": "own.OwnConfig"}})
+    )
+    with pytest.raises(ModelError, match="trust_remote_code"):
+        load_config(str(tmp_path))
+    assert not marker.exists()
+    with caplog.at_level(logging.WARNING):
+        load_config(str(tmp_path), trust_remote_code=True)
+    assert marker.exists()
+    assert f"Python code that comes with {tmp_path} runs here" in caplog.text
 
 
 def test_tokenizers_that_differ_are_named_with_an_example(tmp_path):
