@@ -46,7 +46,8 @@ class Role:
             "num_cpus": CPUS_PER_ROLE,
             "num_gpus": self.gpus,
             "runtime_env": {"env_vars": environment},
-            "max_restarts": 0,
+            "max_restarts": 0,  # Roles.recover restarts them: they need the current weights
+            "enable_task_events": False,  # Ray's head keeps a record of every call: 25 KB a step, for days
         }
 
 

@@ -48,7 +48,7 @@ USED_BY = {  # setting: the other setting that decides whether it matters, and t
 
 def check(settings: Settings) -> None:
     """Raises ConfigError for the first combination that is impossible, or would do something else than it says."""
-    for problem in (_unused, _room, _alignment, _sampled_tokens, _references, _samples, _text, _cache):
+    for problem in (_unused, _room, _alignment, _sampled_tokens, _entropy, _references, _samples, _text, _cache):
         if message := problem(settings):
             raise ConfigError(message)
 
@@ -116,6 +116,15 @@ def _sampled_tokens(settings: Settings) -> str | None:
         return (
             f"alignment.estimator=sampled: {looking[0]} selects by the very tokens that are drawn, which biases what "
             "is estimated from them; accepted: a selection that does not look at them"
+        )
+    return None
+
+
+def _entropy(settings: Settings) -> str | None:
+    if settings.rollout.entropy == "engine" and (settings.mode != "on_policy" or settings.alignment.temperature != 1.0):
+        return (
+            "rollout.entropy=engine: of what the engine samples, at temperature 1; accepted with mode=on_policy and "
+            "alignment.temperature=1"
         )
     return None
 

@@ -191,6 +191,10 @@ class RolloutSettings(Section):
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
         default="auto", description="auto: bfloat16 on cuda, else float32"
     )
+    entropy: Literal["learner", "engine"] = Field(
+        default="learner",
+        description="who measures the student's entropy; engine: while it samples, which saves the learner a pass",
+    )
     max_sequences: Positive = Field(default=256, description="sequences generated at the same time by one engine")
     gpu_memory: Share = Field(default=0.85, description="share of a GPU that a vLLM engine takes")
     kv_cache_mib: Positive = Field(default=256, description="KV cache of a vLLM engine on CPU, MiB")

@@ -25,7 +25,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from onpolicy_skd.lm_head import Projector, blocks, chunk_size, chunks, log_softmax_
+from onpolicy_skd.lm_head import Projector, RowStatistics, blocks, chunk_size, chunks, log_softmax_
 from onpolicy_skd.trajectory import SparseTargets
 
 KINDS = ("reverse_kl", "forward_kl", "jsd")
@@ -98,8 +98,10 @@ def distillation_loss(
     teacher: HiddenRows | SparseTargets,
     rows: Rows,
     alignment: Alignment,
+    observed: RowStatistics | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The weighted loss and the divergence of each row.
+    """The weighted loss and the divergence of each row; fills ``observed`` with the student's statistics on the way
+    (at temperature 1 alone).
 
     Returns the scalar sum over rows of weight * loss, differentiable in ``student_hidden_NH`` and
     ``student_head_VH``, and the detached divergence per row, float32 ``[N]``, nats.  The two hidden sizes may differ;
@@ -108,12 +110,12 @@ def distillation_loss(
     """
     if isinstance(teacher, HiddenRows) and len(student_head_VH) != len(teacher.head_VG):
         raise ValueError(f"vocabularies differ: student {len(student_head_VH)}, teacher {len(teacher.head_VG)}")
-    return _Loss.apply(student_hidden_NH, student_head_VH, teacher, rows, alignment)
+    return _Loss.apply(student_hidden_NH, student_head_VH, teacher, rows, alignment, observed)
 
 
 class _Loss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, student_NH, student_head, teacher, asked, alignment):
+    def forward(ctx, student_NH, student_head, teacher, asked, alignment, observed):
         wants_hidden, wants_head = ctx.needs_input_grad[:2]
         grad_hidden = torch.zeros_like(student_NH) if wants_hidden else None
         grad_head = torch.zeros_like(student_head) if wants_head else None
@@ -127,8 +129,9 @@ class _Loss(torch.autograd.Function):
             logits_cV = student_logits(student_NH[part])
             teacher_c = chunk_of(part)
             for block in blocks(logits_cV):
+                seen = None if observed is None else observed[part][block]
                 loss_b, values_N[part][block] = _block(
-                    logits_cV[block], teacher_c[block], asked[part][block], alignment
+                    logits_cV[block], teacher_c[block], asked[part][block], alignment, seen
                 )
                 loss += loss_b
             grad_logits_cV = logits_cV.to(student_NH.dtype)  # _block turned the logits into their gradient
@@ -152,7 +155,7 @@ class _Loss(torch.autograd.Function):
             for gradient in gradients:
                 if gradient is not None:
                     gradient.mul_(grad_loss)
-        return (*gradients, None, None, None)
+        return (*gradients, None, None, None, None)
 
 
 def _accumulate(grad_head_VH: Tensor, grad_logits_cV: Tensor, hidden_cH: Tensor) -> None:
@@ -162,15 +165,19 @@ def _accumulate(grad_head_VH: Tensor, grad_logits_cV: Tensor, hidden_cH: Tensor)
         grad_head_VH += grad_logits_cV.T @ hidden_cH
 
 
-def _block(logits: Tensor, teacher: Tensor | SparseTargets, rows: Rows, alignment: Alignment) -> tuple[Tensor, Tensor]:
+def _block(
+    logits: Tensor, teacher: Tensor | SparseTargets, rows: Rows, alignment: Alignment, seen: RowStatistics | None
+) -> tuple[Tensor, Tensor]:
     """Loss and divergences of a few rows; **overwrites** ``logits`` with the gradient of the loss at the raw logits.
 
     The teacher's logits are overwritten too: for exact divergences at most a scratch is allocated here.
     """
     temperature = alignment.temperature if rows.temperature_N is None else rows.temperature_N[:, None]
     targets = rows.targets_N[:, None]
-    log_q = log_softmax_(_soften_(logits, temperature))
+    log_q = log_softmax_(_soften_(logits, temperature), seen and seen.entropy_N)
     target_log_q = log_q.gather(1, targets)[:, 0]
+    if seen:
+        seen.logprob_N.copy_(target_log_q)
     if isinstance(teacher, SparseTargets):
         values, gradient, q = _sparse(log_q, teacher)
     else:

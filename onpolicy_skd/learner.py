@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError
 from torch import Tensor
@@ -26,13 +27,14 @@ from onpolicy_skd import checkpoint
 from onpolicy_skd.config import LearnerSettings, Settings
 from onpolicy_skd.guards import repetition
 from onpolicy_skd.inspection import Inspection
-from onpolicy_skd.lm_head import row_statistics
+from onpolicy_skd.lm_head import RowStatistics, row_statistics
 from onpolicy_skd.micro_batch import SAMPLE_SCORES, MicroBatch, SampleScore
 from onpolicy_skd.models import SplitModel, pick_dtype
 from onpolicy_skd.objective import Objective
 from onpolicy_skd.probe import Probe
 from onpolicy_skd.selection import samples
 from onpolicy_skd.selection.metrics import Ranges
+from onpolicy_skd.selection.positions import Selection
 from onpolicy_skd.selection.selector import Selector
 from onpolicy_skd.teacher import TeacherRows
 from onpolicy_skd.trajectory import Batch, FilterReport, Trajectory, check_version, collate, micro_batches, seed_of
@@ -144,6 +146,9 @@ class Learner:
             return [seed_of(seed, self.version, "sample", t.key) / 2**31 for t in trajectories]
         if own.metric in samples.TEACHER_METRICS:
             self._teacher.encode(trajectories)
+        recorded = [t.sampler_entropy for t in trajectories]
+        if own.metric == "student_entropy" and all(e is not None for e in recorded):
+            return [float(np.mean(e)) for e in recorded]  # type: ignore[arg-type]
         return self._each(trajectories, SAMPLE_SCORES[own.metric])
 
     def divergence(self, trajectories: Sequence[Trajectory], rows: Mapping[str, Tensor] | None = None) -> float:
@@ -241,33 +246,56 @@ class Learner:
         return totals
 
     def _backward(self, micro: MicroBatch, ranges: Ranges | None, total: float, totals: _Totals) -> None:
-        batch, found = micro.batch, micro.statistics
         scores_N, chosen = self._selector.select(micro.signals(ranges), self.version)
         shares = torch.tensor([t.weight / total for t in micro.members]).repeat_interleave(torch.tensor(chosen.counts))
         loss, values_K = self._objective.loss(micro, chosen, chosen.weights_K * shares.to(chosen.weights_K.device))
         loss.backward()
         sound = torch.isfinite(values_K).cpu().split(chosen.counts)
         totals.unsound += [key for key, own in zip(micro.keys, sound, strict=True) if not own.all()]
-        totals.scores |= dict(zip(micro.keys, scores_N.split(batch.counts), strict=True))
-        own = [torch.full((len(t.response_ids),), t.policy_version is not None) for t in micro.members]
-        sampled = torch.cat([torch.as_tensor(t.sampler_logprobs) for t in micro.members])
-        gap_N = (sampled.to(scores_N.device) - found.raw_logprob_N).abs()[torch.cat(own).to(scores_N.device)]
-        totals.gap_max = max(totals.gap_max, gap_N.max().item() if len(gap_N) else 0.0)
+        totals.scores |= dict(zip(micro.keys, scores_N.split(micro.batch.counts), strict=True))
         totals.add(
             loss=loss.item(),
-            gap=gap_N.sum(),
-            gap_positions=len(gap_N),
             divergence=values_K.sum(),
-            entropy=found.entropy_N.sum(),
-            entropy_selected=found.entropy_N[chosen.indices_K].sum(),
-            student_logprob=found.raw_logprob_N.sum(),
             tokens=sum(t.length for t in micro.members),
-            padded_tokens=batch.input_ids.numel(),
+            padded_tokens=micro.batch.input_ids.numel(),
             positions=len(scores_N),
             selected=len(values_K),
             samples=len(micro.members),
             teacher_wait_seconds=micro.waited,
         )
+        self._compare(micro, chosen, totals)
+
+    @torch.no_grad()
+    def _compare(self, micro: MicroBatch, chosen: Selection, totals: _Totals) -> None:
+        """Student statistics of the micro-batch, and how far the sampler's own are from them.
+
+        Of all positions where a pass was made over all of them; else of those that the loss has passed over, and of
+        the others what the engine recorded.
+        """
+        selected_K, count = chosen.indices_K, len(micro.batch.targets)
+        if micro.observed and not micro.measured and (micro.sampled or len(selected_K) == count):
+            at, found = micro.observed
+            entropy_K = found.entropy_N
+        else:
+            at, found = torch.arange(count, device=selected_K.device), micro.statistics
+            entropy_K = found.entropy_N[selected_K]
+        entropy_N, logprob_N = found.entropy_N, found.raw_logprob_N
+        if micro.sampled and len(at) < count:
+            entropy_N, logprob_N = micro.sampled
+        own_N = torch.cat([torch.full((len(t.response_ids),), t.policy_version is not None) for t in micro.members])
+        sampled_N = torch.from_numpy(np.concatenate([t.sampler_logprobs for t in micro.members]))
+        own = own_N.to(at.device)[at]
+        gap = (sampled_N.to(at.device)[at] - found.raw_logprob_N).abs()[own]
+        totals.gap_max = max(totals.gap_max, gap.max().item() if len(gap) else 0.0)
+        totals.add(
+            gap=gap.sum(),
+            gap_positions=len(gap),
+            entropy=entropy_N.sum(),
+            entropy_selected=entropy_K.sum(),
+            student_logprob=logprob_N.sum(),
+        )
+        if micro.sampled:
+            totals.add(entropy_gap=(micro.sampled[0][at] - found.entropy_N).abs().sum())
 
     @torch.no_grad()
     def _ranges(self, trajectories: Sequence[Trajectory]) -> Ranges:
@@ -301,6 +329,8 @@ class Learner:
         selected = max(1.0, s["selected"])
         sampled = s["gap_positions"]
         gap = {"sampler_gap": s["gap"] / sampled, "sampler_gap_max": totals.gap_max} if sampled else {}
+        if "entropy_gap" in s:
+            gap["entropy_gap"] = s["entropy_gap"] / sampled
         return {
             "loss": s["loss"],
             "divergence_selected": s["divergence"] / selected,
@@ -346,12 +376,13 @@ class Learner:
         """The student's forward of ``members``; with gradient unless that is switched off."""
         batch, own = collate(members, self._pad_id, self.student.device), self._settings.alignment
         hidden_NH, head_VH = self._hidden(self.student, batch), self.student.head_VH
-        statistics = row_statistics(
-            hidden_NH.detach(), head_VH.detach(), batch.targets, own.temperature, own.chunk_rows
-        )
+
+        def measure() -> RowStatistics:
+            return row_statistics(hidden_NH.detach(), head_VH.detach(), batch.targets, own.temperature, own.chunk_rows)
+
         seeds = [seed_of(self._settings.run.seed, self.version, "positions", t.key) for t in members]
         alignment = self._objective.alignment
-        return MicroBatch(members, batch, hidden_NH, head_VH, statistics, self._teacher, alignment, seeds)
+        return MicroBatch(members, batch, hidden_NH, head_VH, measure, self._teacher, alignment, seeds)
 
     def _hidden(self, model: SplitModel, batch: Batch) -> Tensor:
         coarse = self._dtype != torch.float32

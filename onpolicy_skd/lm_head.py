@@ -7,7 +7,7 @@ and reduced in float32.  Sizes in rows and elements; entropies and log-probabili
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -70,6 +70,15 @@ def shift_exp(logits_bV: Tensor) -> tuple[Tensor, Tensor]:
     return weight, weight.sum(-1)
 
 
+def entropy_of(logits_BV: Tensor, rows_R: Tensor) -> Tensor:
+    """``[R]``, nats: of these rows of ``logits_BV``, which stays as it is."""
+    entropy_R = torch.empty(len(rows_R), dtype=torch.float32, device=logits_BV.device)
+    for block in blocks(logits_BV):
+        if len(rows_R[block]):
+            entropy_R[block] = draw_statistics(logits_BV[rows_R[block]].float())[2]
+    return entropy_R
+
+
 _scratches: dict[torch.device, Tensor] = {}
 
 
@@ -84,18 +93,41 @@ def _scratch(like: Tensor) -> Tensor:
     return known[: like.numel()].view_as(like)
 
 
-def log_softmax_(logits_bV: Tensor) -> Tensor:
-    """log softmax of each row, **in place**."""
-    _, total = shift_exp(logits_bV)
+def log_softmax_(logits_bV: Tensor, entropy_b: Tensor | None = None) -> Tensor:
+    """log softmax of each row, **in place**; fills ``entropy_b``, nats, if it is given."""
+    weight, total = shift_exp(logits_bV)
+    if entropy_b is not None:
+        entropy_b.copy_(_entropy(logits_bV, weight, total))
     return logits_bV.sub_(total.log_()[:, None])
 
 
-class RowStatistics(NamedTuple):
+def _entropy(shifted_bV: Tensor, weight_bV: Tensor, total_b: Tensor) -> Tensor:
+    """``[b]``, nats, of what ``shift_exp`` left and returned."""
+    return total_b.log() - torch.linalg.vecdot(weight_bV, shifted_bV) / total_b
+
+
+def draw_statistics(logits_bV: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """What ``shift_exp`` returns, and each row's entropy ``[b]``, nats; **shifts** ``logits_bV`` in place."""
+    weight, total = shift_exp(logits_bV)
+    return weight, total, _entropy(logits_bV, weight, total)
+
+
+@dataclass(frozen=True, slots=True)
+class RowStatistics:
     """Of N rows, float32 ``[N]`` each, nats."""
 
     entropy_N: Tensor  # at the distillation temperature
     logprob_N: Tensor  # of the target, at the distillation temperature
     raw_logprob_N: Tensor  # of the target, at temperature 1: what a sampler records
+
+    @classmethod
+    def empty(cls, rows: int, device: torch.device) -> RowStatistics:
+        """To be filled, at temperature 1."""
+        entropy_N, logprob_N = torch.empty(2, rows, device=device)
+        return cls(entropy_N, logprob_N, logprob_N)
+
+    def __getitem__(self, part: slice | Tensor) -> RowStatistics:
+        return RowStatistics(*(values[part] for values in (self.entropy_N, self.logprob_N, self.raw_logprob_N)))
 
 
 @torch.no_grad()
@@ -121,5 +153,5 @@ def row_statistics(
             if temperature != 1.0:
                 weight, total = shift_exp(logits.div_(temperature))
                 logprob_N[rows][block] = logits.gather(1, targets_b)[:, 0] - total.log()
-            entropy_N[rows][block] = total.log() - torch.linalg.vecdot(weight, logits) / total
+            entropy_N[rows][block] = _entropy(logits, weight, total)
     return RowStatistics(entropy_N, logprob_N, raw_N)

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from functools import cached_property
 from typing import TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -30,7 +31,7 @@ class MicroBatch:
         batch: Batch,
         hidden_NH: Tensor,
         head_VH: Tensor,
-        statistics: RowStatistics,
+        measure: Callable[[], RowStatistics],
         teacher: TeacherRows,
         alignment: Alignment,
         seeds: Sequence[int],
@@ -39,10 +40,11 @@ class MicroBatch:
         self.batch = batch
         self.hidden_NH = hidden_NH
         self.head_VH = head_VH
-        self.statistics = statistics
+        self.observed: tuple[Tensor, RowStatistics] | None = None  # rows [K] the loss has passed over, and theirs
         self.teacher = teacher
         self.seeds = seeds
         self.waited = 0.0  # seconds spent on the teacher
+        self._measure = measure
         self._alignment = alignment
         self._all_rows_NG: Tensor | None = None  # once the teacher's rows at all positions were fetched
 
@@ -50,17 +52,41 @@ class MicroBatch:
     def keys(self) -> list[str]:
         return [t.key for t in self.members]
 
+    @cached_property
+    def statistics(self) -> RowStatistics:
+        """Of all N positions: a pass over the LM head."""
+        return self._measure()
+
+    @property
+    def measured(self) -> bool:
+        """Whether that pass was made."""
+        return "statistics" in self.__dict__
+
+    @cached_property
+    def sampled(self) -> tuple[Tensor, Tensor] | None:
+        """Entropy and log-probability of the target at all N positions as the engines recorded them, if they did."""
+        entropies = [t.sampler_entropy for t in self.members]
+        if any(e is None for e in entropies):
+            return None
+        device = self.hidden_NH.device
+        logprobs = np.concatenate([t.sampler_logprobs for t in self.members])
+        return torch.from_numpy(np.concatenate(entropies)).to(device), torch.from_numpy(logprobs).to(device)  # type: ignore[arg-type]
+
+    def _student(self) -> tuple[Tensor, Tensor]:
+        if self.sampled:
+            return self.sampled[0], -self.sampled[1]
+        return self.statistics.entropy_N, -self.statistics.logprob_N
+
     def signals(self, ranges: Ranges | None = None) -> Signals:
         """What position scores are made of."""
-        found = self.statistics
         return Signals(
-            found.entropy_N,
-            -found.logprob_N,
+            self._student,
             self.batch.counts,
             self.seeds,
             lambda: self.scalars,
             self.divergence,
             ranges,
+            self.hidden_NH.device,
         )
 
     @cached_property

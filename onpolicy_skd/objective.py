@@ -17,6 +17,7 @@ from torch import Tensor
 
 from onpolicy_skd.config import Settings
 from onpolicy_skd.divergence import Alignment, HiddenRows, Rows, distillation_loss
+from onpolicy_skd.lm_head import RowStatistics
 from onpolicy_skd.micro_batch import MicroBatch
 from onpolicy_skd.models import SplitModel
 from onpolicy_skd.selection.positions import Selection, quota
@@ -66,7 +67,11 @@ class Objective:
         hidden_KH, targets_K = micro.hidden_NH[at], micro.batch.targets[at]
         rows = Rows(weights_K, targets_K, self._temperatures(micro, at), self._decoupled(micro, at))
         teacher = self._teacher(micro, chosen)
-        loss, values_K = distillation_loss(hidden_KH, micro.head_VH, teacher, rows, self.alignment)
+        plain = rows.temperature_N is None and self.alignment.temperature == 1.0
+        observed = RowStatistics.empty(len(at), at.device) if plain else None
+        loss, values_K = distillation_loss(hidden_KH, micro.head_VH, teacher, rows, self.alignment, observed)
+        if observed:
+            micro.observed = (at, observed)
         if self._projection is not None and isinstance(teacher, HiddenRows):
             unsure = self._share_of_entropy(micro, at) >= self._own.feature_entropy
             distance = hidden_KH.float() @ self._projection.T - teacher.hidden_NG.float()

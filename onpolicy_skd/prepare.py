@@ -58,7 +58,7 @@ class Run:
     @property
     def sampling(self) -> Sampling:
         own = self.settings.rollout
-        return Sampling(own.max_tokens, own.temperature, own.top_p)
+        return Sampling(own.max_tokens, own.temperature, own.top_p, own.entropy == "engine")
 
     @property
     def greedy(self) -> Sampling:

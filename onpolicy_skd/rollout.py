@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from onpolicy_skd.config import Settings
-from onpolicy_skd.lm_head import shift_exp
+from onpolicy_skd.lm_head import draw_statistics, shift_exp
 from onpolicy_skd.models import end_ids, load_model, load_tokenizer, pick_device, pick_dtype
 from onpolicy_skd.trajectory import RolloutRequest, Sampling, Trajectory
 
@@ -90,9 +90,18 @@ class TransformersEngine:
         )
         responses = out[:, width:].cpu().numpy()
         logprobs = torch.stack(sampler.logprobs, 1).cpu().numpy()
-        return [self._trajectory(*row, ends) for row in zip(requests, responses, logprobs, strict=True)]
+        entropies = torch.stack(sampler.entropies, 1).cpu().numpy() if sampling.entropy else [None] * len(requests)
+        rows = zip(requests, responses, logprobs, entropies, strict=True)
+        return [self._trajectory(*row, ends) for row in rows]
 
-    def _trajectory(self, request: RolloutRequest, ids: np.ndarray, logprobs: np.ndarray, ends: list[int]):
+    def _trajectory(
+        self,
+        request: RolloutRequest,
+        ids: np.ndarray,
+        logprobs: np.ndarray,
+        entropy: np.ndarray | None,
+        ends: list[int],
+    ) -> Trajectory:
         stops = np.flatnonzero(np.isin(ids, ends))
         length = int(stops[0]) + 1 if len(stops) else len(ids)
         return Trajectory(
@@ -102,6 +111,7 @@ class TransformersEngine:
             sampler_logprobs=logprobs[:length].astype(np.float32),
             finish="stop" if len(stops) else "length",
             policy_version=self.version,
+            sampler_entropy=None if entropy is None else entropy[:length],
         )
 
 
@@ -125,10 +135,15 @@ class _Sampler:
         self._sampling = sampling
         self._generators = [torch.Generator().manual_seed(r.seed) for r in requests]
         self.logprobs: list[Tensor] = []
+        self.entropies: list[Tensor] = []
 
     def __call__(self, _: Tensor, scores_BV: Tensor) -> Tensor:
         """Works in place: ``generate`` hands over a float32 copy of the logits."""
-        weight_BV, total_B = shift_exp(scores_BV)
+        if self._sampling.entropy:
+            weight_BV, total_B, entropy_B = draw_statistics(scores_BV)
+            self.entropies.append(entropy_B)
+        else:
+            weight_BV, total_B = shift_exp(scores_BV)
         chosen_B = scores_BV.argmax(-1) if self._sampling.temperature == 0 else self._draw(scores_BV, weight_BV)
         self.logprobs.append(scores_BV.gather(1, chosen_B[:, None])[:, 0] - total_B.log())
         return scores_BV.fill_(-torch.inf).scatter_(1, chosen_B[:, None], 0.0)

@@ -39,6 +39,7 @@ class Trajectory:
     correct: bool | None = None  # whether its answer equals the reference's; None: not judged
     weight: float = 1.0  # of this sample in the batch's mean
     documents: np.ndarray | None = None  # int64; tokens, after the first, at which attention starts anew
+    sampler_entropy: np.ndarray | None = None  # float32 [n]; nats, as sampler_logprobs; None: not recorded
 
     @property
     def length(self) -> int:
@@ -65,6 +66,7 @@ class Sampling:
     max_tokens: int
     temperature: float = 1.0
     top_p: float = 1.0
+    entropy: bool = False  # whether entropies are recorded
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,9 +10,11 @@ from importlib import metadata
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from onpolicy_skd.config import Settings
+from onpolicy_skd.lm_head import entropy_of
 from onpolicy_skd.models import ModelError, end_ids, load_tokenizer, pick_device, resolve_path
 from onpolicy_skd.trajectory import RolloutRequest, Sampling, Trajectory
 
@@ -23,6 +25,7 @@ if TYPE_CHECKING:
 # Compiling the sampler costs seconds for no gain on CPU. Both must be set before vLLM is imported.
 _ENVIRONMENT = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEVEL": "ERROR"}
 _CPU_ENVIRONMENT = {"TORCH_COMPILE_DISABLE": "1"}
+ENTROPIES: dict[str, dict[int, float]] = {}  # by request and position: the engine lives in this process
 HARNESS_KV_CACHE_MIB = 2048
 
 
@@ -62,6 +65,7 @@ class VLLMEngine:
             seed=0,
             trust_remote_code=trust_remote_code,
             disable_log_stats=True,
+            logits_processors=[_entropy_recorder()] if own.entropy == "engine" else None,
             **room,
         )
 
@@ -74,6 +78,7 @@ class VLLMEngine:
 
     def generate(self, requests: Sequence[RolloutRequest], sampling: Sampling) -> list[Trajectory]:
         prompts: list[Any] = [{"prompt_token_ids": r.prompt_ids} for r in requests]
+        ENTROPIES.clear()
         outputs = self._llm.generate(prompts, [self._params(r, sampling) for r in requests], use_tqdm=False)
         return [self._trajectory(request, out.outputs[0]) for request, out in zip(requests, outputs, strict=True)]
 
@@ -88,6 +93,7 @@ class VLLMEngine:
             logprobs=0,  # of the sampled token alone
             detokenize=False,
             stop_token_ids=self._ends,
+            extra_args={"entropy_of": request.key} if sampling.entropy else None,
         )
 
     def _trajectory(self, request: RolloutRequest, out: Any) -> Trajectory:
@@ -100,7 +106,44 @@ class VLLMEngine:
             sampler_logprobs=np.asarray(logprobs, dtype=np.float32),
             finish="stop" if out.finish_reason == "stop" else "length",
             policy_version=self.version,
+            sampler_entropy=_recorded(request.key, len(ids)),
         )
+
+
+def _recorded(key: str, count: int) -> np.ndarray | None:
+    """Entropies at the ``count`` positions of the response to ``key``; None if none were asked for."""
+    found = ENTROPIES.pop(key, None)
+    return None if found is None else np.array([found[i] for i in range(count)], dtype=np.float32)
+
+
+def _entropy_recorder() -> Any:
+    """A class that writes the entropy of each row of logits to ENTROPIES, at temperature 1 as they come."""
+    from vllm.v1.sample.logits_processor import LogitsProcessor
+    from vllm.v1.sample.logits_processor.builtin import process_dict_updates
+
+    class EntropyRecorder(LogitsProcessor):
+        def __init__(self, vllm_config: Any, device: Any, is_pin_memory: bool) -> None:
+            self._rows: dict[int, tuple[dict[int, float], list[int]]] = {}  # where to write, and the tokens so far
+
+        def is_argmax_invariant(self) -> bool:
+            return False  # else greedy decoding and the step before the temperature would pass it by
+
+        def update_state(self, batch_update: Any) -> None:
+            process_dict_updates(self._rows, batch_update, self._of)
+
+        def _of(self, params: Any, _: Any, output_ids: list[int]) -> tuple[dict[int, float], list[int]] | None:
+            key = (params.extra_args or {}).get("entropy_of")
+            return None if key is None else (ENTROPIES.setdefault(key, {}), output_ids)
+
+        def apply(self, logits: Tensor) -> Tensor:
+            if self._rows:
+                at = torch.tensor(list(self._rows), device=logits.device)
+                entropies = entropy_of(logits, at).tolist()
+                for (found, output_ids), value in zip(self._rows.values(), entropies, strict=True):
+                    found[len(output_ids)] = value
+            return logits
+
+    return EntropyRecorder
 
 
 def _prepare(device: str) -> None:

@@ -184,7 +184,8 @@ def test_different_vocabularies_and_unknown_divergences_are_errors():
 @pytest.mark.parametrize("chunk_rows", [None, 1, 7])
 def test_row_statistics_equal_the_float64_reference(temperature, chunk_rows):
     hidden, head, *_, targets = make(scale=2.0)
-    entropy, logprob, raw_logprob = row_statistics(hidden, head, targets, temperature, chunk_rows)
+    found = row_statistics(hidden, head, targets, temperature, chunk_rows)
+    entropy, logprob, raw_logprob = found.entropy_N, found.logprob_N, found.raw_logprob_N
     logits = hidden.double() @ head.double().T
     q = torch.softmax(logits / temperature, -1)
     assert torch.allclose(entropy.double(), -torch.xlogy(q, q).sum(-1), rtol=1e-4, atol=1e-5)
@@ -204,7 +205,8 @@ def test_the_scratch_may_be_made_in_inference_mode_and_used_outside():
 def test_statistics_of_extreme_logits_stay_finite():
     head = torch.eye(5)
     hidden = torch.tensor([[1e4, 0, 0, 0, 0], [0.0, 0, 0, 0, 0]])
-    entropy, logprob, _ = row_statistics(hidden, head, torch.tensor([0, 1]))
+    found = row_statistics(hidden, head, torch.tensor([0, 1]))
+    entropy, logprob = found.entropy_N, found.logprob_N
     assert entropy[0].item() == pytest.approx(0.0, abs=1e-6)
     assert entropy[1].item() == pytest.approx(torch.log(torch.tensor(5.0)).item())
     assert torch.isfinite(logprob).all()

@@ -196,6 +196,47 @@ def test_trajectories_of_another_policy_are_refused():
         learner.step(batch)
 
 
+def recorded(learner, trajectories):
+    """``trajectories`` with what an engine of the same weights would have recorded."""
+    done = []
+    for t in trajectories:
+        batch = collate([t], 0)
+        with torch.no_grad():
+            found = row_statistics(learner.student.hidden(batch), learner.student.head_VH, batch.targets)
+        own = {"sampler_logprobs": found.raw_logprob_N.numpy(), "sampler_entropy": found.entropy_N.numpy()}
+        done.append(dataclasses.replace(t, **own))
+    return done
+
+
+@pytest.mark.parametrize("positions", [{"k": 0.3}, {"policy": "full"}, {"metric": "student_ce", "k": 0.5}])
+def test_entropies_of_the_engine_give_the_same_step_without_a_pass_of_the_learners_own(positions, monkeypatch):
+    plain, plain_teacher = build(positions=positions)
+    fed, teacher = build(positions=positions, rollout={"entropy": "engine"})
+    batch = make_trajectories(LENGTHS)
+    batch = recorded(plain, batch)
+    without = [dataclasses.replace(t, sampler_entropy=None) for t in batch]
+    assert fed.rank(batch) == pytest.approx(plain.rank(without), rel=1e-5)
+    plain_teacher.encode(without)
+    expected = plain.step(without)
+    monkeypatch.setattr(learner_module, "row_statistics", None)  # would be called in vain
+    teacher.encode(batch)
+    found = fed.step(batch)
+    for name in ("loss", "grad_norm", "entropy", "entropy_selected", "student_logprob", "positions_selected"):
+        assert found[name] == pytest.approx(expected[name], rel=1e-5), name
+    assert found["entropy_gap"] < 1e-5
+    assert found["sampler_gap"] < 1e-5
+    for a, b in zip(plain.named.values(), fed.named.values(), strict=True):
+        assert torch.allclose(a, b, atol=1e-6)
+
+
+def test_all_positions_need_one_pass_over_the_head(monkeypatch):
+    learner, teacher = build(positions={"policy": "full"})
+    monkeypatch.setattr(learner_module, "row_statistics", None)
+    batch = make_trajectories(LENGTHS)
+    teacher.encode(batch)
+    assert learner.step(batch)["entropy"] > 0
+
+
 def test_sample_filter_ranks_by_mean_entropy_and_counts():
     learner, _ = build(samples={"keep": 0.25})
     batch = make_trajectories(LENGTHS)

@@ -30,7 +30,7 @@ def requests():
 
 @pytest.fixture(scope="module", params=["transformers", "vllm"])
 def engine(request):
-    return build_engine(STUDENT, tiny_settings(rollout={"engine": request.param}))
+    return build_engine(STUDENT, tiny_settings(rollout={"engine": request.param, "entropy": "engine"}))
 
 
 def learner_gap(trajectories, model):
@@ -50,6 +50,20 @@ def test_log_probabilities_are_the_models_own_at_any_sampling_temperature(engine
     model = load_model(STUDENT, torch.float32, "cpu")
     for sampling in (SAMPLED, GREEDY, Sampling(128, 0.7, 0.9)):
         assert learner_gap(engine.generate(requests, sampling), model) < GAP
+
+
+@pytest.mark.parametrize("sampling", [SAMPLED, GREEDY, Sampling(128, 0.7, 0.9)])
+def test_entropies_are_recorded_at_temperature_1_and_change_nothing(engine, requests, sampling):
+    whole = split(load_model(STUDENT, torch.float32, "cpu"), 512)
+    found = engine.generate(requests, dataclasses.replace(sampling, entropy=True))
+    assert same(found, engine.generate(requests, sampling))
+    for t in found:
+        batch = collate([t], 0)
+        with torch.no_grad():
+            expected = row_statistics(whole.hidden(batch), whole.head_VH, batch.targets).entropy_N
+        assert t.sampler_entropy.dtype == np.float32
+        assert np.abs(t.sampler_entropy - expected.numpy()).max() < 10 * GAP
+    assert all(t.sampler_entropy is None for t in engine.generate(requests[:2], sampling))
 
 
 def test_a_request_gives_the_same_response_in_any_batch(engine, requests):

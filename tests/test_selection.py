@@ -24,6 +24,10 @@ shares = st.sampled_from([0.01, 0.1, 0.2, 1 / 3, 0.5, 0.9, 1.0])
 BY_SEQUENCE = [name for name in POLICIES if name != "gls"]
 
 
+def student(entropy_N, ce_N):
+    return lambda: (entropy_N, ce_N)
+
+
 def scores_for(counts, seed, ties=False):
     draw = np.random.default_rng(seed)
     values = draw.integers(0, 3, sum(counts)) if ties else draw.random(sum(counts))
@@ -179,7 +183,7 @@ def test_draws_are_independent_of_a_random_score():
     """Scores and draws of one sequence share its seed but not its stream."""
     n, hits = 50, 0
     for seed in range(200):
-        scores = metrics.random(Signals(torch.zeros(n), torch.zeros(n), [n], [seed]))
+        scores = metrics.random(Signals(student(torch.zeros(n), torch.zeros(n)), [n], [seed]))
         chosen = positions.sampled(scores, [n], Context(0.02, 0, [seed]))
         hits += (scores[chosen.indices_K] > 0.5).item()
     assert 0.75 - 0.13 < hits / 200 < 0.75 + 0.13  # P = 3/4 when drawn in proportion; 4 standard errors
@@ -212,7 +216,7 @@ def test_ranges_are_asked_for_only_by_metrics_of_the_whole_batch():
 
 
 def signals_of(entropy, counts):
-    return Signals(entropy, torch.zeros_like(entropy), counts, list(range(len(counts))))
+    return Signals(student(entropy, torch.zeros_like(entropy)), counts, list(range(len(counts))))
 
 
 def test_gls_is_top_k_until_a_batch_is_known_and_then_a_threshold():
@@ -296,7 +300,7 @@ def with_teacher(calls=None, ranges=None):
         calls.append(kind) if calls is not None else None
         return KL if kind == "forward_kl" else REVERSE
 
-    return Signals(ENTROPY, CE, [2, 1], [7, 8], scalars, divergence, ranges)
+    return Signals(student(ENTROPY, CE), [2, 1], [7, 8], scalars, divergence, ranges)
 
 
 WHOLE = Ranges((0.1, 0.3), (0.0, 0.9))
@@ -339,7 +343,7 @@ def test_ranges_nobody_found_are_not_made_up():
 
 def test_random_is_a_function_of_each_sequences_seed():
     drawn = metrics.random(with_teacher())
-    alone = metrics.random(Signals(torch.zeros(1), torch.zeros(1), [1], [8]))
+    alone = metrics.random(Signals(student(torch.zeros(1), torch.zeros(1)), [1], [8]))
     assert drawn[2] == alone[0]
     assert len(set(drawn.tolist())) == 3
 
@@ -347,7 +351,7 @@ def test_random_is_a_function_of_each_sequences_seed():
 @pytest.mark.parametrize("name", ["teacher_ce", "kl"])
 def test_without_a_teacher_its_metrics_are_refused(name):
     with pytest.raises(RuntimeError, match="needs the teacher"):
-        METRICS[name](Signals(ENTROPY, CE, [2, 1], [7, 8]))
+        METRICS[name](Signals(student(ENTROPY, CE), [2, 1], [7, 8]))
 
 
 def test_metrics_and_policies_of_ones_own(tmp_path, monkeypatch):

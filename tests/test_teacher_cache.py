@@ -315,7 +315,7 @@ def test_metrics_that_ask_the_teacher_are_those_refused_with_a_few_classes():
     ranges = Ranges((0.0, 1.0), (0.0, 1.0))
     for name, metric in METRICS.items():
         try:
-            metric(Signals(torch.ones(4), torch.ones(4), [4], [0], refuse, refuse, ranges))
+            metric(Signals(lambda: (torch.ones(4), torch.ones(4)), [4], [0], refuse, refuse, ranges))
         except CacheError:
             found.add(name)
     assert found == set(ASK_TEACHER)

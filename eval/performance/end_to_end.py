@@ -161,7 +161,12 @@ def _ours(run: Run, limits: Sequence[int], device: str) -> dict[str, Any]:
 
 def _cut(t: Trajectory, limit: int) -> Trajectory:
     """Its first tokens, as if the answer had ended there."""
-    return dataclasses.replace(t, response_ids=t.response_ids[:limit], sampler_logprobs=t.sampler_logprobs[:limit])
+    return dataclasses.replace(
+        t,
+        response_ids=t.response_ids[:limit],
+        sampler_logprobs=t.sampler_logprobs[:limit],
+        sampler_entropy=None if t.sampler_entropy is None else t.sampler_entropy[:limit],
+    )
 
 
 def _student_bound(

@@ -30,7 +30,7 @@ class Ranges:
 
 
 class Signals:
-    """What is known of the N eligible positions of B sequences, in nats; what needs the teacher is fetched when read.
+    """What is known of the N eligible positions of B sequences, in nats; all is fetched when read.
 
     ``teacher_entropy_N`` and ``teacher_ce_N`` cost two numbers a position on the wire, ``kl_N`` and ``reverse_kl_N``
     the teacher's hidden rows at every eligible position and a pass over both heads.
@@ -38,21 +38,35 @@ class Signals:
 
     def __init__(
         self,
-        entropy_N: Tensor,
-        ce_N: Tensor,
+        student: Callable[[], tuple[Tensor, Tensor]],
         counts: Sequence[int],
         seeds: Sequence[int],
         scalars: Callable[[], tuple[Tensor, Tensor]] | None = None,
         divergence: Callable[[str], Tensor] | None = None,
         ranges: Ranges | None = None,
+        device: torch.device | str = "cpu",
     ) -> None:
-        self.entropy_N = entropy_N  # H(q_t)
-        self.ce_N = ce_N  # -log q_t(y_t)
+        self._fetch_student = student  # () -> H(q_t) and -log q_t(y_t)
         self.counts = counts  # eligible positions of each sequence; sums to N
         self.seeds = seeds  # one per sequence, for metrics that draw
         self._fetch_scalars = scalars  # () -> H(p_t) and log p_t(y_t)
         self._divergence = divergence  # "forward_kl" or "reverse_kl" -> its value per position
         self._ranges = ranges
+        self.device = device
+
+    @cached_property
+    def _student(self) -> tuple[Tensor, Tensor]:
+        return self._fetch_student()
+
+    @property
+    def entropy_N(self) -> Tensor:
+        """H(q_t)."""
+        return self._student[0]
+
+    @property
+    def ce_N(self) -> Tensor:
+        """-log q_t(y_t)."""
+        return self._student[1]
 
     @cached_property
     def _scalars(self) -> tuple[Tensor, Tensor]:

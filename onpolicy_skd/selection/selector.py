@@ -114,7 +114,8 @@ class Selector:
         k = self.k(step)
         metric = METRICS[self.metric(step)] if self.bandit else self._metric
         threshold = self._queue.threshold(k) if self._queue else None
-        scores_N = metric(signals)
+        everything = self._settings.policy == "full"  # needs no scores, which may cost a pass over the LM head
+        scores_N = torch.zeros(sum(signals.counts), device=signals.device) if everything else metric(signals)
         return scores_N, self._policy(
             scores_N, signals.counts, Context(k, step, signals.seeds, threshold, self._settings)
         )
