@@ -73,7 +73,8 @@ class Counts:
     @staticmethod
     def of_training(settings: Settings) -> Counts:
         own_actor = settings.teacher.placement == "actor" and settings.cache.path is None
-        return Counts(1, int(own_actor), settings.rollout.actors if settings.generates else 0)
+        own_engines = settings.generates and settings.rollout.placement == "actor"
+        return Counts(1, int(own_actor), settings.rollout.actors if own_engines else 0)
 
 
 def plan(settings: Settings, available_gpus: float, counts: Counts | None = None) -> Resources:

@@ -19,11 +19,13 @@ from actors.transport import Packed, pack_named
 from onpolicy_skd import checkpoint
 from onpolicy_skd.cached_teacher import open_teacher
 from onpolicy_skd.config import AlignmentSettings, Settings
+from onpolicy_skd.exact_match import judged
 from onpolicy_skd.inspection import Inspection
 from onpolicy_skd.learner import Learner, learner_threads
 from onpolicy_skd.models import load_model, load_tokenizer, pick_device, pick_dtype
+from onpolicy_skd.rollout import TransformersEngine
 from onpolicy_skd.teacher import NoTeacher, TeacherRows
-from onpolicy_skd.trajectory import FilterReport, Trajectory
+from onpolicy_skd.trajectory import FilterReport, RolloutRequest, Sampling, Trajectory
 
 
 @ray.remote
@@ -66,6 +68,9 @@ class LearnerActor:
         else:
             self._teacher = build_teacher(settings, vocabulary, pad_id)
         self._learner = Learner(student, self._teacher, settings, pad_id, steps)
+        self._engine: TransformersEngine | None = None
+        if settings.rollout.placement == "learner":
+            self._engine = TransformersEngine(own.model, settings, own.trust_remote_code, student)
 
     def ready(self) -> Place:
         self._refusal.repeat()
@@ -78,6 +83,13 @@ class LearnerActor:
 
     def version(self) -> int:
         return self._learner.version
+
+    def generate(self, requests: Sequence[RolloutRequest], sampling: Sampling) -> list[Trajectory]:
+        """As a rollout actor, with ``rollout.placement=learner``."""
+        if self._engine is None:
+            raise RuntimeError("rollout.placement=actor: this learner has no engine")
+        self._engine.load_weights((), self._learner.version)
+        return judged(self._engine.generate(requests, sampling), requests, self._tokenizer)
 
     def filter(self, *parts: Sequence[Trajectory]) -> tuple[FilterReport, list[Trajectory]]:
         """The report for the driver and the kept trajectories, which stay in the object store."""

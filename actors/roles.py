@@ -71,11 +71,15 @@ class Roles:
             wait_ready(self.rollouts.actors)
         self._teacher: Any = self._start_teacher() if resources.teacher.count else None
         self._learner: Any = self._start_learner()
+        self._shares = settings.rollout.placement == "learner"
+        if self._shares:
+            self.rollouts.actors = [self._learner]
 
     @property
     def _actors(self) -> list[Any]:
         # The teacher first: what it refuses is the reason why a learner that asked it for something died.
-        return [a for a in (self._teacher, *self.rollouts.actors, self._learner) if a]
+        engines = [] if self._shares else self.rollouts.actors
+        return [a for a in (self._teacher, *engines, self._learner) if a]
 
     def wait_ready(self, say: Say = print, patience: float = math.inf) -> None:
         """Blocks until every actor is up; raises what a start refused, GetTimeoutError after ``patience`` seconds."""
@@ -130,7 +134,7 @@ class Roles:
 
     def push_weights(self) -> None:
         """Gives every rollout engine the learner's weights, unless it has them."""
-        if self._pushed != self._version:
+        if self._pushed != self._version and not self._shares:
             ObjectStoreSync(self._learner, self.rollouts).push(self._version, self._patience())
             self._pushed = self._version
 
@@ -222,11 +226,13 @@ class Roles:
             if self._learner not in failed:
                 self._learner.use_teacher.remote(self._teacher)
         for number, actor in enumerate(self.rollouts.actors):
-            if actor in failed:
+            if actor in failed and not self._shares:
                 self.rollouts.restart(number)
                 self._pushed = 0
         if self._learner in failed:
             self._learner, self._version = self._start_learner(), 0
+        if self._shares:
+            self.rollouts.actors = [self._learner]
         self.wait_ready(say, self._patience())
         point = checkpoint.newest(checkpoints) if checkpoints else None
         if point:
@@ -234,7 +240,5 @@ class Roles:
         return dataclasses.replace(point, tensors={}) if point else None
 
     def close(self) -> None:
-        self.rollouts.close()
-        for actor in (self._learner, self._teacher):
-            if actor:
-                ray.kill(actor)
+        for actor in self._actors:
+            ray.kill(actor)

@@ -48,7 +48,7 @@ USED_BY = {  # setting: the other setting that decides whether it matters, and t
 
 def check(settings: Settings) -> None:
     """Raises ConfigError for the first combination that is impossible, or would do something else than it says."""
-    for problem in (_unused, _room, _alignment, _sampled_tokens, _entropy, _references, _samples, _text, _cache):
+    for problem in PROBLEMS:
         if message := problem(settings):
             raise ConfigError(message)
 
@@ -116,6 +116,16 @@ def _sampled_tokens(settings: Settings) -> str | None:
         return (
             f"alignment.estimator=sampled: {looking[0]} selects by the very tokens that are drawn, which biases what "
             "is estimated from them; accepted: a selection that does not look at them"
+        )
+    return None
+
+
+def _placement(settings: Settings) -> str | None:
+    own = settings.rollout
+    if own.placement == "learner" and (own.engine != "transformers" or own.actors != 1):
+        return (
+            f"rollout.placement=learner: in the learner's process there is one engine, of transformers; accepted with "
+            f"rollout.engine=transformers and rollout.actors=1, not {own.engine} and {own.actors}"
         )
     return None
 
@@ -208,6 +218,7 @@ def _asks_teacher(settings: Settings) -> str | None:
     return None
 
 
+PROBLEMS = (_unused, _room, _alignment, _sampled_tokens, _placement, _entropy, _references, _samples, _text, _cache)
 TRL_ONLY = {
     "mode": "on_policy", "positions.policy": "full", "samples.keep": 1.0, "samples.correctness": "any",
     "samples.truncated": "keep", "samples.weight": "uniform", "classes.sampler": "none", "alignment.variant": "full_kd",

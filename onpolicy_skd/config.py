@@ -180,6 +180,11 @@ class TeacherSettings(Section):
 
 class RolloutSettings(Section):
     engine: Literal["vllm", "transformers"] = Field(default="vllm", description="what generates")
+    placement: Literal["actor", "learner"] = Field(
+        default="actor",
+        description="actor: processes (and devices) of their own; learner: in the learner's, with its very weights "
+        "(rollout.engine=transformers)",
+    )
     actors: Positive = Field(default=1, description="rollout actors that share every batch")
     n: Positive = Field(default=1, description="rollouts per prompt")
     share: Annotated[float, Field(gt=0, lt=1)] = Field(

@@ -250,6 +250,8 @@ class Learner:
         shares = torch.tensor([t.weight / total for t in micro.members]).repeat_interleave(torch.tensor(chosen.counts))
         loss, values_K = self._objective.loss(micro, chosen, chosen.weights_K * shares.to(chosen.weights_K.device))
         loss.backward()
+        if micro.embedded_BLH is not None:
+            self.student.add_embedding_gradient(micro.batch, micro.embedded_BLH)
         sound = torch.isfinite(values_K).cpu().split(chosen.counts)
         totals.unsound += [key for key, own in zip(micro.keys, sound, strict=True) if not own.all()]
         totals.scores |= dict(zip(micro.keys, scores_N.split(micro.batch.counts), strict=True))
@@ -375,19 +377,20 @@ class Learner:
     def _micro_batch(self, members: Sequence[Trajectory]) -> MicroBatch:
         """The student's forward of ``members``; with gradient unless that is switched off."""
         batch, own = collate(members, self._pad_id, self.student.device), self._settings.alignment
-        hidden_NH, head_VH = self._hidden(self.student, batch), self.student.head_VH
+        leaf_BLH = self.student.embedded(batch) if torch.is_grad_enabled() else None
+        hidden_NH, head_VH = self._hidden(self.student, batch, leaf_BLH), self.student.head_VH
 
         def measure() -> RowStatistics:
             return row_statistics(hidden_NH.detach(), head_VH.detach(), batch.targets, own.temperature, own.chunk_rows)
 
         seeds = [seed_of(self._settings.run.seed, self.version, "positions", t.key) for t in members]
         alignment = self._objective.alignment
-        return MicroBatch(members, batch, hidden_NH, head_VH, measure, self._teacher, alignment, seeds)
+        return MicroBatch(members, batch, leaf_BLH, hidden_NH, head_VH, measure, self._teacher, alignment, seeds)
 
-    def _hidden(self, model: SplitModel, batch: Batch) -> Tensor:
+    def _hidden(self, model: SplitModel, batch: Batch, embedded_BLH: Tensor | None = None) -> Tensor:
         coarse = self._dtype != torch.float32
         with torch.autocast(model.device.type, dtype=self._dtype, enabled=coarse):
-            return model.hidden(batch).to(self._dtype)
+            return model.hidden(batch, embedded_BLH).to(self._dtype)
 
     # -- state -----------------------------------------------------------------------------------------------------
 
@@ -456,6 +459,7 @@ def adamw(named: Mapping[str, Tensor], settings: LearnerSettings) -> torch.optim
         ],
         lr=settings.lr,
         betas=(settings.beta1, settings.beta2),
+        fused=True,  # else two copies of the largest parameter at each step
     )
 
 

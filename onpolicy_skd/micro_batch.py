@@ -29,6 +29,7 @@ class MicroBatch:
         self,
         members: Sequence[Trajectory],
         batch: Batch,
+        embedded_BLH: Tensor | None,
         hidden_NH: Tensor,
         head_VH: Tensor,
         measure: Callable[[], RowStatistics],
@@ -38,6 +39,7 @@ class MicroBatch:
     ) -> None:
         self.members = members
         self.batch = batch
+        self.embedded_BLH = embedded_BLH  # a leaf of the graph, where the trunk started from one
         self.hidden_NH = hidden_NH
         self.head_VH = head_VH
         self.observed: tuple[Tensor, RowStatistics] | None = None  # rows [K] the loss has passed over, and theirs

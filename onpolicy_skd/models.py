@@ -162,13 +162,37 @@ class SplitModel:
     def device(self) -> torch.device:
         return self.model.get_output_embeddings().weight.device
 
-    def hidden(self, batch: Batch) -> Tensor:
+    def embedded(self, batch: Batch) -> Tensor | None:
+        """``[B, L, H]``: a leaf whose gradient ``add_embedding_gradient`` takes; None for embeddings of another kind.
+
+        Autograd would make a gradient of the whole table ``[V, H]`` of it, for a few rows, at every micro-batch.
+        """
+        table = self.model.get_input_embeddings()
+        if type(table) is not torch.nn.Embedding or not table.weight.requires_grad or table.max_norm is not None:
+            return None
+        return torch.nn.functional.embedding(batch.input_ids, table.weight.detach()).requires_grad_()
+
+    @torch.no_grad()
+    def add_embedding_gradient(self, batch: Batch, leaf_BLH: Tensor) -> None:
+        """After the backward pass: adds the gradient of ``embedded`` to that of the table."""
+        table, gradient = self.model.get_input_embeddings(), leaf_BLH.grad
+        if gradient is None:
+            return
+        if table.weight.grad is None:
+            table.weight.grad = torch.zeros_like(table.weight)
+        if table.padding_idx is not None:
+            gradient = gradient.masked_fill((batch.input_ids == table.padding_idx)[..., None], 0.0)
+        rows = (batch.input_ids.flatten(),)
+        table.weight.grad.index_put_(rows, gradient.flatten(0, 1).to(table.weight.dtype), accumulate=True)
+
+    def hidden(self, batch: Batch, embedded_BLH: Tensor | None = None) -> Tensor:
         """``[N, H]``: last hidden states, after the final norm, at the eligible positions."""
         mask = batch.attention_mask
         if mask.ndim == 4:
             mask = _mask_for(self.model, mask)
         out = self.trunk(
-            input_ids=batch.input_ids,
+            input_ids=batch.input_ids if embedded_BLH is None else None,
+            inputs_embeds=embedded_BLH,
             attention_mask=mask,
             position_ids=batch.position_ids,
             use_cache=False,

@@ -5,6 +5,8 @@ A request carries its own seed, so that it yields the same response in any batch
 
 from __future__ import annotations
 
+import ctypes
+import platform
 from collections.abc import Iterable, Sequence
 from functools import partial
 from typing import Protocol
@@ -15,9 +17,10 @@ from torch import Tensor
 
 from onpolicy_skd.config import Settings
 from onpolicy_skd.lm_head import draw_statistics, shift_exp
-from onpolicy_skd.models import end_ids, load_model, load_tokenizer, pick_device, pick_dtype
+from onpolicy_skd.models import SplitModel, end_ids, load_model, load_tokenizer, pick_device, pick_dtype
 from onpolicy_skd.trajectory import RolloutRequest, Sampling, Trajectory
 
+LIBC = ctypes.CDLL(None) if platform.libc_ver()[0] == "glibc" else None
 BLOCK = 512  # classes that the sampler sums at once
 
 
@@ -47,28 +50,40 @@ def build_engine(model: str, settings: Settings, trust_remote_code: bool = False
 class TransformersEngine:
     """``model.generate`` with our own sampling: slower than vLLM, runs wherever torch does."""
 
-    def __init__(self, model: str, settings: Settings, trust_remote_code: bool = False) -> None:
+    def __init__(
+        self, model: str, settings: Settings, trust_remote_code: bool = False, shared: SplitModel | None = None
+    ) -> None:
+        """``shared``: a model that is trained in this process; the engine then has no weights of its own."""
         device = pick_device(settings.run.device)
+        dtype = pick_dtype(settings.rollout.dtype, device)
         self.version = 0
+        self._shared = shared is not None
         self._max_sequences = settings.rollout.max_sequences
         self._tokenizer = load_tokenizer(model, trust_remote_code)
-        self._model = load_model(model, pick_dtype(settings.rollout.dtype, device), device, trust_remote_code).eval()
+        self._model = shared.model if shared else load_model(model, dtype, device, trust_remote_code).eval()
+        self._coarse = torch.autocast(device, dtype=dtype, enabled=self._shared and dtype != torch.float32)
         head = self._model.get_output_embeddings()
         if device == "cpu" and type(head) is torch.nn.Linear and head.bias is None:
             head.forward = partial(_project, head)
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
-        own = dict(self._model.named_parameters())
-        with torch.no_grad():
-            for name, tensor in weights:
-                own[name].copy_(tensor)
+        if not self._shared:
+            own = dict(self._model.named_parameters())
+            with torch.no_grad():
+                for name, tensor in weights:
+                    own[name].copy_(tensor)
         self.version = version
 
-    @torch.inference_mode()
+    @torch.no_grad()  # not inference mode: what a shared model caches must serve its training too
     def generate(self, requests: Sequence[RolloutRequest], sampling: Sampling) -> list[Trajectory]:
         trajectories: list[Trajectory] = []
-        for start in range(0, len(requests), self._max_sequences):
-            trajectories += self._generate(requests[start : start + self._max_sequences], sampling)
+        trains = self._model.training
+        self._model.eval()
+        with self._coarse:
+            for start in range(0, len(requests), self._max_sequences):
+                trajectories += self._generate(requests[start : start + self._max_sequences], sampling)
+        self._model.train(trains)
+        give_back_memory()
         return trajectories
 
     def _generate(self, requests: Sequence[RolloutRequest], sampling: Sampling) -> list[Trajectory]:
@@ -113,6 +128,12 @@ class TransformersEngine:
             policy_version=self.version,
             sampler_entropy=None if entropy is None else entropy[:length],
         )
+
+
+def give_back_memory() -> None:
+    """Returns to the system what glibc keeps of the holes between many sizes of logits and caches."""
+    if LIBC is not None:
+        LIBC.malloc_trim(0)
 
 
 def _project(head: torch.nn.Linear, input: Tensor) -> Tensor:

@@ -36,6 +36,27 @@ def test_trunk_and_head_are_the_model(family, tied):
     assert torch.allclose(whole.hidden(batch) @ whole.head_VH.T, batch.eligible(logits), atol=1e-4)
 
 
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("padding_idx", [None, 3])
+def test_the_gradient_of_the_embeddings_is_that_of_autograd(tied, padding_idx):
+    model = tiny_model("qwen3", tied)
+    table = model.get_input_embeddings()
+    table.padding_idx = padding_idx
+    whole, batch = split(model, VOCABULARY), collate(make_trajectories([(3, 9), (5, 4), (4, 6)]), 0)
+    weight = torch.randn(len(batch.targets), whole.head_VH.shape[1])
+
+    def gradients(leaf):
+        model.zero_grad()
+        hidden = whole.hidden(batch, leaf)
+        ((hidden * weight).sum() + (hidden @ whole.head_VH.T).square().mean()).backward()
+        if leaf is not None:
+            whole.add_embedding_gradient(batch, leaf)
+        return [p.grad.clone() for p in model.parameters()]
+
+    for found, expected in zip(gradients(whole.embedded(batch)), gradients(None), strict=True):
+        assert torch.allclose(found, expected, rtol=1e-5, atol=1e-6)
+
+
 def test_models_whose_logits_are_more_than_head_times_trunk_are_refused():
     from transformers import Gemma2Config, Gemma2ForCausalLM, PhiConfig, PhiForCausalLM
 

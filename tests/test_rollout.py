@@ -52,6 +52,22 @@ def test_log_probabilities_are_the_models_own_at_any_sampling_temperature(engine
         assert learner_gap(engine.generate(requests, sampling), model) < GAP
 
 
+def test_an_engine_may_share_the_weights_that_are_trained(requests):
+    settings = tiny_settings(rollout={"engine": "transformers"})
+    model = load_model(STUDENT, torch.float32, "cpu").train()
+    shared, own = (TransformersEngine(STUDENT, settings, shared=s) for s in (split(model, 512), None))
+    assert same(shared.generate(requests, SAMPLED), own.generate(requests, SAMPLED))
+    assert model.training
+    model(torch.arange(8)[None], labels=torch.arange(8)[None]).loss.backward()  # nothing it cached is in the way
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.sub_(parameter.grad)
+    shared.load_weights((), 7)
+    changed = shared.generate(requests, SAMPLED)
+    assert not same(changed, own.generate(requests, SAMPLED))
+    assert {t.policy_version for t in changed} == {7}
+
+
 @pytest.mark.parametrize("sampling", [SAMPLED, GREEDY, Sampling(128, 0.7, 0.9)])
 def test_entropies_are_recorded_at_temperature_1_and_change_nothing(engine, requests, sampling):
     whole = split(load_model(STUDENT, torch.float32, "cpu"), 512)

@@ -233,11 +233,13 @@ def test_prefilter_scores_once_and_spends_nothing_on_what_it_drops(tmp_path):
 
 
 def test_each_steps_rollouts_are_ranked_and_dropped_ones_counted(tmp_path):
-    done = run(tmp_path, *TRANSFORMERS, "samples.keep=0.25", "run.steps=1", "run.name=r")
+    """By entropies that the engine recorded, which lives in the learner's process."""
+    own = ["rollout.placement=learner", "rollout.entropy=engine"]
+    done = run(tmp_path, *TRANSFORMERS, *own, "samples.keep=0.25", "run.steps=2", "run.name=r")
     assert done.returncode == 0, done.stdout + done.stderr
-    (step,) = [r for r in read(tmp_path / "r" / "metrics.jsonl") if "loss" in r]
-    assert (step["generated"], step["samples"]) == (32, 8)
-    assert step["dropped"] == {"not_selected": 24}
+    steps = [r for r in read(tmp_path / "r" / "metrics.jsonl") if "loss" in r]
+    assert [(r["generated"], r["samples"], r["dropped"]) for r in steps] == [(32, 8, {"not_selected": 24})] * 2
+    assert all(r["sampler_gap"] < GAP and r["entropy_gap"] < 10 * GAP for r in steps)
 
 
 def test_a_batch_left_empty_is_an_event_and_not_a_crash(tmp_path):

@@ -85,13 +85,16 @@ def _settings(folder: Path, shape: Shape, device: str, k: float) -> Settings:
             "data": {"source": "demo", "max_prompt_tokens": 96},
             "student": {"model": str(folder / "student")},
             "teacher": {"model": str(folder / "teacher"), "dtype": dtype, "placement": "learner"},
-            "rollout": {"engine": "transformers", "max_tokens": shape.new_tokens, "dtype": dtype},
+            "rollout": {
+                "engine": "transformers", "max_tokens": shape.new_tokens, "dtype": dtype, "entropy": "engine",
+                "placement": "learner",
+            },
             "samples": {"truncated": "keep"},  # a random model hardly ever ends an answer, and TRL keeps them too
             "positions": {"policy": "full"} if k == 1.0 else {"k": k},
             "learner": {"batch_size": shape.batch, "compute_dtype": dtype},
             "sync": {"max_gap": 0.5},
         }
-    )
+    )  # fmt: skip
 
 
 def _save_random_model(folder: Path, vocabulary: int, layers: int, hidden: int) -> None:
@@ -119,7 +122,7 @@ def _ours(run: Run, limits: Sequence[int], device: str) -> dict[str, Any]:
     teacher_model = models.split(models.load_model(own.teacher.model, dtype, device), run.vocabulary)
     teacher = Teacher(teacher_model, own.teacher.tokens_per_batch, pad)
     learner = Learner(student, teacher, own, pad, run.steps)
-    engine = TransformersEngine(own.student.model, own)
+    engine = TransformersEngine(own.student.model, own, shared=student)
     totals: dict[str, float] = {}
 
     def timed(phase: str, action: Callable[[], Any], count: bool) -> Any:
@@ -139,7 +142,7 @@ def _ours(run: Run, limits: Sequence[int], device: str) -> dict[str, Any]:
         timed("teacher", lambda k=kept: teacher.encode(k), count)
         found = timed("learn", lambda k=kept: learner.step(k), count)
         supervised = round(found["positions_selected"])
-        timed("sync", lambda: engine.load_weights(learner.weights(), learner.version), count)
+        timed("sync", lambda: engine.load_weights((), learner.version), count)
         teacher.release([t.key for t in kept])
     peak = memory(device, "peak")
     phases = {phase: seconds / TIMED for phase, seconds in totals.items()}
