@@ -25,7 +25,15 @@ from onpolicy_skd.learner import Learner, learner_threads
 from onpolicy_skd.models import load_model, load_tokenizer, pick_device, pick_dtype
 from onpolicy_skd.rollout import TransformersEngine
 from onpolicy_skd.teacher import NoTeacher, TeacherRows
-from onpolicy_skd.trajectory import FilterReport, RolloutRequest, Sampling, Trajectory
+from onpolicy_skd.timeline import Span
+from onpolicy_skd.trajectory import (
+    FilterReport,
+    RolloutRequest,
+    Sampling,
+    Trajectory,
+    packed_trajectories,
+    unpacked_trajectories,
+)
 
 
 @ray.remote
@@ -81,6 +89,9 @@ class LearnerActor:
         if isinstance(self._teacher, RemoteTeacher):
             self._teacher.replace(teacher)
 
+    def drain(self) -> list[Span]:
+        return self._learner.spans.drain()
+
     def version(self) -> int:
         return self._learner.version
 
@@ -89,11 +100,13 @@ class LearnerActor:
         if self._engine is None:
             raise RuntimeError("rollout.placement=actor: this learner has no engine")
         self._engine.load_weights((), self._learner.version)
-        return judged(self._engine.generate(requests, sampling), requests, self._tokenizer)
+        with self._learner.spans("generate"):
+            return judged(self._engine.generate(requests, sampling), requests, self._tokenizer)
 
     def filter(self, *parts: Sequence[Trajectory]) -> tuple[FilterReport, list[Trajectory]]:
         """The report for the driver and the kept trajectories, which stay in the object store."""
-        return self._learner.filter([t for part in parts for t in part])
+        with self._learner.spans("filter"):
+            return self._learner.filter([t for part in parts for t in part])
 
     def step(self, trajectories: Sequence[Trajectory], encoded: list[ray.ObjectRef]) -> dict[str, float]:
         self._expect(trajectories, encoded)
@@ -115,16 +128,21 @@ class LearnerActor:
 
     def weights(self) -> dict[str, Packed]:
         device = pick_device(self._settings.run.device)
-        return pack_named(self._learner.weights(pick_dtype(self._settings.rollout.dtype, device)))
+        with self._learner.spans("pack weights"):
+            return pack_named(self._learner.weights(pick_dtype(self._settings.rollout.dtype, device)))
 
-    def save(self, folder: Path, step: int, state: dict[str, Any], keep: int) -> Path:
-        state = state | {"version": self._learner.version}
-        return checkpoint.save(folder, step, state, self._learner.tensors(), keep)
+    def save(self, folder: Path, step: int, state: dict[str, Any], keep: int, *ahead: Sequence[Trajectory]) -> Path:
+        """``ahead``: rollouts of ``step`` that were made before it, by weights that will be gone."""
+        records, tensors = packed_trajectories([t for part in ahead for t in part])
+        state = state | {"version": self._learner.version, "ahead": records}
+        return checkpoint.save(folder, step, state, self._learner.tensors() | tensors, keep)
 
-    def restore(self, path: Path) -> int:
+    def restore(self, path: Path) -> tuple[int, list[Trajectory]]:
+        """The policy version, and the rollouts of the next step that were made ahead."""
         loaded = checkpoint.load(path)
+        ahead = unpacked_trajectories(loaded.state.get("ahead", []), loaded.tensors)
         self._learner.restore(loaded.tensors, loaded.state["version"])
-        return self._learner.version
+        return self._learner.version, ahead
 
     def save_pretrained(self, folder: Path) -> None:
         self._learner.save_pretrained(folder, self._tokenizer)

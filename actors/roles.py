@@ -26,6 +26,7 @@ from onpolicy_skd.exits import RunError
 from onpolicy_skd.inspection import Inspection
 from onpolicy_skd.selection import samples
 from onpolicy_skd.supervisor import GiveUp, Supervisor
+from onpolicy_skd.timeline import Span
 from onpolicy_skd.trajectory import FilterReport, RolloutRequest, Sampling, Trajectory
 
 Refs = list[ray.ObjectRef]
@@ -40,6 +41,7 @@ class Recovery:
     restarted: list[str]  # roles, one entry an actor
     rolled_back: bool  # the learner is new; it stands where its newest checkpoint, or its model, does
     checkpoint: Checkpoint | None
+    ahead: Refs  # rollouts of the step to go on with, from that checkpoint
     seconds: float
 
 
@@ -117,6 +119,15 @@ class Roles:
 
     # -- everything else -------------------------------------------------------------------------------------------
 
+    def spans(self) -> dict[str, list[Span]]:
+        """What each actor did since this was last asked."""
+        found: dict[str, list[Span]] = {}
+        for actor in self._actors:
+            role = self._role(actor)
+            number = sum(name.split()[0] == role for name in found)
+            found[f"{role} {number}" if role == "rollout" else role] = self._get(actor.drain.remote())
+        return dict(sorted(found.items(), key=lambda item: ("rollout", "teacher", "learner").index(item[0].split()[0])))
+
     def inspect(self, trajectories: Sequence[Trajectory]) -> list[Inspection]:
         """The valid ones of ``trajectories``, position by position.  No update."""
         usable = set(samples.validity(trajectories, self._vocabulary, drop_truncated=False).kept)
@@ -138,12 +149,14 @@ class Roles:
             ObjectStoreSync(self._learner, self.rollouts).push(self._version, self._patience())
             self._pushed = self._version
 
-    def save(self, folder: Path, step: int, state: dict[str, Any], keep: int) -> Path:
-        return self._get(self._learner.save.remote(folder.absolute(), step, state, keep))
+    def save(self, folder: Path, step: int, state: dict[str, Any], keep: int, ahead: Sequence[Any] = ()) -> Path:
+        """``ahead``: rollouts of ``step``, if they were made before it."""
+        return self._get(self._learner.save.remote(folder.absolute(), step, state, keep, *ahead))
 
-    def restore(self, path: Path) -> None:
-        """Loads a checkpoint into the learner."""
-        self._version = self._get(self._learner.restore.remote(path.absolute()))
+    def restore(self, path: Path) -> Refs:
+        """Loads a checkpoint into the learner; returns the rollouts of the next step, if they were made ahead."""
+        self._version, ahead = self._get(self._learner.restore.remote(path.absolute()))
+        return [ray.put(ahead)] if ahead else []
 
     def save_pretrained(self, folder: Path) -> None:
         self._get(self._learner.save_pretrained.remote(folder.absolute()))
@@ -185,11 +198,11 @@ class Roles:
             rolled_back |= self._learner in failed
             restarted += names
             try:
-                point = self._restart(failed, checkpoints if rolled_back else None, say)
+                point, ahead = self._restart(failed, checkpoints if rolled_back else None, say)
             except RayError as again:
                 error = again
             else:
-                return Recovery(first or "", restarted, rolled_back, point, time.monotonic() - started)
+                return Recovery(first or "", restarted, rolled_back, point, ahead, time.monotonic() - started)
 
     def _failed(self, error: RayError, cause: str) -> dict[Any, str]:
         """The actors that are of no use any more, and why."""
@@ -219,8 +232,9 @@ class Roles:
     def _role(self, actor: Any) -> str:
         return "teacher" if actor is self._teacher else "learner" if actor is self._learner else "rollout"
 
-    def _restart(self, failed: Mapping[Any, str], checkpoints: Path | None, say: Say) -> Checkpoint | None:
-        """Everyone at work again; with ``checkpoints`` the learner is put where the newest is, which is returned."""
+    def _restart(self, failed: Mapping[Any, str], checkpoints: Path | None, say: Say) -> tuple[Checkpoint | None, Refs]:
+        """Everyone at work again; with ``checkpoints`` the learner is put where the newest is, which is returned, with
+        the rollouts it holds."""
         if self._teacher in failed:
             self._teacher = self._start_teacher()
             if self._learner not in failed:
@@ -235,9 +249,8 @@ class Roles:
             self.rollouts.actors = [self._learner]
         self.wait_ready(say, self._patience())
         point = checkpoint.newest(checkpoints) if checkpoints else None
-        if point:
-            self.restore(point.path)
-        return dataclasses.replace(point, tensors={}) if point else None
+        ahead = self.restore(point.path) if point else []
+        return (dataclasses.replace(point, tensors={}) if point else None), ahead
 
     def close(self) -> None:
         for actor in self._actors:

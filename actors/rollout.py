@@ -14,6 +14,7 @@ from onpolicy_skd.config import Settings
 from onpolicy_skd.exact_match import judged
 from onpolicy_skd.models import load_tokenizer
 from onpolicy_skd.rollout import build_engine
+from onpolicy_skd.timeline import Span, Spans
 from onpolicy_skd.trajectory import RolloutRequest, Sampling, Trajectory
 
 
@@ -23,16 +24,22 @@ class RolloutActor:
         with Refusal() as self._refusal:
             self._engine = build_engine(model, settings, trust_remote_code)
             self._tokenizer = load_tokenizer(model, trust_remote_code)
+        self._spans = Spans()
+
+    def drain(self) -> list[Span]:
+        return self._spans.drain()
 
     def ready(self) -> Place:
         self._refusal.repeat()
         return place()
 
     def generate(self, requests: Sequence[RolloutRequest], sampling: Sampling) -> list[Trajectory]:
-        return judged(self._engine.generate(requests, sampling), requests, self._tokenizer)
+        with self._spans("generate"):
+            return judged(self._engine.generate(requests, sampling), requests, self._tokenizer)
 
     def load_weights(self, weights: dict[str, Packed], version: int) -> None:
-        self._engine.load_weights(unpack_named(weights), version)
+        with self._spans("load weights"):
+            self._engine.load_weights(unpack_named(weights), version)
 
 
 class RolloutGroup:

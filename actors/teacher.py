@@ -16,6 +16,7 @@ from onpolicy_skd.config import ClassSettings, Settings
 from onpolicy_skd.models import SplitModel, check_documents, load_model, pick_device, pick_dtype, split
 from onpolicy_skd.teacher import Teacher, Wanted
 from onpolicy_skd.teacher_cache import Shard, write_shard
+from onpolicy_skd.timeline import Span, Spans
 from onpolicy_skd.trajectory import SparseTargets, Trajectory
 
 
@@ -47,6 +48,10 @@ class TeacherActor:
         self._vocabulary = vocabulary
         with Refusal() as self._refusal:
             self._teacher = build_teacher(settings, vocabulary, pad_id)
+        self._spans = Spans()
+
+    def drain(self) -> list[Span]:
+        return self._spans.drain()
 
     def ready(self) -> Place:
         self._refusal.repeat()
@@ -56,10 +61,12 @@ class TeacherActor:
         return pack(self._teacher.head())
 
     def encode(self, trajectories: Sequence[Trajectory]) -> None:
-        self._teacher.encode(trajectories)
+        with self._spans("encode"):
+            self._teacher.encode(trajectories)
 
     def rows(self, wanted: Wanted) -> Packed:
-        return pack(self._teacher.rows(wanted))
+        with self._spans("rows"):
+            return pack(self._teacher.rows(wanted))
 
     def scalars(self, keys: Sequence[str]) -> tuple[Packed, Packed]:
         entropy, logprob = self._teacher.scalars(keys)

@@ -130,6 +130,19 @@ def _placement(settings: Settings) -> str | None:
     return None
 
 
+def _staleness(settings: Settings) -> str | None:
+    if not settings.pipeline.max_staleness:
+        return None
+    if settings.mode == "off_policy" or settings.rollout.placement == "learner":
+        return (
+            "pipeline.max_staleness=1: rollouts of the next step during this update; accepted where the student "
+            "generates (not mode=off_policy), in processes of its own (rollout.placement=actor)"
+        )
+    if settings.alignment.estimator == "sampled":
+        return "pipeline.max_staleness=1: alignment.estimator=sampled is unbiased on-policy alone; accepted: 0"
+    return None
+
+
 def _entropy(settings: Settings) -> str | None:
     if settings.rollout.entropy == "engine" and (settings.mode != "on_policy" or settings.alignment.temperature != 1.0):
         return (
@@ -218,7 +231,19 @@ def _asks_teacher(settings: Settings) -> str | None:
     return None
 
 
-PROBLEMS = (_unused, _room, _alignment, _sampled_tokens, _placement, _entropy, _references, _samples, _text, _cache)
+PROBLEMS = (
+    _unused,
+    _room,
+    _alignment,
+    _sampled_tokens,
+    _staleness,
+    _placement,
+    _entropy,
+    _references,
+    _samples,
+    _text,
+    _cache,
+)
 TRL_ONLY = {
     "mode": "on_policy", "positions.policy": "full", "samples.keep": 1.0, "samples.correctness": "any",
     "samples.truncated": "keep", "samples.weight": "uniform", "classes.sampler": "none", "alignment.variant": "full_kd",

@@ -85,6 +85,9 @@ class RunSettings(Section):
     device: Literal["auto", "cpu", "cuda"] = Field(
         default="auto", description="where models live; auto: cuda when present"
     )
+    timeline: NonNegative | None = Field(
+        default=2, description="step of which timeline.json and timeline.png show who was busy when; empty: none"
+    )
     tensorboard: bool = Field(default=True, description="write TensorBoard events into the run's folder")
 
     @property
@@ -367,6 +370,14 @@ class LearnerSettings(Section):
     threads: Positive | None = Field(default=None, description="CPU threads of the learner; empty: all cores but one")
 
 
+class PipelineSettings(Section):
+    max_staleness: Annotated[int, Field(ge=0, le=1)] = Field(
+        default=0,
+        description="0: strictly on-policy; 1: the next step's rollouts are made during this update, by weights that "
+        "are then one step old",
+    )
+
+
 class CacheSettings(Section):
     path: Path | None = Field(
         default=None,
@@ -450,6 +461,7 @@ class Settings(Section):
     classes: ClassSettings = ClassSettings()
     alignment: AlignmentSettings = AlignmentSettings()
     learner: LearnerSettings = LearnerSettings()
+    pipeline: PipelineSettings = PipelineSettings()
     cache: CacheSettings = CacheSettings()
     sync: SyncSettings = SyncSettings()
     eval: EvalSettings = EvalSettings()

@@ -37,6 +37,7 @@ from onpolicy_skd.selection.metrics import Ranges
 from onpolicy_skd.selection.positions import Selection
 from onpolicy_skd.selection.selector import Selector
 from onpolicy_skd.teacher import TeacherRows
+from onpolicy_skd.timeline import Spans
 from onpolicy_skd.trajectory import Batch, FilterReport, Trajectory, check_version, collate, micro_batches, seed_of
 
 log = logging.getLogger(__name__)
@@ -90,6 +91,7 @@ class Learner:
         self._dtype = pick_dtype(settings.learner.compute_dtype, student.device.type)
         self._selector = Selector(settings.positions, settings.run.seed)
         self._probe: Probe | None = None  # of the bandit
+        self.spans = Spans()
         self._objective = Objective(settings, student, teacher, self._hidden)
         self.named = {n: p for n, p in student.model.named_parameters() if p.requires_grad} | self._objective.parameters
         wrong = next((n for n, p in self.named.items() if p.dtype != torch.float32), None)
@@ -203,7 +205,7 @@ class Learner:
         version.
         """
         started = time.perf_counter()
-        check_version(trajectories, self.version)
+        check_version(trajectories, self.version, self._settings.pipeline.max_staleness)
         self.optimizer.zero_grad(set_to_none=True)
         totals = self.accumulate(trajectories)
         norm = torch.nn.utils.clip_grad_norm_(self.named.values(), self._settings.learner.clip)
@@ -218,7 +220,8 @@ class Learner:
         if bandit and self._probe is None:
             self._probe = Probe.of(trajectories[: self._settings.positions.bandit_probe], self._teacher)
             bandit.start(self.divergence(self._probe.trajectories, self._probe.rows))
-        self.optimizer.step()
+        with self.spans("optimizer"):
+            self.optimizer.step()
         self.version += 1
         self.optimizer.zero_grad(set_to_none=True)
         self._objective.after_step()
@@ -248,10 +251,12 @@ class Learner:
     def _backward(self, micro: MicroBatch, ranges: Ranges | None, total: float, totals: _Totals) -> None:
         scores_N, chosen = self._selector.select(micro.signals(ranges), self.version)
         shares = torch.tensor([t.weight / total for t in micro.members]).repeat_interleave(torch.tensor(chosen.counts))
-        loss, values_K = self._objective.loss(micro, chosen, chosen.weights_K * shares.to(chosen.weights_K.device))
-        loss.backward()
-        if micro.embedded_BLH is not None:
-            self.student.add_embedding_gradient(micro.batch, micro.embedded_BLH)
+        with self.spans("loss"):
+            loss, values_K = self._objective.loss(micro, chosen, chosen.weights_K * shares.to(chosen.weights_K.device))
+        with self.spans("backward"):
+            loss.backward()
+            if micro.embedded_BLH is not None:
+                self.student.add_embedding_gradient(micro.batch, micro.embedded_BLH)
         sound = torch.isfinite(values_K).cpu().split(chosen.counts)
         totals.unsound += [key for key, own in zip(micro.keys, sound, strict=True) if not own.all()]
         totals.scores |= dict(zip(micro.keys, scores_N.split(micro.batch.counts), strict=True))
@@ -266,6 +271,10 @@ class Learner:
             teacher_wait_seconds=micro.waited,
         )
         self._compare(micro, chosen, totals)
+
+    def _age(self, t: Trajectory) -> int:
+        """Optimizer steps since the weights that sampled it; -1 if the student did not."""
+        return -1 if t.policy_version is None else self.version - t.policy_version
 
     @torch.no_grad()
     def _compare(self, micro: MicroBatch, chosen: Selection, totals: _Totals) -> None:
@@ -284,14 +293,17 @@ class Learner:
         entropy_N, logprob_N = found.entropy_N, found.raw_logprob_N
         if micro.sampled and len(at) < count:
             entropy_N, logprob_N = micro.sampled
-        own_N = torch.cat([torch.full((len(t.response_ids),), t.policy_version is not None) for t in micro.members])
+        age_N = torch.cat([torch.full((len(t.response_ids),), self._age(t)) for t in micro.members]).to(at.device)
         sampled_N = torch.from_numpy(np.concatenate([t.sampler_logprobs for t in micro.members]))
-        own = own_N.to(at.device)[at]
-        gap = (sampled_N.to(at.device)[at] - found.raw_logprob_N).abs()[own]
+        difference, age = (sampled_N.to(at.device)[at] - found.raw_logprob_N).abs(), age_N[at]
+        gap, policy_gap = difference[age == 0], difference[age > 0]
         totals.gap_max = max(totals.gap_max, gap.max().item() if len(gap) else 0.0)
         totals.add(
             gap=gap.sum(),
             gap_positions=len(gap),
+            policy_gap=policy_gap.sum(),
+            policy_gap_positions=len(policy_gap),
+            staleness=age_N.clamp(min=0).sum(),
             entropy=entropy_N.sum(),
             entropy_selected=entropy_K.sum(),
             student_logprob=logprob_N.sum(),
@@ -331,8 +343,10 @@ class Learner:
         selected = max(1.0, s["selected"])
         sampled = s["gap_positions"]
         gap = {"sampler_gap": s["gap"] / sampled, "sampler_gap_max": totals.gap_max} if sampled else {}
+        if stale := s["policy_gap_positions"]:
+            gap["policy_gap"] = s["policy_gap"] / stale  # what one update changed, not an error of the engine's
         if "entropy_gap" in s:
-            gap["entropy_gap"] = s["entropy_gap"] / sampled
+            gap["entropy_gap"] = s["entropy_gap"] / (sampled + stale)
         return {
             "loss": s["loss"],
             "divergence_selected": s["divergence"] / selected,
@@ -344,6 +358,7 @@ class Learner:
             "samples": s["samples"],
             "positions": s["positions"],
             "positions_selected": s["selected"],
+            "staleness": s["staleness"] / s["positions"],
             "response_tokens": s["positions"] / s["samples"],
             "train_tokens": s["tokens"],
             "padding_share": 1.0 - s["tokens"] / s["padded_tokens"],
@@ -378,14 +393,20 @@ class Learner:
         """The student's forward of ``members``; with gradient unless that is switched off."""
         batch, own = collate(members, self._pad_id, self.student.device), self._settings.alignment
         leaf_BLH = self.student.embedded(batch) if torch.is_grad_enabled() else None
-        hidden_NH, head_VH = self._hidden(self.student, batch, leaf_BLH), self.student.head_VH
+        with self.spans("trunk"):
+            hidden_NH, head_VH = self._hidden(self.student, batch, leaf_BLH), self.student.head_VH
 
         def measure() -> RowStatistics:
-            return row_statistics(hidden_NH.detach(), head_VH.detach(), batch.targets, own.temperature, own.chunk_rows)
+            with self.spans("entropy"):
+                return row_statistics(
+                    hidden_NH.detach(), head_VH.detach(), batch.targets, own.temperature, own.chunk_rows
+                )
 
         seeds = [seed_of(self._settings.run.seed, self.version, "positions", t.key) for t in members]
         alignment = self._objective.alignment
-        return MicroBatch(members, batch, leaf_BLH, hidden_NH, head_VH, measure, self._teacher, alignment, seeds)
+        return MicroBatch(
+            members, batch, leaf_BLH, hidden_NH, head_VH, measure, self._teacher, alignment, seeds, self.spans
+        )
 
     def _hidden(self, model: SplitModel, batch: Batch, embedded_BLH: Tensor | None = None) -> Tensor:
         coarse = self._dtype != torch.float32

@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from ray.exceptions import RayError
 
 from actors.roles import Recovery, Roles
 from eval.gsm8k import Evaluation
+from onpolicy_skd import timeline
 from onpolicy_skd.checkpoint import SaveError
 from onpolicy_skd.exits import RunError, cause_of, first_line
 from onpolicy_skd.guards import Watch
@@ -38,13 +39,17 @@ class Clock:
     """Seconds of each phase of a step."""
 
     def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
+        self.seconds: dict[str, float] = dict.fromkeys(("rollout", "filter", "learn", "sync"), 0.0)
         self._last = time.perf_counter()
 
     def lap(self, phase: str) -> None:
         now = time.perf_counter()
-        self.seconds[phase] = now - self._last
+        self.seconds[phase] = self.seconds.get(phase, 0.0) + now - self._last
         self._last = now
+
+    @property
+    def total(self) -> float:
+        return sum(self.seconds.values())
 
 
 class Logbook:
@@ -104,10 +109,10 @@ class Logbook:
         self.best_step, self._best = state.get("best") or (None, -math.inf)
         self._restarts = dict(state.get("restarts", {})) | self._restarts
 
-    def save(self, roles: Roles, step: int, must: bool) -> None:
+    def save(self, roles: Roles, step: int, must: bool, ahead: Sequence[Any] = ()) -> None:
         """A checkpoint.  One that cannot be written ends the run if it ``must`` be; else the one before has to do."""
         try:
-            roles.save(self.checkpoints, step, self.state(), self._run.settings.run.keep_checkpoints)
+            roles.save(self.checkpoints, step, self.state(), self._run.settings.run.keep_checkpoints, ahead)
         except SaveError as error:
             problem = str(cause_of(error))
             if must:
@@ -143,7 +148,7 @@ class Logbook:
         self._metrics.write({"step": step, "event": "fault", **record})
 
     def step(self, step: int, report: Any, found: dict[str, float], clock: Clock) -> None:
-        total = sum(clock.seconds.values())
+        total = clock.total
         record = {
             "step": step,
             "generated": report.generated,
@@ -158,6 +163,11 @@ class Logbook:
         for guard, text in self._watch.see(record):
             self._metrics.write({"step": step, "event": "warning", "guard": guard, "text": text})
             self.say(f"warning ({guard}): {text}")
+
+    def timeline(self, roles: Roles, step: int, clock: Clock) -> None:
+        """Who was busy when, in a step that has just ended."""
+        now = time.time()
+        timeline.write(self._run.folder, timeline.within(roles.spans(), now - clock.total, now), step)
 
     def empty_batch(self, step: int, report: Any) -> None:
         self._steps = step + 1

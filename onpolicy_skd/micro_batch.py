@@ -17,6 +17,7 @@ from onpolicy_skd.lm_head import RowStatistics
 from onpolicy_skd.selection.metrics import LEAST_CE, Ranges, Signals
 from onpolicy_skd.selection.positions import Selection
 from onpolicy_skd.teacher import TeacherRows, Wanted
+from onpolicy_skd.timeline import Spans
 from onpolicy_skd.trajectory import Batch, Trajectory
 
 T = TypeVar("T")
@@ -36,6 +37,7 @@ class MicroBatch:
         teacher: TeacherRows,
         alignment: Alignment,
         seeds: Sequence[int],
+        spans: Spans,
     ) -> None:
         self.members = members
         self.batch = batch
@@ -47,6 +49,7 @@ class MicroBatch:
         self.seeds = seeds
         self.waited = 0.0  # seconds spent on the teacher
         self._measure = measure
+        self._spans = spans
         self._alignment = alignment
         self._all_rows_NG: Tensor | None = None  # once the teacher's rows at all positions were fetched
 
@@ -135,7 +138,8 @@ class MicroBatch:
 
     def _timed(self, ask: Callable[[], T]) -> T:
         started = time.perf_counter()
-        answer = ask()
+        with self._spans("wait for teacher"):
+            answer = ask()
         self.waited += time.perf_counter() - started
         return answer
 

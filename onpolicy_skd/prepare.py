@@ -25,7 +25,8 @@ from onpolicy_skd.trajectory import Prompt, RolloutRequest, Sampling, Trajectory
 
 # Settings that may change when a run is resumed: they do not touch what is trained.
 RESUMABLE = ("resume", "run.dir", "run.name", "run.evaluate_every", "run.checkpoint_every", "run.keep_checkpoints",
-             "run.keep_best", "run.tensorboard", "run.max_hours", "learner.max_skipped", "eval.", "faults.", "cluster.",
+             "run.keep_best", "run.timeline",
+             "run.tensorboard", "run.max_hours", "learner.max_skipped", "eval.", "faults.", "cluster.",
              "cache.builders", "cache.positions_per_shard")  # fmt: skip
 
 

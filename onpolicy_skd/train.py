@@ -19,7 +19,7 @@ import ray
 from ray.exceptions import RayError
 
 from actors.cluster import Resources, connect
-from actors.roles import Roles
+from actors.roles import Refs, Roles
 from eval.gsm8k import Evaluation, evaluate
 from onpolicy_skd.command_line import load_settings
 from onpolicy_skd.config import Settings
@@ -37,12 +37,21 @@ T = TypeVar("T")
 TOKEN_VIEWS = 8  # rollouts of an evaluation that are kept token by token
 
 
-def train(run: Run, roles: Roles, prompts: Sequence[Prompt], book: Logbook, step: int, stop: StopSignal) -> None:
-    """From ``step`` to the end, or to a stop signal; leaves a checkpoint behind.
+def train(
+    run: Run,
+    roles: Roles,
+    prompts: Sequence[Prompt],
+    book: Logbook,
+    step: int,
+    stop: StopSignal,
+    ahead: Sequence[ray.ObjectRef] = (),
+) -> None:
+    """From ``step``, whose rollouts may have been made ``ahead``, to the end or to a stop signal; leaves a checkpoint.
 
     After a fault the loop goes on where the learner stands: with the step that failed, or from the newest checkpoint.
     """
     own, saved = run.settings.run, step
+    started = {step: list(ahead)} if ahead else {}  # rollouts by step
     while True:
         try:
             ending = step >= run.steps or stop.requested
@@ -52,41 +61,70 @@ def train(run: Run, roles: Roles, prompts: Sequence[Prompt], book: Logbook, step
                     book.save_best(roles)
                 book.evaluation("during", step, done)
             if ending or (_due(own.checkpoint_every, step) and saved != step):
-                book.save(roles, step, must=ending)
+                book.save(roles, step, ending, started.get(step, []))
                 saved = step
             if step >= run.steps:
                 roles.save_pretrained(run.folder / "final")
                 book.finished = True
             if ending:
                 return
-            update(run, roles, prompts, book, step)
-            step += 1
+            clock = update(run, roles, prompts, book, step, started)
+            step += 1  # before anything else that may fail
+            if step - 1 == own.timeline:
+                book.timeline(roles, step - 1, clock)
         except RayError as error:
-            step = saved = book.recovered(step, roles.recover(error, book.checkpoints, book.say))
+            mended = roles.recover(error, book.checkpoints, book.say)
+            step = saved = book.recovered(step, mended)
+            started = {step: mended.ahead} if mended.ahead else intact(started)
 
 
-def update(run: Run, roles: Roles, prompts: Sequence[Prompt], book: Logbook, step: int) -> None:
-    """The optimizer step ``step``; none if no sample is left or the loss is not finite."""
+def update(
+    run: Run, roles: Roles, prompts: Sequence[Prompt], book: Logbook, step: int, started: dict[int, Refs]
+) -> Clock:
+    """The optimizer step ``step``; none if no sample is left or the loss is not finite.
+
+    ``started`` holds the rollouts of this step if they were begun during the last one, and then those of the next.
+    """
     clock = Clock()
-    if run.samples_student:
-        roles.push_weights()
-    clock.lap("sync")
-    parts = trajectories(run, roles, prompts, step)
+    if step not in started:
+        if run.samples_student:
+            roles.push_weights()
+        clock.lap("sync")
+        started[step] = trajectories(run, roles, prompts, step)
+    parts = started[step]
     roles.finish(parts)
     clock.lap("rollout")
+    if run.settings.pipeline.max_staleness and step + 1 < run.steps and step + 1 not in started:
+        roles.push_weights()
+        started[step + 1] = trajectories(run, roles, prompts, step + 1)  # the engines work during this update
+        clock.lap("sync")
     report, kept = roles.filter(parts)
     clock.lap("filter")
     if not report.kept:
         book.empty_batch(step, report)
-        return
-    encoded = roles.encode(kept)  # the teacher works while the learner runs its own trunk
-    try:
-        found = roles.step(kept, encoded, report)
-    except UnsoundStepError as problem:
-        book.skipped(step, report, problem)
-        return
-    clock.lap("learn")
-    book.step(step, report, found, clock)
+    else:
+        encoded = roles.encode(kept)  # the teacher works while the learner runs its own trunk
+        try:
+            found = roles.step(kept, encoded, report)
+        except UnsoundStepError as problem:
+            book.skipped(step, report, problem)
+        else:
+            clock.lap("learn")
+            book.step(step, report, found, clock)
+    del started[step]
+    return clock
+
+
+def intact(started: dict[int, Refs]) -> dict[int, Refs]:
+    """Those rollouts that a fault has left; the others are made again, by the weights of now."""
+    kept = {}
+    for step, parts in started.items():
+        try:
+            ray.get(parts, timeout=0)
+        except RayError:
+            continue
+        kept[step] = parts
+    return kept
 
 
 def _due(every: int, step: int) -> bool:
@@ -102,7 +140,7 @@ def redone(action: Callable[[], T], roles: Roles, book: Logbook) -> T:
             book.mended(roles.recover(error, book.checkpoints, book.say))
 
 
-def trajectories(run: Run, roles: Roles, prompts: Sequence[Prompt], step: int) -> list[ray.ObjectRef]:
+def trajectories(run: Run, roles: Roles, prompts: Sequence[Prompt], step: int) -> Refs:
     """Refs to the trajectories of ``step``: the student's own rollouts, references, or some of both."""
     requests, references = run.requests(prompts, step), run.references(prompts, step)
     return roles.generate(requests, run.sampling) + ([ray.put(references)] if references else [])
@@ -155,12 +193,11 @@ def run_settings(settings: Settings) -> int:
                 prompts = redone(select, roles, book)  # by the initial student: before a checkpoint is loaded
                 if not run.knows_its_texts:
                     run.check_cached(prompts)
-                if loaded:
-                    redone(lambda: roles.restore(loaded.path), roles, book)
+                ahead = redone(lambda: roles.restore(loaded.path), roles, book) if loaded else []
                 if settings.eval.before and run.held_out and "before" not in book.evaluations:
                     book.evaluation("before", 0, redone(lambda: student_evaluation(run, roles), roles, book))
                 with stop.orderly():
-                    train(run, roles, prompts, book, first_step, stop)
+                    train(run, roles, prompts, book, first_step, stop, ahead)
                 if book.finished and run.held_out:
                     book.evaluation("after", run.steps, redone(lambda: student_evaluation(run, roles), roles, book))
         book.conclude("finished" if book.finished else "stopped")

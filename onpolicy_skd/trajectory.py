@@ -6,10 +6,11 @@ Notation (docs/method.md): a trajectory is prompt ids followed by response ids `
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -196,6 +197,35 @@ def check_version(trajectories: Iterable[Trajectory], version: int, max_stalenes
                 f"trajectory {t.key} was sampled by policy version {t.policy_version}, the learner is at {version}; "
                 f"at most {max_staleness} steps of staleness are allowed"
             )
+
+
+ARRAYS = ("prompt_ids", "response_ids", "sampler_logprobs", "sampler_entropy", "documents")
+
+
+def packed_trajectories(
+    trajectories: Sequence[Trajectory],
+) -> tuple[list[dict[str, Any]], dict[str, torch.Tensor]]:
+    """As JSON records and named tensors, for a checkpoint."""
+    records, tensors = [], {}
+    for number, t in enumerate(trajectories):
+        fields = {f.name: getattr(t, f.name) for f in dataclasses.fields(t)}
+        for name in ARRAYS:
+            if (array := fields.pop(name)) is not None:
+                tensors[f"ahead/{number}/{name}"] = torch.from_numpy(np.array(array))
+        records.append(fields)
+    return records, tensors
+
+
+def unpacked_trajectories(
+    records: Sequence[Mapping[str, Any]], tensors: Mapping[str, torch.Tensor]
+) -> list[Trajectory]:
+    """Inverse of ``packed_trajectories``."""
+    found = []
+    for number, fields in enumerate(records):
+        known = {name: tensors.get(f"ahead/{number}/{name}") for name in ARRAYS}
+        arrays: dict[str, Any] = {name: None if t is None else t.numpy() for name, t in known.items()}
+        found.append(Trajectory(**fields, **arrays))
+    return found
 
 
 def seed_of(*parts: object) -> int:

@@ -196,6 +196,21 @@ def test_trajectories_of_another_policy_are_refused():
         learner.step(batch)
 
 
+def test_one_step_of_staleness_is_trained_on_if_allowed_and_not_taken_for_an_error_of_the_engine():
+    learner, teacher = build(pipeline={"max_staleness": 1}, sync={"max_gap": 0.01})
+    learner.version = 1
+    batch = recorded(learner, make_trajectories(LENGTHS))  # of version 0
+    far = [dataclasses.replace(t, sampler_logprobs=t.sampler_logprobs - 0.3, sampler_entropy=None) for t in batch]
+    teacher.encode(far)
+    found = learner.step(far)
+    assert found["staleness"] == 1
+    assert found["policy_gap"] == pytest.approx(0.3, abs=1e-4)
+    assert "sampler_gap" not in found
+    teacher.encode(far)
+    with pytest.raises(RuntimeError, match="at most 1 steps of staleness"):
+        learner.step(far)
+
+
 def recorded(learner, trajectories):
     """``trajectories`` with what an engine of the same weights would have recorded."""
     done = []

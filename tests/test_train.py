@@ -195,10 +195,35 @@ def test_a_run_does_not_lean_on_the_private_ray_of_another(tmp_path):
 
 
 def test_two_rollout_actors_give_the_rollouts_of_one(whole, tmp_path):
-    done = run(tmp_path, "rollout.actors=2", "run.steps=2", "run.name=r")
+    """And with overlap the next step's are made during this update, by weights that are then one step old."""
+    done = run(tmp_path, "rollout.actors=2", "run.steps=3", "run.name=r", "pipeline.max_staleness=1", "run.timeline=1")
     assert done.returncode == 0, done.stdout + done.stderr
+    steps = [r for r in read(tmp_path / "r" / "metrics.jsonl") if "loss" in r]
+    assert [r["staleness"] for r in steps] == [0, 1, 1]
+    assert steps[0]["sampler_gap"] < GAP
+    assert all("sampler_gap" not in r and 0 < r["policy_gap"] < 0.5 for r in steps[1:])
+    trace = json.loads((tmp_path / "r" / "timeline.json").read_text())["traceEvents"]
+    assert [e["args"]["name"] for e in trace if e["ph"] == "M"] == ["rollout 0", "rollout 1", "teacher", "learner"]
+    assert {"generate", "encode", "trunk", "loss", "backward"} <= {e["name"] for e in trace}
+    assert (tmp_path / "r" / "timeline.png").read_bytes().startswith(b"\x89PNG")
     first = losses(whole[0])[0]
     assert losses(tmp_path / "r")[0] == pytest.approx({**first, "lr": losses(tmp_path / "r")[0]["lr"]}, rel=1e-4)
+
+
+@pytest.mark.slow
+def test_a_run_with_overlap_resumes_with_the_losses_of_an_undisturbed_one(tmp_path):
+    """The rollouts that were made ahead, by weights that are gone, are in the checkpoint."""
+    common = [*TRANSFORMERS, "pipeline.max_staleness=1", "run.steps=6", "run.checkpoint_every=3"]
+    assert run(tmp_path, *common, "run.name=whole").returncode == 0
+    process = subprocess.Popen(command(tmp_path, *common, "run.name=r"), cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    for line in process.stdout:
+        if line.startswith("step 4 "):
+            process.kill()
+            break
+    done = run(tmp_path, *common, "run.name=r", "resume=auto")
+    assert "resuming after step 3" in done.stdout, done.stdout + done.stderr
+    assert [r["staleness"] for r in read(tmp_path / "r" / "metrics.jsonl") if "loss" in r] == [0, 1, 1, 1, 1, 1]
+    assert losses(tmp_path / "r") == losses(tmp_path / "whole")
 
 
 def test_the_teacher_in_the_learners_process_trains_the_same(whole, tmp_path):

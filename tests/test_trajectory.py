@@ -1,10 +1,20 @@
+import dataclasses
+
 import numpy as np
 import pytest
 from conftest import make_trajectories
 from hypothesis import given
 from hypothesis import strategies as st
 
-from onpolicy_skd.trajectory import check_version, collate, micro_batches, seed_of
+from onpolicy_skd import checkpoint
+from onpolicy_skd.trajectory import (
+    check_version,
+    collate,
+    micro_batches,
+    packed_trajectories,
+    seed_of,
+    unpacked_trajectories,
+)
 
 pairs = st.lists(st.tuples(st.integers(1, 9), st.integers(1, 9)), min_size=1, max_size=6)
 
@@ -63,3 +73,17 @@ def test_seeds_are_stable_and_differ():
     assert seed_of(1, "a", 2) == seed_of(1, "a", 2) == 1678243259
     assert len({seed_of(1, step, i) for step in range(50) for i in range(50)}) == 2500
     assert 0 <= seed_of("x") < 2**31
+
+
+def test_trajectories_survive_a_checkpoint(tmp_path):
+    batch = make_trajectories([(3, 5), (2, 7)], version=4)
+    batch[1] = dataclasses.replace(
+        batch[1], correct=True, weight=0.5, sampler_entropy=np.ones(7, np.float32), documents=np.array([2])
+    )
+    records, tensors = packed_trajectories(batch)
+    checkpoint.save(tmp_path, 1, {"ahead": records}, tensors, keep=1)
+    loaded = checkpoint.newest(tmp_path)
+    for found, expected in zip(unpacked_trajectories(loaded.state["ahead"], loaded.tensors), batch, strict=True):
+        for one in dataclasses.fields(expected):
+            a, b = getattr(found, one.name), getattr(expected, one.name)
+            assert (a is None and b is None) or np.array_equal(a, b), one.name

@@ -302,6 +302,7 @@ def lost_node(lab: Lab, count: int) -> Tally:
     lab.reference(steps)
     with cluster(0) as (address, add_node, token):
         node = add_node()
+        lab.finish([sys.executable, "-c", AWAIT_CPU, address], "await", **token)
         process = lab.start(lab.command(name, steps, f"cluster.address={address}"), name, **token)
         for _ in range(count):
             wait_for(process, lambda own=node: bool(actors(own.pid, "Learner")))
@@ -309,7 +310,7 @@ def lost_node(lab: Lab, count: int) -> Tally:
             wait_for(process, lambda before=first: newest_step(lab.folder / name) > before)
             time.sleep(lab.draw.uniform(0.0, 2.0))
             spare = add_node()
-            time.sleep(4)
+            time.sleep(10)  # until it can take over; if that is too soon, the run waits for it
             kill_tree(node.pid)
             node = spare
         try:
@@ -327,6 +328,12 @@ def wait_for(process: subprocess.Popen[bytes], condition: Callable[[], bool]) ->
         time.sleep(0.1)
 
 
+AWAIT_CPU = """
+import sys, time, ray
+ray.init(address=sys.argv[1], logging_level="ERROR", log_to_driver=False)
+while ray.cluster_resources().get("CPU", 0) < 1:
+    time.sleep(0.2)
+"""
 HOG = """
 import sys, time, numpy as np, ray
 ray.init(address=sys.argv[1], logging_level="ERROR", log_to_driver=False)
