@@ -30,6 +30,20 @@ def test_the_end_to_end_benchmark_writes_its_keys(tmp_path, capsys):
     assert "step over unavoidable" in capsys.readouterr().out
 
 
+@pytest.mark.slow
+def test_steps_and_curves_write_their_keys_and_a_plot(tmp_path, capsys):
+    for name in ("step", "curves"):
+        arguments = [name, "--json", str(tmp_path / f"{name}.json"), "--shapes", "tiny", "--rounds", "1"]
+        assert performance.main(arguments) == 0
+    step, curves = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("step", "curves"))
+    assert set(step["step_over_unavoidable"]) == {"ours_k100", "ours_k20", "ours_ragged"}
+    rows = curves["shapes"]["tiny"]["points"]["rows"]
+    assert [p["rows"] for p in rows] == [40, 80]
+    assert rows[1]["logits_mib"] == 2 * rows[0]["logits_mib"]
+    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+    assert "had they been kept" in capsys.readouterr().out
+
+
 def test_a_measured_step_is_the_sum_of_its_phases():
     found = end_to_end.measure("ours_k20", "tiny", "cpu")
     assert set(found["phases"]) == {"rollout", "filter", "teacher", "learn", "sync"}

@@ -1,4 +1,4 @@
-"""``python -m eval.performance loss|end-to-end --json FILE``: ratios within one run, beside TRL's trainer."""
+"""``python -m eval.performance loss|step|end-to-end|curves --json FILE``: ratios in one run, beside TRL's trainer."""
 
 from __future__ import annotations
 
@@ -12,13 +12,15 @@ from typing import Any
 
 import torch
 
-from eval.performance import end_to_end, loss
+from eval.performance import curves, end_to_end, loss, step
 from onpolicy_skd.checkpoint import write_text
 from onpolicy_skd.report.summary import versions
 
-BENCHMARKS = {"loss": loss, "end-to-end": end_to_end}
+BENCHMARKS: dict[str, Any] = {"loss": loss, "step": step, "end-to-end": end_to_end, "curves": curves}
 HELP = {
     "loss": "the loss alone, forward and backward",
+    "step": "one whole on-policy step by phase, over the work that no step can avoid",
+    "curves": "the loss along rows, share of positions, vocabulary; with a plot beside the JSON file",
     "end-to-end": "whole on-policy steps, generation to optimizer, beside TRL's DistillationTrainer",
 }
 
@@ -39,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.command == "one":
         print(json.dumps(BENCHMARKS[args.benchmark].measure(args.variant, args.shape, args.device)))
         return 0
-    module: Any = BENCHMARKS[args.command]
+    module = BENCHMARKS[args.command]
     shapes = {name: module.compare(name, args.device, args.rounds) for name in args.shapes}
     first = shapes[args.shapes[0]]
     result = {
@@ -53,6 +55,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.json:
         args.json.parent.mkdir(parents=True, exist_ok=True)
         write_text(args.json, json.dumps(result, indent=2) + "\n")
+        if hasattr(module, "plot"):
+            module.plot(args.json.with_suffix(".png"), shapes)
     return 0
 
 

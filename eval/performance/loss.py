@@ -27,8 +27,8 @@ DEFAULT = ("small", "large")
 SEQUENCES = 8  # the rows are this many responses, for the per-sequence selection
 
 
-def loss_step(variant: str, inputs: dict[str, Tensor]) -> Callable[[], Tensor]:
-    """A function that does forward and backward of reverse KL once and returns the loss."""
+def loss_step(variant: str, inputs: dict[str, Tensor], k: float = 1.0) -> Callable[[], Tensor]:
+    """A function that does forward and backward of reverse KL once and returns the loss; ``k``: for variant "ours"."""
     hidden, head = inputs["student_hidden"], inputs["student_head"]
     other, other_head, targets = inputs["teacher_hidden"], inputs["teacher_head"], inputs["targets"]
     rows = len(hidden)
@@ -59,7 +59,13 @@ def loss_step(variant: str, inputs: dict[str, Tensor]) -> Callable[[], Tensor]:
     from onpolicy_skd.lm_head import row_statistics
     from onpolicy_skd.selection.positions import Context, top_k
 
-    forward = {"dense": dense, "trl": trl, "ours_k100": lambda: ours(1.0), "ours_k20": lambda: ours(0.2)}[variant]
+    forward = {
+        "dense": dense,
+        "trl": trl,
+        "ours_k100": lambda: ours(1.0),
+        "ours_k20": lambda: ours(0.2),
+        "ours": lambda: ours(k),
+    }[variant]
 
     def step() -> Tensor:
         hidden.grad = head.grad = None
