@@ -143,21 +143,26 @@ class Refusal:
 
 
 def wait_ready(
-    actors: Sequence[Any], say: Callable[[str], None] = print, patience: float = math.inf
-) -> dict[Any, Place]:
-    """Blocks until every actor is up; where each one lives.  Says every minute what it is waiting for.
+    actors: Sequence[Any],
+    say: Callable[[str], None] = print,
+    patience: float = math.inf,
+    places: dict[Any, Place] | None = None,
+) -> None:
+    """Blocks until every actor is up; fills ``places`` with where each one lives.
 
-    Raises what its start refused, and GetTimeoutError after ``patience`` seconds.
+    Says every minute what it is waiting for.  Raises what a start refused, and GetTimeoutError after ``patience``
+    seconds.
     """
     waiting = {actor.ready.remote(): actor for actor in actors}
-    found: dict[Any, Place] = {}
     deadline = time.monotonic() + patience
     while waiting:
         left = max(0.0, deadline - time.monotonic())
         done, _ = ray.wait(list(waiting), num_returns=len(waiting), timeout=min(PATIENCE, left))
         for ref in done:
             where: Any = ray.get(ref)
-            found[waiting.pop(ref)] = where
+            actor = waiting.pop(ref)
+            if places is not None:
+                places[actor] = where
         if waiting and time.monotonic() >= deadline:
             raise GetTimeoutError(f"{len(waiting)} of {len(actors)} actors did not start within {patience:.0f} s")
         if waiting:
@@ -166,7 +171,6 @@ def wait_ready(
                 f"waiting for {len(waiting)} of {len(actors)} actors: loading, or no room on any one node (free now: "
                 f"{free.get('GPU', 0):g} GPUs, {free.get('CPU', 0):g} CPUs)"
             )
-    return found
 
 
 def located(settings: Settings) -> Settings:

@@ -131,8 +131,13 @@ class LearnerActor:
         with self._learner.spans("pack weights"):
             return pack_named(self._learner.weights(pick_dtype(self._settings.rollout.dtype, device)))
 
-    def save(self, folder: Path, step: int, state: dict[str, Any], keep: int, *ahead: Sequence[Trajectory]) -> Path:
+    def save(
+        self, folder: Path, step: int, version: int, state: dict[str, Any], keep: int, *ahead: Sequence[Trajectory]
+    ) -> Path:
         """``ahead``: rollouts of ``step`` that were made before it, by weights that will be gone."""
+        if self._learner.version != version:
+            made = f"the learner is at policy version {self._learner.version}, not {version}"
+            raise checkpoint.SaveError(f"no checkpoint of step {step}: {made}")
         records, tensors = packed_trajectories([t for part in ahead for t in part])
         state = state | {"version": self._learner.version, "ahead": records}
         return checkpoint.save(folder, step, state, self._learner.tensors() | tensors, keep)

@@ -85,7 +85,8 @@ class Roles:
 
     def wait_ready(self, say: Say = print, patience: float = math.inf) -> None:
         """Blocks until every actor is up; raises what a start refused, GetTimeoutError after ``patience`` seconds."""
-        self._places = wait_ready(self._actors, say, patience)
+        self._places = {}
+        wait_ready(self._actors, say, patience, self._places)
 
     # -- a step ----------------------------------------------------------------------------------------------------
 
@@ -149,9 +150,14 @@ class Roles:
             ObjectStoreSync(self._learner, self.rollouts).push(self._version, self._patience())
             self._pushed = self._version
 
-    def save(self, folder: Path, step: int, state: dict[str, Any], keep: int, ahead: Sequence[Any] = ()) -> Path:
-        """``ahead``: rollouts of ``step``, if they were made before it."""
-        return self._get(self._learner.save.remote(folder.absolute(), step, state, keep, *ahead))
+    def save(
+        self, folder: Path, step: int, version: int, state: dict[str, Any], keep: int, ahead: Sequence[Any] = ()
+    ) -> Path:
+        """``ahead``: rollouts of ``step``, if they were made before it.
+
+        Raises SaveError, also if the learner is not at ``version``: after a failure it may be new.
+        """
+        return self._get(self._learner.save.remote(folder.absolute(), step, version, state, keep, *ahead))
 
     def restore(self, path: Path) -> Refs:
         """Loads a checkpoint into the learner; returns the rollouts of the next step, if they were made ahead."""
@@ -174,11 +180,11 @@ class Roles:
 
     # -- faults ----------------------------------------------------------------------------------------------------
 
-    def recover(self, error: RayError, checkpoints: Path, say: Say = print) -> Recovery:
+    def recover(self, error: RayError, checkpoints: Path | None, say: Say = print) -> Recovery:
         """After ``error`` of any method: new actors in place of those that died or hang, with the current weights.
 
-        A new learner starts from the newest of ``checkpoints``, or anew.  The caller does what failed again.  Raises
-        ``error`` if it is no fault but would come again, and RunError when the supervisor gives up.
+        A new learner starts from the newest of ``checkpoints``, or anew; with None anew.  The caller does what failed
+        again.  Raises ``error`` if it is no fault but would come again, and RunError when the supervisor gives up.
         """
         started, restarted, rolled_back = time.monotonic(), [], False
         first = fault_of(error)
@@ -242,9 +248,9 @@ class Roles:
         for number, actor in enumerate(self.rollouts.actors):
             if actor in failed and not self._shares:
                 self.rollouts.restart(number)
-                self._pushed = 0
+                self._pushed = -1
         if self._learner in failed:
-            self._learner, self._version = self._start_learner(), 0
+            self._learner, self._version, self._pushed = self._start_learner(), 0, -1
         if self._shares:
             self.rollouts.actors = [self._learner]
         self.wait_ready(say, self._patience())

@@ -30,14 +30,16 @@ def build_teacher(settings: Settings, vocabulary: int, pad_id: int) -> Teacher:
         pad_id,
         settings.alignment.temperature,
         settings.alignment.chunk_rows,
+        settings.pipeline.packing,
     )
 
 
 def split_for(settings: Settings, model: Any, vocabulary: int, pad_id: int) -> SplitModel:
     """Trunk and head of ``model``, which was seen to keep documents apart if the run does.  Raises ModelError."""
     found = split(model, vocabulary)
-    if settings.data.source == "text" and settings.data.documents == "separate":
-        check_documents(found, pad_id, settings.data.sequence_length)
+    separate = settings.data.source == "text" and settings.data.documents == "separate"
+    if separate or settings.pipeline.packing:
+        check_documents(found, pad_id, settings.max_sequence)
     return found
 
 

@@ -100,8 +100,12 @@ def load(path: Path) -> Checkpoint:
             if sha256(path / name) != digest:
                 raise CheckpointError(f"checkpoint {path}: {name} is damaged (its SHA-256 differs)")
         return Checkpoint(path, record["step"], record["state"], load_file(path / TENSORS))
-    except CheckpointError:
+    except (CheckpointError, MemoryError):
         raise
+    except OSError as error:
+        if not isinstance(error, FileNotFoundError | NotADirectoryError):
+            raise  # a disk that does not answer now is no damage
+        raise CheckpointError(f"checkpoint {path}: {error}") from error
     except Exception as error:  # damage shows in many ways: missing files, broken JSON, lost keys
         raise CheckpointError(f"checkpoint {path}: unreadable: {type(error).__name__}: {error}") from error
 
@@ -119,7 +123,8 @@ def newest(folder: Path) -> Checkpoint | None:
             return load(path)
         except CheckpointError as error:
             log.warning("%s; trying the one before", error)
-            path.rename(path.with_name(f"damaged-{path.name}"))
+            names = (path.with_name(f"damaged-{path.name}{end}") for end in ("", *(f".{i}" for i in range(1, 1000))))
+            path.rename(next(name for name in names if not name.exists()))
     return None
 
 
@@ -169,8 +174,7 @@ def load_optimizer_tensors(
         kind, _, rest = full.partition("/")
         if kind == "optimizer":
             key, _, name = rest.partition("/")
-            on_device = tensor if key == "step" else tensor.to(named[name].device)
-            optimizer.state[named[name]][key] = on_device
+            optimizer.state[named[name]][key] = tensor.to(named[name].device)  # a fused optimizer's step count too
 
 
 def _newest_first(folder: Path) -> list[Path]:

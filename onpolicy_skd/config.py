@@ -371,6 +371,11 @@ class LearnerSettings(Section):
 
 
 class PipelineSettings(Section):
+    packing: bool = Field(
+        default=False,
+        description="learner and teacher read several responses in one row, kept apart by the attention mask, in place "
+        "of padding",
+    )
     max_staleness: Annotated[int, Field(ge=0, le=1)] = Field(
         default=0,
         description="0: strictly on-policy; 1: the next step's rollouts are made during this update, by weights that "

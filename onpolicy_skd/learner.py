@@ -387,11 +387,13 @@ class Learner:
     # -- the pieces of a forward -----------------------------------------------------------------------------------
 
     def _groups(self, trajectories: Sequence[Trajectory]) -> list[list[int]]:
-        return micro_batches([t.length for t in trajectories], self._settings.learner.tokens_per_micro_batch)
+        lengths, own = [t.length for t in trajectories], self._settings
+        return micro_batches(lengths, own.learner.tokens_per_micro_batch, own.pipeline.packing)
 
     def _micro_batch(self, members: Sequence[Trajectory]) -> MicroBatch:
         """The student's forward of ``members``; with gradient unless that is switched off."""
-        batch, own = collate(members, self._pad_id, self.student.device), self._settings.alignment
+        packed, own = self._settings.pipeline.packing, self._settings.alignment
+        batch = collate(members, self._pad_id, self.student.device, packed=packed)
         leaf_BLH = self.student.embedded(batch) if torch.is_grad_enabled() else None
         with self.spans("trunk"):
             hidden_NH, head_VH = self._hidden(self.student, batch, leaf_BLH), self.student.head_VH

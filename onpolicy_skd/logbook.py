@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
 from collections import deque
@@ -65,10 +66,11 @@ class Logbook:
         self.best_step: int | None = None  # of the best one
         self._best = -math.inf
         self._restarts: dict[str, int] = {}
-        self._skipped = 0
+        self._saved = bool(state)
+        self._version = self._skipped = 0
         self._load(state)
         self._started = time.monotonic()
-        self._open(first_step)
+        self._open(first_step, bool(state))
         self._display = Display(run.steps, first_step)
 
     def __enter__(self) -> Logbook:
@@ -84,13 +86,14 @@ class Logbook:
     def say(self, text: str) -> None:
         self._display.say(text)
 
-    def _open(self, first_step: int) -> None:
+    def _open(self, first_step: int, resumed: bool) -> None:
         """The metrics as they were before ``first_step``."""
         self._steps = first_step
-        self._metrics = MetricsLog(self._run.folder, first_step, self._run.settings.run.tensorboard)
+        self._metrics = MetricsLog(self._run.folder, first_step, self._run.settings.run.tensorboard, resumed)
         self._watch = Watch(self._run.settings.sync.max_gap)
         for record in read(self._metrics.path):
-            deque(self._watch.see(record), maxlen=0)  # what there was to say has been said
+            if "loss" in record:
+                deque(self._watch.see(record), maxlen=0)  # what there was to say has been said
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps of the logbook."""
@@ -104,6 +107,7 @@ class Logbook:
         }
 
     def _load(self, state: dict[str, Any]) -> None:
+        self._version = state.get("version", 0)  # of the learner after the steps so far
         self._skipped = state.get("skipped", 0)
         self.watched = state.get("watched", 0)
         self.best_step, self._best = state.get("best") or (None, -math.inf)
@@ -112,13 +116,19 @@ class Logbook:
     def save(self, roles: Roles, step: int, must: bool, ahead: Sequence[Any] = ()) -> None:
         """A checkpoint.  One that cannot be written ends the run if it ``must`` be; else the one before has to do."""
         try:
-            roles.save(self.checkpoints, step, self.state(), self._run.settings.run.keep_checkpoints, ahead)
+            self._save(roles, step, ahead)
+            self._saved = True
         except SaveError as error:
             problem = str(cause_of(error))
             if must:
                 raise RunError(f"{problem}; make room and use resume=auto") from None
-            self._metrics.write({"step": step, "event": "unsaved", "reason": problem})
             self.say(f"{problem}; going on, with the checkpoint before it")
+            with contextlib.suppress(OSError):  # the same disk
+                self._metrics.write({"step": step, "event": "unsaved", "reason": problem})
+
+    def _save(self, roles: Roles, step: int, ahead: Sequence[Any] = ()) -> None:
+        keep = self._run.settings.run.keep_checkpoints
+        roles.save(self.checkpoints, step, self._version, self.state(), keep, ahead)
 
     def is_best(self, done: Evaluation) -> bool:
         """Of the evaluations during training so far."""
@@ -132,11 +142,13 @@ class Logbook:
 
     def recovered(self, step: int, done: Recovery) -> int:
         """The step to go on with after a fault in ``step``."""
+        if done.rolled_back and done.checkpoint is None and self._saved:
+            raise RunError(f"{done.cause}; and none of the checkpoints in {self.checkpoints} can be read")
         back = (done.checkpoint.step if done.checkpoint else 0) if done.rolled_back else step
         if done.rolled_back:  # as a resumed run would
             self._load(done.checkpoint.state if done.checkpoint else {})
             self._metrics.close()
-            self._open(back)
+            self._open(back, True)
         self.mended(done, back)
         self.say(f"going on with step {back}" + (" from the newest checkpoint" if done.rolled_back else ""))
         return back
@@ -157,8 +169,8 @@ class Logbook:
             "seconds": clock.seconds | {"step": total},
             "tokens_per_second": found["train_tokens"] / total,
         }
-        self._steps = step + 1
         self._metrics.write(record)
+        self._steps, self._version = step + 1, int(found["version"])  # not before the record is safe
         self._display.step(record)
         for guard, text in self._watch.see(record):
             self._metrics.write({"step": step, "event": "warning", "guard": guard, "text": text})
@@ -167,7 +179,10 @@ class Logbook:
     def timeline(self, roles: Roles, step: int, clock: Clock) -> None:
         """Who was busy when, in a step that has just ended."""
         now = time.time()
-        timeline.write(self._run.folder, timeline.within(roles.spans(), now - clock.total, now), step)
+        try:
+            timeline.write(self._run.folder, timeline.within(roles.spans(), now - clock.total, now), step)
+        except OSError as error:
+            self.say(f"no timeline: {error}")
 
     def empty_batch(self, step: int, report: Any) -> None:
         self._steps = step + 1
@@ -220,7 +235,7 @@ class Logbook:
         def leave(_: type | None, error: BaseException | None, __: Any) -> bool:
             if isinstance(error, RayError | RunError | OSError):
                 try:
-                    roles.save(self.checkpoints, self._steps, self.state(), self._run.settings.run.keep_checkpoints)
+                    self._save(roles, self._steps)
                 except RayError as lost:
                     self.say(f"no checkpoint of this moment: {first_line(cause_of(lost))}")
                 try:

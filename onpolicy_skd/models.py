@@ -148,6 +148,7 @@ class SplitModel:
 
     model: Any  # a transformers PreTrainedModel
     vocabulary: int  # rows of the head in use
+    takes_embeddings: bool = True  # whether the trunk makes of its embeddings what it makes of their ids
 
     @property
     def trunk(self) -> Any:
@@ -168,7 +169,8 @@ class SplitModel:
         Autograd would make a gradient of the whole table ``[V, H]`` of it, for a few rows, at every micro-batch.
         """
         table = self.model.get_input_embeddings()
-        if type(table) is not torch.nn.Embedding or not table.weight.requires_grad or table.max_norm is not None:
+        plain = type(table) is torch.nn.Embedding and table.max_norm is None and not table.scale_grad_by_freq
+        if not (plain and self.takes_embeddings and table.weight.requires_grad):
             return None
         return torch.nn.functional.embedding(batch.input_ids, table.weight.detach()).requires_grad_()
 
@@ -182,8 +184,11 @@ class SplitModel:
             table.weight.grad = torch.zeros_like(table.weight)
         if table.padding_idx is not None:
             gradient = gradient.masked_fill((batch.input_ids == table.padding_idx)[..., None], 0.0)
-        rows = (batch.input_ids.flatten(),)
-        table.weight.grad.index_put_(rows, gradient.flatten(0, 1).to(table.weight.dtype), accumulate=True)
+        ids, gradient_TH = batch.input_ids.flatten(), gradient.flatten(0, 1).to(table.weight.dtype)
+        if ids.device.type == "cpu":  # each is the one that adds in a fixed order
+            table.weight.grad.index_add_(0, ids, gradient_TH)
+        else:
+            table.weight.grad.index_put_((ids,), gradient_TH, accumulate=True)
 
     def hidden(self, batch: Batch, embedded_BLH: Tensor | None = None) -> Tensor:
         """``[N, H]``: last hidden states, after the final norm, at the eligible positions."""
@@ -223,8 +228,8 @@ def check_documents(split_model: SplitModel, pad_id: int, longest: int) -> None:
     if window and window < longest:
         raise ModelError(
             f"{type(split_model.model).__name__}: its attention reaches {window} tokens back, which a mask of "
-            f"documents would override in samples of {longest}; accepted with data.documents=joined, or a shorter "
-            "data.sequence_length"
+            f"documents would override in samples of {longest}; accepted with data.documents=joined and "
+            "pipeline.packing=false, or shorter samples"
         )
     documents = [np.arange(1, 6) % split_model.vocabulary, np.arange(3, 11) % split_model.vocabulary]
 
@@ -238,7 +243,7 @@ def check_documents(split_model: SplitModel, pad_id: int, longest: int) -> None:
     if not torch.allclose(together, alone, rtol=tolerance, atol=tolerance * float(alone.abs().max())):
         raise ModelError(
             f"{type(split_model.model).__name__}: does not keep packed documents apart (a recurrent layer?); "
-            "accepted with data.documents=joined"
+            "accepted with data.documents=joined and pipeline.packing=false"
         )
 
 
@@ -267,7 +272,17 @@ def split(model: Any, vocabulary: int) -> SplitModel:
             f"{name}: its logits are not LM head @ last hidden state (a bias, scale or soft cap?); "
             "accepted: models such as Qwen, Llama, Mistral, SmolLM, GPT-NeoX"
         )
-    return SplitModel(model, vocabulary)
+    return SplitModel(model, vocabulary, _takes_embeddings(model, ids, hidden))
+
+
+def _takes_embeddings(model: Any, ids: Tensor, hidden_BLH: Tensor) -> bool:
+    """Whether the trunk gives ``hidden_BLH`` of the embeddings of ``ids`` too: some scale them, or look at the ids."""
+    embeddings = model.get_input_embeddings()(ids)
+    try:
+        found = model.base_model(inputs_embeds=embeddings, use_cache=False).last_hidden_state
+    except (TypeError, ValueError):  # it takes no embeddings
+        return False
+    return torch.allclose(found.float(), hidden_BLH.float(), rtol=1e-3, atol=1e-3)
 
 
 def pick_device(setting: str) -> str:

@@ -146,17 +146,19 @@ class Teacher(HiddenRowsTeacher):
         pad_id: int,
         temperature: float = 1.0,
         chunk_rows: int | None = None,
+        packed: bool = False,
     ) -> None:
         model.model.eval().requires_grad_(False)
         super().__init__(model.head_VH, temperature, chunk_rows)
         self._model = model
         self._tokens_per_batch = tokens_per_batch
         self._pad_id = pad_id
+        self._packed = packed
 
     def _hidden_of(self, trajectories: Sequence[Trajectory]) -> Iterator[tuple[Trajectory, Tensor]]:
-        for group in micro_batches([t.length for t in trajectories], self._tokens_per_batch):
+        for group in micro_batches([t.length for t in trajectories], self._tokens_per_batch, self._packed):
             members = [trajectories[i] for i in group]
-            batch = collate(members, self._pad_id, self._model.device)
+            batch = collate(members, self._pad_id, self._model.device, packed=self._packed)
             parts = self._model.hidden(batch).split(batch.counts)
             for t, rows in zip(members, parts, strict=True):
                 yield t, rows.clone()  # a part of the group's tensor would keep all of it alive

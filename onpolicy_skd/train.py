@@ -16,7 +16,7 @@ from contextlib import ExitStack
 from typing import TypeVar
 
 import ray
-from ray.exceptions import RayError
+from ray.exceptions import GetTimeoutError, RayError
 
 from actors.cluster import Resources, connect
 from actors.roles import Refs, Roles
@@ -74,8 +74,11 @@ def train(
                 book.timeline(roles, step - 1, clock)
         except RayError as error:
             mended = roles.recover(error, book.checkpoints, book.say)
-            step = saved = book.recovered(step, mended)
-            started = {step: mended.ahead} if mended.ahead else intact(started)
+            step = book.recovered(step, mended)
+            if mended.rolled_back:
+                saved, started = step, {step: mended.ahead} if mended.ahead else {}
+            else:
+                started = intact(started)
 
 
 def update(
@@ -116,11 +119,13 @@ def update(
 
 
 def intact(started: dict[int, Refs]) -> dict[int, Refs]:
-    """Those rollouts that a fault has left; the others are made again, by the weights of now."""
+    """Those rollouts that a fault has left or left under way; the others are made again, by the weights of now."""
     kept = {}
     for step, parts in started.items():
         try:
             ray.get(parts, timeout=0)
+        except GetTimeoutError:
+            pass
         except RayError:
             continue
         kept[step] = parts
@@ -131,13 +136,14 @@ def _due(every: int, step: int) -> bool:
     return bool(every) and step > 0 and step % every == 0
 
 
-def redone(action: Callable[[], T], roles: Roles, book: Logbook) -> T:
-    """``action``, which trains nothing, again after each fault that could be mended."""
+def redone(action: Callable[[], T], roles: Roles, book: Logbook, trained: bool = True) -> T:
+    """``action``, which trains nothing, again after each fault that could be mended; ``trained``: by the newest
+    checkpoint's student, not the initial one."""
     while True:
         try:
             return action()
         except RayError as error:
-            book.mended(roles.recover(error, book.checkpoints, book.say))
+            book.mended(roles.recover(error, book.checkpoints if trained else None, book.say))
 
 
 def trajectories(run: Run, roles: Roles, prompts: Sequence[Prompt], step: int) -> Refs:
@@ -185,12 +191,14 @@ def run_settings(settings: Settings) -> int:
             with ExitStack() as stack:
                 stack.callback(roles.close)
                 stack.push(book.on_failure(roles))
-                redone(lambda: roles.wait_ready(book.say), roles, book)
+                redone(lambda: roles.wait_ready(book.say), roles, book, trained=False)
 
                 def select() -> Sequence[Prompt]:
                     return selected_prompts(run, roles.rank, lambda: roles.rollouts, book.say)
 
-                prompts = redone(select, roles, book)  # by the initial student: before a checkpoint is loaded
+                prompts = redone(
+                    select, roles, book, trained=False
+                )  # by the initial student: before a checkpoint is loaded
                 if not run.knows_its_texts:
                     run.check_cached(prompts)
                 ahead = redone(lambda: roles.restore(loaded.path), roles, book) if loaded else []

@@ -134,22 +134,32 @@ def collate(
     pad_id: int,
     device: torch.device | str = "cpu",
     padding_side: Literal["right", "left"] = "right",
+    packed: bool = False,
 ) -> Batch:
-    """Pads ``trajectories`` to the longest.  Raises ValueError if one has no response or no prompt."""
+    """Pads ``trajectories`` to the longest or, ``packed``, puts several in a row, kept apart by the attention mask.
+
+    Raises ValueError if one has no response or no prompt.
+    """
     length = max(t.length for t in trajectories)
-    ids = np.full((len(trajectories), length), pad_id, dtype=np.int64)
+    if packed:
+        places = first_fit([t.length for t in trajectories], length)
+    else:
+        places = [(i, 0 if padding_side == "right" else length - t.length) for i, t in enumerate(trajectories)]
+    ids = np.full((1 + max(row for row, _ in places), length), pad_id, dtype=np.int64)
     mask = np.zeros_like(ids)
     positions = np.zeros_like(ids)
-    document = np.zeros_like(ids)  # which of its sequence's documents a token belongs to
+    document = np.zeros_like(ids)  # which of its row's documents a token belongs to
+    documents = 0
     rows, columns, targets = [], [], []
-    for row, t in enumerate(trajectories):
+    for (row, start), t in zip(places, trajectories, strict=True):
         if not len(t.response_ids) or not len(t.prompt_ids):
             raise ValueError(f"trajectory {t.key}: needs at least one prompt and one response token")
-        start = 0 if padding_side == "right" else length - t.length
         ids[row, start : start + t.length] = np.concatenate([t.prompt_ids, t.response_ids])
         mask[row, start : start + t.length] = 1
-        for number, begin in enumerate(() if t.documents is None else t.documents, 1):
-            document[row, start + begin : start + t.length] = number
+        first_one = [0] if start and packed else []
+        for begin in [*first_one, *(() if t.documents is None else t.documents)]:
+            documents += 1
+            document[row, start + begin : start + t.length] = documents
         positions[row, start : start + t.length] = _restarting(document[row, start : start + t.length])
         first = start + len(t.prompt_ids) - 1  # the last prompt token predicts y_1
         rows.append(np.full(len(t.response_ids), row))
@@ -163,6 +173,19 @@ def collate(
     return Batch(*moved, *flat, counts=[len(t.response_ids) for t in trajectories])
 
 
+def first_fit(lengths: Sequence[int], width: int) -> list[tuple[int, int]]:
+    """Row and start of each of ``lengths`` in rows of ``width``: the first row that has room, or a new one."""
+    filled: list[int] = []
+    places = []
+    for length in lengths:
+        row = next((i for i, used in enumerate(filled) if used + length <= width), len(filled))
+        if row == len(filled):
+            filled.append(0)
+        places.append((row, filled[row]))
+        filled[row] += length
+    return places
+
+
 def _restarting(document_L: np.ndarray) -> np.ndarray:
     """0, 1, 2, ... from the start of each document."""
     places = np.arange(len(document_L))
@@ -170,19 +193,24 @@ def _restarting(document_L: np.ndarray) -> np.ndarray:
     return places - np.maximum.accumulate(starts)
 
 
-def micro_batches(lengths: Sequence[int], token_budget: int) -> list[list[int]]:
-    """Indices of ``lengths`` cut into groups of at most ``token_budget`` padded tokens, longest first.
+def micro_batches(lengths: Sequence[int], token_budget: int, packed: bool = False) -> list[list[int]]:
+    """Indices of ``lengths`` cut into groups of at most ``token_budget`` tokens, padding included, longest first.
 
     Sorting by length keeps padding small; the longest group comes first so that memory peaks at the start.
     A single sequence over the budget gets a group of its own.
     """
     groups: list[list[int]] = []
     for index in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
-        if groups and lengths[groups[-1][0]] * (len(groups[-1]) + 1) <= token_budget:
+        if groups and _tokens([lengths[i] for i in [*groups[-1], index]], packed) <= token_budget:
             groups[-1].append(index)
         else:
             groups.append([index])
     return groups
+
+
+def _tokens(lengths: Sequence[int], packed: bool) -> int:
+    """Of a batch of such sequences, the longest first, with its padding."""
+    return lengths[0] * (1 + first_fit(lengths, lengths[0])[-1][0] if packed else len(lengths))
 
 
 def check_version(trajectories: Iterable[Trajectory], version: int, max_staleness: int = 0) -> None:

@@ -117,3 +117,55 @@ def test_damage_inside_a_metrics_file_is_not_hidden(tmp_path):
     (tmp_path / "metrics.jsonl").write_text('{"step": 0}\n{"st\n{"step": 2}\n')
     with pytest.raises(json.JSONDecodeError):
         read(tmp_path / "metrics.jsonl")
+
+
+def test_a_checkpoint_that_was_being_replaced_is_not_lost(tmp_path):
+    """Killed between two renames: the one before stands under another name."""
+    path = checkpoint.save(tmp_path, 4, {"good": 1}, TENSORS, keep=2)
+    path.rename(tmp_path / ".step-00000004.old")
+    (tmp_path / ".step-00000004.tmp").mkdir()
+    found = checkpoint.newest(tmp_path)
+    assert (found.step, found.state) == (4, {"good": 1})
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["step-00000004"]
+
+
+def test_a_disk_that_does_not_answer_is_no_damage(tmp_path, monkeypatch):
+    checkpoint.save(tmp_path, 4, {}, TENSORS, keep=2)
+    monkeypatch.setattr(checkpoint, "sha256", lambda _: (_ for _ in ()).throw(OSError(5, "Input/output error")))
+    with pytest.raises(OSError, match="Input/output"):
+        checkpoint.newest(tmp_path)
+    monkeypatch.undo()
+    assert checkpoint.newest(tmp_path).step == 4
+
+
+def test_metrics_go_back_with_the_run_but_faults_and_what_came_before_stay(tmp_path):
+    log = MetricsLog(tmp_path)
+    log.write({"step": 0, "event": "evaluation", "name": "before"})
+    log.write({"step": 0, "loss": 1.0})
+    log.write({"step": 1, "event": "fault", "cause": "killed"})
+    log.close()
+    MetricsLog(tmp_path, 0, resumed=True).close()
+    assert [r.get("event") for r in read(tmp_path / "metrics.jsonl")] == ["evaluation", "fault"]
+
+
+def test_a_record_that_does_not_fit_on_the_disk_leaves_no_half_line(tmp_path):
+    log = MetricsLog(tmp_path)
+    log.write({"step": 0, "loss": 1.0})
+
+    class Full:
+        """Takes half of what it is given."""
+
+        def __init__(self, file):
+            self.file = file
+
+        def __getattr__(self, name):
+            return getattr(self.file, name)
+
+        def write(self, line):
+            return self.file.write(line[: len(line) // 2])
+
+    log._file = Full(log._file)
+    with pytest.raises(OSError, match="No space left"):
+        log.write({"step": 1, "loss": 2.0})
+    assert (tmp_path / "metrics.jsonl").read_text().count("\n") == 1
+    assert [r["step"] for r in read(tmp_path / "metrics.jsonl")] == [0]

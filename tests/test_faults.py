@@ -16,13 +16,17 @@ from conftest import tiny_settings
 from ray.exceptions import ActorUnavailableError, GetTimeoutError, ObjectLostError, ObjectStoreFullError
 
 from actors.faults import HUNG, blamed, end, fault_of, place, silent
+from actors.learner import LearnerActor as RealLearner
 from actors.roles import Roles
 from eval.faults import damage, processes
 from eval.faults.__main__ import main
 from eval.soak import conclude, drift
+from onpolicy_skd import checkpoint
 from onpolicy_skd.config import ConfigError, FaultSettings
 from onpolicy_skd.supervisor import Supervisor
 from onpolicy_skd.train import connect
+
+learner_class = RealLearner.__ray_metadata__.modified_class
 
 
 @pytest.fixture(scope="module")
@@ -43,6 +47,10 @@ class LearnerActor:  # named as the real one: faults are blamed by name
 
     def version(self):
         return self.updates
+
+    def restore(self, path):
+        self.updates = 7
+        return 7, []
 
     def fail(self, problem):
         raise problem
@@ -111,11 +119,21 @@ def test_an_update_whose_answer_was_lost_is_not_made_twice(cluster, tmp_path, ma
     roles._settings, roles.supervisor = tiny_settings(), Supervisor(FaultSettings(backoff_seconds=0))
     roles._places, roles._version, roles._pushed, roles._teacher = {}, 3, 3, None
     roles._learner, roles.rollouts = LearnerActor.remote(updates=made), SimpleNamespace(actors=[])
-    roles._start_learner = LearnerActor.remote
+    roles._start_learner, roles._shares = LearnerActor.remote, False
     done = roles.recover(GetTimeoutError("late"), tmp_path, lambda _: None)
     assert (done.rolled_back, done.restarted) == (rolled_back, ["learner"] * rolled_back)
     assert roles._version == (0 if rolled_back else 3)
     end(roles._learner, None)
+
+
+def test_a_learner_that_is_not_where_the_records_are_saves_nothing(tmp_path):
+    """A new learner, after a failed recovery, must not take the place of the trained one's checkpoint."""
+    actor = object.__new__(learner_class)
+    actor._learner = SimpleNamespace(version=0, tensors=dict)
+    with pytest.raises(checkpoint.SaveError, match="at policy version 0, not 41"):
+        actor.save(tmp_path, 41, 41, {}, 2)
+    assert list(tmp_path.iterdir()) == []
+    assert actor.save(tmp_path, 0, 0, {}, 2).name == "step-00000000"
 
 
 def test_an_error_that_would_come_again_is_raised_and_mends_nothing(cluster, tmp_path):

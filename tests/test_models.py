@@ -57,6 +57,23 @@ def test_the_gradient_of_the_embeddings_is_that_of_autograd(tied, padding_idx):
         assert torch.allclose(found, expected, rtol=1e-5, atol=1e-6)
 
 
+def test_the_gradient_of_the_embeddings_is_the_same_at_each_time_with_many_threads():
+    whole = split(tiny_model("qwen3", False, hidden=64), VOCABULARY)
+    batch = collate(make_trajectories([(60, 60)] * 8), 0)
+    found = []
+    torch.set_num_threads(4)
+    try:
+        for _ in range(3):
+            whole.model.zero_grad()
+            leaf = whole.embedded(batch)
+            leaf.grad = torch.randn(leaf.shape, generator=torch.Generator().manual_seed(0))
+            whole.add_embedding_gradient(batch, leaf)
+            found.append(whole.model.get_input_embeddings().weight.grad.clone())
+    finally:
+        torch.set_num_threads(1)
+    assert all(torch.equal(one, found[0]) for one in found)
+
+
 def test_models_whose_logits_are_more_than_head_times_trunk_are_refused():
     from transformers import Gemma2Config, Gemma2ForCausalLM, PhiConfig, PhiForCausalLM
 

@@ -113,7 +113,7 @@ def test_the_final_model_is_a_plain_checkpoint_that_evaluates_alike(whole):
 
 def test_every_process_killed_in_turn_and_the_losses_are_those_of_an_undisturbed_run(whole, tmp_path):
     """Rollout, teacher and learner are killed and replaced; then the driver, and the run is resumed.  Bit for bit."""
-    common = ["run.steps=5", "run.name=r", "faults.backoff_seconds=0"]
+    common = ["run.steps=5", "run.name=r", "faults.backoff_seconds=0", "eval.before=true", "run.evaluate_every=3"]
     process = subprocess.Popen(command(tmp_path, *common), cwd=ROOT, stdout=subprocess.PIPE, text=True)
     victims = {"step 0 ": "Rollout", "step 1 ": "Teacher", "step 2 ": "Learner"}
     printed = ""
@@ -134,6 +134,9 @@ def test_every_process_killed_in_turn_and_the_losses_are_those_of_an_undisturbed
     assert done.returncode == 0, done.stdout + done.stderr
     assert "resuming after step" in done.stdout
     assert json.loads((folder / "summary.json").read_text())["restarts"] == {"rollout": 1, "teacher": 1, "learner": 1}
+    events = [(r["event"], r["step"]) for r in read(folder / "metrics.jsonl") if "event" in r]
+    assert [e for e in events if e[0] == "evaluation"] == [("evaluation", 0), ("evaluation", 3), ("evaluation", 5)]
+    assert sum(name == "fault" for name, _ in events) == 3
     for found, expected in zip(losses(folder), losses(whole[0]), strict=True):
         assert found == (pytest.approx(expected, rel=0.05) if ON_GPU else expected)
 

@@ -7,6 +7,7 @@ import json
 import logging
 import random
 import shutil
+import signal
 import sys
 import tempfile
 import time
@@ -38,6 +39,9 @@ def scenarios(count: int) -> dict[str, Scenario]:
         "fuzzed-data": lambda _, folder, draw: damage.fuzzed_data(folder, draw, 200 * count),
         "fuzzed-caches": lambda _, folder, draw: damage.fuzzed_caches(folder, draw, 100 * count),
         **{f"killed-{kind.lower()}": kills(kind) for kind in processes.KINDS},
+        "killed-any": lambda lab, _, __: processes.killed_actors(
+            lab, processes.ANY, count, signal.SIGKILL, *processes.WATCHED
+        ),
         "killed-driver": lambda lab, _, __: processes.killed_driver(lab, count),
         "stopped-while-saving": lambda lab, _, __: processes.stopped_while_saving(lab, few),
         "lost-node": lambda lab, _, __: processes.lost_node(lab, few),
@@ -54,7 +58,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--engine", choices=("vllm", "transformers"), default="transformers", help="what generates")
     parser.add_argument("--seed", type=int, default=0, help="of the moments and places")
     args = parser.parse_args(argv)
-    logging.getLogger("onpolicy_skd").setLevel(logging.ERROR)  # every damaged checkpoint is warned of
     out: Path = args.out.absolute()
     found = _earlier(out / "summary.json")
     for name, scenario in scenarios(args.count).items():
@@ -64,7 +67,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         shutil.rmtree(out / name, ignore_errors=True)
         with tempfile.TemporaryDirectory() as scratch:
             lab = Lab(out / name, args.engine, draw)
+            own = logging.getLogger("onpolicy_skd")
+            level = own.level
+            own.setLevel(logging.ERROR)  # every damaged checkpoint is warned of
             tally = processes.result_of(scenario, lab, Path(scratch), draw)
+            own.setLevel(level)
         found[name] = asdict(tally) | {"seconds": round(time.monotonic() - started)}
         found[name]["notes"] = sorted(set(tally.notes))[:10]
         print(f"{name}: " + ", ".join(f"{getattr(tally, key)} {key}" for key in COUNTS), *tally.notes[:3], flush=True)

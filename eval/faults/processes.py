@@ -28,6 +28,8 @@ SMALL = [
     "faults.restarts=1000", "faults.backoff_seconds=0", "faults.deadline_minutes=1", "resume=auto",
 ]  # fmt: skip
 COMPARED = ("loss", "grad_norm", "entropy", "positions", "lr")  # of every step, bit for bit
+ANY = "any"  # kind of actor
+WATCHED = ["run.checkpoint_every=3", "run.evaluate_every=3", "eval.before=true", "eval.during=4", "rollout.actors=2"]
 KINDS = ("Rollout", "Teacher", "Learner")
 PATIENCE = 900.0  # seconds after which a run counts as hung
 
@@ -84,16 +86,21 @@ class Lab:
         return (self.folder / f"{name}.log").read_text(encoding="utf-8", errors="replace")
 
     def steps(self, name: str, folder: Path | None = None) -> dict[int, tuple[float, ...]]:
-        """What was compared, by step.  Raises nothing: an unreadable file has no steps."""
-        return {r["step"]: tuple(r[k] for k in COMPARED)
-                for r in metrics.read((folder or self.folder) / name / metrics.FILE) if "loss" in r}  # fmt: skip
+        """What is compared: the metrics of each step and, at -1 - step, of each evaluation."""
+        found: dict[int, tuple[float, ...]] = {}
+        for r in metrics.read((folder or self.folder) / name / metrics.FILE):
+            if "loss" in r:
+                found[r["step"]] = tuple(r[k] for k in COMPARED)
+            elif r.get("event") == "evaluation" and r["name"] == "during":
+                found[-1 - r["step"]] = (r["match"]["share"], r["response_tokens"])
+        return found
 
-    def reference(self, steps: int) -> dict[int, tuple[float, ...]]:
+    def reference(self, steps: int, *overrides: str) -> dict[int, tuple[float, ...]]:
         """The undisturbed run of so many steps; made once."""
         name = f"reference-{steps}"
         if not (self.folder / name / "final").exists():
             shutil.rmtree(self.folder / name, ignore_errors=True)
-            if self.finish(self.command(name, steps), name) != 0:
+            if self.finish(self.command(name, steps, *overrides), name) != 0:
                 raise RuntimeError(f"the undisturbed run failed: {self.folder / name}.log")
         return self.steps(name)
 
@@ -139,14 +146,14 @@ def one_error(text: str) -> bool:
 def killed_actors(lab: Lab, kind: str, count: int, signal_number: int = signal.SIGKILL, *overrides: str) -> Tally:
     """One run in which actors of ``kind`` are killed ``count`` times, at random moments, starting up included."""
     tally, steps, name = Tally(), 8 * count, f"killed-{kind.lower()}"
-    lab.reference(steps)
+    lab.reference(steps, *overrides)
     process = lab.start(lab.command(name, steps, *overrides), name)
     done = 0
     while done < count and process.poll() is None:
         time.sleep(lab.draw.uniform(0.2, 6.0 if lab.engine == "transformers" else 12.0))
         deadline = time.monotonic() + 120
         while process.poll() is None and time.monotonic() < deadline:
-            if found := actors(process.pid, kind):
+            if found := actors(process.pid, lab.draw.choice(KINDS) if kind == ANY else kind):
                 with contextlib.suppress(psutil.NoSuchProcess):
                     lab.draw.choice(found).send_signal(signal_number)
                     done += 1

@@ -16,9 +16,13 @@ FILE = "metrics.jsonl"
 class MetricsLog:
     """Appends records to ``metrics.jsonl``; on resume, forgets those of steps that will be done again."""
 
-    def __init__(self, folder: Path, first_step: int = 0, tensorboard: bool = False) -> None:
+    def __init__(
+        self, folder: Path, first_step: int = 0, tensorboard: bool = False, resumed: bool | None = None
+    ) -> None:
+        """``resumed``: whether what is there belongs to this run; default: if it has a first step."""
         self.path = folder / FILE
-        kept = [r for r in read(self.path) if _stays(r, first_step)] if first_step else []
+        resumed = bool(first_step) if resumed is None else resumed
+        kept = [r for r in read(self.path) if _stays(r, first_step)] if resumed else []
         write_text(self.path, "".join(json.dumps(r) + "\n" for r in kept))
         self._file = self.path.open("ab", buffering=0)
         self._tracker = _tensorboard(folder, first_step) if tensorboard else None
@@ -41,6 +45,8 @@ class MetricsLog:
 
 def _stays(record: dict[str, Any], first_step: int) -> bool:
     """Whether resuming before ``first_step`` leaves ``record`` as it is; evaluations count the steps *done*."""
+    if record.get("event") == "fault":
+        return True
     if record.get("event") == "evaluation":
         return record["step"] <= first_step and record["name"] != "after"
     return record["step"] < first_step
