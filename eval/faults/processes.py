@@ -75,12 +75,7 @@ class Lab:
 
     def finish(self, command: list[str], log: str, **environment: str) -> int:
         """Runs ``command`` to its end; its exit code, or -1 if it hung."""
-        process = self.start(command, log, **environment)
-        try:
-            return process.wait(PATIENCE)
-        except subprocess.TimeoutExpired:
-            kill_tree(process.pid)
-            return -1
+        return ended(self.start(command, log, **environment))
 
     def log(self, name: str) -> str:
         return (self.folder / f"{name}.log").read_text(encoding="utf-8", errors="replace")
@@ -103,6 +98,15 @@ class Lab:
             if self.finish(self.command(name, steps, *overrides), name) != 0:
                 raise RuntimeError(f"the undisturbed run failed: {self.folder / name}.log")
         return self.steps(name)
+
+
+def ended(process: subprocess.Popen[bytes]) -> int:
+    """The exit code of a run, or -1 if it hung."""
+    try:
+        return process.wait(PATIENCE)
+    except subprocess.TimeoutExpired:
+        kill_tree(process.pid)
+        return -1
 
 
 def kill_tree(pid: int) -> None:
@@ -159,11 +163,7 @@ def killed_actors(lab: Lab, kind: str, count: int, signal_number: int = signal.S
                     done += 1
                     break
             time.sleep(0.02)
-    try:
-        code = process.wait(PATIENCE)
-    except subprocess.TimeoutExpired:
-        kill_tree(process.pid)
-        code = -1
+    code = ended(process)
     verdict(lab, tally, name, steps, code, done)
     return tally
 
@@ -320,11 +320,7 @@ def lost_node(lab: Lab, count: int) -> Tally:
             time.sleep(10)  # until it can take over; if that is too soon, the run waits for it
             kill_tree(node.pid)
             node = spare
-        try:
-            code = process.wait(PATIENCE)
-        except subprocess.TimeoutExpired:
-            kill_tree(process.pid)
-            code = -1
+        code = ended(process)
     verdict(lab, tally, name, steps, code, count)
     return tally
 
