@@ -216,7 +216,7 @@ def stopped_while_saving(lab: Lab, count: int, steps: int = 30) -> Tally:
                 process.send_signal(signal.SIGTERM)
                 break
             time.sleep(0.0005)
-        codes.append(process.wait(PATIENCE))
+        codes.append(ended(process))
     verdict(lab, tally, name, steps, lab.finish(lab.command(name, steps), name), len(codes))
     if wrong := [c for c in codes if c != 3]:
         tally.add("wrong", len(wrong), f"{name}: exits {wrong}, 3 was promised")
