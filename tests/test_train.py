@@ -58,7 +58,7 @@ def whole(tmp_path_factory):
     """One uninterrupted run of five steps with vLLM and everything on."""
     folder = tmp_path_factory.mktemp("whole")
     done = run(folder, "run.steps=5", "eval.teacher=true", "eval.before=true", "eval.divergence_prompts=8",
-               "run.evaluate_every=3", "run.tensorboard=true", "run.name=r")  # fmt: skip
+               "run.evaluate_every=3", "run.tensorboard=true", "run.keep_best=true", "run.name=r")  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     return folder / "r", done.stdout
 
@@ -75,7 +75,10 @@ def test_a_run_leaves_everything_it_promises(whole):
     assert summary["divergence"]["before"] > 0
     assert {"torch", "ray", "transformers"} <= set(summary["versions"])
     assert summary["seconds"] > 0
-    for name in ("config.yaml", "metrics.jsonl", "report.md", "curves.png", "final/model.safetensors"):
+    assert summary["best_step"] == 3
+    assert summary["restarts"] == {}
+    for name in ("config.yaml", "metrics.jsonl", "report.md", "curves.png", "final/model.safetensors",
+                 "best/model.safetensors", "best/tokenizer.json", "timeline.json", "timeline.png"):  # fmt: skip
         assert (folder / name).stat().st_size > 0, name
     assert (folder / "curves.png").read_bytes().startswith(b"\x89PNG")
     assert list((folder / "tensorboard").rglob("events*"))
