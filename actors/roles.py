@@ -86,7 +86,9 @@ class Roles:
     def wait_ready(self, say: Say = print, patience: float = math.inf) -> None:
         """Blocks until every actor is up; raises what a start refused, GetTimeoutError after ``patience`` seconds."""
         self._places = {}
-        wait_ready(self._actors, say, patience, self._places)
+        # Engines last: what the learner says of a model that cannot be loaded is clearer.
+        in_order = sorted(self._actors, key=lambda actor: self._role(actor) == "rollout")
+        wait_ready(in_order, say, patience, self._places)
 
     # -- a step ----------------------------------------------------------------------------------------------------
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -65,7 +65,6 @@ class Logbook:
         self.watched = 0  # step of the last evaluation during training
         self.best_step: int | None = None  # of the best one
         self._best = -math.inf
-        self._restarts: dict[str, int] = {}
         self._saved = bool(state)
         self._version = self._skipped = 0
         self._load(state)
@@ -91,9 +90,11 @@ class Logbook:
         self._steps = first_step
         self._metrics = MetricsLog(self._run.folder, first_step, self._run.settings.run.tensorboard, resumed)
         self._watch = Watch(self._run.settings.sync.max_gap)
+        self._restarts: Counter[str] = Counter()
         for record in read(self._metrics.path):
             if "loss" in record:
                 deque(self._watch.see(record), maxlen=0)  # what there was to say has been said
+            self._restarts.update(record.get("restarted", ()))
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps of the logbook."""
@@ -103,7 +104,6 @@ class Logbook:
             "skipped": self._skipped,
             "watched": self.watched,
             "best": [self.best_step, self._best] if self.best_step is not None else None,
-            "restarts": self._restarts,
         }
 
     def _load(self, state: dict[str, Any]) -> None:
@@ -111,7 +111,6 @@ class Logbook:
         self._skipped = state.get("skipped", 0)
         self.watched = state.get("watched", 0)
         self.best_step, self._best = state.get("best") or (None, -math.inf)
-        self._restarts = dict(state.get("restarts", {})) | self._restarts
 
     def save(self, roles: Roles, step: int, must: bool, ahead: Sequence[Any] = ()) -> None:
         """A checkpoint.  One that cannot be written ends the run if it ``must`` be; else the one before has to do."""
@@ -154,8 +153,7 @@ class Logbook:
         return back
 
     def mended(self, done: Recovery, step: int = 0) -> None:
-        for role in done.restarted:
-            self._restarts[role] = self._restarts.get(role, 0) + 1
+        self._restarts.update(done.restarted)
         record = {"restarted": done.restarted, "cause": done.cause, "down_seconds": round(done.seconds, 1)}
         self._metrics.write({"step": step, "event": "fault", **record})
 

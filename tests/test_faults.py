@@ -173,6 +173,7 @@ def lab(tmp_path, engine="transformers"):
     return processes.Lab(tmp_path, engine, random.Random(0))
 
 
+@pytest.mark.slow
 def test_a_run_that_cannot_be_mended_ends_with_a_checkpoint_and_the_cause(tmp_path):
     """No restart is allowed, and a rollout actor is killed."""
     own = lab(tmp_path)
