@@ -189,7 +189,7 @@ class Roles:
         again.  Raises ``error`` if it is no fault but would come again, and RunError when the supervisor gives up.
         """
         started, restarted, rolled_back = time.monotonic(), [], False
-        first = fault_of(error)
+        first = fault_of(error) or ""
         while True:
             if (cause := fault_of(error)) is None:
                 raise error
@@ -210,7 +210,7 @@ class Roles:
             except RayError as again:
                 error = again
             else:
-                return Recovery(first or "", restarted, rolled_back, point, ahead, time.monotonic() - started)
+                return Recovery(first, restarted, rolled_back, point, ahead, time.monotonic() - started)
 
     def _failed(self, error: RayError, cause: str) -> dict[Any, str]:
         """The actors that are of no use any more, and why."""

@@ -51,10 +51,9 @@ class RolloutGroup:
         self._faults = settings.faults
         self.actors: list[Any] = [self._start() for _ in range(count)]
 
-    def restart(self, number: int) -> Any:
+    def restart(self, number: int) -> None:
         """Starts a new actor in place of one that was ended; it has the weights of its checkpoint."""
         self.actors[number] = self._start()
-        return self.actors[number]
 
     def generate(self, requests: Sequence[RolloutRequest], sampling: Sampling) -> list[ray.ObjectRef]:
         """One ref to a list of trajectories per actor.  Requests go round, so that actors get like shares."""

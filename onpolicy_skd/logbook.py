@@ -45,7 +45,7 @@ class Clock:
 
     def lap(self, phase: str) -> None:
         now = time.perf_counter()
-        self.seconds[phase] = self.seconds.get(phase, 0.0) + now - self._last
+        self.seconds[phase] += now - self._last
         self._last = now
 
     @property

@@ -31,13 +31,12 @@ class GiveUp:
 
 
 class Supervisor:
-    """``decide`` is asked once for each fault; ``counts`` says how many restarts each role has had so far."""
+    """``decide`` is asked once for each fault."""
 
     def __init__(self, settings: FaultSettings, clock: Callable[[], float] = time.monotonic) -> None:
         self._settings = settings
         self._clock = clock
         self._failures: defaultdict[str, deque[float]] = defaultdict(deque)
-        self.counts: defaultdict[str, int] = defaultdict(int)
 
     def decide(self, failed: Mapping[str, str]) -> Restart | GiveUp:
         """``failed``: causes by role.  One fault may take several roles along; the worst-off one decides."""
@@ -52,7 +51,5 @@ class Supervisor:
                     f"{role} failed {len(history)} times within faults.window_hours={own.window_hours:g}, "
                     f"faults.restarts={own.restarts}; the last time: {cause}"
                 )
-        for role in failed:
-            self.counts[role] += 1
         worst = max(len(self._failures[role]) for role in failed)
         return Restart(min(LONGEST_WAIT, own.backoff_seconds * 2.0 ** (worst - 1)))
