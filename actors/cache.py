@@ -57,11 +57,10 @@ class CacheBuilders:
     @contextmanager
     def ranking(self) -> Iterator[Callable[[Sequence[Trajectory]], list[float]]]:
         """A function that scores samples by the initial student, in a learner that is gone afterwards."""
-        settings, teacher = self._settings, None
-        if settings.samples.metric in TEACHER_METRICS:
-            teacher = self._actors()[0]
+        settings = self._settings
+        teachers = self._actors()[:1] if settings.samples.metric in TEACHER_METRICS else ()
         learner: Any = LearnerActor.options(**self._resources.learner.options()).remote(
-            settings, self._vocabulary, 1, teacher, ranks_only=True
+            settings, self._vocabulary, 1, teachers, ranks_only=True
         )
         try:
             wait_ready([learner], self._say)

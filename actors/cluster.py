@@ -74,7 +74,8 @@ class Counts:
     def of_training(settings: Settings) -> Counts:
         own_actor = settings.teacher.placement == "actor" and settings.cache.path is None
         own_engines = settings.generates and settings.rollout.placement == "actor"
-        return Counts(1, int(own_actor), settings.rollout.actors if own_engines else 0)
+        teachers = settings.teacher.actors if own_actor else 0
+        return Counts(settings.learner.ranks, teachers, settings.rollout.actors if own_engines else 0)
 
 
 def plan(settings: Settings, available_gpus: float, counts: Counts | None = None) -> Resources:
@@ -103,8 +104,8 @@ def plan(settings: Settings, available_gpus: float, counts: Counts | None = None
         terms = " + ".join(f"{r.name} {r.count} x {r.gpus:g}" for r in resources.roles if r.count)
         raise ClusterError(
             f"the run asks for {needed:g} GPUs ({terms}) but the cluster has {available_gpus:g}; use fewer "
-            "(cluster.learner_gpus, cluster.teacher_gpus, cluster.rollout_gpus, rollout.actors, cache.builders, "
-            "teacher.placement=learner) or run.device=cpu"
+            "(cluster.learner_gpus, cluster.teacher_gpus, cluster.rollout_gpus, learner.ranks, teacher.actors, "
+            "rollout.actors, cache.builders, teacher.placement=learner) or run.device=cpu"
         )
     return resources
 
@@ -115,7 +116,7 @@ def check_cpus(resources: Resources, available_cpus: float) -> None:
     if count * CPUS_PER_ROLE > available_cpus:
         raise ClusterError(
             f"the run's {count} actors ask for {count} x {CPUS_PER_ROLE:g} = {count * CPUS_PER_ROLE:g} CPUs but the "
-            f"cluster has {available_cpus:g}; lower rollout.actors or cache.builders"
+            f"cluster has {available_cpus:g}; lower learner.ranks, teacher.actors, rollout.actors or cache.builders"
         )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import signal
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import ray
@@ -75,10 +76,10 @@ def blamed(error: BaseException) -> str | None:
     return kinds[-1] if kinds and not isinstance(error, FAULTS) else None
 
 
-def silent(actor: Any, patience: float) -> str | None:
-    """Why ``actor`` is no longer of use, or None if it answers within ``patience`` seconds."""
+def silent(actors: Sequence[Any], patience: float) -> str | None:
+    """Why ``actors`` are no longer of use, or None if all of them answer within ``patience`` seconds."""
     try:
-        ray.get(actor.ready.remote(), timeout=patience)
+        ray.get([actor.ready.remote() for actor in actors], timeout=patience)
     except RayError as error:
         if (cause := fault_of(error)) is None:
             raise

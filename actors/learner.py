@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import resource
 import sys
 from collections.abc import Sequence
@@ -22,7 +23,8 @@ from onpolicy_skd.config import AlignmentSettings, Settings
 from onpolicy_skd.exact_match import judged
 from onpolicy_skd.inspection import Inspection
 from onpolicy_skd.learner import Learner, learner_threads
-from onpolicy_skd.models import load_model, load_tokenizer, pick_device, pick_dtype
+from onpolicy_skd.models import SplitModel, load_model, load_tokenizer, pick_device, pick_dtype
+from onpolicy_skd.ranks import Meeting, Ranks, join
 from onpolicy_skd.rollout import TransformersEngine
 from onpolicy_skd.teacher import NoTeacher, TeacherRows
 from onpolicy_skd.timeline import Span
@@ -35,59 +37,82 @@ from onpolicy_skd.trajectory import (
     unpacked_trajectories,
 )
 
+LOOPBACK = ("127.0.0.1", "::1")
+
 
 @ray.remote
 class LearnerActor:
-    """Owns the student, and the teacher too with ``teacher.placement=learner`` or a cache of its outputs."""
+    """Owns the student, or one rank's part of it, and the teacher too with ``teacher.placement=learner`` or a cache.
+
+    With several ranks every call that is not about one process goes to all of them; rank 0's answer counts.
+    """
 
     def __init__(
         self,
         settings: Settings,
         vocabulary: int,
         steps: int,
-        teacher: ActorHandle | None = None,
+        teachers: Sequence[ActorHandle] = (),
+        rank: int = 0,
         ranks_only: bool = False,
     ) -> None:
         """``ranks_only``: only ``rank`` will be called, which may need no teacher."""
+        self._rank, count = rank, 1 if ranks_only else settings.learner.ranks
+        self._settings = settings
+        self._engine: TransformersEngine | None = None
         with Refusal() as self._refusal:
-            self._start(settings, vocabulary, steps, teacher, ranks_only)
+            student = self._load(vocabulary, teachers, ranks_only, count)
+            pad_id = self._tokenizer.pad_token_id
+            if ranks_only:  # no variant of the loss, which may ask for the teacher's head at once
+                settings = settings.model_copy(update={"alignment": AlignmentSettings()})
+            self._build = lambda ranks: Learner(student, self._teacher, settings, pad_id, steps, ranks)
+            if count == 1:
+                self._learner = self._build(Ranks())
+                if settings.rollout.placement == "learner":
+                    own = settings.student
+                    self._engine = TransformersEngine(own.model, settings, own.trust_remote_code, student)
+            elif rank == 0:
+                self._meeting = Meeting(ray.util.get_node_ip_address())
 
-    def _start(
-        self, settings: Settings, vocabulary: int, steps: int, teacher: ActorHandle | None, ranks_only: bool
-    ) -> None:
-        own = settings.student
-        device = pick_device(settings.run.device)
+    def _load(self, vocabulary: int, teachers: Sequence[ActorHandle], ranks_only: bool, count: int) -> SplitModel:
+        settings, own, device = self._settings, self._settings.student, pick_device(self._settings.run.device)
         if device == "cpu":  # one core is left to the teacher, which works at the same time
             torch.set_num_threads(learner_threads(settings.learner))
-        self._settings = settings
         self._tokenizer = load_tokenizer(own.model, own.trust_remote_code)
         pad_id = self._tokenizer.pad_token_id
-        model = load_model(own.model, torch.float32, device, own.trust_remote_code)
+        # What is to be cut among ranks need not fit one device.
+        model = load_model(own.model, torch.float32, device if count == 1 else "cpu", own.trust_remote_code)
         student = split_for(settings, model, vocabulary, pad_id)
-        if ranks_only:  # no variant of the loss, which may ask for the teacher's head at once
-            settings = settings.model_copy(update={"alignment": AlignmentSettings()})
         self._teacher: TeacherRows
-        if teacher is not None:
-            self._teacher = RemoteTeacher(teacher, device)
+        if teachers:
+            self._teacher = RemoteTeacher(teachers, device)
         elif ranks_only:
             self._teacher = NoTeacher()
         elif settings.cache.path is not None:
             self._teacher = open_teacher(settings, device)
         else:
             self._teacher = build_teacher(settings, vocabulary, pad_id)
-        self._learner = Learner(student, self._teacher, settings, pad_id, steps)
-        self._engine: TransformersEngine | None = None
-        if settings.rollout.placement == "learner":
-            self._engine = TransformersEngine(own.model, settings, own.trust_remote_code, student)
+        return student
 
     def ready(self) -> Place:
         self._refusal.repeat()
         return place()
 
-    def use_teacher(self, teacher: ActorHandle) -> None:
-        """Another actor of the same teacher from now on."""
+    def meeting(self) -> tuple[str, int]:
+        """Of rank 0 among several: where the others find it."""
+        return self._meeting.address
+
+    def join(self, address: tuple[str, int]) -> None:
+        """Becomes one rank of several, all of which are being told so."""
+        if address[0] in LOOPBACK:
+            os.environ |= dict.fromkeys(("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"), "lo")
+        device, count = pick_device(self._settings.run.device), self._settings.learner.ranks
+        self._learner = self._build(join(address, self._rank, count, device, self._settings.faults.patience()))
+
+    def use_teachers(self, teachers: Sequence[ActorHandle]) -> None:
+        """Other actors of the same teacher from now on."""
         if isinstance(self._teacher, RemoteTeacher):
-            self._teacher.replace(teacher)
+            self._teacher.replace(teachers)
 
     def drain(self) -> list[Span]:
         return self._learner.spans.drain()
@@ -139,8 +164,8 @@ class LearnerActor:
             made = f"the learner is at policy version {self._learner.version}, not {version}"
             raise checkpoint.SaveError(f"no checkpoint of step {step}: {made}")
         records, tensors = packed_trajectories([t for part in ahead for t in part])
-        state = state | {"version": self._learner.version, "ahead": records}
-        return checkpoint.save(folder, step, state, self._learner.tensors() | tensors, keep)
+        state, tensors = state | {"version": version, "ahead": records}, self._learner.tensors() | tensors
+        return folder if self._rank else checkpoint.save(folder, step, state, tensors, keep)
 
     def restore(self, path: Path) -> tuple[int, list[Trajectory]]:
         """The policy version, and the rollouts of the next step that were made ahead."""
@@ -154,9 +179,9 @@ class LearnerActor:
 
     def _expect(self, trajectories: Sequence[Trajectory], encoded: list[ray.ObjectRef]) -> None:
         if isinstance(self._teacher, RemoteTeacher):
-            self._teacher.expect(encoded[0])
+            self._teacher.expect(encoded, trajectories)
         else:
-            self._teacher.encode(trajectories)
+            self._teacher.encode(self._learner.share(trajectories))
 
     def _release(self, trajectories: Sequence[Trajectory]) -> None:
         if not isinstance(self._teacher, RemoteTeacher):

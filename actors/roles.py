@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -61,27 +62,32 @@ class Roles:
         self._places: dict[Any, Place] = {}
         self._version = 0  # of the learner: optimizer steps whose answers came back
         self._pushed = 0  # of the engines; they start from the same model
-        self._start_teacher = lambda: TeacherActor.options(**resources.teacher.options()).remote(
-            settings, vocabulary, pad_id
+        self._start_teacher = lambda number: TeacherActor.options(**resources.teacher.options()).remote(
+            settings, vocabulary, pad_id, number, resources.teacher.count
         )
-        self._start_learner = lambda: LearnerActor.options(**resources.learner.options()).remote(
-            settings, vocabulary, steps, self._teacher
+        self._start_learner = lambda rank: LearnerActor.options(**resources.learner.options()).remote(
+            settings, vocabulary, steps, self._teachers, rank
         )
         self.rollouts = RolloutGroup(own.model, settings, resources, resources.rollout.count, own.trust_remote_code)
         if 0 < resources.rollout.gpus < 1:
             # vLLM measures its GPU while it starts: alone, lest it count the others' memory.
             wait_ready(self.rollouts.actors)
-        self._teacher: Any = self._start_teacher() if resources.teacher.count else None
-        self._learner: Any = self._start_learner()
+        self._teachers: list[Any] = [self._start_teacher(number) for number in range(resources.teacher.count)]
+        self._learner: list[Any] = [self._start_learner(rank) for rank in range(resources.learner.count)]
+        self._joined = False
         self._shares = settings.rollout.placement == "learner"
         if self._shares:
-            self.rollouts.actors = [self._learner]
+            self.rollouts.actors = self._learner
 
     @property
     def _actors(self) -> list[Any]:
-        # The teacher first: what it refuses is the reason why a learner that asked it for something died.
-        engines = [] if self._shares else self.rollouts.actors
-        return [a for a in (self._teacher, *engines, self._learner) if a]
+        # Teachers first: what they refuse is the reason why a learner that asked them for something died.
+        return [*self._teachers, *self._engines, *self._learner]
+
+    @property
+    def _engines(self) -> list[Any]:
+        """Those in processes of their own."""
+        return [] if self._shares else self.rollouts.actors
 
     def wait_ready(self, say: Say = print, patience: float = math.inf) -> None:
         """Blocks until every actor is up; raises what a start refused, GetTimeoutError after ``patience`` seconds."""
@@ -89,6 +95,10 @@ class Roles:
         # Engines last: what the learner says of a model that cannot be loaded is clearer.
         in_order = sorted(self._actors, key=lambda actor: self._role(actor) == "rollout")
         wait_ready(in_order, say, patience, self._places)
+        if len(self._learner) > 1 and not self._joined:
+            address = ray.get(self._learner[0].meeting.remote())
+            self._ask(lambda rank: rank.join.remote(address))
+            self._joined = True
 
     # -- a step ----------------------------------------------------------------------------------------------------
 
@@ -103,18 +113,17 @@ class Roles:
 
     def filter(self, parts: Refs) -> tuple[FilterReport, ray.ObjectRef]:
         """What the sample filter kept, and a reference to the kept trajectories."""
-        report, kept = self._learner.filter.options(num_returns=2).remote(*parts)
-        found: Any = self._get(report)
-        return found, kept
+        answers = [rank.filter.options(num_returns=2).remote(*parts) for rank in self._learner]
+        return self._get([report for report, _ in answers])[0], answers[0][1]
 
     def encode(self, kept: ray.ObjectRef) -> Refs:
-        """The teacher starts on ``kept`` at once; the learner awaits the result when it first wants rows."""
-        return [self._teacher.encode.remote(kept)] if self._teacher else []
+        """The teachers start on ``kept`` at once; the learner awaits the result when it first wants rows."""
+        return [teacher.encode.remote(kept) for teacher in self._teachers]
 
     def step(self, kept: ray.ObjectRef, encoded: Refs, report: FilterReport) -> dict[str, float]:
         """One optimizer step; the teacher forgets ``kept`` afterwards."""
         try:
-            metrics = self._get(self._learner.step.remote(kept, encoded))
+            metrics = self._ask(lambda rank: rank.step.remote(kept, encoded))
         finally:
             self._release(report.kept)
         self._version = metrics["version"]
@@ -124,12 +133,12 @@ class Roles:
 
     def spans(self) -> dict[str, list[Span]]:
         """What each actor did since this was last asked."""
-        found: dict[str, list[Span]] = {}
-        for actor in self._actors:
-            role = self._role(actor)
-            number = sum(name.split()[0] == role for name in found)
-            found[f"{role} {number}" if role == "rollout" else role] = self._get(actor.drain.remote())
-        return dict(sorted(found.items(), key=lambda item: ("rollout", "teacher", "learner").index(item[0].split()[0])))
+        found = {}
+        for role, actors in (("rollout", self._engines), ("teacher", self._teachers), ("learner", self._learner)):
+            for number, actor in enumerate(actors):
+                name = f"{role} {number}" if role == "rollout" or len(actors) > 1 else role
+                found[name] = self._get(actor.drain.remote())
+        return found
 
     def inspect(self, trajectories: Sequence[Trajectory]) -> list[Inspection]:
         """The valid ones of ``trajectories``, position by position.  No update."""
@@ -139,12 +148,13 @@ class Roles:
             return []
         kept = ray.put(valid)
         try:
-            return self._get(self._learner.inspect.remote(kept, self.encode(kept)), len(valid))
+            encoded = self.encode(kept)
+            return self._ask(lambda rank: rank.inspect.remote(kept, encoded), len(valid))
         finally:
             self._release([t.key for t in valid])
 
     def rank(self, trajectories: Sequence[Trajectory]) -> list[float]:
-        return self._get(self._learner.rank.remote(trajectories), len(trajectories))
+        return self._ask(lambda rank: rank.rank.remote(trajectories), len(trajectories))
 
     def push_weights(self) -> None:
         """Gives every rollout engine the learner's weights, unless it has them."""
@@ -159,26 +169,30 @@ class Roles:
 
         Raises SaveError, also if the learner is not at ``version``: after a failure it may be new.
         """
-        return self._get(self._learner.save.remote(folder.absolute(), step, version, state, keep, *ahead))
+        return self._ask(lambda rank: rank.save.remote(folder.absolute(), step, version, state, keep, *ahead))
 
     def restore(self, path: Path) -> Refs:
         """Loads a checkpoint into the learner; returns the rollouts of the next step, if they were made ahead."""
-        self._version, ahead = self._get(self._learner.restore.remote(path.absolute()))
+        self._version, ahead = self._ask(lambda rank: rank.restore.remote(path.absolute()))
         return [ray.put(ahead)] if ahead else []
 
     def save_pretrained(self, folder: Path) -> None:
-        self._get(self._learner.save_pretrained.remote(folder.absolute()))
+        self._ask(lambda rank: rank.save_pretrained.remote(folder.absolute()))
 
     def _release(self, keys: Sequence[str]) -> None:
-        if self._teacher:
-            self._teacher.release.remote(keys)  # in order with the calls before and after; nothing to wait for
+        for teacher in self._teachers:
+            teacher.release.remote(keys)  # in order with the calls before and after; nothing to wait for
 
     def _patience(self, trajectories: int = 0) -> float:
         return self._settings.faults.patience(trajectories / self._settings.rollouts_per_step)
 
-    def _get(self, ref: Any, trajectories: int = 0) -> Any:
-        """What a call on so many ``trajectories`` returned.  Raises GetTimeoutError if it takes too long."""
-        return ray.get(ref, timeout=self._patience(trajectories))
+    def _ask(self, call: Callable[[Any], ray.ObjectRef], trajectories: int = 0) -> Any:
+        """Rank 0's answer to a ``call`` of every rank of the learner; raises as soon as any of them fails."""
+        return self._get([call(rank) for rank in self._learner], trajectories)[0]
+
+    def _get(self, refs: Any, trajectories: int = 0) -> Any:
+        """What calls on so many ``trajectories`` returned.  Raises GetTimeoutError if they take too long."""
+        return ray.get(refs, timeout=self._patience(trajectories))
 
     # -- faults ----------------------------------------------------------------------------------------------------
 
@@ -201,9 +215,10 @@ class Roles:
             if isinstance(decision, GiveUp):
                 raise RunError(decision.reason)
             names = [self._role(a) for a in failed]
-            say(f"restarting {', '.join(names) or 'nothing'} in {decision.seconds:g} s")
+            counted = ", ".join(f"{count} x {name}" for name, count in Counter(names).items())
+            say(f"restarting {counted or 'nothing'} in {decision.seconds:g} s")
             time.sleep(decision.seconds)
-            rolled_back |= self._learner in failed
+            rolled_back |= self._learner[0] in failed
             restarted += names
             try:
                 point, ahead = self._restart(failed, checkpoints if rolled_back else None, say)
@@ -221,40 +236,52 @@ class Roles:
         # After a timeout, whoever is at work has been for too long; else the others may finish what they are at.
         patience = GRACE if isinstance(error, GetTimeoutError) else self._patience()
         found = {}
-        for actor in self._actors:  # the learner last: it may be waiting for the teacher
-            why = silent(actor, patience)
+        for actor in (*self._teachers, *self._engines):  # the learner last: it may be waiting for a teacher
+            why = silent([actor], patience)
             if why:
                 found[actor] = cause if why == HUNG else why
-                if actor is self._teacher:
+                if actor in self._teachers:
                     end(actor, self._places.get(actor))  # which lets a learner go that waits for it
-        if self._learner not in found and self._made_a_lost_update():
-            found[self._learner] = f"an update whose answer was lost ({cause})"
+        if why := self._learner_fails(error, cause, found, patience):
+            found |= dict.fromkeys(self._learner, why)
         return found
 
-    def _made_a_lost_update(self) -> bool:
+    def _learner_fails(self, error: RayError, cause: str, found: Mapping[Any, str], patience: float) -> str | None:
+        """Why the learner is of no use any more, all ranks of it: one cannot go on without the others."""
+        if len(self._learner) > 1:
+            if any(actor in self._teachers for actor in found):
+                return f"its ranks may have stopped in different places ({cause})"
+            patience = GRACE  # nothing is asked of them now: a rank that is silent waits for another
+        if why := silent(self._learner, patience):
+            return cause if why == HUNG else why
         try:
-            return self._get(self._learner.version.remote()) != self._version
+            versions = set(self._get([rank.version.remote() for rank in self._learner]))
         except RayError:
-            return True  # nobody knows
+            versions = set()  # nobody knows
+        return None if versions == {self._version} else f"an update whose answer was lost ({cause})"
 
     def _role(self, actor: Any) -> str:
-        return "teacher" if actor is self._teacher else "learner" if actor is self._learner else "rollout"
+        return "teacher" if actor in self._teachers else "learner" if actor in self._learner else "rollout"
 
     def _restart(self, failed: Mapping[Any, str], checkpoints: Path | None, say: Say) -> tuple[Checkpoint | None, Refs]:
         """Everyone at work again; with ``checkpoints`` the learner is put where the newest is, which is returned, with
         the rollouts it holds."""
-        if self._teacher in failed:
-            self._teacher = self._start_teacher()
-            if self._learner not in failed:
-                self._learner.use_teacher.remote(self._teacher)
-        for number, actor in enumerate(self.rollouts.actors):
-            if actor in failed and not self._shares:
+        new_learner = self._learner[0] in failed
+        if dead := [number for number, actor in enumerate(self._teachers) if actor in failed]:
+            for number in dead:
+                self._teachers[number] = self._start_teacher(number)
+            if not new_learner:
+                for rank in self._learner:
+                    rank.use_teachers.remote(self._teachers)
+        for number, actor in enumerate(self._engines):
+            if actor in failed:
                 self.rollouts.restart(number)
                 self._pushed = -1
-        if self._learner in failed:
-            self._learner, self._version, self._pushed = self._start_learner(), 0, -1
+        if new_learner:
+            self._learner = [self._start_learner(rank) for rank in range(len(self._learner))]
+            self._joined, self._version, self._pushed = False, 0, -1
         if self._shares:
-            self.rollouts.actors = [self._learner]
+            self.rollouts.actors = self._learner
         self.wait_ready(say, self._patience())
         point = checkpoint.newest(checkpoints) if checkpoints else None
         ahead = self.restore(point.path) if point else []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Protocol
 
 import ray
@@ -21,10 +22,11 @@ class WeightSync(Protocol):
 class ObjectStoreSync:
     """Through Ray's object store: one copy out of the learner, read by every engine; works anywhere."""
 
-    def __init__(self, learner: ActorHandle, rollouts: RolloutGroup) -> None:
+    def __init__(self, learner: Sequence[ActorHandle], rollouts: RolloutGroup) -> None:
         self._learner = learner
         self._rollouts = rollouts
 
     def push(self, version: int, patience: float) -> None:
-        weights = self._learner.weights.remote()  # stays in the object store: the driver holds the reference alone
+        # Stays in the object store: the driver holds the reference alone.  The other ranks help rank 0 to gather it.
+        weights, *_ = [rank.weights.remote() for rank in self._learner]
         ray.get([actor.load_weights.remote(weights, version) for actor in self._rollouts.actors], timeout=patience)

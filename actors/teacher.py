@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import ray
+import torch
 from torch import Tensor
 
 from actors.cluster import Refusal
@@ -17,7 +18,7 @@ from onpolicy_skd.models import SplitModel, check_documents, load_model, pick_de
 from onpolicy_skd.teacher import Teacher, Wanted
 from onpolicy_skd.teacher_cache import Shard, write_shard
 from onpolicy_skd.timeline import Span, Spans
-from onpolicy_skd.trajectory import SparseTargets, Trajectory
+from onpolicy_skd.trajectory import SparseTargets, Trajectory, deal
 
 
 def build_teacher(settings: Settings, vocabulary: int, pad_id: int) -> Teacher:
@@ -45,9 +46,11 @@ def split_for(settings: Settings, model: Any, vocabulary: int, pad_id: int) -> S
 
 @ray.remote
 class TeacherActor:
-    def __init__(self, settings: Settings, vocabulary: int, pad_id: int) -> None:
+    def __init__(self, settings: Settings, vocabulary: int, pad_id: int, number: int = 0, count: int = 1) -> None:
+        """Number ``number`` of ``count`` that share each batch."""
         self._settings = settings
         self._vocabulary = vocabulary
+        self._number, self._count = number, count
         with Refusal() as self._refusal:
             self._teacher = build_teacher(settings, vocabulary, pad_id)
         self._spans = Spans()
@@ -63,8 +66,10 @@ class TeacherActor:
         return pack(self._teacher.head())
 
     def encode(self, trajectories: Sequence[Trajectory]) -> None:
+        """Its share of ``trajectories``."""
+        mine = deal([t.length for t in trajectories], self._count)[self._number]
         with self._spans("encode"):
-            self._teacher.encode(trajectories)
+            self._teacher.encode([trajectories[i] for i in mine])
 
     def rows(self, wanted: Wanted) -> Packed:
         with self._spans("rows"):
@@ -86,46 +91,92 @@ class TeacherActor:
 
 
 class RemoteTeacher:
-    """TeacherRows over a TeacherActor: fetches the LM head once, and rows as they are wanted."""
+    """TeacherRows over teacher actors: fetches the LM head once, and rows as they are wanted from whoever has them."""
 
-    def __init__(self, actor: Any, device: str) -> None:
-        self._actor = actor
+    def __init__(self, actors: Sequence[Any], device: str) -> None:
+        self._actors = list(actors)
         self._device = device
         self._head: Tensor | None = None
-        self._encoded: ray.ObjectRef | None = None
+        self._encoded: list[ray.ObjectRef] = []
+        self._places: dict[str, tuple[int, int]] = {}  # of each trajectory: which actor has it, and its positions
 
-    def replace(self, actor: Any) -> None:
-        self._actor, self._encoded = actor, None
+    def replace(self, actors: Sequence[Any]) -> None:
+        self._actors, self._encoded, self._places = list(actors), [], {}
 
-    def expect(self, encoded: ray.ObjectRef) -> None:
-        """The rows wanted next exist once ``encoded`` does; calls of two processes have no order of their own."""
-        self._encoded = encoded
+    def expect(self, encoded: Sequence[ray.ObjectRef], trajectories: Sequence[Trajectory]) -> None:
+        """The rows of ``trajectories`` exist once ``encoded`` does, which every actor was asked for; calls of two
+        processes have no order of their own."""
+        self._encoded = list(encoded)
+        dealt = deal([t.length for t in trajectories], len(self._actors))
+        every = {i: number for number, share in enumerate(dealt) for i in share}
+        self._places = {t.key: (every[i], len(t.response_ids)) for i, t in enumerate(trajectories)}
 
     def head(self) -> Tensor:
         if self._head is None:
-            packed: Any = ray.get(self._actor.head.remote())
+            packed: Any = ray.get(self._actors[0].head.remote())
             self._head = unpack(packed).to(self._device)
         return self._head
 
     def encode(self, trajectories: Sequence[Trajectory]) -> None:
-        ray.get(self._actor.encode.remote(trajectories))
+        whole = ray.put(list(trajectories))
+        self.expect([actor.encode.remote(whole) for actor in self._actors], trajectories)
 
     def rows(self, wanted: Wanted) -> Tensor:
-        return unpack(self._ask(self._actor.rows, wanted)).to(self._device)
+        def ask(actor: Any, part: list[int]) -> ray.ObjectRef:
+            return actor.rows.remote([wanted[i] for i in part])
+
+        found = self._gathered([key for key, _ in wanted], ask)
+        counts = [len(positions) for _, positions in wanted]
+        return self._in_order([(part, unpack(rows)) for part, rows in found], counts)
 
     def scalars(self, keys: Sequence[str]) -> tuple[Tensor, Tensor]:
-        entropy, logprob = self._ask(self._actor.scalars, keys)
-        return unpack(entropy).to(self._device), unpack(logprob).to(self._device)
+        def ask(actor: Any, part: list[int]) -> ray.ObjectRef:
+            return actor.scalars.remote([keys[i] for i in part])
+
+        found = self._gathered(keys, ask)
+        counts = [self._place(key)[1] for key in keys]
+        entropy, logprob = ([(part, unpack(values[i])) for part, values in found] for i in (0, 1))
+        return self._in_order(entropy, counts), self._in_order(logprob, counts)
 
     def classes(self, wanted: Wanted, seeds: Sequence[int], options: ClassSettings) -> SparseTargets:
-        ids, probs, residual = self._ask(self._actor.classes, wanted, seeds, options)
-        return SparseTargets(unpack(ids).long(), unpack(probs), residual).to(self._device)
+        def ask(actor: Any, part: list[int]) -> ray.ObjectRef:
+            return actor.classes.remote([wanted[i] for i in part], [seeds[i] for i in part], options)
+
+        found = self._gathered([key for key, _ in wanted], ask)
+        counts = [len(positions) for _, positions in wanted]
+        width = max(ids[0].shape[1] for _, (ids, _, _) in found)  # slots; each actor has as many as its rows fill
+        ids, probs = ([(part, _padded(unpack(v[i]), width)) for part, v in found] for i in (0, 1))
+        return SparseTargets(self._in_order(ids, counts).long(), self._in_order(probs, counts), found[0][1][2])
 
     def release(self, keys: Sequence[str]) -> None:
-        ray.get(self._actor.release.remote(keys))
+        ray.get([actor.release.remote(keys) for actor in self._actors])
+        for key in keys:
+            self._places.pop(key, None)
 
-    def _ask(self, method: Any, *arguments: Any) -> Any:
-        if self._encoded is not None:
+    def _gathered(self, keys: Sequence[str], ask: Callable[[Any, list[int]], ray.ObjectRef]) -> list[tuple]:
+        """What each actor answers on those of ``keys`` that it has, with their places in ``keys``."""
+        if self._encoded:
             ray.get(self._encoded)
-            self._encoded = None
-        return ray.get(method.remote(*arguments))
+            self._encoded = []
+        parts: dict[int, list[int]] = {}
+        for i, key in enumerate(keys):
+            parts.setdefault(self._place(key)[0], []).append(i)
+        answers: Any = ray.get([ask(self._actors[number], part) for number, part in parts.items()])
+        return list(zip(parts.values(), answers, strict=True))
+
+    def _place(self, key: str) -> tuple[int, int]:
+        if key not in self._places:
+            raise KeyError(f"trajectory {key} has not been encoded by the teacher, or was released")
+        return self._places[key]
+
+    def _in_order(self, found: Sequence[tuple[list[int], Tensor]], counts: Sequence[int]) -> Tensor:
+        """Rows in the order asked, ``counts`` of each trajectory, from those of several actors."""
+        if len(found) == 1:
+            return found[0][1].to(self._device)
+        split = {i: rows for part, own in found
+                 for i, rows in zip(part, own.split([counts[i] for i in part]), strict=True)}  # fmt: skip
+        return torch.cat([split[i] for i in range(len(counts))]).to(self._device)
+
+
+def _padded(slots_NC: Tensor, width: int) -> Tensor:
+    return torch.nn.functional.pad(slots_NC, (0, width - slots_NC.shape[1]))

@@ -12,7 +12,7 @@ import logging
 import os
 import shutil
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -167,14 +167,17 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer, named: Mapping[str, Tens
 
 
 def load_optimizer_tensors(
-    optimizer: torch.optim.Optimizer, named: Mapping[str, Tensor], tensors: dict[str, Tensor]
+    optimizer: torch.optim.Optimizer,
+    named: Mapping[str, Tensor],
+    tensors: dict[str, Tensor],
+    place: Callable[[Tensor, Tensor], Tensor] = lambda tensor, parameter: tensor.to(parameter.device),
 ) -> None:
-    """Inverse of ``optimizer_tensors``."""
+    """Inverse of ``optimizer_tensors``; ``place`` puts a tensor where the parameter is that it belongs to."""
     for full, tensor in tensors.items():
         kind, _, rest = full.partition("/")
         if kind == "optimizer":
             key, _, name = rest.partition("/")
-            optimizer.state[named[name]][key] = tensor.to(named[name].device)  # a fused optimizer's step count too
+            optimizer.state[named[name]][key] = place(tensor, named[name])  # a fused optimizer's step count too
 
 
 def _newest_first(folder: Path) -> list[Path]:

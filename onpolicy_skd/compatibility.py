@@ -130,6 +130,25 @@ def _placement(settings: Settings) -> str | None:
     return None
 
 
+def _ranks(settings: Settings) -> str | None:
+    own, count = settings.alignment, settings.learner.ranks
+    if settings.teacher.actors > 1 and settings.teacher.placement == "learner":
+        return f"teacher.actors={settings.teacher.actors}: accepted with teacher.placement=actor only"
+    if count == 1:
+        return None
+    alone = {
+        "rollout.placement=learner": settings.rollout.placement == "learner",
+        "positions.policy=bandit": settings.positions.policy == "bandit",
+        "alignment.variant=at_kd": own.variant == "at_kd",
+        "alignment.variant=egad with alignment.feature_weight above 0": own.variant == "egad" and own.feature_weight,
+        f"alignment.ema_weight={own.ema_weight}": own.ema_weight,
+    }
+    for name, chosen in alone.items():
+        if chosen:
+            return f"learner.ranks={count}: {name} needs the whole batch and student in one process; accepted: 1"
+    return None
+
+
 def _staleness(settings: Settings) -> str | None:
     if not settings.pipeline.max_staleness:
         return None
@@ -238,6 +257,7 @@ PROBLEMS = (
     _sampled_tokens,
     _staleness,
     _placement,
+    _ranks,
     _entropy,
     _references,
     _samples,

@@ -173,6 +173,7 @@ class TeacherSettings(Section):
     placement: Literal["actor", "learner"] = Field(
         default="actor", description="actor: a process (and device) of its own; learner: in the learner's process"
     )
+    actors: Positive = Field(default=1, description="teacher actors that share every batch")
     tokens_per_batch: Positive = Field(
         default=16_384, description="token budget of one teacher forward, padding included"
     )
@@ -367,7 +368,12 @@ class LearnerSettings(Section):
     max_skipped: NonNegative = Field(
         default=5, description="steps skipped for a loss or gradient that is not finite, before the run stops"
     )
-    threads: Positive | None = Field(default=None, description="CPU threads of the learner; empty: all cores but one")
+    threads: Positive | None = Field(
+        default=None, description="CPU threads of each rank; empty: its part of all cores but one"
+    )
+    ranks: Positive = Field(
+        default=1, description="processes (and devices) that share the student, its optimizer and each batch (FSDP2)"
+    )
 
 
 class PipelineSettings(Section):

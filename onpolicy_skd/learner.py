@@ -16,7 +16,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -32,6 +32,7 @@ from onpolicy_skd.micro_batch import SAMPLE_SCORES, MicroBatch, SampleScore
 from onpolicy_skd.models import SplitModel, pick_dtype
 from onpolicy_skd.objective import Objective
 from onpolicy_skd.probe import Probe
+from onpolicy_skd.ranks import Ranks, cut_like, whole_scalar
 from onpolicy_skd.selection import samples
 from onpolicy_skd.selection.metrics import Ranges
 from onpolicy_skd.selection.positions import Selection
@@ -41,6 +42,7 @@ from onpolicy_skd.timeline import Spans
 from onpolicy_skd.trajectory import Batch, FilterReport, Trajectory, check_version, collate, micro_batches, seed_of
 
 log = logging.getLogger(__name__)
+T = TypeVar("T")
 ENDINGS = 4  # responses whose end is shown to the teacher ...
 ENDINGS_EVERY = 4  # ... once in so many steps: it reads all their positions for it
 
@@ -69,6 +71,16 @@ class _Totals:
     scores: dict[str, Tensor] = field(default_factory=dict)  # of each trajectory's positions
     unsound: list[str] = field(default_factory=list)  # trajectories with a value that is not finite
 
+    @classmethod
+    def of_ranks(cls, parts: Sequence[_Totals]) -> _Totals:
+        found = cls(gap_max=max(part.gap_max for part in parts))
+        for part in parts:
+            found.add(**part.sums)
+            found.scores |= part.scores
+            found.unsound += part.unsound
+        found.sums["teacher_wait_seconds"] /= len(parts)  # they wait at the same time
+        return found
+
     def add(self, **values: float | Tensor) -> None:
         for name, value in values.items():
             self.sums[name] += float(value)
@@ -78,11 +90,21 @@ class Learner:
     """Trains ``student`` towards ``teacher``; ``version`` counts the optimizer steps done.
 
     The student's parameters must be float32: they are the masters that the optimizer updates; forwards run in
-    ``learner.compute_dtype``.
+    ``learner.compute_dtype``.  With several ``ranks`` each is such an object; every method is called on all of them,
+    with the same arguments, and gives the same result.
     """
 
-    def __init__(self, student: SplitModel, teacher: TeacherRows, settings: Settings, pad_id: int, steps: int) -> None:
-        self.student = student
+    def __init__(
+        self,
+        student: SplitModel,
+        teacher: TeacherRows,
+        settings: Settings,
+        pad_id: int,
+        steps: int,
+        ranks: Ranks | None = None,
+    ) -> None:
+        self._ranks = ranks or Ranks()
+        self.student = student = self._ranks.shard(student)
         self.version = 0
         self._teacher = teacher
         self._settings = settings
@@ -102,6 +124,10 @@ class Learner:
         student.model.train(settings.student.activation_checkpointing)
         if settings.student.activation_checkpointing:
             student.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+
+    def share(self, trajectories: Sequence[Trajectory]) -> list[Trajectory]:
+        """Those that this rank works on: the teacher in its process must know them."""
+        return [trajectories[i] for i in self._ranks.shares([t.length for t in trajectories])[self._ranks.rank]]
 
     # -- samples ---------------------------------------------------------------------------------------------------
 
@@ -147,7 +173,7 @@ class Learner:
             seed = self._settings.run.seed
             return [seed_of(seed, self.version, "sample", t.key) / 2**31 for t in trajectories]
         if own.metric in samples.TEACHER_METRICS:
-            self._teacher.encode(trajectories)
+            self._teacher.encode(self.share(trajectories))
         recorded = [t.sampler_entropy for t in trajectories]
         if own.metric == "student_entropy" and all(e is not None for e in recorded):
             return [float(np.mean(e)) for e in recorded]  # type: ignore[arg-type]
@@ -174,8 +200,7 @@ class Learner:
         """
         kind, found = self._settings.alignment.divergence, {}
         ranges = self._ranges(trajectories) if self._selector.needs_ranges(self.version) else None
-        for group in self._groups(trajectories):
-            micro = self._micro_batch([trajectories[i] for i in group])
+        for group, micro in self._micro_batches(trajectories):
             entropy_N, divergence_N = micro.statistics.entropy_N, micro.divergence(kind)
             _, chosen = self._selector.select(micro.signals(ranges), self.version)
             selected_N = torch.zeros(len(entropy_N), dtype=torch.bool)
@@ -183,17 +208,20 @@ class Learner:
             parts = (micro.split(values.cpu()) for values in (entropy_N, divergence_N, selected_N))
             for place, *own in zip(group, *parts, strict=True):
                 found[place] = Inspection(trajectories[place].key, *(values.numpy() for values in own))
-        return [found[i] for i in range(len(trajectories))]
+        return self._of_all(found)
 
     @torch.no_grad()
     def _each(self, trajectories: Sequence[Trajectory], score: SampleScore) -> list[float]:
         """``score`` of every trajectory, in their order."""
-        scores = [0.0] * len(trajectories)
-        for group in self._groups(trajectories):
-            found = score(self._micro_batch([trajectories[i] for i in group]))
-            for i, value in zip(group, found, strict=True):
-                scores[i] = float(value)
-        return scores
+        found = {}
+        for group, micro in self._micro_batches(trajectories):
+            found |= zip(group, map(float, score(micro)), strict=True)
+        return self._of_all(found)
+
+    def _of_all(self, found: dict[int, T]) -> list[T]:
+        """What the ranks have found of each trajectory, in the order of these."""
+        every = {place: value for part in self._ranks.gather(found) for place, value in part.items()}
+        return [every[place] for place in range(len(every))]
 
     # -- one step --------------------------------------------------------------------------------------------------
 
@@ -208,8 +236,8 @@ class Learner:
         check_version(trajectories, self.version, self._settings.pipeline.max_staleness)
         self.optimizer.zero_grad(set_to_none=True)
         totals = self.accumulate(trajectories)
-        norm = torch.nn.utils.clip_grad_norm_(self.named.values(), self._settings.learner.clip)
-        self._check_sound(totals, norm.item(), trajectories)
+        norm = whole_scalar(torch.nn.utils.clip_grad_norm_(self.named.values(), self._settings.learner.clip))
+        self._check_sound(totals, norm, trajectories)
         found = self._summary(totals)
         self._check_gap(found)
         found |= self._responses(trajectories)
@@ -231,11 +259,11 @@ class Learner:
             found["arm"] = bandit.arm(step)
             found["probe_divergence"] = self.divergence(self._probe.trajectories, self._probe.rows)
             found["reward"] = bandit.reward(step, found["probe_divergence"])
-        found |= {"grad_norm": norm.item(), "lr": rate, "learner_seconds": time.perf_counter() - started}
+        found |= {"grad_norm": norm, "lr": rate, "learner_seconds": time.perf_counter() - started}
         return found
 
     def accumulate(self, trajectories: Sequence[Trajectory]) -> _Totals:
-        """Adds the gradient of the batch's objective to the parameters, micro-batch by micro-batch.
+        """Adds the gradient of the batch's objective to the parameters, micro-batch by micro-batch; sums of all ranks.
 
         The objective is the (weighted) mean over ``trajectories`` of the weighted mean over each one's selected
         positions (Eqs. 3-5 of the SE-KD paper), so the gradient does not depend on how the batch is cut.
@@ -244,9 +272,9 @@ class Learner:
         ranges = self._ranges(trajectories) if self._selector.needs_ranges(self.version) else None
         self._objective.survey(trajectories, self._teacher)
         total = sum(t.weight for t in trajectories)
-        for group in self._groups(trajectories):
-            self._backward(self._micro_batch([trajectories[i] for i in group]), ranges, total, totals)
-        return totals
+        for _, micro in self._micro_batches(trajectories):
+            self._backward(micro, ranges, total, totals)
+        return _Totals.of_ranks(self._ranks.gather(totals))
 
     def _backward(self, micro: MicroBatch, ranges: Ranges | None, total: float, totals: _Totals) -> None:
         scores_N, chosen = self._selector.select(micro.signals(ranges), self.version)
@@ -259,7 +287,7 @@ class Learner:
                 self.student.add_embedding_gradient(micro.batch, micro.embedded_BLH)
         sound = torch.isfinite(values_K).cpu().split(chosen.counts)
         totals.unsound += [key for key, own in zip(micro.keys, sound, strict=True) if not own.all()]
-        totals.scores |= dict(zip(micro.keys, scores_N.split(micro.batch.counts), strict=True))
+        totals.scores |= dict(zip(micro.keys, scores_N.detach().split(micro.batch.counts), strict=True))
         totals.add(
             loss=loss.item(),
             divergence=values_K.sum(),
@@ -315,10 +343,10 @@ class Learner:
     def _ranges(self, trajectories: Sequence[Trajectory]) -> Ranges:
         """Of student entropy and KL over the whole batch, in a forward of its own."""
         found = []
-        for group in self._groups(trajectories):
-            signals = self._micro_batch([trajectories[i] for i in group]).signals()
-            found.append(torch.stack([*signals.entropy_N.aminmax(), *signals.kl_N.aminmax()]))
-        low_h, high_h, low_d, high_d = torch.stack(found).T
+        for _, micro in self._micro_batches(trajectories):
+            signals = micro.signals()
+            found.append(torch.stack([*signals.entropy_N.aminmax(), *signals.kl_N.aminmax()]).cpu())
+        low_h, high_h, low_d, high_d = torch.stack([row for part in self._ranks.gather(found) for row in part]).T
         return Ranges((low_h.min().item(), high_h.max().item()), (low_d.min().item(), high_d.max().item()))
 
     @torch.no_grad()
@@ -331,12 +359,19 @@ class Learner:
             "truncated": sum(t.finish == "length" for t in own) / len(own),
             "repetition": sum(repetition(t.response_ids) for t in own) / len(own),
         }
-        ended = [t for t in own if t.finish == "stop"][:ENDINGS]
+        ended = {t.key for t in [t for t in own if t.finish == "stop"][:ENDINGS]}
         if ended and self.version % ENDINGS_EVERY == 0:
-            last_B = torch.tensor([len(t.response_ids) for t in ended]).cumsum(0) - 1
-            _, logprob_N = self._teacher.scalars([t.key for t in ended])
-            found["teacher_ending"] = logprob_N.cpu()[last_B].exp().mean().item()
+            endings = self._ranks.gather(self._endings([t for t in self.share(trajectories) if t.key in ended]))
+            found["teacher_ending"] = sum(map(sum, endings)) / len(ended)
         return found
+
+    def _endings(self, trajectories: Sequence[Trajectory]) -> list[float]:
+        """The teacher's probability of the last token of each."""
+        if not trajectories:
+            return []
+        last_B = torch.tensor([len(t.response_ids) for t in trajectories]).cumsum(0) - 1
+        _, logprob_N = self._teacher.scalars([t.key for t in trajectories])
+        return logprob_N.cpu()[last_B].exp().tolist()
 
     def _summary(self, totals: _Totals) -> dict[str, float]:
         s = totals.sums
@@ -386,9 +421,25 @@ class Learner:
 
     # -- the pieces of a forward -----------------------------------------------------------------------------------
 
-    def _groups(self, trajectories: Sequence[Trajectory]) -> list[list[int]]:
+    def _micro_batches(self, trajectories: Sequence[Trajectory]) -> Iterator[tuple[list[int], MicroBatch]]:
+        """This rank's, each with the places of its members in ``trajectories``."""
         lengths, own = [t.length for t in trajectories], self._settings
-        return micro_batches(lengths, own.learner.tokens_per_micro_batch, own.pipeline.packing)
+        every = []
+        for share in self._ranks.shares(lengths):
+            cut = micro_batches([lengths[i] for i in share], own.learner.tokens_per_micro_batch, own.pipeline.packing)
+            every.append([[share[i] for i in group] for group in cut])
+        mine = every[self._ranks.rank]
+        for group in mine:
+            yield group, self._micro_batch([trajectories[i] for i in group])
+        for _ in range(max(map(len, every)) - len(mine)):
+            self._keep_step()
+
+    def _keep_step(self) -> None:
+        """A micro-batch that adds nothing, while other ranks, which cannot do without this one, have one more."""
+        empty = Trajectory("none", np.zeros(1, np.int64), np.zeros(1, np.int64), np.zeros(1, np.float32), "stop", None)
+        hidden = self._hidden(self.student, collate([empty], self._pad_id, self.student.device))
+        if torch.is_grad_enabled():
+            (0.0 * (hidden.sum() + self.student.head_VH[:1].sum())).backward()
 
     def _micro_batch(self, members: Sequence[Trajectory]) -> MicroBatch:
         """The student's forward of ``members``; with gradient unless that is switched off."""
@@ -418,7 +469,10 @@ class Learner:
     # -- state -----------------------------------------------------------------------------------------------------
 
     def tensors(self) -> dict[str, Tensor]:
-        """Everything of the learner that a checkpoint must hold, by name: masters, optimizer moments, selectors."""
+        """Everything of the learner that a checkpoint must hold, by name: masters, optimizer moments, selectors.
+
+        Whole on rank 0, so that it does not matter how many ranks go on from there; what the others get is of no use.
+        """
         parts: dict[str, Mapping[str, Tensor]] = {
             "model": self.named,
             "selector": self._selector.state_dict(),
@@ -426,7 +480,9 @@ class Learner:
             "probe": self._probe.state_dict() if self._probe else {},
         }
         own = {f"{part}/{name}": t.detach() for part, tensors in parts.items() for name, t in tensors.items()}
-        return own | checkpoint.optimizer_tensors(self.optimizer, self.named)
+        own |= checkpoint.optimizer_tensors(self.optimizer, self.named)
+        self._ranks.settle(self.student)
+        return {name: self._ranks.whole(tensor) for name, tensor in own.items()}
 
     def restore(self, tensors: dict[str, Tensor], version: int) -> None:
         """Inverse of ``tensors``.  Raises CheckpointError if the checkpoint belongs to another model."""
@@ -438,10 +494,11 @@ class Learner:
         if expected != found:
             odd = sorted(expected ^ found)[0]
             raise checkpoint.CheckpointError(f"the checkpoint belongs to another model: parameter {odd} differs")
+        self._ranks.settle(self.student)
         with torch.no_grad():
             for name, parameter in self.named.items():
-                parameter.copy_(parts["model"][name])
-        checkpoint.load_optimizer_tensors(self.optimizer, self.named, tensors)
+                parameter.copy_(cut_like(parts["model"][name], parameter))
+        checkpoint.load_optimizer_tensors(self.optimizer, self.named, tensors, cut_like)
         self.version = version
         if version:  # a checkpoint from before the first step has nothing to remember
             self._selector.load_state_dict(parts["selector"])
@@ -449,16 +506,20 @@ class Learner:
             self._probe = Probe.from_state_dict(parts["probe"]) if parts["probe"] else None
 
     def save_pretrained(self, folder: Path, tokenizer: Any) -> None:
-        """The student as a plain transformers checkpoint, in the compute dtype; written beside and renamed.
+        """The student as a plain transformers checkpoint, in the compute dtype; written beside and renamed, by rank 0.
 
         Raises SaveError, with nothing changed, if the disk is full or refuses.
         """
+        self._ranks.settle(self.student)
+        state = {n: self._ranks.whole(t).to(self._dtype) for n, t in self.student.model.state_dict().items()}
+        if self._ranks.rank:
+            return
         beside = folder.with_name(f".{folder.name}.tmp")
         shutil.rmtree(beside, ignore_errors=True)
         model = self.student.model
         kept, model.config.dtype = model.config.dtype, self._dtype
         try:
-            model.save_pretrained(beside, state_dict={n: t.to(self._dtype) for n, t in model.state_dict().items()})
+            model.save_pretrained(beside, state_dict=state)
             tokenizer.save_pretrained(beside)
             checkpoint.replace_folder(folder, beside)
         except (OSError, SafetensorError) as error:
@@ -468,9 +529,10 @@ class Learner:
             model.config.dtype = kept
 
     def weights(self, dtype: torch.dtype | None = None) -> Iterator[tuple[str, Tensor]]:
-        """Names and tensors as in a transformers checkpoint; a tied LM head is left out."""
+        """Names and tensors as in a transformers checkpoint; a tied LM head is left out.  Whole on rank 0 alone."""
+        self._ranks.settle(self.student)
         for name, parameter in self.student.model.named_parameters():
-            yield name, parameter.detach().to(dtype or parameter.dtype)
+            yield name, self._ranks.whole(parameter.detach().to(dtype or parameter.dtype))
 
 
 def adamw(named: Mapping[str, Tensor], settings: LearnerSettings) -> torch.optim.AdamW:
@@ -487,8 +549,8 @@ def adamw(named: Mapping[str, Tensor], settings: LearnerSettings) -> torch.optim
 
 
 def learner_threads(settings: LearnerSettings) -> int:
-    """Processor threads of a learner on CPU: as set, or all cores but one, which is left to the other roles."""
-    return settings.threads or max(1, (os.cpu_count() or 2) - 1)
+    """Processor threads of one rank on CPU: as set, or its part of all cores but one, left to the other roles."""
+    return settings.threads or max(1, ((os.cpu_count() or 2) - 1) // settings.ranks)
 
 
 def learning_rate(settings: LearnerSettings, step: int, steps: int) -> float:

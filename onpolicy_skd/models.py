@@ -149,10 +149,11 @@ class SplitModel:
     model: Any  # a transformers PreTrainedModel
     vocabulary: int  # rows of the head in use
     takes_embeddings: bool = True  # whether the trunk makes of its embeddings what it makes of their ids
+    forward: Any = None  # of the trunk, where it is not to be called itself: a model in parts (ranks.py)
 
     @property
     def trunk(self) -> Any:
-        return self.model.base_model
+        return self.forward or self.model.base_model
 
     @property
     def head_VH(self) -> Tensor:

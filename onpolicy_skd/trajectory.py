@@ -213,6 +213,20 @@ def _tokens(lengths: Sequence[int], packed: bool) -> int:
     return lengths[0] * (1 + first_fit(lengths, lengths[0])[-1][0] if packed else len(lengths))
 
 
+def deal(lengths: Sequence[int], hands: int) -> list[list[int]]:
+    """Indices of ``lengths`` dealt to so many hands, longest first, each to the hand with the fewest tokens so far.
+
+    Ascending within a hand; a hand is empty if there are more hands than lengths.
+    """
+    dealt: list[list[int]] = [[] for _ in range(hands)]
+    tokens = [0] * hands
+    for index in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+        hand = tokens.index(min(tokens))
+        dealt[hand].append(index)
+        tokens[hand] += lengths[index]
+    return [sorted(hand) for hand in dealt]
+
+
 def check_version(trajectories: Iterable[Trajectory], version: int, max_staleness: int = 0) -> None:
     """Refuses trajectories that another policy than ``version`` sampled (design: staleness is this comparison).
 

@@ -39,6 +39,8 @@ def test_roles_use_gpus_when_the_cluster_has_any():
     assert [r.gpus for r in plan(tiny_settings(cluster={"learner_gpus": 0.5}), 0).roles] == [0, 0, 0]
     shares = tiny_settings(cluster={"learner_gpus": 0.5, "teacher_gpus": 0.25, "rollout_gpus": 0.25})
     assert [r.gpus for r in plan(shares, 1).roles] == [0.5, 0.25, 0.25]
+    several = plan(tiny_settings(teacher={"actors": 3}, learner={"ranks": 4}), 8)
+    assert [(r.name, r.count) for r in several.roles] == [("learner", 4), ("teacher", 3), ("rollout", 1)]
     alone = plan(tiny_settings(teacher={"placement": "learner"}), 2)
     assert alone.teacher.count == 0
 
@@ -85,7 +87,8 @@ def local_ray():
     ray.shutdown()
 
 
-def test_teacher_actor_gives_what_the_plain_teacher_gives(local_ray):
+@pytest.mark.parametrize("count", [1, 2])
+def test_teacher_actors_give_what_the_plain_teacher_gives(local_ray, count):
     settings = tiny_settings()
     tokenizer = load_tokenizer("bundled:demo_teacher")
     ids = torch.tensor(tokenizer("Now Zoe has <<22*2=44>>44 coins.")["input_ids"]).numpy()
@@ -94,20 +97,25 @@ def test_teacher_actor_gives_what_the_plain_teacher_gives(local_ray):
     ]
     plain = build_teacher(settings, 512, 0)
     plain.encode(members)
-    actor = TeacherActor.remote(settings, 512, 0)
-    remote = RemoteTeacher(actor, "cpu")
-    remote.expect(actor.encode.remote(members))
+    actors = [TeacherActor.remote(settings, 512, 0, number, count) for number in range(count)]
+    remote = RemoteTeacher(actors, "cpu")
+    remote.expect([actor.encode.remote(members) for actor in actors], members)
     wanted = [("t6", [2, 0]), ("t3", [4])]
     assert torch.allclose(remote.rows(wanted), plain.rows(wanted), atol=1e-5)
     assert torch.equal(remote.head(), plain.head())
-    for got, expected in zip(ray.get(actor.scalars.remote(["t3", "t6"])), plain.scalars(["t3", "t6"]), strict=True):
-        assert torch.allclose(unpack(got), expected, atol=1e-5)
+    for got, expected in zip(remote.scalars(["t6", "t3"]), plain.scalars(["t6", "t3"]), strict=True):
+        assert torch.allclose(got, expected, atol=1e-5)
     drawn = (wanted, [5, 6], ClassSettings(sampler="rs_kd", draws=9))
     for got, expected in zip(astuple(remote.classes(*drawn)), astuple(plain.classes(*drawn)), strict=True):
         assert got == expected if isinstance(got, str) else torch.allclose(got, expected, atol=1e-5)
+    if count == 2:  # each knows its share alone
+        with pytest.raises(KeyError, match="t3"):
+            ray.get(actors[1].rows.remote([("t3", [0])]))
     remote.release(["t3"])
     with pytest.raises(KeyError, match="t3"):
         remote.rows([("t3", [0])])
+    for actor in actors:
+        ray.kill(actor)
 
 
 RECORD = {

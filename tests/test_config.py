@@ -69,6 +69,8 @@ CONFIGS = sorted(p for p in (Path(__file__).parents[1] / "configs").rglob("*.yam
         (["mode=off_policy", "references.samples=3"], ["references.samples=3", "teacher only, not answers"]),
         (["mode=off_policy", "references.source=teacher", "references.annotations=strip"], ["annotations=strip"]),
         (["mode=off_policy", "rollout.share=0.3"], ["rollout.share=0.3", "mode=mixed only"]),
+        (["learner.ranks=2", "positions.policy=bandit"], ["learner.ranks=2", "positions.policy=bandit", "accepted: 1"]),
+        (["teacher.actors=2", "teacher.placement=learner"], ["teacher.actors=2", "teacher.placement=actor"]),
         (["rollout.placement=learner"], ["rollout.placement=learner", "engine=transformers", "not vllm"]),
         (["pipeline.max_staleness=2"], ["pipeline.max_staleness=2", "less than or equal to 1"]),
         (["pipeline.max_staleness=1", "mode=off_policy"], ["pipeline.max_staleness=1", "not mode=off_policy"]),

@@ -90,8 +90,8 @@ def test_a_dead_actor_is_a_fault_also_where_another_one_needed_it(cluster):
     for error in (raised(dead.ready.remote()), raised(alive.ask.remote(dead))):
         assert "its process ended" in fault_of(error)
         assert blamed(error) is None
-    assert silent(alive, 30) is None
-    assert "its process ended" in silent(dead, 30)
+    assert silent([alive], 30) is None
+    assert "its process ended" in silent([alive, dead], 30)
     end(alive, None)
 
 
@@ -100,7 +100,7 @@ def test_an_actor_that_no_longer_hears_ray_is_ended_too(cluster):
     where = ray.get(actor.ready.remote())
     process = psutil.Process(where.pid)
     process.suspend()
-    assert silent(actor, 1.0) == HUNG
+    assert silent([actor], 1.0) == HUNG
     end(actor, where)
     process.wait(20)
 
@@ -118,19 +118,19 @@ def test_an_update_whose_answer_was_lost_is_not_made_twice(cluster, tmp_path, ma
     """A learner that answers too late is well, but whether it made the update shows in its version alone."""
     roles = Roles.__new__(Roles)
     roles._settings, roles.supervisor = tiny_settings(), Supervisor(FaultSettings(backoff_seconds=0))
-    roles._places, roles._version, roles._pushed, roles._teacher = {}, 3, 3, None
-    roles._learner, roles.rollouts = LearnerActor.remote(updates=made), SimpleNamespace(actors=[])
-    roles._start_learner, roles._shares = LearnerActor.remote, False
+    roles._places, roles._version, roles._pushed, roles._teachers = {}, 3, 3, []
+    roles._learner, roles.rollouts = [LearnerActor.remote(updates=made)], SimpleNamespace(actors=[])
+    roles._start_learner, roles._shares = lambda _: LearnerActor.remote(), False
     done = roles.recover(GetTimeoutError("late"), tmp_path, lambda _: None)
     assert (done.rolled_back, done.restarted) == (rolled_back, ["learner"] * rolled_back)
     assert roles._version == (0 if rolled_back else 3)
-    end(roles._learner, None)
+    end(roles._learner[0], None)
 
 
 def test_a_learner_that_is_not_where_the_records_are_saves_nothing(tmp_path):
     """A new learner, after a failed recovery, must not take the place of the trained one's checkpoint."""
     actor = object.__new__(learner_class)
-    actor._learner = SimpleNamespace(version=0, tensors=dict)
+    actor._learner, actor._rank = SimpleNamespace(version=0, tensors=dict), 0
     with pytest.raises(checkpoint.SaveError, match="at policy version 0, not 41"):
         actor.save(tmp_path, 41, 41, {}, 2)
     assert list(tmp_path.iterdir()) == []
@@ -195,6 +195,15 @@ def test_a_run_outlives_actors_that_hang(tmp_path, kind):
     own = lab(tmp_path)
     tally = processes.killed_actors(own, kind, 2, signal.SIGSTOP, "faults.deadline_minutes=0.1")
     assert (tally.ended_right, tally.wrong) == (2, 0), tally.notes
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["Learner", "Teacher"])
+def test_a_run_outlives_ranks_and_teachers_that_are_killed(tmp_path, kind):
+    """One rank cannot go on without the others, so all of them are replaced; losses stay bit for bit the same."""
+    own = lab(tmp_path)
+    tally = processes.killed_actors(own, kind, 3, signal.SIGKILL, "learner.ranks=2", "teacher.actors=2")
+    assert (tally.ended_right, tally.wrong) == (3, 0), tally.notes
 
 
 # -- damage and fuzzing --------------------------------------------------------------------------------------------

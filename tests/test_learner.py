@@ -24,7 +24,7 @@ LENGTHS = [(5, 9), (3, 20), (12, 4), (7, 1), (2, 15), (9, 11), (4, 6), (6, 17)]
 FAMILIES = [(f, tied) for f in ("qwen3", "llama", "gpt_neox") for tied in (True, False)]
 
 
-def build(family="qwen3", tied=False, teacher=None, budget=10_000, steps=100, **sections):
+def build(family="qwen3", tied=False, teacher=None, budget=10_000, steps=100, ranks=None, **sections):
     """A learner and its (encoded) teacher; the teacher is wider than the student unless one is given."""
     settings = tiny_settings(**sections)
     settings = settings.model_copy(
@@ -32,7 +32,7 @@ def build(family="qwen3", tied=False, teacher=None, budget=10_000, steps=100, **
     )
     student = split(tiny_model(family, tied), VOCABULARY)
     other = Teacher(split(teacher or tiny_model("qwen3", False, hidden=48, seed=1), VOCABULARY), 10_000, 0)
-    return Learner(student, other, settings, pad_id=0, steps=steps), other
+    return Learner(student, other, settings, pad_id=0, steps=steps, ranks=ranks), other
 
 
 def gradients(learner, teacher, batch):

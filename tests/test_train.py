@@ -200,16 +200,19 @@ def test_a_run_does_not_lean_on_the_private_ray_of_another(tmp_path):
     assert "finished after 4 steps" in out
 
 
-def test_two_rollout_actors_give_the_rollouts_of_one(whole, tmp_path):
-    """And with overlap the next step's are made during this update, by weights that are then one step old."""
-    done = run(tmp_path, "rollout.actors=2", "run.steps=3", "run.name=r", "pipeline.max_staleness=1", "run.timeline=1")
+def test_two_actors_of_every_role_do_what_one_does(whole, tmp_path):
+    """And with overlap the next step's rollouts are made during this update, by weights that are then one step old."""
+    two = ["rollout.actors=2", "teacher.actors=2", "learner.ranks=2"]
+    done = run(tmp_path, *two, "run.steps=3", "run.name=r", "pipeline.max_staleness=1", "run.timeline=1")
     assert done.returncode == 0, done.stdout + done.stderr
     steps = [r for r in read(tmp_path / "r" / "metrics.jsonl") if "loss" in r]
     assert [r["staleness"] for r in steps] == [0, 1, 1]
     assert steps[0]["sampler_gap"] < GAP
     assert all("sampler_gap" not in r and 0 < r["policy_gap"] < 0.5 for r in steps[1:])
     trace = json.loads((tmp_path / "r" / "timeline.json").read_text())["traceEvents"]
-    assert [e["args"]["name"] for e in trace if e["ph"] == "M"] == ["rollout 0", "rollout 1", "teacher", "learner"]
+    assert [e["args"]["name"] for e in trace if e["ph"] == "M"] == [
+        f"{role} {number}" for role in ("rollout", "teacher", "learner") for number in (0, 1)
+    ]
     assert {"generate", "encode", "trunk", "loss", "backward"} <= {e["name"] for e in trace}
     assert (tmp_path / "r" / "timeline.png").read_bytes().startswith(b"\x89PNG")
     first = losses(whole[0])[0]
