@@ -11,8 +11,9 @@ from typing import Any
 import ray
 from torch import Tensor
 
-from actors.cluster import Resources, located, wait_ready
+from actors.cluster import located, wait_ready
 from actors.learner import LearnerActor
+from actors.placement import Resources
 from actors.teacher import TeacherActor
 from actors.transport import unpack
 from onpolicy_skd.config import Settings

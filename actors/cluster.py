@@ -1,4 +1,4 @@
-"""Ray itself: connecting, and what each role asks of the cluster."""
+"""Ray itself: connecting, and waiting for actors."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ import socket
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,106 +17,11 @@ from ray._private import ray_constants
 from ray.exceptions import GetTimeoutError
 
 from actors.faults import Place
+from actors.placement import PRIVATE, ClusterError, Counts, Resources, check_nodes, plan
 from onpolicy_skd.config import ConfigError, Settings
 
-CPUS_PER_ROLE = 0.25  # roles take turns on the processors; a small share lets all of them fit on two cores
-PRIVATE = "onpolicy_skd_private"  # a resource that marks a Ray which ends with its run
 PATIENCE = 60.0  # seconds between two messages while actors start
-FORWARDED = ("HF_HOME", "HF_HUB_OFFLINE", "HF_HUB_DISABLE_TELEMETRY", "CUDA_DEVICE_ORDER")
 log = logging.getLogger(__name__)
-
-
-class ClusterError(ConfigError):
-    """The cluster cannot be reached or has less than the run asks for; the message shows the arithmetic."""
-
-
-@dataclass(frozen=True, slots=True)
-class Role:
-    name: str
-    count: int
-    gpus: float  # of each actor
-
-    def options(self) -> dict[str, Any]:
-        """Arguments of ``ActorClass.options``."""
-        environment = {"TOKENIZERS_PARALLELISM": "false"} | {n: os.environ[n] for n in FORWARDED if n in os.environ}
-        if not self.gpus:
-            environment["OMP_NUM_THREADS"] = "1"  # roles share the cores; the learner raises its own share
-        return {
-            "num_cpus": CPUS_PER_ROLE,
-            "num_gpus": self.gpus,
-            "runtime_env": {"env_vars": environment},
-            "max_restarts": 0,  # Roles.recover restarts them: they need the current weights
-            "enable_task_events": False,  # Ray's head keeps a record of every call: 25 KB a step, for days
-        }
-
-
-@dataclass(frozen=True, slots=True)
-class Resources:
-    learner: Role
-    teacher: Role
-    rollout: Role
-
-    @property
-    def roles(self) -> tuple[Role, ...]:
-        return (self.learner, self.teacher, self.rollout)
-
-
-@dataclass(frozen=True, slots=True)
-class Counts:
-    """Actors of each role."""
-
-    learner: int
-    teacher: int
-    rollout: int
-
-    @staticmethod
-    def of_training(settings: Settings) -> Counts:
-        own_actor = settings.teacher.placement == "actor" and settings.cache.path is None
-        own_engines = settings.generates and settings.rollout.placement == "actor"
-        teachers = settings.teacher.actors if own_actor else 0
-        return Counts(settings.learner.ranks, teachers, settings.rollout.actors if own_engines else 0)
-
-
-def plan(settings: Settings, available_gpus: float, counts: Counts | None = None) -> Resources:
-    """What each role asks for, in training or with ``counts`` of actors.
-
-    run.device=auto means GPUs if the cluster has any; shares of a GPU are then optional, whole GPUs are a demand.
-    Raises ClusterError, with the arithmetic, if that is more than ``available_gpus``.
-    """
-    counts = counts or Counts.of_training(settings)
-    own = settings.cluster
-    asked = [own.learner_gpus, own.teacher_gpus, own.rollout_gpus]
-    on_gpu = settings.run.device == "cuda" or (
-        settings.run.device == "auto" and (available_gpus > 0 or any(a and a >= 1 for a in asked))
-    )
-
-    def gpus(setting: float | None, default: float) -> float:
-        return 0.0 if not on_gpu else default if setting is None else setting
-
-    resources = Resources(
-        learner=Role("learner", counts.learner, gpus(own.learner_gpus, 1.0)),
-        teacher=Role("teacher", counts.teacher, gpus(own.teacher_gpus, 1.0)),
-        rollout=Role("rollout", counts.rollout, gpus(own.rollout_gpus, 1.0)),
-    )
-    needed = sum(role.count * role.gpus for role in resources.roles)
-    if needed > available_gpus + 1e-9:
-        terms = " + ".join(f"{r.name} {r.count} x {r.gpus:g}" for r in resources.roles if r.count)
-        raise ClusterError(
-            f"the run asks for {needed:g} GPUs ({terms}) but the cluster has {available_gpus:g}; use fewer "
-            "(cluster.learner_gpus, cluster.teacher_gpus, cluster.rollout_gpus, learner.ranks, teacher.actors, "
-            "rollout.actors, cache.builders, teacher.placement=learner) or run.device=cpu"
-        )
-    return resources
-
-
-def check_cpus(resources: Resources, available_cpus: float) -> None:
-    """Raises ClusterError, with the arithmetic, if the roles' processor shares do not fit."""
-    count = sum(role.count for role in resources.roles)
-    if count * CPUS_PER_ROLE > available_cpus:
-        raise ClusterError(
-            f"the run's {count} actors ask for {count} x {CPUS_PER_ROLE:g} = {count * CPUS_PER_ROLE:g} CPUs but the "
-            f"cluster has {available_cpus:g}; lower learner.ranks, teacher.actors, rollout.actors or cache.builders"
-        )
 
 
 class Refusal:
@@ -196,9 +100,9 @@ def connect(settings: Settings, counts: Counts | None = None) -> Iterator[Resour
     os.environ.setdefault("RAY_IGNORE_UNHANDLED_ERRORS", "1")  # what matters is asked for, and then raised
     _join_or_start(settings.cluster.address or os.environ.get("RAY_ADDRESS"))
     try:
-        total = ray.cluster_resources()
-        resources = plan(settings, total.get("GPU", 0.0), counts)
-        check_cpus(resources, total.get("CPU", 0.0))
+        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        resources = plan(settings, sum(node.get("GPU", 0.0) for node in nodes), counts)
+        check_nodes(resources, nodes)
         yield resources
     finally:
         ray.shutdown()

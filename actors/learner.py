@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import os
 import resource
 import sys
+from collections import deque
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -36,8 +36,7 @@ from onpolicy_skd.trajectory import (
     packed_trajectories,
     unpacked_trajectories,
 )
-
-LOOPBACK = ("127.0.0.1", "::1")
+from onpolicy_skd.weight_transfer import Address, Announcement, Sender, shared
 
 
 @ray.remote
@@ -98,14 +97,12 @@ class LearnerActor:
         self._refusal.repeat()
         return place()
 
-    def meeting(self) -> tuple[str, int]:
+    def meeting(self) -> Address:
         """Of rank 0 among several: where the others find it."""
         return self._meeting.address
 
-    def join(self, address: tuple[str, int]) -> None:
+    def join(self, address: Address) -> None:
         """Becomes one rank of several, all of which are being told so."""
-        if address[0] in LOOPBACK:
-            os.environ |= dict.fromkeys(("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"), "lo")
         device, count = pick_device(self._settings.run.device), self._settings.learner.ranks
         self._learner = self._build(join(address, self._rank, count, device, self._settings.faults.patience()))
 
@@ -152,9 +149,39 @@ class LearnerActor:
         return self._learner.rank(trajectories)
 
     def weights(self) -> dict[str, Packed]:
-        device = pick_device(self._settings.run.device)
         with self._learner.spans("pack weights"):
-            return pack_named(self._learner.weights(pick_dtype(self._settings.rollout.dtype, device)))
+            return pack_named(self._learner.weights(self._sent_dtype))
+
+    @property
+    def _sent_dtype(self) -> torch.dtype:
+        return pick_dtype(self._settings.rollout.dtype, pick_device(self._settings.run.device))
+
+    def open_group(self) -> tuple[Address, Announcement]:
+        """Where the engines' workers find rank 0, and what it will broadcast."""
+        self._sender = Sender(ray.util.get_node_ip_address(), pick_device(self._settings.run.device))
+        return self._sender.address, self._learner.announced(self._sent_dtype)
+
+    def join_group(self, count: int) -> None:
+        self._sender.join(count, self._settings.faults.patience())
+
+    def send(self) -> None:
+        """Broadcasts the weights; other ranks than the first help it to gather them."""
+        weights = self._learner.weights(self._sent_dtype)
+        with self._learner.spans("send weights"):
+            if self._rank:
+                deque(weights, maxlen=0)
+            else:
+                self._sender.send(weights)
+
+    def share(self) -> Announcement:
+        """Of a copy of the weights in this GPU's memory, which stays until ``unshare``."""
+        torch.cuda.empty_cache()  # what an engine that wakes up may need
+        announced, self._copies = shared(self._learner.weights(self._sent_dtype, everywhere=True))
+        return announced
+
+    def unshare(self) -> None:
+        self._copies = []
+        torch.cuda.empty_cache()
 
     def save(
         self, folder: Path, step: int, version: int, state: dict[str, Any], keep: int, *ahead: Sequence[Trajectory]

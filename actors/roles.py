@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -14,11 +13,12 @@ from typing import Any
 import ray
 from ray.exceptions import GetTimeoutError, RayError
 
-from actors.cluster import Resources, located, wait_ready
+from actors.cluster import located, wait_ready
 from actors.faults import GRACE, HUNG, Place, blamed, end, fault_of, silent
 from actors.learner import LearnerActor
+from actors.placement import Placement, Resources
 from actors.rollout import RolloutGroup
-from actors.sync import ObjectStoreSync
+from actors.sync import build_sync, sync_method
 from actors.teacher import TeacherActor
 from onpolicy_skd import checkpoint
 from onpolicy_skd.checkpoint import Checkpoint
@@ -54,7 +54,8 @@ class Roles:
     """
 
     def __init__(self, settings: Settings, resources: Resources, vocabulary: int, pad_id: int, steps: int) -> None:
-        settings = located(settings)
+        method = sync_method(settings, resources)
+        settings = located(settings.model_copy(update={"sync": settings.sync.model_copy(update={"method": method})}))
         own = settings.student
         self.supervisor = Supervisor(settings.faults)
         self._settings = settings
@@ -62,22 +63,29 @@ class Roles:
         self._places: dict[Any, Place] = {}
         self._version = 0  # of the learner: optimizer steps whose answers came back
         self._pushed = 0  # of the engines; they start from the same model
-        self._start_teacher = lambda number: TeacherActor.options(**resources.teacher.options()).remote(
-            settings, vocabulary, pad_id, number, resources.teacher.count
+        learner, teacher, rollout = resources.roles
+        self._shares = settings.rollout.placement == "learner"
+        self._colocated, self._awake = resources.colocated, True
+        self._placement = placement = Placement(resources)
+        self._start_teacher = lambda number: TeacherActor.options(**placement.options(teacher, number)).remote(
+            settings, vocabulary, pad_id, number, teacher.count
         )
-        self._start_learner = lambda rank: LearnerActor.options(**resources.learner.options()).remote(
+        self._start_learner = lambda rank: LearnerActor.options(**placement.options(learner, rank)).remote(
             settings, vocabulary, steps, self._teachers, rank
         )
-        self.rollouts = RolloutGroup(own.model, settings, resources, resources.rollout.count, own.trust_remote_code)
-        if 0 < resources.rollout.gpus < 1:
+        self.rollouts = RolloutGroup(
+            own.model, settings, lambda n: placement.options(rollout, n), rollout.count, own.trust_remote_code
+        )
+        if 0 < rollout.gpus < 1:
             # vLLM measures its GPU while it starts: alone, lest it count the others' memory.
             wait_ready(self.rollouts.actors)
-        self._teachers: list[Any] = [self._start_teacher(number) for number in range(resources.teacher.count)]
-        self._learner: list[Any] = [self._start_learner(rank) for rank in range(resources.learner.count)]
+            self._rest()  # and a colocated engine sleeps before the others take theirs
+        self._teachers: list[Any] = [self._start_teacher(number) for number in range(teacher.count)]
+        self._learner: list[Any] = [self._start_learner(rank) for rank in range(learner.count)]
         self._joined = False
-        self._shares = settings.rollout.placement == "learner"
         if self._shares:
             self.rollouts.actors = self._learner
+        self._sync = build_sync(settings, self._learner, self.rollouts)
 
     @property
     def _actors(self) -> list[Any]:
@@ -89,16 +97,19 @@ class Roles:
         """Those in processes of their own."""
         return [] if self._shares else self.rollouts.actors
 
-    def wait_ready(self, say: Say = print, patience: float = math.inf) -> None:
-        """Blocks until every actor is up; raises what a start refused, GetTimeoutError after ``patience`` seconds."""
+    def wait_ready(self, say: Say = print) -> None:
+        """Blocks until there is room and every actor is up; raises what a start refused, and GetTimeoutError if one
+        takes longer than faults.deadline_minutes."""
+        self._placement.wait(say)
         self._places = {}
         # Engines last: what the learner says of a model that cannot be loaded is clearer.
         in_order = sorted(self._actors, key=lambda actor: self._role(actor) == "rollout")
-        wait_ready(in_order, say, patience, self._places)
+        wait_ready(in_order, say, self._patience(), self._places)
         if len(self._learner) > 1 and not self._joined:
             address = ray.get(self._learner[0].meeting.remote())
             self._ask(lambda rank: rank.join.remote(address))
             self._joined = True
+        self._rest()
 
     # -- a step ----------------------------------------------------------------------------------------------------
 
@@ -106,10 +117,11 @@ class Roles:
         return self.rollouts.generate(requests, sampling)
 
     def finish(self, parts: Refs) -> None:
-        """Blocks until all ``parts`` exist, or one of them never will."""
+        """Blocks until all ``parts`` exist, or one of them never will; then colocated engines sleep."""
         _, missing = ray.wait(parts, num_returns=len(parts), timeout=self._patience(), fetch_local=False)
         if missing:
             raise GetTimeoutError(f"{len(missing)} of {len(parts)} rollout actors do not answer")
+        self._rest()
 
     def filter(self, parts: Refs) -> tuple[FilterReport, ray.ObjectRef]:
         """What the sample filter kept, and a reference to the kept trajectories."""
@@ -146,6 +158,7 @@ class Roles:
         valid = [t for t in trajectories if t.key in usable]
         if not valid:
             return []
+        self._rest()
         kept = ray.put(valid)
         try:
             encoded = self.encode(kept)
@@ -154,13 +167,25 @@ class Roles:
             self._release([t.key for t in valid])
 
     def rank(self, trajectories: Sequence[Trajectory]) -> list[float]:
+        self._rest()
         return self._ask(lambda rank: rank.rank.remote(trajectories), len(trajectories))
+
+    def engines(self) -> RolloutGroup:
+        """The rollout engines, awake and with the learner's weights."""
+        self.push_weights()
+        return self.rollouts
 
     def push_weights(self) -> None:
         """Gives every rollout engine the learner's weights, unless it has them."""
         if self._pushed != self._version and not self._shares:
-            ObjectStoreSync(self._learner, self.rollouts).push(self._version, self._patience())
-            self._pushed = self._version
+            self._sync.push(self._version, self._patience())
+            self._pushed, self._awake = self._version, True
+
+    def _rest(self) -> None:
+        """Colocated engines give their memory back, and with it their weights."""
+        if self._colocated and self._awake:
+            self._get([actor.sleep.remote() for actor in self._engines])
+            self._pushed, self._awake = -1, False
 
     def save(
         self, folder: Path, step: int, version: int, state: dict[str, Any], keep: int, ahead: Sequence[Any] = ()
@@ -252,6 +277,8 @@ class Roles:
             if any(actor in self._teachers for actor in found):
                 return f"its ranks may have stopped in different places ({cause})"
             patience = GRACE  # nothing is asked of them now: a rank that is silent waits for another
+        if found and self._settings.sync.method == "broadcast":
+            patience = GRACE  # it may be sending to an engine that is gone
         if why := silent(self._learner, patience):
             return cause if why == HUNG else why
         try:
@@ -282,7 +309,9 @@ class Roles:
             self._joined, self._version, self._pushed = False, 0, -1
         if self._shares:
             self.rollouts.actors = self._learner
-        self.wait_ready(say, self._patience())
+        self._sync = build_sync(self._settings, self._learner, self.rollouts)
+        self._awake = True
+        self.wait_ready(say)
         point = checkpoint.newest(checkpoints) if checkpoints else None
         ahead = self.restore(point.path) if point else []
         return (dataclasses.replace(point, tensors={}) if point else None), ahead
@@ -290,3 +319,4 @@ class Roles:
     def close(self) -> None:
         for actor in self._actors:
             ray.kill(actor)
+        self._placement.remove()

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import ray
 
-from actors.cluster import Refusal, Resources
+from actors.cluster import Refusal
 from actors.faults import Place, place
 from actors.transport import Packed, unpack_named
 from onpolicy_skd.config import Settings
@@ -16,13 +16,14 @@ from onpolicy_skd.models import load_tokenizer
 from onpolicy_skd.rollout import build_engine
 from onpolicy_skd.timeline import Span, Spans
 from onpolicy_skd.trajectory import RolloutRequest, Sampling, Trajectory
+from onpolicy_skd.weight_transfer import Address, Announcement
 
 
 @ray.remote
 class RolloutActor:
     def __init__(self, model: str, settings: Settings, trust_remote_code: bool = False) -> None:
         with Refusal() as self._refusal:
-            self._engine = build_engine(model, settings, trust_remote_code)
+            self._engine: Any = build_engine(model, settings, trust_remote_code)
             self._tokenizer = load_tokenizer(model, trust_remote_code)
         self._spans = Spans()
 
@@ -41,19 +42,33 @@ class RolloutActor:
         with self._spans("load weights"):
             self._engine.load_weights(unpack_named(weights), version)
 
+    def join(self, address: Address, first: int, count: int) -> None:
+        """The group in which the learner broadcasts weights."""
+        self._engine.join(address, first, count)
+
+    def receive(self, announced: Announcement, version: int) -> None:
+        with self._spans("receive weights"):
+            self._engine.receive(announced, version)
+
+    def sleep(self) -> None:
+        self._engine.sleep()
+
 
 class RolloutGroup:
     """Several rollout actors that share each batch; which actor serves a request does not change its response."""
 
-    def __init__(self, model: str, settings: Settings, resources: Resources, count: int, trust: bool = False) -> None:
-        self._start = lambda: RolloutActor.options(**resources.rollout.options()).remote(model, settings, trust)
+    def __init__(
+        self, model: str, settings: Settings, options: Callable[[int], dict[str, Any]], count: int, trust: bool = False
+    ) -> None:
+        """``options``: Ray's, of each actor by its number."""
+        self._start = lambda number: RolloutActor.options(**options(number)).remote(model, settings, trust)
         self._step = settings.rollouts_per_step * settings.rollout.max_tokens  # tokens, at most
         self._faults = settings.faults
-        self.actors: list[Any] = [self._start() for _ in range(count)]
+        self.actors: list[Any] = [self._start(number) for number in range(count)]
 
     def restart(self, number: int) -> None:
         """Starts a new actor in place of one that was ended; it has the weights of its checkpoint."""
-        self.actors[number] = self._start()
+        self.actors[number] = self._start(number)
 
     def generate(self, requests: Sequence[RolloutRequest], sampling: Sampling) -> list[ray.ObjectRef]:
         """One ref to a list of trajectories per actor.  Requests go round, so that actors get like shares."""

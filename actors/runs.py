@@ -15,7 +15,7 @@ from typing import Generic, TypeVar
 import ray
 from ray.exceptions import RayError
 
-from actors.cluster import CPUS_PER_ROLE, Counts, plan
+from actors.placement import plan
 from onpolicy_skd.config import ConfigError, Settings
 from onpolicy_skd.exits import EXIT_FAILED, cause_of
 
@@ -64,9 +64,8 @@ def at_once(settings: Settings, limit: int | None = None) -> int:
     Raises ConfigError if there is room for none.
     """
     total = ray.cluster_resources()
-    resources = plan(settings, total.get("GPU", 0.0), Counts.of_training(settings))
-    cpus = sum(role.count for role in resources.roles) * CPUS_PER_ROLE
-    gpus = sum(role.count * role.gpus for role in resources.roles)
+    bundles = plan(settings, total.get("GPU", 0.0)).bundles()
+    cpus, gpus = (sum(bundle.get(kind, 0.0) for bundle in bundles) for kind in ("CPU", "GPU"))
     room = int(total.get("CPU", 0.0) // cpus)
     if gpus:
         room = min(room, int((total.get("GPU", 0.0) + 1e-9) // gpus))

@@ -3,30 +3,119 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import ray
-from ray.actor import ActorHandle
+from ray.exceptions import RayError
 
+from actors.faults import GRACE, fault_of
+from actors.placement import Resources
 from actors.rollout import RolloutGroup
+from onpolicy_skd.config import Settings
+from onpolicy_skd.weight_transfer import Announcement
 
 
 class WeightSync(Protocol):
-    """Makes every rollout engine hold the learner's weights, under their policy version."""
+    """Makes every rollout engine hold the weights of the learner, all of whose ranks take part."""
 
     def push(self, version: int, patience: float) -> None:
-        """Raises GetTimeoutError after ``patience`` seconds."""
+        """``version``: of the policy.  Raises GetTimeoutError after ``patience`` seconds."""
         ...
 
 
 class ObjectStoreSync:
     """Through Ray's object store: one copy out of the learner, read by every engine; works anywhere."""
 
-    def __init__(self, learner: Sequence[ActorHandle], rollouts: RolloutGroup) -> None:
+    def __init__(self, learner: Sequence[Any], rollouts: RolloutGroup) -> None:
         self._learner = learner
         self._rollouts = rollouts
 
     def push(self, version: int, patience: float) -> None:
         # Stays in the object store: the driver holds the reference alone.  The other ranks help rank 0 to gather it.
         weights, *_ = [rank.weights.remote() for rank in self._learner]
-        ray.get([actor.load_weights.remote(weights, version) for actor in self._rollouts.actors], timeout=patience)
+        all_of([actor.load_weights.remote(weights, version) for actor in self._rollouts.actors], patience)
+
+
+class BroadcastSync:
+    """From the learner's rank 0 to all engines' workers at once, device to device, nothing through the host."""
+
+    def __init__(self, learner: Sequence[Any], rollouts: RolloutGroup, tensor_parallel: int) -> None:
+        self._learner = learner
+        self._rollouts = rollouts
+        self._workers = tensor_parallel  # of one engine
+        self._announced: Announcement | None = None
+
+    def push(self, version: int, patience: float) -> None:
+        if self._announced is None:
+            self._announced = self._meet(patience)
+        received = [actor.receive.remote(self._announced, version) for actor in self._rollouts.actors]
+        all_of([*received, *(rank.send.remote() for rank in self._learner)], patience)
+
+    def _meet(self, patience: float) -> Announcement:
+        first, engines = self._learner[0], self._rollouts.actors
+        (address, announced), count = ray.get(first.open_group.remote()), 1 + len(engines) * self._workers
+        joined = [actor.join.remote(address, 1 + i * self._workers, count) for i, actor in enumerate(engines)]
+        all_of([first.join_group.remote(count), *joined], patience)
+        return announced
+
+
+class SharedMemorySync:
+    """Between each rank of the learner and the engine on its own GPU: the engine maps the learner's copy (CUDA IPC)."""
+
+    def __init__(self, learner: Sequence[Any], rollouts: RolloutGroup) -> None:
+        self._learner = learner
+        self._rollouts = rollouts
+        self._ready = False
+
+    def push(self, version: int, patience: float) -> None:
+        engines = self._rollouts.actors
+        if not self._ready:
+            all_of([actor.join.remote(("", 0), 0, 0) for actor in engines], patience)
+            self._ready = True
+        announced = [rank.share.remote() for rank in self._learner]
+        read = [actor.receive.remote(own, version) for actor, own in zip(engines, announced, strict=False)]
+        all_of(read, patience)
+        all_of([rank.unshare.remote() for rank in self._learner], patience)
+
+
+def sync_method(settings: Settings, resources: Resources) -> str:
+    """What ``sync.method=auto`` comes to."""
+    own, learner, rollout = settings.sync.method, resources.learner, resources.rollout
+    if own != "auto":
+        return own
+    if not (learner.gpus and rollout.gpus) or settings.rollout.engine != "vllm":
+        return "object_store"
+    if resources.colocated:
+        return "ipc"
+    alone = min(learner.gpus, rollout.gpus) >= 1  # NCCL takes no two of a group on one GPU
+    return "broadcast" if alone else "object_store"
+
+
+def build_sync(settings: Settings, learner: Sequence[Any], rollouts: RolloutGroup) -> WeightSync:
+    """For ``settings`` whose ``sync.method`` is settled; a new one whenever an actor is."""
+    if settings.sync.method == "broadcast":
+        return BroadcastSync(learner, rollouts, settings.rollout.tensor_parallel)
+    if settings.sync.method == "ipc":
+        return SharedMemorySync(learner, rollouts)
+    return ObjectStoreSync(learner, rollouts)
+
+
+def all_of(refs: Sequence[ray.ObjectRef], patience: float) -> None:
+    """Waits for all.  Of several errors the one that is a fault counts: when an actor dies, those that were exchanging
+    something with it fail as well, each in its own words."""
+    try:
+        ray.get(list(refs), timeout=patience)
+    except RayError as error:
+        if fault_of(error) is None:
+            done, _ = ray.wait(list(refs), num_returns=len(refs), timeout=GRACE)
+            for ref in done:
+                _raise_fault(ref, error)
+        raise
+
+
+def _raise_fault(ref: ray.ObjectRef, instead_of: RayError) -> None:
+    try:
+        ray.get(ref)
+    except RayError as other:
+        if fault_of(other) is not None:
+            raise other from instead_of

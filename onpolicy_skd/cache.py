@@ -16,7 +16,8 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from actors.cache import CacheBuilders, Work
-from actors.cluster import Counts, Resources, connect
+from actors.cluster import connect
+from actors.placement import Counts, Resources
 from onpolicy_skd import provenance
 from onpolicy_skd import teacher_cache as caches
 from onpolicy_skd.command_line import load_settings

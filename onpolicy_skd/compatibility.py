@@ -149,6 +149,39 @@ def _ranks(settings: Settings) -> str | None:
     return None
 
 
+def _devices(settings: Settings) -> str | None:
+    rollout, sync, own = settings.rollout, settings.sync.method, settings.cluster
+    if rollout.engine != "vllm" and rollout.tensor_parallel > 1:
+        return f"rollout.tensor_parallel={rollout.tensor_parallel}: accepted with rollout.engine=vllm only"
+    if rollout.tensor_parallel > 1 and own.rollout_gpus not in (None, 0, rollout.tensor_parallel):
+        return (
+            f"cluster.rollout_gpus={own.rollout_gpus:g}: an engine takes rollout.tensor_parallel="
+            f"{rollout.tensor_parallel} GPUs; leave it empty"
+        )
+    if sync in ("broadcast", "ipc") and rollout.engine != "vllm":
+        return f"sync.method={sync}: goes to vLLM's workers; accepted with rollout.engine=vllm only"
+    if sync == "ipc" and own.topology != "colocated":
+        return "sync.method=ipc: in the memory of a GPU that both use; accepted with cluster.topology=colocated only"
+    return None
+
+
+def _topology(settings: Settings) -> str | None:
+    rollout, ranks = settings.rollout, settings.learner.ranks
+    if settings.cluster.topology != "colocated":
+        return None
+    if settings.sync.method == "broadcast":
+        return "sync.method=broadcast: from GPU to GPU; not accepted with cluster.topology=colocated"
+    if rollout.placement == "learner" or rollout.tensor_parallel > 1 or settings.pipeline.max_staleness:
+        return (
+            "cluster.topology=colocated: engines of one GPU that sleep while the learner works; accepted with "
+            "rollout.placement=actor, rollout.tensor_parallel=1, pipeline.max_staleness=0"
+        )
+    for name, count in (("rollout.actors", rollout.actors), ("teacher.actors", settings.teacher.actors)):
+        if count > ranks:
+            return f"{name}={count}: each shares a GPU with one of learner.ranks={ranks}; accepted: at most that"
+    return None
+
+
 def _staleness(settings: Settings) -> str | None:
     if not settings.pipeline.max_staleness:
         return None
@@ -258,6 +291,8 @@ PROBLEMS = (
     _staleness,
     _placement,
     _ranks,
+    _devices,
+    _topology,
     _entropy,
     _references,
     _samples,

@@ -190,6 +190,7 @@ class RolloutSettings(Section):
         "(rollout.engine=transformers)",
     )
     actors: Positive = Field(default=1, description="rollout actors that share every batch")
+    tensor_parallel: Positive = Field(default=1, description="vllm: devices that one engine's model is cut over")
     n: Positive = Field(default=1, description="rollouts per prompt")
     share: Annotated[float, Field(gt=0, lt=1)] = Field(
         default=0.5, description="mode=mixed: share of each batch that is rollouts (GKD's lambda)"
@@ -399,8 +400,11 @@ class CacheSettings(Section):
 
 
 class SyncSettings(Section):
-    method: Literal["object_store"] = Field(
-        default="object_store", description="how new weights reach the rollout engines"
+    method: Literal["auto", "object_store", "broadcast", "ipc"] = Field(
+        default="auto",
+        description="how new weights reach the engines. object_store: through Ray, anywhere; broadcast: from rank 0 "
+        "straight to vLLM's workers, by NCCL (on CPU gloo); ipc: in the memory of the shared GPU, for "
+        "topology=colocated. auto: on GPUs broadcast or ipc where they are possible, else object_store",
     )
     max_gap: Annotated[float, Field(gt=0)] = Field(
         default=0.1, description="largest mean |log-probability of sampler - of learner| on the sampled tokens, nats"
@@ -433,8 +437,8 @@ class FaultSettings(Section):
         default=1.0, description="wait before a role's first restart; doubles with each that still counts, to a minute"
     )
     deadline_minutes: Annotated[float, Field(gt=0)] = Field(
-        default=60.0, description="longest that an actor may take for its part of a step, before it counts as hung; "
-        "for more work, as in an evaluation, more in proportion"
+        default=60.0, description="longest that an actor may take to start or for its part of a step before it counts "
+        "as hung; for more work, as in an evaluation, more in proportion"
     )  # fmt: skip
 
     def patience(self, size: float = 1.0) -> float:
@@ -444,11 +448,19 @@ class FaultSettings(Section):
 
 class ClusterSettings(Section):
     address: str | None = Field(default=None, description="Ray address; empty: the running cluster, else a local one")
-    learner_gpus: Annotated[float, Field(ge=0)] | None = Field(default=None, description="empty: 1 on cuda, 0 on cpu")
-    teacher_gpus: Annotated[float, Field(ge=0)] | None = Field(default=None, description="empty: 1 on cuda, 0 on cpu")
+    topology: Literal["split", "colocated"] = Field(
+        default="split",
+        description="split: actors on GPUs (or shares) of their own; colocated: every rank of the learner shares its "
+        "GPU with an engine, which sleeps while the learner works, and a teacher",
+    )
+    learner_gpus: Annotated[float, Field(ge=0)] | None = Field(
+        default=None, description="of each rank; empty: 1 on cuda, 0 on cpu; colocated: equal shares"
+    )
+    teacher_gpus: Annotated[float, Field(ge=0)] | None = Field(
+        default=None, description="of each teacher; empty: as for the learner"
+    )
     rollout_gpus: Annotated[float, Field(ge=0)] | None = Field(
-        default=None,
-        description="per rollout actor; empty: 1 on cuda, 0 on cpu",
+        default=None, description="of each engine; empty: rollout.tensor_parallel on cuda; colocated: equal shares"
     )
 
 

@@ -40,6 +40,7 @@ from onpolicy_skd.selection.selector import Selector
 from onpolicy_skd.teacher import TeacherRows
 from onpolicy_skd.timeline import Spans
 from onpolicy_skd.trajectory import Batch, FilterReport, Trajectory, check_version, collate, micro_batches, seed_of
+from onpolicy_skd.weight_transfer import Announcement
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -482,7 +483,12 @@ class Learner:
         own = {f"{part}/{name}": t.detach() for part, tensors in parts.items() for name, t in tensors.items()}
         own |= checkpoint.optimizer_tensors(self.optimizer, self.named)
         self._ranks.settle(self.student)
-        return {name: self._ranks.whole(tensor) for name, tensor in own.items()}
+        return {name: self._kept(tensor) for name, tensor in own.items()}
+
+    def _kept(self, tensor: Tensor) -> Tensor:
+        """Whole and, if it had to be gathered, out of the way of the next."""
+        found = self._ranks.whole(tensor)
+        return found if found is tensor else found.cpu()
 
     def restore(self, tensors: dict[str, Tensor], version: int) -> None:
         """Inverse of ``tensors``.  Raises CheckpointError if the checkpoint belongs to another model."""
@@ -511,7 +517,7 @@ class Learner:
         Raises SaveError, with nothing changed, if the disk is full or refuses.
         """
         self._ranks.settle(self.student)
-        state = {n: self._ranks.whole(t).to(self._dtype) for n, t in self.student.model.state_dict().items()}
+        state = {n: self._kept(t.to(self._dtype)) for n, t in self.student.model.state_dict().items()}
         if self._ranks.rank:
             return
         beside = folder.with_name(f".{folder.name}.tmp")
@@ -528,11 +534,18 @@ class Learner:
         finally:
             model.config.dtype = kept
 
-    def weights(self, dtype: torch.dtype | None = None) -> Iterator[tuple[str, Tensor]]:
-        """Names and tensors as in a transformers checkpoint; a tied LM head is left out.  Whole on rank 0 alone."""
+    def weights(self, dtype: torch.dtype | None = None, everywhere: bool = False) -> Iterator[tuple[str, Tensor]]:
+        """Names and tensors as in a transformers checkpoint; a tied LM head is left out.
+
+        Whole on rank 0, and with ``everywhere`` on the others too.
+        """
         self._ranks.settle(self.student)
         for name, parameter in self.student.model.named_parameters():
-            yield name, self._ranks.whole(parameter.detach().to(dtype or parameter.dtype))
+            yield name, self._ranks.whole(parameter.detach().to(dtype or parameter.dtype), everywhere)
+
+    def announced(self, dtype: torch.dtype) -> Announcement:
+        """What ``weights`` will give."""
+        return Announcement.of((name, dtype, p.shape) for name, p in self.student.model.named_parameters())
 
 
 def adamw(named: Mapping[str, Tensor], settings: LearnerSettings) -> torch.optim.AdamW:

@@ -75,12 +75,12 @@ class Ranks:
         if isinstance(student.model, FSDPModule):
             student.model.reshard()
 
-    def whole(self, tensor: Tensor) -> Tensor:
-        """All of a tensor that is cut among the ranks, in rank 0's main memory; elsewhere an empty one."""
+    def whole(self, tensor: Tensor, everywhere: bool = False) -> Tensor:
+        """All of a tensor that is cut among the ranks; on others than rank 0 an empty one, unless ``everywhere``."""
         if not isinstance(tensor, DTensor):
             return tensor
         found = tensor.full_tensor()
-        return found.cpu() if self.rank == 0 else found.new_empty(0)
+        return found if everywhere or self.rank == 0 else found.new_empty(0)
 
 
 def whole_scalar(value: Tensor) -> float:

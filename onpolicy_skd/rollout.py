@@ -37,6 +37,10 @@ class RolloutEngine(Protocol):
         """Replaces the weights by those of a transformers checkpoint's names and drops every cache of the old ones."""
         ...
 
+    def sleep(self) -> None:
+        """Gives back what memory it can until the next weights, without which it may not generate any more."""
+        ...
+
 
 def build_engine(model: str, settings: Settings, trust_remote_code: bool = False) -> RolloutEngine:
     """The engine that ``rollout.engine`` asks for, with the weights of ``model``.  Raises ModelError."""
@@ -73,6 +77,9 @@ class TransformersEngine:
                 for name, tensor in weights:
                     own[name].copy_(tensor)
         self.version = version
+
+    def sleep(self) -> None:
+        """Nothing to give back: it holds its weights alone."""
 
     @torch.no_grad()  # not inference mode: what a shared model caches must serve its training too
     def generate(self, requests: Sequence[RolloutRequest], sampling: Sampling) -> list[Trajectory]:

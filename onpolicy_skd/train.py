@@ -18,7 +18,8 @@ from typing import TypeVar
 import ray
 from ray.exceptions import GetTimeoutError, RayError
 
-from actors.cluster import Resources, connect
+from actors.cluster import connect
+from actors.placement import Resources
 from actors.roles import Refs, Roles
 from eval.gsm8k import Evaluation, evaluate
 from onpolicy_skd.command_line import load_settings
@@ -194,7 +195,7 @@ def run_settings(settings: Settings) -> int:
                 redone(lambda: roles.wait_ready(book.say), roles, book, trained=False)
 
                 def select() -> Sequence[Prompt]:
-                    return selected_prompts(run, roles.rank, lambda: roles.rollouts, book.say)
+                    return selected_prompts(run, roles.rank, roles.engines, book.say)
 
                 prompts = redone(
                     select, roles, book, trained=False
@@ -221,14 +222,13 @@ def student_evaluation(run: Run, roles: Roles, prompts: Sequence[Prompt] = ()) -
     if not run.settings.generates:
         few = [as_text(p, "prompt", run.tokenizer) for p in run.held_out]
         return Evaluation({"problems": 0, "divergence_reference": means(roles.inspect(few))["divergence"]}, [])
-    roles.push_weights()
     prompts = prompts or run.held_out[: run.settings.eval.problems or None]
-    done = evaluate(roles.rollouts.gather, prompts, run.tokenizer, run.greedy)
+    done = evaluate(roles.engines().gather, prompts, run.tokenizer, run.greedy)
     if run.settings.eval.divergence_prompts:
         few = (run.validation or run.held_out)[: run.settings.eval.divergence_prompts]
         seed = run.settings.run.seed
         requests = [RolloutRequest(p.key, p.token_ids, seed_of(seed, "divergence", p.key)) for p in few]
-        rollouts = roles.rollouts.gather(requests, run.sampling)
+        rollouts = roles.engines().gather(requests, run.sampling)
         inspected = {i.key: i for i in roles.inspect(rollouts)}
         done.result.update(means(list(inspected.values())))
         shown = [t for t in rollouts if t.key in inspected][:TOKEN_VIEWS]

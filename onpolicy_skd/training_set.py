@@ -11,8 +11,9 @@ from typing import TypeVar
 
 from ray.exceptions import RayError
 
-from actors.cluster import Resources, located, wait_ready
+from actors.cluster import located, wait_ready
 from actors.faults import fault_of
+from actors.placement import Resources
 from actors.rollout import RolloutGroup
 from onpolicy_skd.config import ConfigError, Settings
 from onpolicy_skd.exits import RunError
@@ -33,7 +34,7 @@ def engine(run: Run, resources: Resources, who: str) -> Iterator[RolloutGroup]:
     """A rollout engine with the weights of ``who`` ("student" or "teacher"), gone afterwards."""
     settings = located(run.settings)
     own = settings.teacher if who == "teacher" else settings.student
-    group = RolloutGroup(own.model, settings, resources, 1, own.trust_remote_code)
+    group = RolloutGroup(own.model, settings, lambda _: resources.rollout.options(), 1, own.trust_remote_code)
     try:
         wait_ready(group.actors)
         yield group

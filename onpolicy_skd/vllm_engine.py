@@ -5,18 +5,18 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from importlib import metadata
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from onpolicy_skd.config import Settings
-from onpolicy_skd.lm_head import entropy_of
 from onpolicy_skd.models import ModelError, end_ids, load_tokenizer, pick_device, resolve_path
 from onpolicy_skd.trajectory import RolloutRequest, Sampling, Trajectory
+from onpolicy_skd.weight_transfer import Address, Announcement
 
 if TYPE_CHECKING:
     from vllm import SamplingParams
@@ -24,8 +24,9 @@ if TYPE_CHECKING:
 # The engine lives in the caller's process: it starts in seconds, dies with its actor, and takes weights as objects.
 # Compiling the sampler costs seconds for no gain on CPU. Both must be set before vLLM is imported.
 _ENVIRONMENT = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEVEL": "ERROR"}
-_CPU_ENVIRONMENT = {"TORCH_COMPILE_DISABLE": "1"}
-ENTROPIES: dict[str, dict[int, float]] = {}  # by request and position: the engine lives in this process
+_CPU_ENVIRONMENT = {"TORCH_COMPILE_DISABLE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+_RECORDING = {"VLLM_USE_V2_MODEL_RUNNER": "0"}  # the runner that EntropyRecorder is made for
+WORKER = "onpolicy_skd.vllm_worker"
 HARNESS_KV_CACHE_MIB = 2048
 
 
@@ -42,18 +43,25 @@ class VLLMEngine:
     """vLLM behind the RolloutEngine interface."""
 
     def __init__(self, model: str, settings: Settings, trust_remote_code: bool = False) -> None:
-        device = pick_device(settings.run.device)
-        _prepare(device)
+        device, own = pick_device(settings.run.device), settings.rollout
+        _prepare(device, _RECORDING if own.entropy == "engine" else {})
         from vllm import LLM
 
-        own = settings.rollout
         path = resolve_path(model)
         dtype = own.dtype if own.dtype != "auto" else ("bfloat16" if device == "cuda" else "float32")
         longest = settings.max_model_length
         on_gpu: dict[str, Any] = dict(gpu_memory_utilization=own.gpu_memory)
         room = _cpu_room(longest, own.kv_cache_mib) if device == "cpu" else on_gpu
+        if own.tensor_parallel > 1:
+            room |= dict(tensor_parallel_size=own.tensor_parallel, distributed_executor_backend="mp")
+        backend = {"broadcast": "gloo" if device == "cpu" else "nccl", "ipc": "ipc"}.get(settings.sync.method)
+        if backend:
+            room |= dict(weight_transfer_config={"backend": backend}, worker_extension_cls=f"{WORKER}.Extension")
         self.version = 0
         self._on_cpu = device == "cpu"
+        self._devices = own.tensor_parallel
+        self._records = own.entropy == "engine"
+        self._sleeps, self._asleep = device == "cuda" and settings.cluster.topology == "colocated", False
         self._ends = _ends(path, trust_remote_code)
         self._llm = LLM(
             path,
@@ -65,22 +73,58 @@ class VLLMEngine:
             seed=0,
             trust_remote_code=trust_remote_code,
             disable_log_stats=True,
-            logits_processors=[_entropy_recorder()] if own.entropy == "engine" else None,
+            logits_processors=[f"{WORKER}:EntropyRecorder"] if self._records else None,
+            enable_sleep_mode=self._sleeps,
             **room,
         )
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
-        self._llm.collective_rpc("reload_weights", kwargs=dict(weights_iterator=iter(weights)))
+        with self._updated(version):
+            whole = iter(weights) if self._devices == 1 else list(weights)  # which must reach other processes
+            self._llm.collective_rpc("reload_weights", kwargs=dict(weights_iterator=whole))
+
+    def join(self, address: Address, first: int, count: int) -> None:
+        """Joins the group of ``count`` that the learner broadcasts weights in, its workers as ranks from ``first`` on.
+
+        An ``ipc`` engine needs no group and only gets ready.
+        """
+        host, port = address
+        info = dict(master_address=host, master_port=port, rank_offset=first, world_size=count) if count else {}
+        self._llm.shutdown_weight_transfer_engine()  # of a group that is gone
+        self._llm.init_weight_transfer_engine({"init_info": info | {"packed": False}})
+
+    def receive(self, announced: Announcement, version: int) -> None:
+        """As ``load_weights``, of what the learner sends at this time."""
+        with self._updated(version):
+            self._llm.start_weight_update()
+            self._llm.update_weights({"update_info": announced.update})
+            self._llm.finish_weight_update()
+
+    @contextmanager
+    def _updated(self, version: int) -> Iterator[None]:
+        if self._asleep:
+            self._llm.wake_up(["weights"])
+        yield
         if self._on_cpu:
-            self._llm.apply_model(_repack_heads)
-        self._llm.reset_prefix_cache()  # reloading keeps it, and its entries belong to the old weights
-        self.version = version
+            self._llm.apply_model(_worker().repack_heads)
+        if self._asleep:
+            self._llm.wake_up(["kv_cache"])
+        self._llm.reset_prefix_cache()  # new weights keep it, and its entries belong to the old ones
+        self.version, self._asleep = version, False
+
+    def sleep(self) -> None:
+        if self._sleeps and not self._asleep:
+            self._llm.sleep(level=2)
+            self._asleep = True
 
     def generate(self, requests: Sequence[RolloutRequest], sampling: Sampling) -> list[Trajectory]:
         prompts: list[Any] = [{"prompt_token_ids": r.prompt_ids} for r in requests]
-        ENTROPIES.clear()
         outputs = self._llm.generate(prompts, [self._params(r, sampling) for r in requests], use_tqdm=False)
-        return [self._trajectory(request, out.outputs[0]) for request, out in zip(requests, outputs, strict=True)]
+        recorded = self._llm.collective_rpc(_worker().take_entropies)[0] if self._records else {}
+        return [
+            self._trajectory(request, out.outputs[0], recorded.get(request.key))
+            for request, out in zip(requests, outputs, strict=True)
+        ]
 
     def _params(self, request: RolloutRequest, sampling: Sampling) -> SamplingParams:
         from vllm import SamplingParams
@@ -96,9 +140,10 @@ class VLLMEngine:
             extra_args={"entropy_of": request.key} if sampling.entropy else None,
         )
 
-    def _trajectory(self, request: RolloutRequest, out: Any) -> Trajectory:
+    def _trajectory(self, request: RolloutRequest, out: Any, entropies: Mapping[int, float] | None) -> Trajectory:
         ids = np.asarray(out.token_ids, dtype=np.int64)
         logprobs = [entry[token].logprob for token, entry in zip(out.token_ids, out.logprobs, strict=True)]
+        recorded = None if entropies is None else np.array([entropies[i] for i in range(len(ids))], dtype=np.float32)
         return Trajectory(
             key=request.key,
             prompt_ids=np.asarray(request.prompt_ids, dtype=np.int64),
@@ -106,50 +151,18 @@ class VLLMEngine:
             sampler_logprobs=np.asarray(logprobs, dtype=np.float32),
             finish="stop" if out.finish_reason == "stop" else "length",
             policy_version=self.version,
-            sampler_entropy=_recorded(request.key, len(ids)),
+            sampler_entropy=recorded,
         )
 
 
-def _recorded(key: str, count: int) -> np.ndarray | None:
-    """Entropies at the ``count`` positions of the response to ``key``; None if none were asked for."""
-    found = ENTROPIES.pop(key, None)
-    return None if found is None else np.array([found[i] for i in range(count)], dtype=np.float32)
+def _worker() -> Any:
+    return importlib.import_module(WORKER)
 
 
-def _entropy_recorder() -> Any:
-    """A class that writes the entropy of each row of logits to ENTROPIES, at temperature 1 as they come."""
-    from vllm.v1.sample.logits_processor import LogitsProcessor
-    from vllm.v1.sample.logits_processor.builtin import process_dict_updates
-
-    class EntropyRecorder(LogitsProcessor):
-        def __init__(self, vllm_config: Any, device: Any, is_pin_memory: bool) -> None:
-            self._rows: dict[int, tuple[dict[int, float], list[int]]] = {}  # where to write, and the tokens so far
-
-        def is_argmax_invariant(self) -> bool:
-            return False  # else greedy decoding and the step before the temperature would pass it by
-
-        def update_state(self, batch_update: Any) -> None:
-            process_dict_updates(self._rows, batch_update, self._of)
-
-        def _of(self, params: Any, _: Any, output_ids: list[int]) -> tuple[dict[int, float], list[int]] | None:
-            key = (params.extra_args or {}).get("entropy_of")
-            return None if key is None else (ENTROPIES.setdefault(key, {}), output_ids)
-
-        def apply(self, logits: Tensor) -> Tensor:
-            if self._rows:
-                at = torch.tensor(list(self._rows), device=logits.device)
-                entropies = entropy_of(logits, at).tolist()
-                for (found, output_ids), value in zip(self._rows.values(), entropies, strict=True):
-                    found[len(output_ids)] = value
-            return logits
-
-    return EntropyRecorder
-
-
-def _prepare(device: str) -> None:
+def _prepare(device: str, more: Mapping[str, str] | None = None) -> None:
     """What must hold before vLLM is imported.  Raises ModelError if it is not installed."""
     require_vllm()
-    for name, value in (_ENVIRONMENT | (_CPU_ENVIRONMENT if device == "cpu" else {})).items():
+    for name, value in (_ENVIRONMENT | (_CPU_ENVIRONMENT if device == "cpu" else {}) | dict(more or {})).items():
         os.environ.setdefault(name, value)
 
 
@@ -183,16 +196,6 @@ def _vllm_version() -> str:
         return metadata.distribution("vllm").version
     except metadata.PackageNotFoundError:
         return metadata.distribution("vllm-cpu").version + "+cpu"
-
-
-def _repack_heads(model: Any) -> None:
-    """vLLM's CPU backend computes logits from a packed copy of the LM head; reloading renews it for an untied head
-    only, so with tied embeddings the engine would go on sampling through the old head."""
-    from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
-
-    for module in model.modules():
-        if isinstance(module, ParallelLMHead):
-            module.quant_method.process_weights_after_loading(module)
 
 
 def _ends(path: str, trust_remote_code: bool) -> list[int]:

@@ -1,17 +1,23 @@
 """What crosses Ray: resources, tensors on the wire, and the teacher as an actor."""
 
 import io
+import os
 import socket
 import time
 from dataclasses import astuple
+from types import SimpleNamespace
 
 import pytest
 import ray
 import torch
 from conftest import tiny_settings
+from ray.exceptions import ActorDiedError
 from rich.console import Console
 
-from actors.cluster import ClusterError, check_cpus, connect, plan, running_here
+from actors.cluster import connect, running_here
+from actors.placement import ClusterError, Placement, check_nodes, plan
+from actors.roles import Roles
+from actors.sync import SharedMemorySync, all_of, sync_method
 from actors.teacher import RemoteTeacher, TeacherActor, build_teacher
 from actors.transport import pack, pack_named, unpack, unpack_named
 from onpolicy_skd.config import ClassSettings
@@ -54,7 +60,125 @@ def test_too_few_gpus_or_cpus_are_said_with_the_arithmetic():
         plan(tiny_settings(cluster={"learner_gpus": 0, "teacher_gpus": 0, "rollout_gpus": 2}), 0)
     many = plan(tiny_settings(rollout={"actors": 20}), 0)
     with pytest.raises(ClusterError, match=r"22 actors ask for 22 x 0\.25 = 5\.5 CPUs but the cluster has 2"):
-        check_cpus(many, 2)
+        check_nodes(many, [{"CPU": 1}, {"CPU": 1}])
+    wide = plan(tiny_settings(rollout={"tensor_parallel": 4}), 8)
+    with pytest.raises(ClusterError, match=r"needs 4 GPUs .* on one node, .* most GPUs of a node: 2.*tensor_parallel"):
+        check_nodes(wide, [{"CPU": 8, "GPU": 2}] * 4)
+    check_nodes(wide, [{"CPU": 8, "GPU": 4}, {"CPU": 8, "GPU": 2}])
+
+
+def test_colocated_roles_share_whole_gpus():
+    own = {"cluster": {"topology": "colocated"}, "learner": {"ranks": 2}, "rollout": {"actors": 2}}
+    shared = plan(tiny_settings(**own), 2)
+    assert [(r.count, r.gpus) for r in shared.roles] == [(2, 0.3333), (1, 0.3333), (2, 0.3333)]
+    assert shared.bundles() == [{"CPU": 0.75, "GPU": 1.0}, {"CPU": 0.5, "GPU": 1.0}]
+    assert plan(tiny_settings(**own), 0).bundles() == [{"CPU": 0.75}, {"CPU": 0.5}]
+    with pytest.raises(ClusterError, match=r"asks for 2 GPUs .* has 1"):
+        plan(tiny_settings(**own), 1)
+    own["cluster"] |= {"learner_gpus": 0.7, "rollout_gpus": 0.5}
+    with pytest.raises(ClusterError, match="shares of one GPU exceed it"):
+        plan(tiny_settings(**own), 2)
+
+
+@pytest.mark.parametrize(
+    ("sections", "gpus", "expected"),
+    [
+        ({}, 0, "object_store"),
+        ({}, 3, "broadcast"),
+        ({"rollout": {"tensor_parallel": 2}}, 4, "broadcast"),
+        ({"cluster": {"topology": "colocated"}}, 1, "ipc"),
+        ({"cluster": {"learner_gpus": 0.5, "teacher_gpus": 0.2, "rollout_gpus": 0.3}}, 1, "object_store"),
+        ({"rollout": {"engine": "transformers"}}, 3, "object_store"),
+        ({"sync": {"method": "object_store"}}, 3, "object_store"),
+    ],
+)
+def test_weights_take_the_shortest_way_that_is_possible(sections, gpus, expected):
+    settings = tiny_settings(**sections)
+    assert sync_method(settings, plan(settings, gpus)) == expected
+
+
+def test_a_placement_group_puts_those_who_share_on_one_gpu(local_ray):
+    @ray.remote
+    class Where:
+        def gpus(self):
+            return ray.get_gpu_ids()
+
+    sections = {"learner": {"ranks": 2}, "rollout": {"actors": 2}, "teacher": {"actors": 2}}
+    resources = plan(tiny_settings(cluster={"topology": "colocated"}, **sections), 4)
+    placement = Placement(resources)
+    found = {
+        role.name: [
+            ray.get(Where.options(**placement.options(role, number)).remote().gpus.remote())
+            for number in range(role.count)
+        ]
+        for role in resources.roles
+    }
+    assert found["learner"] == found["teacher"] == found["rollout"]
+    assert found["learner"][0] != found["learner"][1]
+    placement.remove()
+    apart = plan(tiny_settings(rollout={"tensor_parallel": 2}), 4)
+    placement = Placement(apart)
+    actors = [Where.options(**placement.options(role, 0)).remote() for role in apart.roles]
+    ids = ray.get([actor.gpus.remote() for actor in actors])
+    assert [len(own) for own in ids] == [1, 1, 2]
+    assert len({i for own in ids for i in own}) == 4
+    placement.remove()
+
+
+class Calls:
+    """Stands for an actor, or anything: every call is written down and answered at once."""
+
+    def __init__(self, log, name):
+        self._log, self._name = log, name
+
+    def __getattr__(self, method):
+        def call(*arguments, **named):
+            self._log.append(f"{self._name}.{method}")
+            return ray.put((self._name, method))
+
+        return SimpleNamespace(remote=call)
+
+
+def test_colocated_engines_sleep_whenever_the_learner_works(local_ray):
+    log = []
+    roles = Roles.__new__(Roles)
+    roles._settings, roles._vocabulary, roles._teachers = tiny_settings(), 512, []
+    roles._learner, roles._shares, roles._colocated, roles._awake = [Calls(log, "learner")], False, True, True
+    roles._pushed, roles._version = 0, 0
+    roles.rollouts = SimpleNamespace(actors=[Calls(log, "engine")])
+    roles._sync = SharedMemorySync(roles._learner, roles.rollouts)
+    ways = ["learner.share", "engine.receive", "learner.unshare"]
+    roles.engines()
+    assert log == []  # they start awake, with the weights of the learner's model
+    roles.finish([ray.put(0)])
+    assert log.pop() == "engine.sleep"
+    roles.rank([])
+    roles.engines()
+    assert log == ["learner.rank", "engine.join", *ways]
+    roles.engines()
+    log.clear()
+    roles.rank([])
+    roles.rank([])
+    roles.engines()
+    assert log == ["engine.sleep", "learner.rank", "learner.rank", *ways]
+
+
+def test_of_several_errors_the_fault_counts(local_ray):
+    @ray.remote
+    def fails(error):
+        raise error
+
+    @ray.remote
+    class Dies:
+        def die(self):
+            time.sleep(0.5)
+            os._exit(1)
+
+    actor = Dies.options(max_restarts=0).remote()
+    with pytest.raises(ActorDiedError):
+        all_of([fails.remote(RuntimeError("Connection closed by peer")), actor.die.remote()], 30)
+    with pytest.raises(RuntimeError, match="no such tensor"):
+        all_of([fails.remote(RuntimeError("no such tensor"))], 30)
 
 
 def test_the_record_of_a_killed_ray_is_not_waited_for(tmp_path, monkeypatch):
@@ -80,9 +204,10 @@ def test_the_record_of_a_killed_ray_is_not_waited_for(tmp_path, monkeypatch):
     assert time.monotonic() - started < 10
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def local_ray():
-    ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False)
+    """With GPUs that it only counts."""
+    ray.init(address="local", num_cpus=8, num_gpus=4, include_dashboard=False, log_to_driver=False)
     yield
     ray.shutdown()
 

@@ -120,6 +120,7 @@ def test_an_update_whose_answer_was_lost_is_not_made_twice(cluster, tmp_path, ma
     roles._settings, roles.supervisor = tiny_settings(), Supervisor(FaultSettings(backoff_seconds=0))
     roles._places, roles._version, roles._pushed, roles._teachers = {}, 3, 3, []
     roles._learner, roles.rollouts = [LearnerActor.remote(updates=made)], SimpleNamespace(actors=[])
+    roles._placement, roles._colocated = SimpleNamespace(wait=lambda say: None), False
     roles._start_learner, roles._shares = lambda _: LearnerActor.remote(), False
     done = roles.recover(GetTimeoutError("late"), tmp_path, lambda _: None)
     assert (done.rolled_back, done.restarted) == (rolled_back, ["learner"] * rolled_back)
@@ -193,7 +194,7 @@ def test_a_run_that_cannot_be_mended_ends_with_a_checkpoint_and_the_cause(tmp_pa
 @pytest.mark.parametrize("kind", processes.KINDS)
 def test_a_run_outlives_actors_that_hang(tmp_path, kind):
     own = lab(tmp_path)
-    tally = processes.killed_actors(own, kind, 2, signal.SIGSTOP, "faults.deadline_minutes=0.1")
+    tally = processes.killed_actors(own, kind, 2, signal.SIGSTOP, "faults.deadline_minutes=0.5")
     assert (tally.ended_right, tally.wrong) == (2, 0), tally.notes
 
 

@@ -1,11 +1,12 @@
 """Both engines on the bundled pair: ids in, ids out, log-probabilities of the model, seeds, and new weights."""
 
 import dataclasses
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 import torch
-from conftest import GAP, tiny_settings
+from conftest import GAP, tiny_model, tiny_settings
 from hypothesis import given
 from hypothesis import settings as given_settings
 from hypothesis import strategies as st
@@ -15,6 +16,8 @@ from onpolicy_skd.lm_head import row_statistics
 from onpolicy_skd.models import load_model, load_tokenizer, split
 from onpolicy_skd.rollout import TransformersEngine, _project, build_engine, inverse_cdf
 from onpolicy_skd.trajectory import RolloutRequest, Sampling, collate
+from onpolicy_skd.vllm_engine import VLLMEngine
+from onpolicy_skd.weight_transfer import Announcement, Sender
 
 SAMPLED = Sampling(max_tokens=128)
 GREEDY = Sampling(max_tokens=128, temperature=0.0)
@@ -132,6 +135,65 @@ def test_new_weights_are_sampled_from_at_once(name, start, requests):
     trajectories = fresh.generate(requests, SAMPLED)
     assert learner_gap(trajectories, model) < GAP
     assert {t.policy_version for t in trajectories} == {7}
+
+
+def test_a_colocated_engine_gives_its_memory_back_and_wakes_in_two_parts():
+    """Weights first, for the new ones; the cache, which needs the room they are sent in, last."""
+    log = []
+
+    class LLM:
+        def __getattr__(self, name):
+            return lambda *given, **named: log.append(f"{name}{[*given[0]] if given and name == 'wake_up' else ''}")
+
+    engine = VLLMEngine.__new__(VLLMEngine)
+    engine._llm, engine._on_cpu, engine._sleeps, engine._asleep, engine.version = LLM(), False, True, False, 0
+    engine.sleep()
+    engine.sleep()
+    assert log == ["sleep"]
+    announced = Announcement.of([("w", torch.bfloat16, (2, 3))])
+    assert announced.update == {"names": ["w"], "dtype_names": ["bfloat16"], "shapes": [[2, 3]]}
+    engine.receive(announced, 3)
+    sent = ["start_weight_update", "update_weights", "finish_weight_update"]
+    assert log[1:] == ["wake_up['weights']", *sent, "wake_up['kv_cache']", "reset_prefix_cache"]
+    assert engine.version == 3
+    log.clear()
+    engine.receive(announced, 4)
+    assert log == [*sent, "reset_prefix_cache"]
+
+
+@pytest.mark.slow
+def test_an_engine_on_two_devices_is_the_model_before_and_after_new_weights(tmp_path, requests):
+    """Tensor parallel, in worker processes; weights through the object store's way and by broadcast."""
+    model = tiny_model("qwen3", True, vocabulary=512, hidden=64)
+    model.save_pretrained(tmp_path)
+    load_tokenizer(STUDENT).save_pretrained(tmp_path)
+    own = {"tensor_parallel": 2, "entropy": "engine", "max_tokens": 24}
+    engine = build_engine(str(tmp_path), tiny_settings(rollout=own, sync={"method": "broadcast"}))
+    sampling = Sampling(max_tokens=24, entropy=True)
+    sender = Sender("127.0.0.1", "cpu")
+    for version in range(3):
+        found = engine.generate(requests, sampling)
+        assert learner_gap(found, model) < GAP
+        assert {t.policy_version for t in found} == {version}
+        whole, batch = split(model, 512), collate(found, 0)
+        with torch.no_grad():
+            expected = row_statistics(whole.hidden(batch), whole.head_VH, batch.targets).entropy_N
+        assert np.abs(np.concatenate([t.sampler_entropy for t in found]) - expected.numpy()).max() < 10 * GAP
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(0.05 * torch.randn_like(parameter))
+        weights = [(n, p.detach()) for n, p in model.named_parameters()]
+        if version == 0:
+            engine.load_weights(weights, 1)
+            continue
+        with ThreadPoolExecutor() as others:
+            if version == 1:
+                joined = others.submit(sender.join, 3, 60)
+                engine.join(sender.address, 1, 3)
+                joined.result()
+            sent = others.submit(sender.send, weights)
+            engine.receive(Announcement.of((n, t.dtype, t.shape) for n, t in weights), version + 1)
+            sent.result()
 
 
 def test_sampling_follows_the_distribution():

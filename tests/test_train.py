@@ -202,7 +202,7 @@ def test_a_run_does_not_lean_on_the_private_ray_of_another(tmp_path):
 
 def test_two_actors_of_every_role_do_what_one_does(whole, tmp_path):
     """And with overlap the next step's rollouts are made during this update, by weights that are then one step old."""
-    two = ["rollout.actors=2", "teacher.actors=2", "learner.ranks=2"]
+    two = ["rollout.actors=2", "teacher.actors=2", "learner.ranks=2", "sync.method=broadcast"]
     done = run(tmp_path, *two, "run.steps=3", "run.name=r", "pipeline.max_staleness=1", "run.timeline=1")
     assert done.returncode == 0, done.stdout + done.stderr
     steps = [r for r in read(tmp_path / "r" / "metrics.jsonl") if "loss" in r]
@@ -213,7 +213,9 @@ def test_two_actors_of_every_role_do_what_one_does(whole, tmp_path):
     assert [e["args"]["name"] for e in trace if e["ph"] == "M"] == [
         f"{role} {number}" for role in ("rollout", "teacher", "learner") for number in (0, 1)
     ]
-    assert {"generate", "encode", "trunk", "loss", "backward"} <= {e["name"] for e in trace}
+    assert {"generate", "encode", "trunk", "loss", "backward", "send weights", "receive weights"} <= {
+        e["name"] for e in trace
+    }
     assert (tmp_path / "r" / "timeline.png").read_bytes().startswith(b"\x89PNG")
     first = losses(whole[0])[0]
     assert losses(tmp_path / "r")[0] == pytest.approx({**first, "lr": losses(tmp_path / "r")[0]["lr"]}, rel=1e-4)
