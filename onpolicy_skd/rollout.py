@@ -21,6 +21,7 @@ from onpolicy_skd.models import SplitModel, end_ids, load_model, load_tokenizer,
 from onpolicy_skd.trajectory import RolloutRequest, Sampling, Trajectory
 
 LIBC = ctypes.CDLL(None) if platform.libc_ver()[0] == "glibc" else None
+STRETCH = 4  # tokens of each response between two looks at which have ended
 BLOCK = 512  # classes that the sampler sums at once
 
 
@@ -65,6 +66,7 @@ class TransformersEngine:
         self._max_sequences = settings.rollout.max_sequences
         self._tokenizer = load_tokenizer(model, trust_remote_code)
         self._model = shared.model if shared else load_model(model, dtype, device, trust_remote_code).eval()
+        self._ends = end_ids(self._model.generation_config, self._tokenizer)
         self._coarse = torch.autocast(device, dtype=dtype, enabled=self._shared and dtype != torch.float32)
         head = self._model.get_output_embeddings()
         if device == "cpu" and type(head) is torch.nn.Linear and head.bias is None:
@@ -93,47 +95,70 @@ class TransformersEngine:
         give_back_memory()
         return trajectories
 
+    def start(self, request: RolloutRequest) -> Response:
+        """What the tokens drawn for ``request`` will be added to."""
+        return Response(request)
+
     def _generate(self, requests: Sequence[RolloutRequest], sampling: Sampling) -> list[Trajectory]:
+        """A stretch of tokens at a time; responses that have ended are left out of the next."""
         from transformers import GenerationConfig, LogitsProcessorList
 
         width = max(len(r.prompt_ids) for r in requests)
-        pad = self._tokenizer.pad_token_id
-        ids = torch.tensor([[pad] * (width - len(r.prompt_ids)) + r.prompt_ids for r in requests])
-        mask = torch.tensor([[0] * (width - len(r.prompt_ids)) + [1] * len(r.prompt_ids) for r in requests])
-        sampler = _Sampler(requests, sampling)
-        ends = end_ids(self._model.generation_config, self._tokenizer)
-        out = self._model.generate(
-            input_ids=ids.to(self._model.device),
-            attention_mask=mask.to(self._model.device),
-            generation_config=GenerationConfig(  # a fresh one: nothing is inherited from the model's own
-                do_sample=False, max_new_tokens=sampling.max_tokens, pad_token_id=pad, eos_token_id=ends
-            ),
-            logits_processor=LogitsProcessorList([sampler]),
-        )
-        responses = out[:, width:].cpu().numpy()
-        logprobs = torch.stack(sampler.logprobs, 1).cpu().numpy()
-        entropies = torch.stack(sampler.entropies, 1).cpu().numpy() if sampling.entropy else [None] * len(requests)
-        rows = zip(requests, responses, logprobs, entropies, strict=True)
-        return [self._trajectory(*row, ends) for row in rows]
+        pad, device = self._tokenizer.pad_token_id, self._model.device
+        ids_BL = torch.tensor([[pad] * (width - len(r.prompt_ids)) + r.prompt_ids for r in requests], device=device)
+        mask_BL = torch.tensor([[0] * (width - len(r.prompt_ids)) + [1] * len(r.prompt_ids) for r in requests])
+        mask_BL, cache = mask_BL.to(device), None
+        responses = [self.start(r) for r in requests]
+        going = responses
+        while going and (left := sampling.max_tokens - (ids_BL.shape[1] - width)):
+            sampler = _Sampler([r.generator for r in going], sampling)
+            out = self._model.generate(
+                input_ids=ids_BL,
+                attention_mask=mask_BL,
+                past_key_values=cache,
+                generation_config=GenerationConfig(  # a fresh one: nothing is inherited from the model's own
+                    do_sample=False, max_new_tokens=min(STRETCH, left), pad_token_id=pad, eos_token_id=self._ends,
+                    return_dict_in_generate=True,
+                ),
+                logits_processor=LogitsProcessorList([sampler]),
+            )  # fmt: skip
+            drawn_BT = out.sequences[:, ids_BL.shape[1] :].cpu().numpy()
+            for response, *row in zip(going, drawn_BT, *sampler.recorded(), strict=True):
+                response.add(self._ends, *row)
+            on = torch.tensor([not r.ended for r in going], device=device).nonzero()[:, 0]
+            ids_BL, cache = out.sequences, out.past_key_values
+            mask_BL = torch.cat([mask_BL, mask_BL.new_ones(drawn_BT.shape)], 1)
+            if len(on) < len(going):
+                going, ids_BL, mask_BL = [r for r in going if not r.ended], ids_BL[on], mask_BL[on]
+                cache.batch_select_indices(on)
+        return [r.trajectory(self.version) for r in responses]
 
-    def _trajectory(
-        self,
-        request: RolloutRequest,
-        ids: np.ndarray,
-        logprobs: np.ndarray,
-        entropy: np.ndarray | None,
-        ends: list[int],
-    ) -> Trajectory:
-        stops = np.flatnonzero(np.isin(ids, ends))
-        length = int(stops[0]) + 1 if len(stops) else len(ids)
+
+class Response:
+    """What was drawn for a request so far."""
+
+    def __init__(self, request: RolloutRequest) -> None:
+        self.request = request
+        self.generator = torch.Generator().manual_seed(request.seed)
+        self.ended = False
+        self._parts: list[tuple[np.ndarray, ...]] = []  # ids, log-probabilities and, if recorded, entropies
+
+    def add(self, ends: Sequence[int], *drawn: np.ndarray) -> None:
+        """Another stretch; what follows an end is padding."""
+        stops = np.flatnonzero(np.isin(drawn[0], ends))
+        self.ended = len(stops) > 0
+        self._parts.append(tuple(part[: stops[0] + 1] if self.ended else part for part in drawn))
+
+    def trajectory(self, version: int) -> Trajectory:
+        ids, logprobs, *entropies = (np.concatenate(parts) for parts in zip(*self._parts, strict=True))
         return Trajectory(
-            key=request.key,
-            prompt_ids=np.asarray(request.prompt_ids, dtype=np.int64),
-            response_ids=ids[:length].astype(np.int64),
-            sampler_logprobs=logprobs[:length].astype(np.float32),
-            finish="stop" if len(stops) else "length",
-            policy_version=self.version,
-            sampler_entropy=None if entropy is None else entropy[:length],
+            key=self.request.key,
+            prompt_ids=np.asarray(self.request.prompt_ids, dtype=np.int64),
+            response_ids=ids.astype(np.int64),
+            sampler_logprobs=logprobs.astype(np.float32),
+            finish="stop" if self.ended else "length",
+            policy_version=version,
+            sampler_entropy=entropies[0] if entropies else None,
         )
 
 
@@ -159,21 +184,26 @@ class _Sampler:
     log-probability under the unmodified model, and leaves greedy decoding only that token to pick.
     """
 
-    def __init__(self, requests: Sequence[RolloutRequest], sampling: Sampling) -> None:
+    def __init__(self, generators: Sequence[torch.Generator], sampling: Sampling) -> None:
         self._sampling = sampling
-        self._generators = [torch.Generator().manual_seed(r.seed) for r in requests]
-        self.logprobs: list[Tensor] = []
-        self.entropies: list[Tensor] = []
+        self._generators = generators
+        self._logprobs: list[Tensor] = []
+        self._entropies: list[Tensor] = []
+
+    def recorded(self) -> list[np.ndarray]:
+        """Log-probabilities ``[B, T]`` of what was drawn and, if the sampling asks for them, entropies, nats."""
+        kept = [self._logprobs, self._entropies] if self._sampling.entropy else [self._logprobs]
+        return [torch.stack(steps, 1).cpu().numpy() for steps in kept]
 
     def __call__(self, _: Tensor, scores_BV: Tensor) -> Tensor:
         """Works in place: ``generate`` hands over a float32 copy of the logits."""
         if self._sampling.entropy:
             weight_BV, total_B, entropy_B = draw_statistics(scores_BV)
-            self.entropies.append(entropy_B)
+            self._entropies.append(entropy_B)
         else:
             weight_BV, total_B = shift_exp(scores_BV)
         chosen_B = scores_BV.argmax(-1) if self._sampling.temperature == 0 else self._draw(scores_BV, weight_BV)
-        self.logprobs.append(scores_BV.gather(1, chosen_B[:, None])[:, 0] - total_B.log())
+        self._logprobs.append(scores_BV.gather(1, chosen_B[:, None])[:, 0] - total_B.log())
         return scores_BV.fill_(-torch.inf).scatter_(1, chosen_B[:, None], 0.0)
 
     def _draw(self, scores_BV: Tensor, weight_BV: Tensor) -> Tensor:

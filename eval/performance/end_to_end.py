@@ -7,7 +7,6 @@ forward and backward, and the matrix products of the LM heads over the supervise
 
 from __future__ import annotations
 
-import dataclasses
 import statistics
 import tempfile
 from collections.abc import Callable, Sequence
@@ -24,9 +23,9 @@ from onpolicy_skd.config import Settings
 from onpolicy_skd.learner import Learner
 from onpolicy_skd.prefilter import as_text
 from onpolicy_skd.prepare import Run, prepare
-from onpolicy_skd.rollout import TransformersEngine
+from onpolicy_skd.rollout import Response, TransformersEngine
 from onpolicy_skd.teacher import Teacher
-from onpolicy_skd.trajectory import Trajectory, collate
+from onpolicy_skd.trajectory import RolloutRequest, Trajectory, collate
 
 VARIANTS = ("trl", "ours_k100", "ours_k20", "trl_ragged", "ours_ragged")
 MEANING = {
@@ -122,7 +121,7 @@ def _ours(run: Run, limits: Sequence[int], device: str) -> dict[str, Any]:
     teacher_model = models.split(models.load_model(own.teacher.model, dtype, device), run.vocabulary)
     teacher = Teacher(teacher_model, own.teacher.tokens_per_batch, pad)
     learner = Learner(student, teacher, own, pad, run.steps)
-    engine = TransformersEngine(own.student.model, own, shared=student)
+    engine = _Ending(own.student.model, own, shared=student)
     totals: dict[str, float] = {}
 
     def timed(phase: str, action: Callable[[], Any], count: bool) -> Any:
@@ -136,8 +135,8 @@ def _ours(run: Run, limits: Sequence[int], device: str) -> dict[str, Any]:
     supervised = 0
     for step in range(run.steps):
         count, requests = step >= WARM, run.requests(run.train, step)
-        made = timed("rollout", lambda r=requests: engine.generate(r, run.sampling), count)
-        batch = [_cut(t, limit) for t, limit in zip(made, limits, strict=True)]
+        engine.limits = dict(zip((r.key for r in requests), limits, strict=True))
+        batch = timed("rollout", lambda r=requests: engine.generate(r, run.sampling), count)
         _, kept = timed("filter", lambda b=batch: learner.filter(b), count)
         timed("teacher", lambda k=kept: teacher.encode(k), count)
         found = timed("learn", lambda k=kept: learner.step(k), count)
@@ -162,14 +161,24 @@ def _ours(run: Run, limits: Sequence[int], device: str) -> dict[str, Any]:
     }
 
 
-def _cut(t: Trajectory, limit: int) -> Trajectory:
-    """Its first tokens, as if the answer had ended there."""
-    return dataclasses.replace(
-        t,
-        response_ids=t.response_ids[:limit],
-        sampler_logprobs=t.sampler_logprobs[:limit],
-        sampler_entropy=None if t.sampler_entropy is None else t.sampler_entropy[:limit],
-    )
+class _Ending(TransformersEngine):
+    """Ends every response after so many tokens as if its end had been drawn there."""
+
+    limits: dict[str, int]  # by request
+
+    def start(self, request: RolloutRequest) -> Response:
+        return _Limited(request, self.limits[request.key])
+
+
+class _Limited(Response):
+    def __init__(self, request: RolloutRequest, limit: int) -> None:
+        super().__init__(request)
+        self._left = limit
+
+    def add(self, ends: Sequence[int], *drawn: np.ndarray) -> None:
+        super().add(ends, *(part[: self._left] for part in drawn))
+        self._left -= len(drawn[0])
+        self.ended |= self._left <= 0
 
 
 def _student_bound(
@@ -220,7 +229,7 @@ def _trl(run: Run, limits: Sequence[int], device: str) -> dict[str, Any]:
     trainer = trainer_for(run, student, Timer())
     generate = trainer._generate_single_turn
 
-    def cut(*arguments: Any, **named: Any) -> list[list[int]]:
+    def cut(*arguments: Any, **named: Any) -> list[list[int]]:  # one answer has the limit: all were drawn to there
         return [ids[:limit] for ids, limit in zip(generate(*arguments, **named), limits, strict=True)]
 
     trainer._generate_single_turn = cut  # type: ignore[method-assign]
