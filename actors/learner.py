@@ -208,7 +208,8 @@ class LearnerActor:
         if isinstance(self._teacher, RemoteTeacher):
             self._teacher.expect(encoded, trajectories)
         else:
-            self._teacher.encode(self._learner.share(trajectories))
+            with self._learner.spans("encode"):
+                self._teacher.encode(self._learner.share(trajectories))
 
     def _release(self, trajectories: Sequence[Trajectory]) -> None:
         if not isinstance(self._teacher, RemoteTeacher):

@@ -1,4 +1,4 @@
-"""``python -m eval.performance loss|step|end-to-end|curves --json FILE``: ratios in one run, beside TRL's trainer."""
+"""``python -m eval.performance loss|step|end-to-end|curves|overlap --json FILE``: ratios in one run, beside TRL's."""
 
 from __future__ import annotations
 
@@ -12,15 +12,22 @@ from typing import Any
 
 import torch
 
-from eval.performance import curves, end_to_end, loss, step
+from eval.performance import curves, end_to_end, loss, overlap, step
 from onpolicy_skd.checkpoint import write_text
 from onpolicy_skd.report.summary import versions
 
-BENCHMARKS: dict[str, Any] = {"loss": loss, "step": step, "end-to-end": end_to_end, "curves": curves}
+BENCHMARKS: dict[str, Any] = {
+    "loss": loss,
+    "step": step,
+    "end-to-end": end_to_end,
+    "curves": curves,
+    "overlap": overlap,
+}
 HELP = {
     "loss": "the loss alone, forward and backward",
     "step": "one whole on-policy step by phase, over the work that no step can avoid",
     "curves": "the loss along rows, share of positions, vocabulary; with a plot beside the JSON file",
+    "overlap": "steps with the phases one after the other and with overlap, over the longest phase",
     "end-to-end": "whole on-policy steps, generation to optimizer, beside TRL's DistillationTrainer",
 }
 

@@ -60,9 +60,8 @@ def measure(variant: str, shape: str, device: str) -> dict[str, Any]:
     torch.set_num_threads(1)
     own = SHAPES[shape]
     with tempfile.TemporaryDirectory() as folder:
-        settings = _settings(Path(folder), own, device, 0.2 if variant == "ours_k20" else 1.0)
-        for part, (layers, hidden) in (("student", own.student), ("teacher", own.teacher)):
-            _save_random_model(Path(folder) / part, own.vocabulary, layers, hidden)
+        settings = settings_for(Path(folder), own, device, 0.2 if variant == "ours_k20" else 1.0)
+        save_random_models(Path(folder), own)
         run = prepare(settings, lambda _: None)
         limits = ragged(own) if variant.endswith("ragged") else [own.new_tokens] * own.batch
         reset_peak(device)
@@ -76,7 +75,8 @@ def ragged(shape: Shape) -> list[int]:
     return [shape.new_tokens, *(max(1, round(x)) for x in spread)]
 
 
-def _settings(folder: Path, shape: Shape, device: str, k: float) -> Settings:
+def settings_for(folder: Path, shape: Shape, device: str, k: float) -> Settings:
+    """Everything in one process, with the models of ``save_random_models``."""
     dtype = "bfloat16" if device == "cuda" else "float32"
     return resolve(
         {
@@ -94,6 +94,12 @@ def _settings(folder: Path, shape: Shape, device: str, k: float) -> Settings:
             "sync": {"max_gap": 0.5},
         }
     )  # fmt: skip
+
+
+def save_random_models(folder: Path, shape: Shape) -> None:
+    """``student`` and ``teacher``, with the bundled tokenizer."""
+    for part, (layers, hidden) in (("student", shape.student), ("teacher", shape.teacher)):
+        _save_random_model(folder / part, shape.vocabulary, layers, hidden)
 
 
 def _save_random_model(folder: Path, vocabulary: int, layers: int, hidden: int) -> None:
