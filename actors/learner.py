@@ -23,7 +23,7 @@ from onpolicy_skd.config import AlignmentSettings, Settings
 from onpolicy_skd.exact_match import judged
 from onpolicy_skd.inspection import Inspection
 from onpolicy_skd.learner import Learner, learner_threads
-from onpolicy_skd.models import SplitModel, load_model, load_tokenizer, pick_device, pick_dtype
+from onpolicy_skd.models import SplitModel, load_student, load_tokenizer, pick_device, pick_dtype
 from onpolicy_skd.ranks import Meeting, Ranks, join
 from onpolicy_skd.rollout import TransformersEngine
 from onpolicy_skd.teacher import NoTeacher, TeacherRows
@@ -80,7 +80,7 @@ class LearnerActor:
         self._tokenizer = load_tokenizer(own.model, own.trust_remote_code)
         pad_id = self._tokenizer.pad_token_id
         # What is to be cut among ranks need not fit one device.
-        model = load_model(own.model, torch.float32, device if count == 1 else "cpu", own.trust_remote_code)
+        model = load_student(settings, device if count == 1 else "cpu", device)
         student = split_for(settings, model, vocabulary, pad_id)
         self._teacher: TeacherRows
         if teachers:

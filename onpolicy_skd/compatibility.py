@@ -149,6 +149,13 @@ def _ranks(settings: Settings) -> str | None:
     return None
 
 
+def _lora(settings: Settings) -> str | None:
+    own = settings.student
+    if not own.lora_rank and own.lora_alpha != type(own)().lora_alpha:
+        return f"student.lora_alpha={own.lora_alpha}: accepted with student.lora_rank above 0 only"
+    return None
+
+
 def _devices(settings: Settings) -> str | None:
     rollout, sync, own = settings.rollout, settings.sync.method, settings.cluster
     if rollout.engine != "vllm" and rollout.tensor_parallel > 1:
@@ -291,6 +298,7 @@ PROBLEMS = (
     _staleness,
     _placement,
     _ranks,
+    _lora,
     _devices,
     _topology,
     _entropy,

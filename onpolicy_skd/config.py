@@ -159,6 +159,11 @@ class DataSettings(Section):
 
 class StudentSettings(Section):
     model: str = Field(default="Qwen/Qwen3-1.7B", description="hub name, folder, or bundled:demo_student")
+    lora_rank: NonNegative = Field(
+        default=0,
+        description="train low-rank additions to all linear layers of the trunk, by peft; 0: train everything",
+    )
+    lora_alpha: Positive = Field(default=32, description="the additions are scaled by lora_alpha / lora_rank")
     activation_checkpointing: bool = Field(default=False, description="recompute activations in backward; saves memory")
     trust_remote_code: bool = Field(
         default=False, description="run code that comes with the model: only if you trust it"

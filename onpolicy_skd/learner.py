@@ -15,6 +15,7 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -29,7 +30,7 @@ from onpolicy_skd.guards import repetition
 from onpolicy_skd.inspection import Inspection
 from onpolicy_skd.lm_head import RowStatistics, row_statistics
 from onpolicy_skd.micro_batch import SAMPLE_SCORES, MicroBatch, SampleScore
-from onpolicy_skd.models import SplitModel, pick_dtype
+from onpolicy_skd.models import SplitModel, merged_parameters, pick_dtype
 from onpolicy_skd.objective import Objective
 from onpolicy_skd.probe import Probe
 from onpolicy_skd.ranks import Ranks, cut_like, whole_scalar
@@ -90,7 +91,7 @@ class _Totals:
 class Learner:
     """Trains ``student`` towards ``teacher``; ``version`` counts the optimizer steps done.
 
-    The student's parameters must be float32: they are the masters that the optimizer updates; forwards run in
+    What is trained of the student must be float32: the masters that the optimizer updates; forwards run in
     ``learner.compute_dtype``.  With several ``ranks`` each is such an object; every method is called on all of them,
     with the same arguments, and gives the same result.
     """
@@ -516,10 +517,11 @@ class Learner:
 
         Raises SaveError, with nothing changed, if the disk is full or refuses.
         """
-        self._ranks.settle(self.student)
-        state = {n: self._kept(t.to(self._dtype)) for n, t in self.student.model.state_dict().items()}
+        state = {name: tensor.cpu() for name, tensor in self.weights(self._dtype)}
         if self._ranks.rank:
             return
+        kept_buffers = self.student.model.state_dict().keys()
+        state |= {name: buffer for name, buffer in self.student.model.named_buffers() if name in kept_buffers}
         beside = folder.with_name(f".{folder.name}.tmp")
         shutil.rmtree(beside, ignore_errors=True)
         model = self.student.model
@@ -540,12 +542,14 @@ class Learner:
         Whole on rank 0, and with ``everywhere`` on the others too.
         """
         self._ranks.settle(self.student)
-        for name, parameter in self.student.model.named_parameters():
-            yield name, self._ranks.whole(parameter.detach().to(dtype or parameter.dtype), everywhere)
+        for name, compute in merged_parameters(self.student.model, partial(self._ranks.whole, everywhere=everywhere)):
+            tensor = compute()
+            yield name, tensor.to(dtype or tensor.dtype)
 
     def announced(self, dtype: torch.dtype) -> Announcement:
         """What ``weights`` will give."""
-        return Announcement.of((name, dtype, p.shape) for name, p in self.student.model.named_parameters())
+        shapes = merged_parameters(self.student.model, lambda tensor: torch.empty(tensor.shape, device="meta"))
+        return Announcement.of((name, dtype, compute().shape) for name, compute in shapes)
 
 
 def adamw(named: Mapping[str, Tensor], settings: LearnerSettings) -> torch.optim.AdamW:

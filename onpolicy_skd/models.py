@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import functools
 import logging
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +15,12 @@ import torch
 from torch import Tensor
 
 from onpolicy_skd.checkpoint import sha256
-from onpolicy_skd.config import ConfigError
-from onpolicy_skd.trajectory import Batch, Trajectory, collate
+from onpolicy_skd.config import ConfigError, Settings
+from onpolicy_skd.trajectory import Batch, Trajectory, collate, seed_of
 
 ASSETS = Path(__file__).parent / "assets"
 BUNDLED = "bundled:"
+LORA, BASE = ".lora_", ".base_layer.weight"  # in peft's names of parameters
 log = logging.getLogger(__name__)
 
 
@@ -74,6 +77,51 @@ def load_model(model: str, dtype: torch.dtype, device: str, trust_remote_code: b
         AutoModelForCausalLM, model, dtype=dtype, trust_remote_code=trust_remote_code, use_safetensors=True
     )
     return loaded.to(device)
+
+
+def load_student(settings: Settings, device: str, compute_device: str) -> Any:
+    """The model that is trained, on ``device``: float32 masters or, with ``student.lora_rank``, float32 additions to
+    weights that are held as they are used on ``compute_device`` (in float32 too where they are cut among ranks, which
+    takes one type only).  Raises ModelError."""
+    own = settings.student
+    frozen = own.lora_rank and settings.learner.ranks == 1
+    dtype = pick_dtype(settings.learner.compute_dtype, compute_device) if frozen else torch.float32
+    model = load_model(own.model, dtype, device, own.trust_remote_code)
+    return add_lora(model, own.lora_rank, own.lora_alpha, settings.run.seed) if own.lora_rank else model
+
+
+def add_lora(model: Any, rank: int, alpha: int, seed: int) -> Any:
+    """``model`` with all weights frozen and trainable low-rank additions in its linear layers but the LM head; they
+    change nothing yet (arXiv 2106.09685)."""
+    from peft import LoraConfig, inject_adapter_in_model
+
+    with torch.random.fork_rng():
+        torch.manual_seed(seed_of(seed, "lora"))
+        found = inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=alpha, target_modules="all-linear"), model)
+    for name, parameter in found.named_parameters():
+        parameter.requires_grad_(LORA in name)
+        if LORA in name:
+            parameter.data = parameter.data.float()
+    return found
+
+
+def merged_parameters(model: Any, whole: Callable[[Tensor], Tensor]) -> Iterator[tuple[str, Callable[[], Tensor]]]:
+    """Names as in a plain checkpoint, and what computes each weight, low-rank additions included.
+
+    ``whole`` makes one of a tensor that is cut among ranks.  A tied LM head is left out.
+    """
+
+    def merged(weight: Tensor, layer: Any) -> Tensor:
+        a_RI, b_OR = (whole(part["default"].weight.detach()) for part in (layer.lora_A, layer.lora_B))
+        base = whole(weight.detach())
+        return base.float() + layer.scaling["default"] * (b_OR @ a_RI) if base.numel() else base
+
+    for name, parameter in model.named_parameters():
+        if name.endswith(BASE):
+            layer = model.get_submodule(name.removesuffix(BASE))
+            yield name.removesuffix(BASE) + ".weight", partial(merged, parameter, layer)
+        elif LORA not in name:
+            yield name.replace(".base_layer.", "."), partial(lambda p: whole(p.detach()), parameter)
 
 
 def _from_pretrained(kind: Any, model: str, **options: Any) -> Any:

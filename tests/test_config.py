@@ -70,6 +70,7 @@ CONFIGS = sorted(p for p in (Path(__file__).parents[1] / "configs").rglob("*.yam
         (["mode=off_policy", "references.source=teacher", "references.annotations=strip"], ["annotations=strip"]),
         (["mode=off_policy", "rollout.share=0.3"], ["rollout.share=0.3", "mode=mixed only"]),
         (["learner.ranks=2", "positions.policy=bandit"], ["learner.ranks=2", "positions.policy=bandit", "accepted: 1"]),
+        (["student.lora_alpha=8"], ["student.lora_alpha=8", "lora_rank above 0"]),
         (["sync.method=ipc"], ["sync.method=ipc", "topology=colocated"]),
         (["sync.method=broadcast", "rollout.engine=transformers"], ["sync.method=broadcast", "engine=vllm"]),
         (["rollout.tensor_parallel=2", "rollout.engine=transformers"], ["tensor_parallel=2", "engine=vllm"]),

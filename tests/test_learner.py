@@ -15,7 +15,7 @@ from onpolicy_skd import checkpoint, inspection
 from onpolicy_skd import learner as learner_module
 from onpolicy_skd.learner import Learner, SamplerGapError, UnsoundStepError, learning_rate
 from onpolicy_skd.lm_head import row_statistics
-from onpolicy_skd.models import split
+from onpolicy_skd.models import add_lora, load_model, load_tokenizer, split
 from onpolicy_skd.selection.positions import quota
 from onpolicy_skd.teacher import Teacher
 from onpolicy_skd.trajectory import collate
@@ -24,13 +24,14 @@ LENGTHS = [(5, 9), (3, 20), (12, 4), (7, 1), (2, 15), (9, 11), (4, 6), (6, 17)]
 FAMILIES = [(f, tied) for f in ("qwen3", "llama", "gpt_neox") for tied in (True, False)]
 
 
-def build(family="qwen3", tied=False, teacher=None, budget=10_000, steps=100, ranks=None, **sections):
+def build(family="qwen3", tied=False, teacher=None, budget=10_000, steps=100, ranks=None, lora=0, **sections):
     """A learner and its (encoded) teacher; the teacher is wider than the student unless one is given."""
     settings = tiny_settings(**sections)
     settings = settings.model_copy(
         update={"learner": settings.learner.model_copy(update={"tokens_per_micro_batch": budget})}
     )
-    student = split(tiny_model(family, tied), VOCABULARY)
+    model = tiny_model(family, tied)
+    student = split(add_lora(model, lora, 2 * lora, seed=0) if lora else model, VOCABULARY)
     other = Teacher(split(teacher or tiny_model("qwen3", False, hidden=48, seed=1), VOCABULARY), 10_000, 0)
     return Learner(student, other, settings, pad_id=0, steps=steps, ranks=ranks), other
 
@@ -93,6 +94,37 @@ def test_gradient_does_not_depend_on_the_padding_side(family, tied, monkeypatch)
     expected = gradients(*build(family, tied), batch)
     monkeypatch.setattr(learner_module, "collate", functools.partial(collate, padding_side="left"))
     assert relative(gradients(*build(family, tied), batch), expected) < 1e-5
+
+
+@pytest.mark.parametrize(("family", "tied"), FAMILIES)
+def test_lora_trains_its_additions_and_leaves_a_plain_model(family, tied, tmp_path):
+    """The merged weights are the model that was trained, under the names of a checkpoint, in engines and on disk."""
+    batch = make_trajectories(LENGTHS)
+    learner, teacher = build(family, tied, lora=4, learner={"lr": 1e-2, "warmup_steps": 0})
+    before = tiny_model(family, tied)
+    assert learner.named
+    assert all(".lora_" in name for name in learner.named)
+    assert sum(p.numel() for p in learner.named.values()) < 0.5 * sum(p.numel() for p in before.parameters())
+    teacher.encode(batch)
+    assert dict(learner.weights()).keys() == dict(before.named_parameters()).keys()
+    for name, weight in learner.weights():
+        assert torch.equal(weight, before.get_parameter(name)), name  # they begin with nothing
+    losses = []
+    for _ in range(15):
+        losses.append(learner.step([dataclasses.replace(t, policy_version=learner.version) for t in batch])["loss"])
+    assert losses[-1] < 0.8 * losses[0]
+    learner.save_pretrained(tmp_path / "m", load_tokenizer("bundled:demo_student"))
+    plain, whole = load_model(str(tmp_path / "m"), torch.float32, "cpu").eval(), collate(batch, 0)
+    with torch.no_grad():
+        trained = learner.student.hidden(whole)
+        assert torch.allclose(split(plain, VOCABULARY).hidden(whole), trained, atol=1e-4)
+        moved = sum(not torch.equal(w, before.get_parameter(n)) for n, w in plain.named_parameters())
+        assert 0 < moved < len(list(plain.parameters()))
+    kept = {n: t.clone() for n, t in learner.tensors().items()}
+    assert all(".lora_" in name for name in kept if name.startswith("model/"))
+    again, _ = build(family, tied, lora=4, learner={"lr": 1e-2})
+    again.restore(kept, learner.version)
+    assert torch.equal(again.student.hidden(whole), learner.student.hidden(whole))
 
 
 def test_activation_checkpointing_changes_nothing():

@@ -50,6 +50,8 @@ def report(own: ranks.Ranks, folder: Path) -> dict:
         found["gradient", family, tied] = {n: own.whole(g) for n, g in gradients(learner, teacher, batch).items()}
     learner, teacher = made(student={"activation_checkpointing": True})
     found["gradient", "qwen3", "again"] = {n: own.whole(g) for n, g in gradients(learner, teacher, batch).items()}
+    learner, teacher = made(lora=4, learner={"lr": 1e-2})
+    found["lora"], found["merged"] = trained(learner, teacher, 3), dict(learner.weights())
     for name, positions in SELECTIONS.items():
         learner, teacher = made(positions=positions, learner={"lr": 1e-3})
         found["steps", name] = trained(learner, teacher, STEPS if name == "top_k" else 5)
@@ -118,6 +120,10 @@ def test_rank_0_has_the_whole_state_and_a_run_goes_on_with_another_number_of_ran
     for name, expected in alone["weights"].items():
         assert first["weights"][name].dtype == torch.bfloat16
         assert torch.allclose(first["weights"][name], expected, rtol=2e-2, atol=1e-3), name
+    for step, expected in enumerate(alone["lora"]):
+        assert first["lora"][step]["loss"] == pytest.approx(expected["loss"], rel=1e-3)
+    for name, expected in alone["merged"].items():
+        assert torch.allclose(first["merged"][name], expected, rtol=1e-2, atol=1e-3), name
     for step, expected in enumerate(alone["resumed"]):
         assert first["resumed"][step]["loss"] == pytest.approx(expected["loss"], rel=1e-3)
     one, other = ((folder / f"model-{count}") for count in (1, 2))
