@@ -6,6 +6,7 @@ and reduced in float32.  Sizes in rows and elements; entropies and log-probabili
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -13,17 +14,35 @@ import torch
 from torch import Tensor
 
 LOGITS_PER_CHUNK = 20_000_000  # elements of one chunk of logits: 80 MB in float32; more for wide heads
+MOST_LOGITS = 400_000_000  # on a GPU with room: larger chunks keep it busier, up to here
+BYTES_PER_LOGIT = 16  # student's and teacher's in float32, a scratch, the gradient in the compute dtype
 LOGITS_PER_BLOCK = 300_000  # elements that the reductions touch at once on CPU: stays in its cache
 
 
 def chunk_size(rows: int, head_VH: Tensor, chunk_rows: int | None = None) -> int:
-    """Rows of one chunk: ``chunk_rows``, or as many as LOGITS_PER_CHUNK allows and at least H / 8.
+    """Rows of one chunk: ``chunk_rows``, or as many as there is room for and at least H / 8.
 
     Every chunk reads the head and adds to its gradient, so for a wide head a chunk of few rows would spend its time on
     memory; with H / 8 rows the logits still take an eighth of what the head itself does.
     """
     vocabulary, hidden = head_VH.shape
-    return max(1, min(rows, chunk_rows or max(LOGITS_PER_CHUNK // vocabulary, hidden // 8)))
+    return max(1, min(rows, chunk_rows or max(logits_per_chunk(head_VH.device) // vocabulary, hidden // 8)))
+
+
+def logits_per_chunk(device: torch.device) -> int:
+    """LOGITS_PER_CHUNK; on a GPU what an eighth of its free memory holds, if that is more."""
+    return _logits_for(_free_memory(device)) if device.type == "cuda" else LOGITS_PER_CHUNK
+
+
+def _logits_for(free_bytes: int) -> int:
+    return min(MOST_LOGITS, max(LOGITS_PER_CHUNK, free_bytes // 8 // BYTES_PER_LOGIT))
+
+
+@functools.cache  # looked at once: sums would round differently in chunks of another size
+def _free_memory(device: torch.device) -> int:
+    """Bytes, of the device and in the hands of its allocator."""
+    idle = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + idle
 
 
 def chunks(rows: int, size: int) -> Iterator[slice]:

@@ -408,3 +408,8 @@ def test_no_rows_mean_no_loss_and_no_gradient():
     assert loss == 0
     assert len(values) == 0
     assert head.grad.norm() == 0
+
+
+@pytest.mark.parametrize(("free_gb", "logits"), [(0.1, 2e7), (8, 6.25e7), (40, 3.125e8), (500, 4e8)])
+def test_a_gpus_chunks_take_an_eighth_of_its_free_memory_at_most(free_gb, logits):
+    assert lm_head._logits_for(int(free_gb * 1e9)) == logits

@@ -4,6 +4,8 @@ import pytest
 
 from eval.performance import __main__ as performance
 from eval.performance import end_to_end
+from eval.performance.overlap import busy_seconds
+from onpolicy_skd.timeline import Span
 
 
 def test_the_loss_benchmark_compares_equal_losses_and_writes_its_keys(tmp_path, capsys):
@@ -32,10 +34,14 @@ def test_the_end_to_end_benchmark_writes_its_keys(tmp_path, capsys):
 
 @pytest.mark.slow
 def test_steps_and_curves_write_their_keys_and_a_plot(tmp_path, capsys):
-    for name in ("step", "curves"):
+    for name in ("step", "curves", "overlap"):
         arguments = [name, "--json", str(tmp_path / f"{name}.json"), "--shapes", "tiny", "--rounds", "1"]
         assert performance.main(arguments) == 0
-    step, curves = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("step", "curves"))
+    step, curves, overlap = (
+        json.loads((tmp_path / f"{name}.json").read_text()) for name in ("step", "curves", "overlap")
+    )
+    both = overlap["shapes"]["tiny"]["runs"]
+    assert both["overlap"][0]["step_over_longest"] < both["one_by_one"][0]["step_over_longest"]
     assert set(step["step_over_unavoidable"]) == {"ours_k100", "ours_k20", "ours_ragged"}
     rows = curves["shapes"]["tiny"]["points"]["rows"]
     assert [p["rows"] for p in rows] == [40, 80]
@@ -49,6 +55,11 @@ def test_a_measured_step_is_the_sum_of_its_phases():
     assert set(found["phases"]) == {"rollout", "filter", "teacher", "learn", "sync"}
     assert found["seconds"] == pytest.approx(sum(found["phases"].values()))
     assert found["unavoidable"] > found["phases"]["rollout"]
+
+
+def test_busy_is_the_union_of_spans():
+    spans = [Span("a", 1.0, 3.0), Span("b", 2.0, 2.5), Span("c", 2.5, 4.0), Span("d", 6.0, 7.0), Span("e", 0.0, 0.5)]
+    assert busy_seconds(spans, since=1.5) == pytest.approx(2.5 + 1.0)
 
 
 def test_ragged_answers_are_a_third_of_the_limit_on_average():

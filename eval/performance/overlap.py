@@ -15,14 +15,11 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from actors.cluster import connect
-from actors.roles import Roles
 from eval.performance.end_to_end import DEFAULT, SHAPES, save_random_models, settings_for
 from eval.performance.measuring import in_turn, ratio
 from onpolicy_skd.config import Settings
 from onpolicy_skd.prepare import prepare
 from onpolicy_skd.timeline import Span
-from onpolicy_skd.train import update
 
 __all__ = ["DEFAULT", "SHAPES", "compare", "measure", "show"]
 VARIANTS = {"one_by_one": 0, "overlap": 1}  # and pipeline.max_staleness
@@ -33,6 +30,10 @@ BUSY = ("generate", "load weights", "receive weights", "filter", "encode", "trun
 
 def measure(variant: str, shape: str, device: str) -> dict[str, Any]:
     """Wall seconds of a step, and of these how many each process was busy."""
+    from actors.cluster import connect  # Ray would count as memory of the other benchmarks
+    from actors.roles import Roles
+    from onpolicy_skd.train import update
+
     os.environ["OMP_NUM_THREADS"] = "1"
     own = SHAPES[shape]
     with tempfile.TemporaryDirectory() as folder:
