@@ -131,19 +131,37 @@ class LearnerActor:
             return self._learner.filter([t for part in parts for t in part])
 
     def step(self, trajectories: Sequence[Trajectory], encoded: list[ray.ObjectRef]) -> dict[str, float]:
-        self._expect(trajectories, encoded)
+        self.begin(sum(t.weight for t in trajectories))
+        self.add(trajectories, encoded)
+        return self.finish()
+
+    def begin(self, weight: float) -> None:
+        """A step whose trajectories come in parts, of this ``weight`` if none is dropped."""
+        self._added: list[str] = []
+        self._learner.begin(weight)
+
+    def add(self, trajectories: Sequence[Trajectory], encoded: list[ray.ObjectRef]) -> None:
+        self._added += [t.key for t in trajectories]
         try:
-            found = self._learner.step(trajectories)
+            self._expect(trajectories, encoded)
+            self._learner.add(trajectories)
+        except Exception:
+            self._forget(self._added)
+            raise
+
+    def finish(self) -> dict[str, float]:
+        try:
+            found = self._learner.finish()
             return found | {"learner_memory_mib": peak_memory_mib(), "version": self._learner.version}
         finally:
-            self._release(trajectories)
+            self._forget(self._added)
 
     def inspect(self, trajectories: Sequence[Trajectory], encoded: list[ray.ObjectRef]) -> list[Inspection]:
         self._expect(trajectories, encoded)
         try:
             return self._learner.inspect(trajectories)
         finally:
-            self._release(trajectories)
+            self._forget([t.key for t in trajectories])
 
     def rank(self, trajectories: Sequence[Trajectory]) -> list[float]:
         return self._learner.rank(trajectories)
@@ -211,9 +229,12 @@ class LearnerActor:
             with self._learner.spans("encode"):
                 self._teacher.encode(self._learner.share(trajectories))
 
-    def _release(self, trajectories: Sequence[Trajectory]) -> None:
-        if not isinstance(self._teacher, RemoteTeacher):
-            self._teacher.release([t.key for t in trajectories])
+    def _forget(self, keys: Sequence[str]) -> None:
+        """The driver tells teachers in other processes itself."""
+        if isinstance(self._teacher, RemoteTeacher):
+            self._teacher.forget(keys)
+        else:
+            self._teacher.release(keys)
 
 
 def peak_memory_mib() -> float:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -114,7 +114,7 @@ class Roles:
     # -- a step ----------------------------------------------------------------------------------------------------
 
     def generate(self, requests: Sequence[RolloutRequest], sampling: Sampling) -> Refs:
-        return self.rollouts.generate(requests, sampling)
+        return self.rollouts.generate(requests, sampling, self._settings.pipeline.streaming)
 
     def finish(self, parts: Refs) -> None:
         """Blocks until all ``parts`` exist, or one of them never will; then colocated engines sleep."""
@@ -122,6 +122,20 @@ class Roles:
         if missing:
             raise GetTimeoutError(f"{len(missing)} of {len(parts)} rollout actors do not answer")
         self._rest()
+
+    def as_they_come(self, parts: Refs) -> Iterator[ray.ObjectRef]:
+        """Refs to trajectories, some at a time, as soon as they exist; ``parts`` may be generators of such."""
+        waiting: list[Any] = list(parts)
+        while waiting:
+            ready, waiting = ray.wait(waiting, num_returns=1, timeout=self._patience(), fetch_local=False)
+            if not ready:
+                raise GetTimeoutError(f"{len(waiting)} of {len(parts)} rollout actors do not answer")
+            one: Any = ready[0]
+            if not isinstance(one, ray.ObjectRefGenerator):
+                yield one
+            elif (part := next(one, None)) is not None:
+                waiting.append(one)
+                yield part
 
     def filter(self, parts: Refs) -> tuple[FilterReport, ray.ObjectRef]:
         """What the sample filter kept, and a reference to the kept trajectories."""
@@ -136,6 +150,29 @@ class Roles:
         """One optimizer step; the teacher forgets ``kept`` afterwards."""
         try:
             metrics = self._ask(lambda rank: rank.step.remote(kept, encoded))
+        finally:
+            self._release(report.kept)
+        self._version = metrics["version"]
+        return metrics
+
+    def streamed_step(self, parts: Refs, report: FilterReport) -> dict[str, float] | None:
+        """One optimizer step on ``parts`` as they come, which fills ``report``; None if no trajectory is kept.
+
+        While the learner works on some, engines go on with the others.
+        """
+        expected = float(self._settings.rollouts_per_step)
+        calls = [rank.begin.remote(expected) for rank in self._learner]
+        try:
+            for part in self.as_they_come(parts):
+                own, kept = self.filter([part])
+                report.add(own)
+                if own.kept:
+                    encoded = self.encode(kept)
+                    calls += [rank.add.remote(kept, encoded) for rank in self._learner]
+            if not report.kept:
+                return None
+            self._get(calls)
+            metrics = self._ask(lambda rank: rank.finish.remote())
         finally:
             self._release(report.kept)
         self._version = metrics["version"]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import ray
@@ -17,6 +17,8 @@ from onpolicy_skd.rollout import build_engine
 from onpolicy_skd.timeline import Span, Spans
 from onpolicy_skd.trajectory import RolloutRequest, Sampling, Trajectory
 from onpolicy_skd.weight_transfer import Address, Announcement
+
+PARTS = 4  # of its share that a streaming actor hands over one by one
 
 
 @ray.remote
@@ -37,6 +39,18 @@ class RolloutActor:
     def generate(self, requests: Sequence[RolloutRequest], sampling: Sampling) -> list[Trajectory]:
         with self._spans("generate"):
             return judged(self._engine.generate(requests, sampling), requests, self._tokenizer)
+
+    def stream(self, requests: Sequence[RolloutRequest], sampling: Sampling) -> Iterator[list[Trajectory]]:
+        """As they end, in about PARTS parts."""
+        by_key, part = {r.key: r for r in requests}, []
+        with self._spans("generate"):
+            for t in self._engine.stream(requests, sampling):
+                part.append(t)
+                if len(part) * PARTS >= len(requests):
+                    yield judged(part, [by_key[t.key] for t in part], self._tokenizer)
+                    part = []
+        if part:
+            yield judged(part, [by_key[t.key] for t in part], self._tokenizer)
 
     def load_weights(self, weights: dict[str, Packed], version: int) -> None:
         with self._spans("load weights"):
@@ -70,10 +84,16 @@ class RolloutGroup:
         """Starts a new actor in place of one that was ended; it has the weights of its checkpoint."""
         self.actors[number] = self._start(number)
 
-    def generate(self, requests: Sequence[RolloutRequest], sampling: Sampling) -> list[ray.ObjectRef]:
-        """One ref to a list of trajectories per actor.  Requests go round, so that actors get like shares."""
+    def generate(self, requests: Sequence[RolloutRequest], sampling: Sampling, streaming: bool = False) -> list[Any]:
+        """One ref to a list of trajectories per actor or, ``streaming``, a generator of such refs.
+
+        Requests go round, so that actors get like shares.
+        """
         shares = [list(requests[i :: len(self.actors)]) for i in range(len(self.actors))]
-        return [a.generate.remote(share, sampling) for a, share in zip(self.actors, shares, strict=True) if share]
+        busy = [(actor, share) for actor, share in zip(self.actors, shares, strict=True) if share]
+        if streaming:
+            return [actor.stream.options(num_returns="streaming").remote(share, sampling) for actor, share in busy]
+        return [actor.generate.remote(share, sampling) for actor, share in busy]
 
     def gather(self, requests: Sequence[RolloutRequest], sampling: Sampling) -> list[Trajectory]:
         """Trajectories brought here in the order asked.  Raises GetTimeoutError if an actor seems to hang."""

@@ -106,10 +106,10 @@ class RemoteTeacher:
     def expect(self, encoded: Sequence[ray.ObjectRef], trajectories: Sequence[Trajectory]) -> None:
         """The rows of ``trajectories`` exist once ``encoded`` does, which every actor was asked for; calls of two
         processes have no order of their own."""
-        self._encoded = list(encoded)
+        self._encoded += encoded
         dealt = deal([t.length for t in trajectories], len(self._actors))
         every = {i: number for number, share in enumerate(dealt) for i in share}
-        self._places = {t.key: (every[i], len(t.response_ids)) for i, t in enumerate(trajectories)}
+        self._places |= {t.key: (every[i], len(t.response_ids)) for i, t in enumerate(trajectories)}
 
     def head(self) -> Tensor:
         if self._head is None:
@@ -150,6 +150,9 @@ class RemoteTeacher:
 
     def release(self, keys: Sequence[str]) -> None:
         ray.get([actor.release.remote(keys) for actor in self._actors])
+        self.forget(keys)
+
+    def forget(self, keys: Sequence[str]) -> None:
         for key in keys:
             self._places.pop(key, None)
 

@@ -11,6 +11,7 @@ ASK_TEACHER = (
     *("teacher_entropy", "teacher_ce", "kl", "reverse_kl", "kl_plus_entropy", "ce_ratio", "ce_ratio_plus_entropy"),
     "tip_soft_or",
 )  # metrics that the teacher's whole distribution is needed for
+WHOLE_BATCH = ("tip_soft_or",)  # metrics scaled by their ranges over the batch
 _EGAD = ("alignment.variant", "egad")
 _TRUNCATED = ("top_k", "top_k_normalised", "top_p", "ghost_token", "naive_fix", "label_smoothing")
 USED_BY = {  # setting: the other setting that decides whether it matters, and the choices under which it does
@@ -146,6 +147,33 @@ def _ranks(settings: Settings) -> str | None:
     for name, chosen in alone.items():
         if chosen:
             return f"learner.ranks={count}: {name} needs the whole batch and student in one process; accepted: 1"
+    return None
+
+
+def _streaming(settings: Settings) -> str | None:
+    own = settings
+    if not own.pipeline.streaming:
+        return None
+    if own.mode == "off_policy" or own.rollout.placement == "learner" or own.cluster.topology == "colocated":
+        return (
+            "pipeline.streaming: engines go on while the learner works; accepted where the student generates, with "
+            "rollout.placement=actor and cluster.topology=split"
+        )
+    if own.pipeline.max_staleness:
+        return (
+            "pipeline.streaming: with pipeline.max_staleness=1 rollouts are ready before the step; choose one of them"
+        )
+    ranked = own.samples.keep < 1.0 and own.samples.when == "rollout"
+    whole = {
+        f"samples.keep={own.samples.keep:g}": ranked,
+        "samples.weight=paced": own.samples.weight == "paced",
+        f"positions.metric={own.positions.metric}": own.positions.metric in WHOLE_BATCH,
+        "positions.policy=bandit": own.positions.policy == "bandit",
+        "alignment.variant=at_kd": own.alignment.variant == "at_kd",
+    }
+    for name, chosen in whole.items():
+        if chosen:
+            return f"pipeline.streaming: {name} looks at the whole batch before it chooses; accepted: false"
     return None
 
 
@@ -298,6 +326,7 @@ PROBLEMS = (
     _staleness,
     _placement,
     _ranks,
+    _streaming,
     _lora,
     _devices,
     _topology,

@@ -388,6 +388,10 @@ class PipelineSettings(Section):
         description="learner and teacher read several responses in one row, kept apart by the attention mask, in place "
         "of padding",
     )
+    streaming: bool = Field(
+        default=False,
+        description="the learner works on rollouts as they end, while the engines go on with the others",
+    )
     max_staleness: Annotated[int, Field(ge=0, le=1)] = Field(
         default=0,
         description="0: strictly on-policy; 1: the next step's rollouts are made during this update, by weights that "

@@ -74,18 +74,27 @@ class _Totals:
     unsound: list[str] = field(default_factory=list)  # trajectories with a value that is not finite
 
     @classmethod
-    def of_ranks(cls, parts: Sequence[_Totals]) -> _Totals:
+    def of(cls, parts: Sequence[_Totals]) -> _Totals:
         found = cls(gap_max=max(part.gap_max for part in parts))
         for part in parts:
             found.add(**part.sums)
             found.scores |= part.scores
             found.unsound += part.unsound
-        found.sums["teacher_wait_seconds"] /= len(parts)  # they wait at the same time
         return found
 
     def add(self, **values: float | Tensor) -> None:
         for name, value in values.items():
             self.sums[name] += float(value)
+
+
+@dataclass
+class _Open:
+    """A step that has begun."""
+
+    weight: float
+    trajectories: list[Trajectory] = field(default_factory=list)
+    totals: _Totals = field(default_factory=_Totals)
+    seconds: float = 0.0
 
 
 class Learner:
@@ -234,10 +243,33 @@ class Learner:
         sampler and learner disagree by more than ``sync.max_gap``, and RuntimeError for trajectories of another policy
         version.
         """
-        started = time.perf_counter()
-        check_version(trajectories, self.version, self._settings.pipeline.max_staleness)
+        self.begin(sum(t.weight for t in trajectories))
+        self.add(trajectories)
+        return self.finish()
+
+    def begin(self, weight: float) -> None:
+        """A step whose trajectories come in parts; ``weight``: what theirs are expected to come to."""
+        self._open = _Open(weight)
         self.optimizer.zero_grad(set_to_none=True)
-        totals = self.accumulate(trajectories)
+
+    def add(self, trajectories: Sequence[Trajectory]) -> None:
+        """Some trajectories of the step that has begun; raises as ``step`` does."""
+        started, own = time.perf_counter(), self._open
+        check_version(trajectories, self.version, self._settings.pipeline.max_staleness)
+        own.totals = _Totals.of([own.totals, self.accumulate(trajectories, own.weight)])
+        own.trajectories += trajectories
+        own.seconds += time.perf_counter() - started
+
+    def finish(self) -> dict[str, float]:
+        """The update of the step whose trajectories have all been added; as ``step``."""
+        started, own = time.perf_counter(), self._open
+        trajectories, totals = own.trajectories, own.totals
+        factor = own.weight / sum(t.weight for t in trajectories)  # some may have been dropped
+        if factor != 1.0:
+            totals.sums["loss"] *= factor
+            for parameter in self.named.values():
+                if parameter.grad is not None:
+                    parameter.grad.mul_(factor)
         norm = whole_scalar(torch.nn.utils.clip_grad_norm_(self.named.values(), self._settings.learner.clip))
         self._check_sound(totals, norm, trajectories)
         found = self._summary(totals)
@@ -261,22 +293,26 @@ class Learner:
             found["arm"] = bandit.arm(step)
             found["probe_divergence"] = self.divergence(self._probe.trajectories, self._probe.rows)
             found["reward"] = bandit.reward(step, found["probe_divergence"])
-        found |= {"grad_norm": norm, "lr": rate, "learner_seconds": time.perf_counter() - started}
+        found |= {"grad_norm": norm, "lr": rate, "learner_seconds": own.seconds + time.perf_counter() - started}
         return found
 
-    def accumulate(self, trajectories: Sequence[Trajectory]) -> _Totals:
+    def accumulate(self, trajectories: Sequence[Trajectory], weight: float | None = None) -> _Totals:
         """Adds the gradient of the batch's objective to the parameters, micro-batch by micro-batch; sums of all ranks.
 
         The objective is the (weighted) mean over ``trajectories`` of the weighted mean over each one's selected
-        positions (Eqs. 3-5 of the SE-KD paper), so the gradient does not depend on how the batch is cut.
+        positions (Eqs. 3-5 of the SE-KD paper), so the gradient does not depend on how the batch is cut.  ``weight``:
+        of all trajectories of the mean, if these are some of them.
         """
         totals = _Totals()
         ranges = self._ranges(trajectories) if self._selector.needs_ranges(self.version) else None
         self._objective.survey(trajectories, self._teacher)
-        total = sum(t.weight for t in trajectories)
+        total = weight or sum(t.weight for t in trajectories)
         for _, micro in self._micro_batches(trajectories):
             self._backward(micro, ranges, total, totals)
-        return _Totals.of_ranks(self._ranks.gather(totals))
+        parts = self._ranks.gather(totals)
+        found = _Totals.of(parts)
+        found.sums["teacher_wait_seconds"] /= len(parts)  # they wait at the same time
+        return found
 
     def _backward(self, micro: MicroBatch, ranges: Ranges | None, total: float, totals: _Totals) -> None:
         scores_N, chosen = self._selector.select(micro.signals(ranges), self.version)

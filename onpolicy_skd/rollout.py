@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import ctypes
 import platform
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -34,6 +34,10 @@ class RolloutEngine(Protocol):
         """One trajectory per request, in their order; log-probabilities are the unmodified model's, temperature 1."""
         ...
 
+    def stream(self, requests: Sequence[RolloutRequest], sampling: Sampling) -> Iterator[Trajectory]:
+        """The same trajectories, each as soon as it has ended."""
+        ...
+
     def load_weights(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
         """Replaces the weights by those of a transformers checkpoint's names and drops every cache of the old ones."""
         ...
@@ -50,6 +54,12 @@ def build_engine(model: str, settings: Settings, trust_remote_code: bool = False
 
         return VLLMEngine(model, settings, trust_remote_code)
     return TransformersEngine(model, settings, trust_remote_code)
+
+
+def in_order(requests: Sequence[RolloutRequest], found: Iterable[Trajectory]) -> list[Trajectory]:
+    """Trajectories of ``requests``, which have a key each, in their order."""
+    by_key = {t.key: t for t in found}
+    return [by_key[r.key] for r in requests]
 
 
 class TransformersEngine:
@@ -83,23 +93,28 @@ class TransformersEngine:
     def sleep(self) -> None:
         """Nothing to give back: it holds its weights alone."""
 
-    @torch.no_grad()  # not inference mode: what a shared model caches must serve its training too
     def generate(self, requests: Sequence[RolloutRequest], sampling: Sampling) -> list[Trajectory]:
-        trajectories: list[Trajectory] = []
+        return in_order(requests, self.stream(requests, sampling))
+
+    def stream(self, requests: Sequence[RolloutRequest], sampling: Sampling) -> Iterator[Trajectory]:
+        for start in range(0, len(requests), self._max_sequences):
+            yield from self._generate(requests[start : start + self._max_sequences], sampling)
+        give_back_memory()
+
+    def _decode(self, **options: Any) -> Any:
+        """``model.generate`` of a model that may be training."""
         trains = self._model.training
         self._model.eval()
-        with self._coarse:
-            for start in range(0, len(requests), self._max_sequences):
-                trajectories += self._generate(requests[start : start + self._max_sequences], sampling)
+        with torch.no_grad(), self._coarse:  # not inference mode: what a shared model caches serves its training too
+            found = self._model.generate(**options)
         self._model.train(trains)
-        give_back_memory()
-        return trajectories
+        return found
 
     def start(self, request: RolloutRequest) -> Response:
         """What the tokens drawn for ``request`` will be added to."""
         return Response(request)
 
-    def _generate(self, requests: Sequence[RolloutRequest], sampling: Sampling) -> list[Trajectory]:
+    def _generate(self, requests: Sequence[RolloutRequest], sampling: Sampling) -> Iterator[Trajectory]:
         """A stretch of tokens at a time; responses that have ended are left out of the next."""
         from transformers import GenerationConfig, LogitsProcessorList
 
@@ -108,11 +123,10 @@ class TransformersEngine:
         ids_BL = torch.tensor([[pad] * (width - len(r.prompt_ids)) + r.prompt_ids for r in requests], device=device)
         mask_BL = torch.tensor([[0] * (width - len(r.prompt_ids)) + [1] * len(r.prompt_ids) for r in requests])
         mask_BL, cache = mask_BL.to(device), None
-        responses = [self.start(r) for r in requests]
-        going = responses
+        going = [self.start(r) for r in requests]
         while going and (left := sampling.max_tokens - (ids_BL.shape[1] - width)):
             sampler = _Sampler([r.generator for r in going], sampling)
-            out = self._model.generate(
+            out = self._decode(
                 input_ids=ids_BL,
                 attention_mask=mask_BL,
                 past_key_values=cache,
@@ -125,13 +139,14 @@ class TransformersEngine:
             drawn_BT = out.sequences[:, ids_BL.shape[1] :].cpu().numpy()
             for response, *row in zip(going, drawn_BT, *sampler.recorded(), strict=True):
                 response.add(self._ends, *row)
+            yield from (r.trajectory(self.version) for r in going if r.ended)
             on = torch.tensor([not r.ended for r in going], device=device).nonzero()[:, 0]
             ids_BL, cache = out.sequences, out.past_key_values
             mask_BL = torch.cat([mask_BL, mask_BL.new_ones(drawn_BT.shape)], 1)
             if len(on) < len(going):
                 going, ids_BL, mask_BL = [r for r in going if not r.ended], ids_BL[on], mask_BL[on]
                 cache.batch_select_indices(on)
-        return [r.trajectory(self.version) for r in responses]
+        yield from (r.trajectory(self.version) for r in going)
 
 
 class Response:

@@ -32,7 +32,7 @@ from onpolicy_skd.prefilter import as_text
 from onpolicy_skd.prepare import Run, open_folder, prepare
 from onpolicy_skd.stop import Stopped, StopSignal
 from onpolicy_skd.training_set import add_teacher_references, engine, selected_prompts, with_engine
-from onpolicy_skd.trajectory import Prompt, RolloutRequest, seed_of
+from onpolicy_skd.trajectory import FilterReport, Prompt, RolloutRequest, seed_of
 
 T = TypeVar("T")
 TOKEN_VIEWS = 8  # rollouts of an evaluation that are kept token by token
@@ -96,6 +96,10 @@ def update(
         clock.lap("sync")
         started[step] = trajectories(run, roles, prompts, step)
     parts = started[step]
+    if run.settings.pipeline.streaming:
+        update_as_they_come(run, roles, book, step, parts, clock)
+        del started[step]
+        return clock
     roles.finish(parts)
     clock.lap("rollout")
     if run.settings.pipeline.max_staleness and step + 1 < run.steps and step + 1 not in started:
@@ -119,10 +123,27 @@ def update(
     return clock
 
 
+def update_as_they_come(run: Run, roles: Roles, book: Logbook, step: int, parts: Refs, clock: Clock) -> None:
+    """As ``update``, on ``parts`` while others are still being generated."""
+    report = FilterReport([], 0)
+    try:
+        found = roles.streamed_step(parts, report)
+    except UnsoundStepError as problem:
+        book.skipped(step, report, problem)
+        return
+    clock.lap("learn")
+    if found is None:
+        book.empty_batch(step, report)
+    else:
+        book.step(step, report, found, clock)
+
+
 def intact(started: dict[int, Refs]) -> dict[int, Refs]:
     """Those rollouts that a fault has left or left under way; the others are made again, by the weights of now."""
     kept = {}
     for step, parts in started.items():
+        if any(isinstance(part, ray.ObjectRefGenerator) for part in parts):
+            continue  # some of it was taken
         try:
             ray.get(parts, timeout=0)
         except GetTimeoutError:

@@ -109,7 +109,14 @@ class FilterReport:
 
     def count(self, reason: str, dropped: int) -> None:
         if dropped:
-            self.dropped[reason] = dropped
+            self.dropped[reason] = self.dropped.get(reason, 0) + dropped
+
+    def add(self, other: FilterReport) -> None:
+        """Of another part of the same batch."""
+        self.kept += other.kept
+        self.generated += other.generated
+        for reason, dropped in other.dropped.items():
+            self.count(reason, dropped)
 
 
 @dataclass(frozen=True, slots=True)

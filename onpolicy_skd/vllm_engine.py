@@ -15,6 +15,7 @@ from torch import Tensor
 
 from onpolicy_skd.config import Settings
 from onpolicy_skd.models import ModelError, end_ids, load_tokenizer, pick_device, resolve_path
+from onpolicy_skd.rollout import in_order
 from onpolicy_skd.trajectory import RolloutRequest, Sampling, Trajectory
 from onpolicy_skd.weight_transfer import Address, Announcement
 
@@ -118,16 +119,26 @@ class VLLMEngine:
             self._asleep = True
 
     def generate(self, requests: Sequence[RolloutRequest], sampling: Sampling) -> list[Trajectory]:
-        prompts: list[Any] = [{"prompt_token_ids": r.prompt_ids} for r in requests]
-        outputs = self._llm.generate(prompts, [self._params(r, sampling) for r in requests], use_tqdm=False)
-        recorded = self._llm.collective_rpc(_worker().take_entropies)[0] if self._records else {}
-        return [
-            self._trajectory(request, out.outputs[0], recorded.get(request.key))
-            for request, out in zip(requests, outputs, strict=True)
-        ]
+        return in_order(requests, self.stream(requests, sampling))
+
+    def stream(self, requests: Sequence[RolloutRequest], sampling: Sampling) -> Iterator[Trajectory]:
+        engine: Any = self._llm.llm_engine
+        for number, request in enumerate(requests):
+            prompt: Any = {"prompt_token_ids": request.prompt_ids}
+            engine.add_request(str(number), prompt, self._params(request, sampling))
+        while engine.has_unfinished_requests():
+            for out in engine.step():
+                if out.finished:
+                    request = requests[int(out.request_id)]
+                    yield self._trajectory(request, out.outputs[0], self._entropies(request.key))
+
+    def _entropies(self, key: str) -> Mapping[int, float] | None:
+        """By position; None if none were recorded."""
+        return self._llm.collective_rpc(_worker().take_entropies, args=(key,))[0] if self._records else None
 
     def _params(self, request: RolloutRequest, sampling: Sampling) -> SamplingParams:
         from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
 
         return SamplingParams(
             temperature=sampling.temperature,
@@ -136,6 +147,7 @@ class VLLMEngine:
             seed=request.seed,
             logprobs=0,  # of the sampled token alone
             detokenize=False,
+            output_kind=RequestOutputKind.FINAL_ONLY,
             stop_token_ids=self._ends,
             extra_args={"entropy_of": request.key} if sampling.entropy else None,
         )

@@ -54,11 +54,9 @@ class EntropyRecorder(LogitsProcessor):
         return logits
 
 
-def take_entropies(_: Any) -> dict[str, dict[int, float]]:
-    """What was recorded since the last call; every worker sees all rows."""
-    found = dict(ENTROPIES)
-    ENTROPIES.clear()
-    return found
+def take_entropies(_: Any, key: str) -> dict[int, float] | None:
+    """What was recorded for a request; every worker sees all rows."""
+    return ENTROPIES.pop(key, None)
 
 
 def repack_heads(model: Any) -> None:

@@ -6,8 +6,10 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
+from onpolicy_skd import compatibility
 from onpolicy_skd.command_line import build_settings, describe, dump, load_settings, resolve, walk
 from onpolicy_skd.config import ConfigError, Settings
+from onpolicy_skd.selection import metrics
 
 CONFIGS = sorted(p for p in (Path(__file__).parents[1] / "configs").rglob("*.yaml") if "compare" not in p.name)
 
@@ -71,6 +73,10 @@ CONFIGS = sorted(p for p in (Path(__file__).parents[1] / "configs").rglob("*.yam
         (["mode=off_policy", "rollout.share=0.3"], ["rollout.share=0.3", "mode=mixed only"]),
         (["learner.ranks=2", "positions.policy=bandit"], ["learner.ranks=2", "positions.policy=bandit", "accepted: 1"]),
         (["student.lora_alpha=8"], ["student.lora_alpha=8", "lora_rank above 0"]),
+        (["pipeline.streaming=true", "pipeline.max_staleness=1"], ["pipeline.streaming", "choose one"]),
+        (["pipeline.streaming=true", "samples.keep=0.5"], ["pipeline.streaming", "samples.keep=0.5", "whole batch"]),
+        (["pipeline.streaming=true", "positions.metric=tip_soft_or"], ["pipeline.streaming", "tip_soft_or"]),
+        (["pipeline.streaming=true", "cluster.topology=colocated"], ["pipeline.streaming", "topology=split"]),
         (["sync.method=ipc"], ["sync.method=ipc", "topology=colocated"]),
         (["sync.method=broadcast", "rollout.engine=transformers"], ["sync.method=broadcast", "engine=vllm"]),
         (["rollout.tensor_parallel=2", "rollout.engine=transformers"], ["tensor_parallel=2", "engine=vllm"]),
@@ -117,6 +123,11 @@ def test_override_beats_file_beats_parent_beats_default(tmp_path):
     settings = load_settings(["--config", str(tmp_path / "own.yaml"), "run.seed=7"])
     assert (settings.learner.lr, settings.learner.clip, settings.run.seed) == (1e-3, 3.0, 7)
     assert settings.learner.beta1 == Settings().learner.beta1
+
+
+def test_metrics_that_look_at_the_whole_batch_are_the_same_in_both_places():
+    """Settings are checked where torch is not imported."""
+    assert set(compatibility.WHOLE_BATCH) == metrics.WHOLE_BATCH
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.name)

@@ -88,6 +88,26 @@ def test_gradient_does_not_depend_on_the_cut_or_the_order(budget, order):
     assert relative(found, expected) < 1e-5
 
 
+@pytest.mark.parametrize("expected", [8.0, 13.0])
+def test_a_step_whose_trajectories_come_in_parts_is_the_same_step(expected):
+    """Also where fewer come than were expected."""
+    (whole, teacher), (parts, other) = build(learner={"lr": 1e-2}), build(learner={"lr": 1e-2})
+    for _ in range(3):
+        batch = make_trajectories(LENGTHS, version=whole.version)
+        teacher.encode(batch)
+        found = whole.step(batch)
+        other.encode(batch)
+        parts.begin(expected)
+        for some in (batch[:1], batch[1:5], batch[5:]):
+            parts.add(some)
+        again = parts.finish()
+        assert again.keys() == found.keys()
+        for key in found.keys() - {"learner_seconds", "teacher_wait_seconds", "padding_share"}:
+            assert again[key] == pytest.approx(found[key], rel=1e-4), key
+    for one, same in zip(whole.named.values(), parts.named.values(), strict=True):
+        assert torch.allclose(one, same, atol=1e-5)
+
+
 @pytest.mark.parametrize(("family", "tied"), FAMILIES)
 def test_gradient_does_not_depend_on_the_padding_side(family, tied, monkeypatch):
     batch = make_trajectories(LENGTHS)

@@ -93,6 +93,15 @@ def test_a_request_gives_the_same_response_in_any_batch(engine, requests):
     assert not same(engine.generate(other, SAMPLED), whole)
 
 
+def test_responses_come_as_they_end(engine, requests):
+    streamed = list(engine.stream(requests, SAMPLED))
+    lengths = [len(t.response_ids) for t in streamed]
+    assert lengths != sorted(lengths, reverse=True)
+    assert np.mean(lengths[:6]) < np.mean(lengths[-6:])  # short ones first
+    by_key = {t.key: t for t in streamed}
+    assert same([by_key[r.key] for r in requests], engine.generate(requests, SAMPLED))
+
+
 def test_ids_end_to_end(engine, requests):
     tokenizer = load_tokenizer(STUDENT)
     for asked, t in zip(requests, engine.generate(requests, SAMPLED), strict=True):

@@ -222,6 +222,27 @@ def test_two_actors_of_every_role_do_what_one_does(whole, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("engine", ["vllm", "transformers"])
+def test_rollouts_that_are_learned_from_as_they_come_train_the_same(tmp_path, engine):
+    """From two engines, whose parts come in any order; a killed engine's step is done again."""
+    common = [f"rollout.engine={engine}", "run.steps=4", "learner.batch_size=16", "faults.backoff_seconds=0"]
+    assert run(tmp_path, *common, "run.name=whole").returncode == 0
+    process = subprocess.Popen(
+        command(tmp_path, *common, "run.name=r", "pipeline.streaming=true", "rollout.actors=2"), cwd=ROOT,
+        stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    printed = ""
+    for line in process.stdout:
+        printed += line
+        if line.startswith("step 1 "):
+            actors(process.pid, "Rollout")[0].kill()
+    assert process.wait() == 0, printed
+    assert printed.count("fault: its process ended") == 1
+    for found, expected in zip(losses(tmp_path / "r"), losses(tmp_path / "whole"), strict=True):
+        assert found == pytest.approx(expected, rel=1e-3)
+
+
+@pytest.mark.slow
 def test_a_run_with_overlap_resumes_with_the_losses_of_an_undisturbed_one(tmp_path):
     """The rollouts that were made ahead, by weights that are gone, are in the checkpoint."""
     common = [*TRANSFORMERS, "pipeline.max_staleness=1", "run.steps=6", "run.checkpoint_every=3"]

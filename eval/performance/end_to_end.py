@@ -96,14 +96,14 @@ def settings_for(folder: Path, shape: Shape, device: str, k: float) -> Settings:
     )  # fmt: skip
 
 
-def save_random_models(folder: Path, shape: Shape) -> None:
-    """``student`` and ``teacher``, with the bundled tokenizer."""
+def save_random_models(folder: Path, shape: Shape, ends: float = 0.0) -> None:
+    """``student`` and ``teacher``, with the bundled tokenizer; ``ends``: share of the classes that end an answer."""
     for part, (layers, hidden) in (("student", shape.student), ("teacher", shape.teacher)):
-        _save_random_model(folder / part, shape.vocabulary, layers, hidden)
+        _save_random_model(folder / part, shape.vocabulary, layers, hidden, ends)
 
 
-def _save_random_model(folder: Path, vocabulary: int, layers: int, hidden: int) -> None:
-    from transformers import Qwen3Config, Qwen3ForCausalLM
+def _save_random_model(folder: Path, vocabulary: int, layers: int, hidden: int, ends: float) -> None:
+    from transformers import GenerationConfig, Qwen3Config, Qwen3ForCausalLM
 
     tokenizer = models.load_tokenizer("bundled:demo_student")
     torch.manual_seed(layers)
@@ -113,7 +113,10 @@ def _save_random_model(folder: Path, vocabulary: int, layers: int, hidden: int) 
         max_position_embeddings=1024, tie_word_embeddings=True, eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id, bos_token_id=None,
     )  # fmt: skip
-    Qwen3ForCausalLM(config).save_pretrained(folder)
+    model: Any = Qwen3ForCausalLM(config)
+    if ends:
+        model.generation_config = GenerationConfig(eos_token_id=list(range(round(ends * vocabulary))))
+    model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
 
