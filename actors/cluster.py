@@ -17,7 +17,7 @@ from ray._private import ray_constants
 from ray.exceptions import GetTimeoutError
 
 from actors.faults import Place
-from actors.placement import PRIVATE, ClusterError, Counts, Resources, check_nodes, plan
+from actors.placement import PRIVATE, ClusterError, Counts, Resources, fitted, plan
 from onpolicy_skd.config import ConfigError, Settings
 
 PATIENCE = 60.0  # seconds between two messages while actors start
@@ -101,9 +101,7 @@ def connect(settings: Settings, counts: Counts | None = None) -> Iterator[Resour
     _join_or_start(settings.cluster.address or os.environ.get("RAY_ADDRESS"))
     try:
         nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-        resources = plan(settings, sum(node.get("GPU", 0.0) for node in nodes), counts)
-        check_nodes(resources, nodes)
-        yield resources
+        yield fitted(plan(settings, sum(node.get("GPU", 0.0) for node in nodes), counts), nodes)
     finally:
         ray.shutdown()
 

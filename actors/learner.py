@@ -5,7 +5,8 @@ from __future__ import annotations
 import resource
 import sys
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from onpolicy_skd.cached_teacher import open_teacher
 from onpolicy_skd.config import AlignmentSettings, Settings
 from onpolicy_skd.exact_match import judged
 from onpolicy_skd.inspection import Inspection
-from onpolicy_skd.learner import Learner, learner_threads
+from onpolicy_skd.learner import Learner, SamplerGapError, UnsoundStepError, learner_threads
 from onpolicy_skd.models import SplitModel, load_student, load_tokenizer, pick_device, pick_dtype
 from onpolicy_skd.ranks import Meeting, Ranks, join
 from onpolicy_skd.rollout import TransformersEngine
@@ -36,7 +37,7 @@ from onpolicy_skd.trajectory import (
     packed_trajectories,
     unpacked_trajectories,
 )
-from onpolicy_skd.weight_transfer import Address, Announcement, Sender, shared
+from onpolicy_skd.weight_transfer import Address, Announcement, Sender, exported
 
 
 @ray.remote
@@ -57,6 +58,8 @@ class LearnerActor:
     ) -> None:
         """``ranks_only``: only ``rank`` will be called, which may need no teacher."""
         self._rank, count = rank, 1 if ranks_only else settings.learner.ranks
+        self._apart = False
+        self._sender: Sender | None = None
         self._settings = settings
         self._engine: TransformersEngine | None = None
         with Refusal() as self._refusal:
@@ -101,7 +104,7 @@ class LearnerActor:
         """Of rank 0 among several: where the others find it."""
         return self._meeting.address
 
-    def join(self, address: Address) -> None:
+    def join_ranks(self, address: Address) -> None:
         """Becomes one rank of several, all of which are being told so."""
         device, count = pick_device(self._settings.run.device), self._settings.learner.ranks
         self._learner = self._build(join(address, self._rank, count, device, self._settings.faults.patience()))
@@ -125,9 +128,20 @@ class LearnerActor:
         with self._learner.spans("generate"):
             return judged(self._engine.generate(requests, sampling), requests, self._tokenizer)
 
+    @contextmanager
+    def _in_step(self) -> Iterator[None]:
+        """An error that other ranks have not seen leaves them waiting for this one, for good."""
+        try:
+            yield
+        except (UnsoundStepError, SamplerGapError):  # which every rank raises
+            raise
+        except Exception:
+            self._apart = self._settings.learner.ranks > 1
+            raise
+
     def filter(self, *parts: Sequence[Trajectory]) -> tuple[FilterReport, list[Trajectory]]:
         """The report for the driver and the kept trajectories, which stay in the object store."""
-        with self._learner.spans("filter"):
+        with self._learner.spans("filter"), self._in_step():
             return self._learner.filter([t for part in parts for t in part])
 
     def step(self, trajectories: Sequence[Trajectory], encoded: list[ray.ObjectRef]) -> dict[str, float]:
@@ -143,28 +157,32 @@ class LearnerActor:
     def add(self, trajectories: Sequence[Trajectory], encoded: list[ray.ObjectRef]) -> None:
         self._added += [t.key for t in trajectories]
         try:
-            self._expect(trajectories, encoded)
-            self._learner.add(trajectories)
+            with self._in_step():
+                self._expect(trajectories, encoded)
+                self._learner.add(trajectories)
         except Exception:
             self._forget(self._added)
             raise
 
     def finish(self) -> dict[str, float]:
         try:
-            found = self._learner.finish()
+            with self._in_step():
+                found = self._learner.finish()
             return found | {"learner_memory_mib": peak_memory_mib(), "version": self._learner.version}
         finally:
             self._forget(self._added)
 
     def inspect(self, trajectories: Sequence[Trajectory], encoded: list[ray.ObjectRef]) -> list[Inspection]:
-        self._expect(trajectories, encoded)
         try:
-            return self._learner.inspect(trajectories)
+            with self._in_step():
+                self._expect(trajectories, encoded)
+                return self._learner.inspect(trajectories)
         finally:
             self._forget([t.key for t in trajectories])
 
     def rank(self, trajectories: Sequence[Trajectory]) -> list[float]:
-        return self._learner.rank(trajectories)
+        with self._in_step():
+            return self._learner.rank(trajectories)
 
     def weights(self) -> dict[str, Packed]:
         with self._learner.spans("pack weights"):
@@ -176,29 +194,35 @@ class LearnerActor:
 
     def open_group(self) -> tuple[Address, Announcement]:
         """Where the engines' workers find rank 0, and what it will broadcast."""
+        if self._sender is not None:
+            self._sender.close()
         self._sender = Sender(ray.util.get_node_ip_address(), pick_device(self._settings.run.device))
         return self._sender.address, self._learner.announced(self._sent_dtype)
 
     def join_group(self, count: int) -> None:
+        """After ``open_group``: waits for the engines' workers."""
+        assert self._sender is not None
         self._sender.join(count, self._settings.faults.patience())
 
     def send(self) -> None:
         """Broadcasts the weights; other ranks than the first help it to gather them."""
         weights = self._learner.weights(self._sent_dtype)
         with self._learner.spans("send weights"):
-            if self._rank:
+            if self._sender is None:  # not rank 0
                 deque(weights, maxlen=0)
             else:
                 self._sender.send(weights)
 
-    def share(self) -> Announcement:
-        """Of a copy of the weights in this GPU's memory, which stays until ``unshare``."""
+    def export_weights(self) -> Announcement:
+        """Of a copy of the weights in this GPU's memory, which stays until ``drop_export``."""
+        self._copies = []
+        announced, self._copies = exported(self._learner.weights(self._sent_dtype, everywhere=True))
         torch.cuda.empty_cache()  # what an engine that wakes up may need
-        announced, self._copies = shared(self._learner.weights(self._sent_dtype, everywhere=True))
         return announced
 
-    def unshare(self) -> None:
+    def drop_export(self) -> None:
         self._copies = []
+        torch.cuda.ipc_collect()
         torch.cuda.empty_cache()
 
     def save(
@@ -208,6 +232,8 @@ class LearnerActor:
         if self._learner.version != version:
             made = f"the learner is at policy version {self._learner.version}, not {version}"
             raise checkpoint.SaveError(f"no checkpoint of step {step}: {made}")
+        if self._apart:
+            raise checkpoint.SaveError(f"no checkpoint of step {step}: rank {self._rank} stopped where others did not")
         records, tensors = packed_trajectories([t for part in ahead for t in part])
         state, tensors = state | {"version": version, "ahead": records}, self._learner.tensors() | tensors
         return folder if self._rank else checkpoint.save(folder, step, state, tensors, keep)
@@ -227,7 +253,7 @@ class LearnerActor:
             self._teacher.expect(encoded, trajectories)
         else:
             with self._learner.spans("encode"):
-                self._teacher.encode(self._learner.share(trajectories))
+                self._teacher.encode(self._learner.own_share(trajectories))
 
     def _forget(self, keys: Sequence[str]) -> None:
         """The driver tells teachers in other processes itself."""

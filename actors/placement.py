@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -54,16 +55,21 @@ class Resources:
     teacher: Role
     rollout: Role
     colocated: bool = False
+    together: bool = False  # the learner's ranks in one bundle, and so on one node: they talk most
 
     @property
     def roles(self) -> tuple[Role, ...]:
         return (self.learner, self.teacher, self.rollout)
 
     def bundles(self) -> list[Bundle]:
-        """Split: one for each actor, learner first, then teachers, then engines.  Colocated: a whole GPU for each rank
-        of the learner, which actors of the same number in other roles share."""
+        """Split: one for each actor, learner first (its ranks may share one), then teachers, then engines.
+
+        Colocated: a whole GPU for each rank of the learner, which actors of the same number in other roles share.
+        """
         if not self.colocated:
-            return [_bundle(CPUS_PER_ROLE, role.gpus) for role in self.roles for _ in range(role.count)]
+            own = [_bundle(CPUS_PER_ROLE, role.gpus) for role in self.roles for _ in range(role.count)]
+            ranks = self.learner.count
+            return [_bundle(CPUS_PER_ROLE * ranks, self.learner.gpus * ranks), *own[ranks:]] if self.together else own
         sharing = [sum(number < role.count for role in self.roles) for number in range(self.learner.count)]
         return [_bundle(CPUS_PER_ROLE * actors, float(self.learner.gpus > 0)) for actors in sharing]
 
@@ -71,8 +77,11 @@ class Resources:
         """Index of the bundle of actor ``number`` of ``role``."""
         if self.colocated:
             return number
-        names = [r.name for r in self.roles]
-        return sum(r.count for r in self.roles[: names.index(role)]) + number
+        counts = {r.name: r.count for r in self.roles}
+        if self.together:
+            number, counts[self.learner.name] = 0 if role == self.learner.name else number, 1
+        names = list(counts)
+        return sum(counts[name] for name in names[: names.index(role)]) + number
 
 
 def _bundle(cpus: float, gpus: float) -> Bundle:
@@ -147,6 +156,11 @@ def plan(settings: Settings, available_gpus: float, counts: Counts | None = None
         colocated=colocated,
     )
     terms = " + ".join(f"{r.name} {r.count} x {r.gpus:g}" for r in resources.roles if r.count)
+    if counts.learner > 1 and 0 < resources.learner.gpus < 1 and not colocated:
+        raise ClusterError(
+            f"cluster.learner_gpus={resources.learner.gpus:g}: NCCL takes no two ranks on one GPU; accepted with "
+            f"learner.ranks={counts.learner}: 1"
+        )
     if colocated and sum(r.gpus for r in resources.roles if r.count) > 1 + 1e-9:
         raise ClusterError(f"cluster.topology=colocated: the roles' shares of one GPU exceed it ({terms}); lower them")
     needed = sum(b.get("GPU", 0.0) for b in resources.bundles())
@@ -159,8 +173,11 @@ def plan(settings: Settings, available_gpus: float, counts: Counts | None = None
     return resources
 
 
-def check_nodes(resources: Resources, nodes: Sequence[Mapping[str, float]]) -> None:
-    """Raises ClusterError, with the arithmetic, if processors do not suffice or a bundle fits no node."""
+def fitted(resources: Resources, nodes: Sequence[Mapping[str, float]]) -> Resources:
+    """``resources`` with the learner's ranks on one node, if any has room for them.
+
+    Raises ClusterError, with the arithmetic, if processors do not suffice or a bundle fits no node.
+    """
     count, available = sum(role.count for role in resources.roles), sum(node.get("CPU", 0.0) for node in nodes)
     if count * CPUS_PER_ROLE > available:
         raise ClusterError(
@@ -168,9 +185,15 @@ def check_nodes(resources: Resources, nodes: Sequence[Mapping[str, float]]) -> N
             f"cluster has {available:g}; lower learner.ranks, teacher.actors, rollout.actors or cache.builders"
         )
     for bundle in resources.bundles():
-        if not any(all(node.get(name, 0.0) >= amount for name, amount in bundle.items()) for node in nodes):
+        if not _fits(bundle, nodes):
             most = max((node.get("GPU", 0.0) for node in nodes), default=0.0)
             raise ClusterError(
                 f"one actor needs {bundle.get('GPU', 0.0):g} GPUs and {bundle['CPU']:g} CPUs on one node, but none has "
                 f"them (the most GPUs of a node: {most:g}); lower rollout.tensor_parallel or cluster.*_gpus"
             )
+    together = dataclasses.replace(resources, together=resources.learner.count > 1 and not resources.colocated)
+    return together if _fits(together.bundles()[0], nodes) else resources
+
+
+def _fits(bundle: Bundle, nodes: Sequence[Mapping[str, float]]) -> bool:
+    return any(all(node.get(name, 0.0) >= amount for name, amount in bundle.items()) for node in nodes)

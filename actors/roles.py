@@ -61,10 +61,11 @@ class Roles:
         self._settings = settings
         self._vocabulary = vocabulary
         self._places: dict[Any, Place] = {}
+        self._pushing = False  # new weights to the engines
         self._version = 0  # of the learner: optimizer steps whose answers came back
         self._pushed = 0  # of the engines; they start from the same model
         learner, teacher, rollout = resources.roles
-        self._shares = settings.rollout.placement == "learner"
+        self._in_learner = settings.rollout.placement == "learner"
         self._colocated, self._awake = resources.colocated, True
         self._placement = placement = Placement(resources)
         self._start_teacher = lambda number: TeacherActor.options(**placement.options(teacher, number)).remote(
@@ -83,7 +84,7 @@ class Roles:
         self._teachers: list[Any] = [self._start_teacher(number) for number in range(teacher.count)]
         self._learner: list[Any] = [self._start_learner(rank) for rank in range(learner.count)]
         self._joined = False
-        if self._shares:
+        if self._in_learner:
             self.rollouts.actors = self._learner
         self._sync = build_sync(settings, self._learner, self.rollouts)
 
@@ -95,7 +96,7 @@ class Roles:
     @property
     def _engines(self) -> list[Any]:
         """Those in processes of their own."""
-        return [] if self._shares else self.rollouts.actors
+        return [] if self._in_learner else self.rollouts.actors
 
     def wait_ready(self, say: Say = print) -> None:
         """Blocks until there is room and every actor is up; raises what a start refused, and GetTimeoutError if one
@@ -107,7 +108,7 @@ class Roles:
         wait_ready(in_order, say, self._patience(), self._places)
         if len(self._learner) > 1 and not self._joined:
             address = ray.get(self._learner[0].meeting.remote())
-            self._ask(lambda rank: rank.join.remote(address))
+            self._ask(lambda rank: rank.join_ranks.remote(address))
             self._joined = True
         self._rest()
 
@@ -214,8 +215,10 @@ class Roles:
 
     def push_weights(self) -> None:
         """Gives every rollout engine the learner's weights, unless it has them."""
-        if self._pushed != self._version and not self._shares:
+        if self._pushed != self._version and not self._in_learner:
+            self._pushing = True
             self._sync.push(self._version, self._patience())
+            self._pushing = False
             self._pushed, self._awake = self._version, True
 
     def _rest(self) -> None:
@@ -291,14 +294,21 @@ class Roles:
 
     def _failed(self, error: RayError, cause: str) -> dict[Any, str]:
         """The actors that are of no use any more, and why."""
-        kind = blamed(error)
-        if kind:  # out of memory: what a process holds is given back by its end alone
-            role = kind.lower()
-            return {a: cause for a in self._actors if self._role(a) == role}
+        kind = (blamed(error) or "").lower()
+        # Out of memory: what a process holds is given back by its end alone.
+        found = {actor: cause for actor in self._actors if self._role(actor) == kind}
+        torn = self._pushing and self._settings.sync.method != "object_store"
+        self._pushing = False
+        if torn:
+            # Half of the new weights is worse than none, and whoever still waits for the rest does so for good.
+            found |= dict.fromkeys(self._engines, f"half of its new weights ({cause})")
+        if kind and (kind == "learner" or (len(self._learner) == 1 and not torn)):
+            return found
         # After a timeout, whoever is at work has been for too long; else the others may finish what they are at.
         patience = GRACE if isinstance(error, GetTimeoutError) else self._patience()
-        found = {}
         for actor in (*self._teachers, *self._engines):  # the learner last: it may be waiting for a teacher
+            if actor in found:
+                continue
             why = silent([actor], patience)
             if why:
                 found[actor] = cause if why == HUNG else why
@@ -344,7 +354,7 @@ class Roles:
         if new_learner:
             self._learner = [self._start_learner(rank) for rank in range(len(self._learner))]
             self._joined, self._version, self._pushed = False, 0, -1
-        if self._shares:
+        if self._in_learner:
             self.rollouts.actors = self._learner
         self._sync = build_sync(self._settings, self._learner, self.rollouts)
         self._awake = True

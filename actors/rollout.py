@@ -56,7 +56,7 @@ class RolloutActor:
         with self._spans("load weights"):
             self._engine.load_weights(unpack_named(weights), version)
 
-    def join(self, address: Address, first: int, count: int) -> None:
+    def join_group(self, address: Address, first: int, count: int) -> None:
         """The group in which the learner broadcasts weights."""
         self._engine.join(address, first, count)
 

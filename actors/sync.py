@@ -9,7 +9,7 @@ import ray
 from ray.exceptions import RayError
 
 from actors.faults import GRACE, fault_of
-from actors.placement import Resources
+from actors.placement import ClusterError, Resources
 from actors.rollout import RolloutGroup
 from onpolicy_skd.config import Settings
 from onpolicy_skd.weight_transfer import Announcement
@@ -32,8 +32,12 @@ class ObjectStoreSync:
 
     def push(self, version: int, patience: float) -> None:
         # Stays in the object store: the driver holds the reference alone.  The other ranks help rank 0 to gather it.
-        weights, *_ = [rank.weights.remote() for rank in self._learner]
-        all_of([actor.load_weights.remote(weights, version) for actor in self._rollouts.actors], patience)
+        parts = [rank.weights.remote() for rank in self._learner]
+        try:
+            all_of([actor.load_weights.remote(parts[0], version) for actor in self._rollouts.actors], patience)
+        except RayError:
+            ray.wait(parts, num_returns=len(parts), timeout=patience, fetch_local=False)  # ranks end what they began
+            raise
 
 
 class BroadcastSync:
@@ -53,8 +57,9 @@ class BroadcastSync:
 
     def _meet(self, patience: float) -> Announcement:
         first, engines = self._learner[0], self._rollouts.actors
-        (address, announced), count = ray.get(first.open_group.remote()), 1 + len(engines) * self._workers
-        joined = [actor.join.remote(address, 1 + i * self._workers, count) for i, actor in enumerate(engines)]
+        count = 1 + len(engines) * self._workers
+        address, announced = ray.get(first.open_group.remote(), timeout=patience)
+        joined = [actor.join_group.remote(address, 1 + i * self._workers, count) for i, actor in enumerate(engines)]
         all_of([first.join_group.remote(count), *joined], patience)
         return announced
 
@@ -70,20 +75,28 @@ class SharedMemorySync:
     def push(self, version: int, patience: float) -> None:
         engines = self._rollouts.actors
         if not self._ready:
-            all_of([actor.join.remote(("", 0), 0, 0) for actor in engines], patience)
+            all_of([actor.join_group.remote(("", 0), 0, 0) for actor in engines], patience)
             self._ready = True
-        announced = [rank.share.remote() for rank in self._learner]
-        read = [actor.receive.remote(own, version) for actor, own in zip(engines, announced, strict=False)]
-        all_of(read, patience)
-        all_of([rank.unshare.remote() for rank in self._learner], patience)
+        announced = [rank.export_weights.remote() for rank in self._learner]
+        try:
+            read = [actor.receive.remote(own, version) for actor, own in zip(engines, announced, strict=False)]
+            all_of(read, patience)
+        finally:
+            dropped = [rank.drop_export.remote() for rank in self._learner]
+        all_of(dropped, patience)
 
 
 def sync_method(settings: Settings, resources: Resources) -> str:
-    """What ``sync.method=auto`` comes to."""
+    """What ``sync.method=auto`` comes to.  Raises ClusterError for a method that these resources do not allow."""
     own, learner, rollout = settings.sync.method, resources.learner, resources.rollout
+    on_gpus = learner.gpus > 0 and rollout.gpus > 0
+    if own == "broadcast" and on_gpus and min(learner.gpus, rollout.gpus) < 1:
+        raise ClusterError("sync.method=broadcast: NCCL takes no two of a group on one GPU; accepted: object_store")
+    if own == "ipc" and not on_gpus:
+        raise ClusterError("sync.method=ipc: maps the memory of a GPU, and this run has none; accepted: object_store")
     if own != "auto":
         return own
-    if not (learner.gpus and rollout.gpus) or settings.rollout.engine != "vllm":
+    if not on_gpus or settings.rollout.engine != "vllm":
         return "object_store"
     if resources.colocated:
         return "ipc"

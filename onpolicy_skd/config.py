@@ -211,7 +211,7 @@ class RolloutSettings(Section):
         description="who measures the student's entropy; engine: while it samples, which saves the learner a pass",
     )
     max_sequences: Positive = Field(default=256, description="sequences generated at the same time by one engine")
-    gpu_memory: Share = Field(default=0.85, description="share of a GPU that a vLLM engine takes")
+    gpu_memory: Share = Field(default=0.85, description="share of a GPU that a vLLM engine takes; colocated: 0.3")
     kv_cache_mib: Positive = Field(default=256, description="KV cache of a vLLM engine on CPU, MiB")
 
 
@@ -503,7 +503,7 @@ class Settings(Section):
     @model_validator(mode="before")
     @classmethod
     def _dependent_defaults(cls, tree: Any) -> Any:
-        """The two defaults that depend on another setting."""
+        """The defaults that depend on another setting."""
 
         def section(name: str) -> dict[str, Any]:
             found = tree.get(name) or {}
@@ -514,6 +514,8 @@ class Settings(Section):
             defaults["alignment"] = {"divergence": "forward_kl"}
         if section("cache").get("path"):
             defaults["eval"] = {"teacher": False}
+        if section("cluster").get("topology") == "colocated":
+            defaults["rollout"] = {"gpu_memory": 0.3}
         given = {name: tree.get(name) for name in defaults}
         return tree | {
             name: default | section(name)

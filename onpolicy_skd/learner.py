@@ -136,7 +136,7 @@ class Learner:
         if settings.student.activation_checkpointing:
             student.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 
-    def share(self, trajectories: Sequence[Trajectory]) -> list[Trajectory]:
+    def own_share(self, trajectories: Sequence[Trajectory]) -> list[Trajectory]:
         """Those that this rank works on: the teacher in its process must know them."""
         return [trajectories[i] for i in self._ranks.shares([t.length for t in trajectories])[self._ranks.rank]]
 
@@ -184,7 +184,7 @@ class Learner:
             seed = self._settings.run.seed
             return [seed_of(seed, self.version, "sample", t.key) / 2**31 for t in trajectories]
         if own.metric in samples.TEACHER_METRICS:
-            self._teacher.encode(self.share(trajectories))
+            self._teacher.encode(self.own_share(trajectories))
         recorded = [t.sampler_entropy for t in trajectories]
         if own.metric == "student_entropy" and all(e is not None for e in recorded):
             return [float(np.mean(e)) for e in recorded]  # type: ignore[arg-type]
@@ -319,6 +319,7 @@ class Learner:
         shares = torch.tensor([t.weight / total for t in micro.members]).repeat_interleave(torch.tensor(chosen.counts))
         with self.spans("loss"):
             loss, values_K = self._objective.loss(micro, chosen, chosen.weights_K * shares.to(chosen.weights_K.device))
+        self._compare(micro, chosen, totals)  # before the backward pass, after which a head in parts is no longer whole
         with self.spans("backward"):
             loss.backward()
             if micro.embedded_BLH is not None:
@@ -336,7 +337,6 @@ class Learner:
             samples=len(micro.members),
             teacher_wait_seconds=micro.waited,
         )
-        self._compare(micro, chosen, totals)
 
     def _age(self, t: Trajectory) -> int:
         """Optimizer steps since the weights that sampled it; -1 if the student did not."""
@@ -399,7 +399,7 @@ class Learner:
         }
         ended = {t.key for t in [t for t in own if t.finish == "stop"][:ENDINGS]}
         if ended and self.version % ENDINGS_EVERY == 0:
-            endings = self._ranks.gather(self._endings([t for t in self.share(trajectories) if t.key in ended]))
+            endings = self._ranks.gather(self._endings([t for t in self.own_share(trajectories) if t.key in ended]))
             found["teacher_ending"] = sum(map(sum, endings)) / len(ended)
         return found
 
@@ -501,7 +501,8 @@ class Learner:
 
     def _hidden(self, model: SplitModel, batch: Batch, embedded_BLH: Tensor | None = None) -> Tensor:
         coarse = self._dtype != torch.float32
-        with torch.autocast(model.device.type, dtype=self._dtype, enabled=coarse):
+        # Its cache would keep a coarse copy of every weight for the length of a forward.
+        with torch.autocast(model.device.type, dtype=self._dtype, enabled=coarse, cache_enabled=False):
             return model.hidden(batch, embedded_BLH).to(self._dtype)
 
     # -- state -----------------------------------------------------------------------------------------------------
@@ -549,11 +550,14 @@ class Learner:
             self._probe = Probe.from_state_dict(parts["probe"]) if parts["probe"] else None
 
     def save_pretrained(self, folder: Path, tokenizer: Any) -> None:
-        """The student as a plain transformers checkpoint, in the compute dtype; written beside and renamed, by rank 0.
+        """The student as a plain transformers checkpoint, written beside and renamed, by rank 0.
+
+        In the compute dtype, but with low-rank additions in float32: these may be finer than a bfloat16 weight's steps.
 
         Raises SaveError, with nothing changed, if the disk is full or refuses.
         """
-        state = {name: tensor.cpu() for name, tensor in self.weights(self._dtype)}
+        dtype = torch.float32 if self._settings.student.lora_rank else self._dtype
+        state = {name: tensor.cpu() for name, tensor in self.weights(dtype)}
         if self._ranks.rank:
             return
         kept_buffers = self.student.model.state_dict().keys()
@@ -561,7 +565,7 @@ class Learner:
         beside = folder.with_name(f".{folder.name}.tmp")
         shutil.rmtree(beside, ignore_errors=True)
         model = self.student.model
-        kept, model.config.dtype = model.config.dtype, self._dtype
+        kept, model.config.dtype = model.config.dtype, dtype
         try:
             model.save_pretrained(beside, state_dict=state)
             tokenizer.save_pretrained(beside)

@@ -114,7 +114,10 @@ def merged_parameters(model: Any, whole: Callable[[Tensor], Tensor]) -> Iterator
     def merged(weight: Tensor, layer: Any) -> Tensor:
         a_RI, b_OR = (whole(part["default"].weight.detach()) for part in (layer.lora_A, layer.lora_B))
         base = whole(weight.detach())
-        return base.float() + layer.scaling["default"] * (b_OR @ a_RI) if base.numel() else base
+        if not base.numel():
+            return base
+        delta = layer.scaling["default"] * (b_OR @ a_RI)
+        return base.float() + (delta.T if getattr(layer, "fan_in_fan_out", False) else delta)
 
     for name, parameter in model.named_parameters():
         if name.endswith(BASE):

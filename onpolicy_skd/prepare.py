@@ -27,7 +27,8 @@ from onpolicy_skd.trajectory import Prompt, RolloutRequest, Sampling, Trajectory
 RESUMABLE = ("resume", "run.dir", "run.name", "run.evaluate_every", "run.checkpoint_every", "run.keep_checkpoints",
              "run.keep_best", "run.timeline",
              "run.tensorboard", "run.max_hours", "learner.max_skipped", "eval.", "faults.", "cluster.",
-             "cache.builders", "cache.positions_per_shard")  # fmt: skip
+             "cache.builders", "cache.positions_per_shard", "learner.ranks", "learner.threads", "teacher.actors",
+             "rollout.actors", "rollout.tensor_parallel", "sync.method", "pipeline.streaming")  # fmt: skip
 
 
 @dataclass

@@ -80,9 +80,14 @@ class Sender:
         if self._device == "cuda":
             from vllm.distributed.weight_transfer.nccl_common import stateless_init_process_group
 
+            torch.cuda.set_stream(torch.cuda.current_stream())  # else vLLM moves this thread to a stream of its own
             self._group = stateless_init_process_group(*self.address, 0, count, torch.cuda.current_device())
         else:
             self._group = GlooGroup(self.address, 0, count, patience)
+
+    def close(self) -> None:
+        if self._group is not None:
+            self._group.destroy()
 
     def send(self, weights: Named) -> None:
         """In the order that was announced."""
@@ -92,7 +97,7 @@ class Sender:
             torch.cuda.synchronize()
 
 
-def shared(weights: Named) -> tuple[Announcement, list[Tensor]]:
+def exported(weights: Named) -> tuple[Announcement, list[Tensor]]:
     """For ``ipc``: the announcement, and copies on this GPU that must live until they were read."""
     from torch.multiprocessing.reductions import reduce_tensor
 

@@ -11,11 +11,12 @@ import pytest
 import ray
 import torch
 from conftest import tiny_settings
+from ray.cluster_utils import Cluster
 from ray.exceptions import ActorDiedError
 from rich.console import Console
 
 from actors.cluster import connect, running_here
-from actors.placement import ClusterError, Placement, check_nodes, plan
+from actors.placement import ClusterError, Placement, fitted, plan
 from actors.roles import Roles
 from actors.sync import SharedMemorySync, all_of, sync_method
 from actors.teacher import RemoteTeacher, TeacherActor, build_teacher
@@ -60,11 +61,11 @@ def test_too_few_gpus_or_cpus_are_said_with_the_arithmetic():
         plan(tiny_settings(cluster={"learner_gpus": 0, "teacher_gpus": 0, "rollout_gpus": 2}), 0)
     many = plan(tiny_settings(rollout={"actors": 20}), 0)
     with pytest.raises(ClusterError, match=r"22 actors ask for 22 x 0\.25 = 5\.5 CPUs but the cluster has 2"):
-        check_nodes(many, [{"CPU": 1}, {"CPU": 1}])
+        fitted(many, [{"CPU": 1}, {"CPU": 1}])
     wide = plan(tiny_settings(rollout={"tensor_parallel": 4}), 8)
     with pytest.raises(ClusterError, match=r"needs 4 GPUs .* on one node, .* most GPUs of a node: 2.*tensor_parallel"):
-        check_nodes(wide, [{"CPU": 8, "GPU": 2}] * 4)
-    check_nodes(wide, [{"CPU": 8, "GPU": 4}, {"CPU": 8, "GPU": 2}])
+        fitted(wide, [{"CPU": 8, "GPU": 2}] * 4)
+    fitted(wide, [{"CPU": 8, "GPU": 4}, {"CPU": 8, "GPU": 2}])
 
 
 def test_colocated_roles_share_whole_gpus():
@@ -90,11 +91,46 @@ def test_colocated_roles_share_whole_gpus():
         ({"cluster": {"learner_gpus": 0.5, "teacher_gpus": 0.2, "rollout_gpus": 0.3}}, 1, "object_store"),
         ({"rollout": {"engine": "transformers"}}, 3, "object_store"),
         ({"sync": {"method": "object_store"}}, 3, "object_store"),
+        ({"sync": {"method": "broadcast"}}, 0, "broadcast"),
     ],
 )
 def test_weights_take_the_shortest_way_that_is_possible(sections, gpus, expected):
     settings = tiny_settings(**sections)
     assert sync_method(settings, plan(settings, gpus)) == expected
+
+
+def test_ways_that_are_not_possible_are_refused():
+    parts = {"learner_gpus": 0.5, "teacher_gpus": 0.2, "rollout_gpus": 0.3}
+    half = tiny_settings(cluster=parts, sync={"method": "broadcast"})
+    with pytest.raises(ClusterError, match=r"sync.method=broadcast: NCCL"):
+        sync_method(half, plan(half, 1))
+    no_gpu = tiny_settings(cluster={"topology": "colocated"}, sync={"method": "ipc"})
+    with pytest.raises(ClusterError, match=r"sync.method=ipc.*accepted: object_store"):
+        sync_method(no_gpu, plan(no_gpu, 0))
+
+
+def test_the_learners_ranks_are_on_one_node_where_one_has_room():
+    sections = {"learner": {"ranks": 4}, "teacher": {"actors": 2}, "rollout": {"tensor_parallel": 2}}
+    planned = plan(tiny_settings(**sections), 8)
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "num_gpus": 4})
+    try:
+        cluster.add_node(num_cpus=2, num_gpus=4)
+        ray.init(address=cluster.address, log_to_driver=False)
+        nodes = [node["Resources"] for node in ray.nodes()]
+        resources = fitted(planned, nodes)
+        assert [b["GPU"] for b in resources.bundles()] == [4, 1, 1, 2]
+        assert [resources.bundle(r.name, 0) for r in resources.roles] == [0, 1, 3]
+        assert {resources.bundle("learner", rank) for rank in range(4)} == {0}
+        placement = Placement(resources)
+        placement.wait()
+        where = ray.util.placement_group_table(placement._group)["bundles_to_node_id"]
+        assert where[1] == where[2] == where[3] != where[0]
+        assert len(fitted(planned, [{"CPU": 8, "GPU": 2}] * 4).bundles()) == 7  # no node has room for all ranks
+    finally:
+        ray.shutdown()
+        cluster.shutdown()
+    with pytest.raises(ClusterError, match=r"learner_gpus=0.5.*no two ranks on one GPU"):
+        plan(tiny_settings(learner={"ranks": 2}, cluster={"learner_gpus": 0.5}), 8)
 
 
 def test_a_placement_group_puts_those_who_share_on_one_gpu(local_ray):
@@ -143,18 +179,18 @@ def test_colocated_engines_sleep_whenever_the_learner_works(local_ray):
     log = []
     roles = Roles.__new__(Roles)
     roles._settings, roles._vocabulary, roles._teachers = tiny_settings(), 512, []
-    roles._learner, roles._shares, roles._colocated, roles._awake = [Calls(log, "learner")], False, True, True
+    roles._learner, roles._in_learner, roles._colocated, roles._awake = [Calls(log, "learner")], False, True, True
     roles._pushed, roles._version = 0, 0
     roles.rollouts = SimpleNamespace(actors=[Calls(log, "engine")])
     roles._sync = SharedMemorySync(roles._learner, roles.rollouts)
-    ways = ["learner.share", "engine.receive", "learner.unshare"]
+    ways = ["learner.export_weights", "engine.receive", "learner.drop_export"]
     roles.engines()
     assert log == []  # they start awake, with the weights of the learner's model
     roles.finish([ray.put(0)])
     assert log.pop() == "engine.sleep"
     roles.rank([])
     roles.engines()
-    assert log == ["learner.rank", "engine.join", *ways]
+    assert log == ["learner.rank", "engine.join_group", *ways]
     roles.engines()
     log.clear()
     roles.rank([])

@@ -120,8 +120,9 @@ def test_an_update_whose_answer_was_lost_is_not_made_twice(cluster, tmp_path, ma
     roles._settings, roles.supervisor = tiny_settings(), Supervisor(FaultSettings(backoff_seconds=0))
     roles._places, roles._version, roles._pushed, roles._teachers = {}, 3, 3, []
     roles._learner, roles.rollouts = [LearnerActor.remote(updates=made)], SimpleNamespace(actors=[])
+    roles._pushing = False
     roles._placement, roles._colocated = SimpleNamespace(wait=lambda say: None), False
-    roles._start_learner, roles._shares = lambda _: LearnerActor.remote(), False
+    roles._start_learner, roles._in_learner = lambda _: LearnerActor.remote(), False
     done = roles.recover(GetTimeoutError("late"), tmp_path, lambda _: None)
     assert (done.rolled_back, done.restarted) == (rolled_back, ["learner"] * rolled_back)
     assert roles._version == (0 if rolled_back else 3)
@@ -131,7 +132,7 @@ def test_an_update_whose_answer_was_lost_is_not_made_twice(cluster, tmp_path, ma
 def test_a_learner_that_is_not_where_the_records_are_saves_nothing(tmp_path):
     """A new learner, after a failed recovery, must not take the place of the trained one's checkpoint."""
     actor = object.__new__(learner_class)
-    actor._learner, actor._rank = SimpleNamespace(version=0, tensors=dict), 0
+    actor._learner, actor._rank, actor._apart = SimpleNamespace(version=0, tensors=dict), 0, False
     with pytest.raises(checkpoint.SaveError, match="at policy version 0, not 41"):
         actor.save(tmp_path, 41, 41, {}, 2)
     assert list(tmp_path.iterdir()) == []
@@ -204,6 +205,15 @@ def test_a_run_outlives_ranks_and_teachers_that_are_killed(tmp_path, kind):
     """One rank cannot go on without the others, so all of them are replaced; losses stay bit for bit the same."""
     own = lab(tmp_path)
     tally = processes.killed_actors(own, kind, 3, signal.SIGKILL, "learner.ranks=2", "teacher.actors=2")
+    assert (tally.ended_right, tally.wrong) == (3, 0), tally.notes
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["Learner", "Rollout"])
+def test_a_run_outlives_kills_while_weights_are_broadcast(tmp_path, kind):
+    """An engine with half of its new weights is replaced as well."""
+    own = lab(tmp_path, "vllm")
+    tally = processes.killed_actors(own, kind, 3, signal.SIGKILL, "sync.method=broadcast", "rollout.actors=2")
     assert (tally.ended_right, tally.wrong) == (3, 0), tally.notes
 
 

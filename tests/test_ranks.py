@@ -22,6 +22,8 @@ UNEVEN = [*LENGTHS, (8, 60)]  # nine sequences, one of which fills a micro-batch
 SELECTIONS = {
     "top_k": {"k": 0.2},
     "tip": {"metric": "tip_soft_or", "k": 0.3},  # scaled over the whole batch
+    "teacher": {"metric": "teacher_entropy", "k": 0.3},  # asks nothing of the student
+    "full": {"policy": "full"},
     "gls": {"policy": "gls", "k": 0.3, "queue": 100},  # remembers every score
     "drawn": {"policy": "sampled", "k": 0.3},
 }

@@ -201,14 +201,13 @@ def test_a_run_does_not_lean_on_the_private_ray_of_another(tmp_path):
 
 
 def test_two_actors_of_every_role_do_what_one_does(whole, tmp_path):
-    """And with overlap the next step's rollouts are made during this update, by weights that are then one step old."""
+    """Rollouts that agree with the learner at every step show that weights arrive whole, in time, in the right place."""
     two = ["rollout.actors=2", "teacher.actors=2", "learner.ranks=2", "sync.method=broadcast"]
-    done = run(tmp_path, *two, "run.steps=3", "run.name=r", "pipeline.max_staleness=1", "run.timeline=1")
+    done = run(tmp_path, *two, "run.steps=3", "run.name=r", "run.timeline=1")
     assert done.returncode == 0, done.stdout + done.stderr
     steps = [r for r in read(tmp_path / "r" / "metrics.jsonl") if "loss" in r]
-    assert [r["staleness"] for r in steps] == [0, 1, 1]
-    assert steps[0]["sampler_gap"] < GAP
-    assert all("sampler_gap" not in r and 0 < r["policy_gap"] < 0.5 for r in steps[1:])
+    assert [r["staleness"] for r in steps] == [0, 0, 0]
+    assert all(r["sampler_gap"] < GAP for r in steps)
     trace = json.loads((tmp_path / "r" / "timeline.json").read_text())["traceEvents"]
     assert [e["args"]["name"] for e in trace if e["ph"] == "M"] == [
         f"{role} {number}" for role in ("rollout", "teacher", "learner") for number in (0, 1)
@@ -217,8 +216,8 @@ def test_two_actors_of_every_role_do_what_one_does(whole, tmp_path):
         e["name"] for e in trace
     }
     assert (tmp_path / "r" / "timeline.png").read_bytes().startswith(b"\x89PNG")
-    first = losses(whole[0])[0]
-    assert losses(tmp_path / "r")[0] == pytest.approx({**first, "lr": losses(tmp_path / "r")[0]["lr"]}, rel=1e-4)
+    for found, expected in zip(losses(tmp_path / "r"), losses(whole[0])[:3], strict=True):
+        assert found == pytest.approx(expected | {"lr": found["lr"]}, rel=1e-3)
 
 
 @pytest.mark.slow
@@ -254,7 +253,10 @@ def test_a_run_with_overlap_resumes_with_the_losses_of_an_undisturbed_one(tmp_pa
             break
     done = run(tmp_path, *common, "run.name=r", "resume=auto")
     assert "resuming after step 3" in done.stdout, done.stdout + done.stderr
-    assert [r["staleness"] for r in read(tmp_path / "r" / "metrics.jsonl") if "loss" in r] == [0, 1, 1, 1, 1, 1]
+    steps = [r for r in read(tmp_path / "r" / "metrics.jsonl") if "loss" in r]
+    assert [r["staleness"] for r in steps] == [0, 1, 1, 1, 1, 1]
+    assert steps[0]["sampler_gap"] < GAP
+    assert all("sampler_gap" not in r and 0 < r["policy_gap"] < 0.5 for r in steps[1:])
     assert losses(tmp_path / "r") == losses(tmp_path / "whole")
 
 

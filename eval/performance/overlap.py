@@ -52,7 +52,7 @@ def measure(variant: str, shape: str, device: str) -> dict[str, Any]:
                 roles.wait_ready(lambda _: None)
                 started: dict[int, Any] = {}
                 begun = 0.0
-                for step in range(run.steps):
+                for step in range(WARM + TIMED):
                     if step == WARM:
                         roles.spans()  # those of the warm steps are forgotten
                         begun = time.time()
@@ -71,7 +71,7 @@ def _settings(settings: Settings, pipeline: dict[str, Any]) -> Settings:
 
     return settings.model_copy(
         update={
-            "run": changed("run", steps=WARM + TIMED),
+            "run": changed("run", steps=WARM + TIMED + 1),  # so that the last one timed begins the next rollouts too
             "rollout": changed("rollout", placement="actor"),
             "pipeline": changed("pipeline", **pipeline),
             "learner": changed("learner", threads=1),
