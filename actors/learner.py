@@ -23,8 +23,9 @@ from onpolicy_skd.cached_teacher import open_teacher
 from onpolicy_skd.config import AlignmentSettings, Settings
 from onpolicy_skd.exact_match import judged
 from onpolicy_skd.inspection import Inspection
-from onpolicy_skd.learner import Learner, SamplerGapError, UnsoundStepError, learner_threads
+from onpolicy_skd.learner import Learner, SamplerGapError, UnsoundStepError
 from onpolicy_skd.models import SplitModel, load_student, load_tokenizer, pick_device, pick_dtype
+from onpolicy_skd.optimizer import learner_threads
 from onpolicy_skd.ranks import Meeting, Ranks, join
 from onpolicy_skd.rollout import TransformersEngine
 from onpolicy_skd.teacher import NoTeacher, TeacherRows

@@ -28,7 +28,7 @@ from onpolicy_skd.command_line import load_settings
 from onpolicy_skd.compatibility import check_trl
 from onpolicy_skd.config import Settings
 from onpolicy_skd.exits import EXIT_OK, EXIT_STOPPED, guarded
-from onpolicy_skd.learner import adamw, learner_threads, learning_rate
+from onpolicy_skd.optimizer import adamw, learner_threads, learning_rate
 from onpolicy_skd.prepare import Run, open_folder, prepare
 from onpolicy_skd.report import summary
 from onpolicy_skd.report.metrics import MetricsLog, read

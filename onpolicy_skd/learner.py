@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import logging
 import math
-import os
 import shutil
 import time
 from collections import defaultdict
@@ -25,19 +24,20 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from onpolicy_skd import checkpoint
-from onpolicy_skd.config import LearnerSettings, Settings
+from onpolicy_skd.config import Settings
 from onpolicy_skd.guards import repetition
 from onpolicy_skd.inspection import Inspection
 from onpolicy_skd.lm_head import RowStatistics, row_statistics
 from onpolicy_skd.micro_batch import SAMPLE_SCORES, MicroBatch, SampleScore
 from onpolicy_skd.models import SplitModel, merged_parameters, pick_dtype
 from onpolicy_skd.objective import Objective
+from onpolicy_skd.optimizer import adamw, learning_rate
 from onpolicy_skd.probe import Probe
 from onpolicy_skd.ranks import Ranks, cut_like, whole_scalar
 from onpolicy_skd.selection import samples
 from onpolicy_skd.selection.metrics import Ranges
-from onpolicy_skd.selection.positions import Selection
 from onpolicy_skd.selection.selector import Selector
+from onpolicy_skd.step_metrics import Totals
 from onpolicy_skd.teacher import TeacherRows
 from onpolicy_skd.timeline import Spans
 from onpolicy_skd.trajectory import Batch, FilterReport, Trajectory, check_version, collate, micro_batches, seed_of
@@ -65,35 +65,12 @@ class UnsoundStepError(RuntimeError):
 
 
 @dataclass
-class _Totals:
-    """Sums over the micro-batches of a step, from which its metrics are formed."""
-
-    sums: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
-    gap_max: float = 0.0
-    scores: dict[str, Tensor] = field(default_factory=dict)  # of each trajectory's positions
-    unsound: list[str] = field(default_factory=list)  # trajectories with a value that is not finite
-
-    @classmethod
-    def of(cls, parts: Sequence[_Totals]) -> _Totals:
-        found = cls(gap_max=max(part.gap_max for part in parts))
-        for part in parts:
-            found.add(**part.sums)
-            found.scores |= part.scores
-            found.unsound += part.unsound
-        return found
-
-    def add(self, **values: float | Tensor) -> None:
-        for name, value in values.items():
-            self.sums[name] += float(value)
-
-
-@dataclass
 class _Open:
     """A step that has begun."""
 
     weight: float
     trajectories: list[Trajectory] = field(default_factory=list)
-    totals: _Totals = field(default_factory=_Totals)
+    totals: Totals = field(default_factory=Totals)
     seconds: float = 0.0
 
 
@@ -256,7 +233,7 @@ class Learner:
         """Some trajectories of the step that has begun; raises as ``step`` does."""
         started, own = time.perf_counter(), self._open
         check_version(trajectories, self.version, self._settings.pipeline.max_staleness)
-        own.totals = _Totals.of([own.totals, self.accumulate(trajectories, own.weight)])
+        own.totals = Totals.of([own.totals, self.accumulate(trajectories, own.weight)])
         own.trajectories += trajectories
         own.seconds += time.perf_counter() - started
 
@@ -272,7 +249,7 @@ class Learner:
                     parameter.grad.mul_(factor)
         norm = whole_scalar(torch.nn.utils.clip_grad_norm_(self.named.values(), self._settings.learner.clip))
         self._check_sound(totals, norm, trajectories)
-        found = self._summary(totals)
+        found = totals.summary(self._selector.k(self.version))
         self._check_gap(found)
         found |= self._responses(trajectories)
         rate = learning_rate(self._settings.learner, self.version, self._steps)
@@ -296,30 +273,32 @@ class Learner:
         found |= {"grad_norm": norm, "lr": rate, "learner_seconds": own.seconds + time.perf_counter() - started}
         return found
 
-    def accumulate(self, trajectories: Sequence[Trajectory], weight: float | None = None) -> _Totals:
+    def accumulate(self, trajectories: Sequence[Trajectory], weight: float | None = None) -> Totals:
         """Adds the gradient of the batch's objective to the parameters, micro-batch by micro-batch; sums of all ranks.
 
         The objective is the (weighted) mean over ``trajectories`` of the weighted mean over each one's selected
         positions (Eqs. 3-5 of the SE-KD paper), so the gradient does not depend on how the batch is cut.  ``weight``:
         of all trajectories of the mean, if these are some of them.
         """
-        totals = _Totals()
+        totals = Totals()
         ranges = self._ranges(trajectories) if self._selector.needs_ranges(self.version) else None
         self._objective.survey(trajectories, self._teacher)
         total = weight or sum(t.weight for t in trajectories)
         for _, micro in self._micro_batches(trajectories):
             self._backward(micro, ranges, total, totals)
         parts = self._ranks.gather(totals)
-        found = _Totals.of(parts)
+        found = Totals.of(parts)
         found.sums["teacher_wait_seconds"] /= len(parts)  # they wait at the same time
         return found
 
-    def _backward(self, micro: MicroBatch, ranges: Ranges | None, total: float, totals: _Totals) -> None:
+    def _backward(self, micro: MicroBatch, ranges: Ranges | None, total: float, totals: Totals) -> None:
         scores_N, chosen = self._selector.select(micro.signals(ranges), self.version)
         shares = torch.tensor([t.weight / total for t in micro.members]).repeat_interleave(torch.tensor(chosen.counts))
         with self.spans("loss"):
             loss, values_K = self._objective.loss(micro, chosen, chosen.weights_K * shares.to(chosen.weights_K.device))
-        self._compare(micro, chosen, totals)  # before the backward pass, after which a head in parts is no longer whole
+        totals.compare(
+            micro, chosen, self.version
+        )  # before the backward pass, after which a head in parts is no longer whole
         with self.spans("backward"):
             loss.backward()
             if micro.embedded_BLH is not None:
@@ -337,45 +316,6 @@ class Learner:
             samples=len(micro.members),
             teacher_wait_seconds=micro.waited,
         )
-
-    def _age(self, t: Trajectory) -> int:
-        """Optimizer steps since the weights that sampled it; -1 if the student did not."""
-        return -1 if t.policy_version is None else self.version - t.policy_version
-
-    @torch.no_grad()
-    def _compare(self, micro: MicroBatch, chosen: Selection, totals: _Totals) -> None:
-        """Student statistics of the micro-batch, and how far the sampler's own are from them.
-
-        Of all positions where a pass was made over all of them; else of those that the loss has passed over, and of
-        the others what the engine recorded.
-        """
-        selected_K, count = chosen.indices_K, len(micro.batch.targets)
-        if micro.observed and not micro.measured and (micro.sampled or len(selected_K) == count):
-            at, found = micro.observed
-            entropy_K = found.entropy_N
-        else:
-            at, found = torch.arange(count, device=selected_K.device), micro.statistics
-            entropy_K = found.entropy_N[selected_K]
-        entropy_N, logprob_N = found.entropy_N, found.raw_logprob_N
-        if micro.sampled and len(at) < count:
-            entropy_N, logprob_N = micro.sampled
-        age_N = torch.cat([torch.full((len(t.response_ids),), self._age(t)) for t in micro.members]).to(at.device)
-        sampled_N = torch.from_numpy(np.concatenate([t.sampler_logprobs for t in micro.members]))
-        difference, age = (sampled_N.to(at.device)[at] - found.raw_logprob_N).abs(), age_N[at]
-        gap, policy_gap = difference[age == 0], difference[age > 0]
-        totals.gap_max = max(totals.gap_max, gap.max().item() if len(gap) else 0.0)
-        totals.add(
-            gap=gap.sum(),
-            gap_positions=len(gap),
-            policy_gap=policy_gap.sum(),
-            policy_gap_positions=len(policy_gap),
-            staleness=age_N.clamp(min=0).sum(),
-            entropy=entropy_N.sum(),
-            entropy_selected=entropy_K.sum(),
-            student_logprob=logprob_N.sum(),
-        )
-        if micro.sampled:
-            totals.add(entropy_gap=(micro.sampled[0][at] - found.entropy_N).abs().sum())
 
     @torch.no_grad()
     def _ranges(self, trajectories: Sequence[Trajectory]) -> Ranges:
@@ -411,34 +351,7 @@ class Learner:
         _, logprob_N = self._teacher.scalars([t.key for t in trajectories])
         return logprob_N.cpu()[last_B].exp().tolist()
 
-    def _summary(self, totals: _Totals) -> dict[str, float]:
-        s = totals.sums
-        selected = max(1.0, s["selected"])
-        sampled = s["gap_positions"]
-        gap = {"sampler_gap": s["gap"] / sampled, "sampler_gap_max": totals.gap_max} if sampled else {}
-        if stale := s["policy_gap_positions"]:
-            gap["policy_gap"] = s["policy_gap"] / stale  # what one update changed, not an error of the engine's
-        if "entropy_gap" in s:
-            gap["entropy_gap"] = s["entropy_gap"] / (sampled + stale)
-        return {
-            "loss": s["loss"],
-            "divergence_selected": s["divergence"] / selected,
-            "entropy": s["entropy"] / s["positions"],
-            "entropy_selected": s["entropy_selected"] / selected,
-            "student_logprob": s["student_logprob"] / s["positions"],
-            **gap,
-            "k": self._selector.k(self.version),
-            "samples": s["samples"],
-            "positions": s["positions"],
-            "positions_selected": s["selected"],
-            "staleness": s["staleness"] / s["positions"],
-            "response_tokens": s["positions"] / s["samples"],
-            "train_tokens": s["tokens"],
-            "padding_share": 1.0 - s["tokens"] / s["padded_tokens"],
-            "teacher_wait_seconds": s["teacher_wait_seconds"],
-        }
-
-    def _check_sound(self, totals: _Totals, norm: float, trajectories: Sequence[Trajectory]) -> None:
+    def _check_sound(self, totals: Totals, norm: float, trajectories: Sequence[Trajectory]) -> None:
         loss = totals.sums["loss"]
         if math.isfinite(loss) and math.isfinite(norm) and not totals.unsound:
             return
@@ -590,33 +503,6 @@ class Learner:
         """What ``weights`` will give."""
         shapes = merged_parameters(self.student.model, lambda tensor: torch.empty(tensor.shape, device="meta"))
         return Announcement.of((name, dtype, compute().shape) for name, compute in shapes)
-
-
-def adamw(named: Mapping[str, Tensor], settings: LearnerSettings) -> torch.optim.AdamW:
-    """The optimizer of a run; vectors (norms, biases) do not decay."""
-    return torch.optim.AdamW(
-        [
-            dict(params=[p for p in named.values() if p.ndim > 1], weight_decay=settings.weight_decay),
-            dict(params=[p for p in named.values() if p.ndim <= 1], weight_decay=0.0),
-        ],
-        lr=settings.lr,
-        betas=(settings.beta1, settings.beta2),
-        fused=True,  # else two copies of the largest parameter at each step
-    )
-
-
-def learner_threads(settings: LearnerSettings) -> int:
-    """Processor threads of one rank on CPU: as set, or its part of all cores but one, left to the other roles."""
-    return settings.threads or max(1, ((os.cpu_count() or 2) - 1) // settings.ranks)
-
-
-def learning_rate(settings: LearnerSettings, step: int, steps: int) -> float:
-    """Rate of ``step`` (0-based) of ``steps``: linear warm-up to ``lr``, then down to ``min_lr_ratio * lr``."""
-    if step < settings.warmup_steps:
-        return settings.lr * (step + 1) / (settings.warmup_steps + 1)
-    done = min(1.0, (step - settings.warmup_steps) / max(1, steps - settings.warmup_steps))
-    fall = {"constant": 0.0, "linear": done, "cosine": 0.5 * (1.0 - math.cos(math.pi * done))}[settings.schedule]
-    return settings.lr * (1.0 - fall * (1.0 - settings.min_lr_ratio))
 
 
 def _no_dropout(model: Any) -> None:

@@ -13,9 +13,10 @@ from conftest import VOCABULARY, make_trajectories, tiny_model, tiny_settings
 
 from onpolicy_skd import checkpoint, inspection
 from onpolicy_skd import learner as learner_module
-from onpolicy_skd.learner import Learner, SamplerGapError, UnsoundStepError, learning_rate
+from onpolicy_skd.learner import Learner, SamplerGapError, UnsoundStepError
 from onpolicy_skd.lm_head import row_statistics
 from onpolicy_skd.models import add_lora, load_model, load_tokenizer, split
+from onpolicy_skd.optimizer import learning_rate
 from onpolicy_skd.selection.positions import quota
 from onpolicy_skd.teacher import Teacher
 from onpolicy_skd.trajectory import collate

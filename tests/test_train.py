@@ -201,7 +201,7 @@ def test_a_run_does_not_lean_on_the_private_ray_of_another(tmp_path):
 
 
 def test_two_actors_of_every_role_do_what_one_does(whole, tmp_path):
-    """Rollouts that agree with the learner at every step show that weights arrive whole, in time, in the right place."""
+    """Rollouts that agree with the learner at every step show that weights arrive whole, in time and in place."""
     two = ["rollout.actors=2", "teacher.actors=2", "learner.ranks=2", "sync.method=broadcast"]
     done = run(tmp_path, *two, "run.steps=3", "run.name=r", "run.timeline=1")
     assert done.returncode == 0, done.stdout + done.stderr
