@@ -346,6 +346,10 @@ class AlignmentSettings(Section):
         default=1.0,
         description="lambda: loss = lambda * divergence + (1 - lambda) * cross-entropy of the sampled token",
     )
+    compiled: bool = Field(
+        default=False,
+        description="exact divergences by torch.compile (a C++ compiler, on GPUs Triton) in place of our own passes",
+    )
     chunk_rows: Positive | None = Field(
         default=None, description="rows of logits that exist at once; empty: from V and memory"
     )

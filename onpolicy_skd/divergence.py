@@ -18,9 +18,11 @@ As in TRL, jsd at beta = 0 means forward KL and at beta = 1 reverse KL, the limi
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -51,6 +53,7 @@ class Alignment:
     chunk_rows: int | None = None
     estimator: str = "exact"
     top_k: int = 64
+    compiled: bool = False  # exact divergences by torch.compile, else by ``_block``
 
     def __post_init__(self) -> None:
         if self.divergence not in KINDS:
@@ -125,10 +128,16 @@ class _Loss(torch.autograd.Function):
         chunk_of = teacher.__getitem__ if isinstance(teacher, SparseTargets) else teacher.logits(size)
         loss = torch.zeros((), dtype=torch.float32, device=student_NH.device)
         values_N = torch.empty(len(student_NH), dtype=torch.float32, device=student_NH.device)
+        fused = alignment.compiled and alignment.estimator == "exact" and isinstance(teacher, HiddenRows)
+        fused = fused and asked.temperature_N is None and asked.decoupled_N2 is None
         for part in chunks(len(student_NH), size):
             logits_cV = student_logits(student_NH[part])
-            teacher_c = chunk_of(part)
-            for block in blocks(logits_cV):
+            teacher_c: Any = chunk_of(part)
+            if fused:
+                seen = None if observed is None else observed[part]
+                loss_c, values_N[part] = _compiled_chunk(logits_cV, teacher_c, asked[part], alignment, seen)
+                loss += loss_c
+            for block in () if fused else blocks(logits_cV):
                 seen = None if observed is None else observed[part][block]
                 loss_b, values_N[part][block] = _block(
                     logits_cV[block], teacher_c[block], asked[part][block], alignment, seen
@@ -198,6 +207,63 @@ def _block(
         gradient = gradient.mul_(kd).add_(cross_entropy, alpha=1.0 - kd)
     torch.mul(gradient, rows.weights_N[:, None] / temperature, out=logits)
     return torch.dot(loss, rows.weights_N), values
+
+
+def _compiled_chunk(
+    logits: Tensor, teacher: Tensor, rows: Rows, alignment: Alignment, seen: RowStatistics | None
+) -> tuple[Tensor, Tensor]:
+    """As ``_block``, of a whole chunk."""
+    found = _compiled()(logits, teacher, rows.targets_N, alignment.kind, alignment.beta, alignment.temperature,
+                   alignment.kd_weight, rows.weights_N)  # fmt: skip
+    loss, values, gradient, entropy, target_log_q = found
+    logits.copy_(gradient)
+    if seen:
+        seen.entropy_N.copy_(entropy)
+        seen.logprob_N.copy_(target_log_q)
+    return loss, values
+
+
+@functools.cache
+def _compiled() -> Callable[..., tuple[Tensor, ...]]:
+    return torch.compile(_fused, dynamic=True)
+
+
+def _fused(
+    logits: Tensor,
+    teacher: Tensor,
+    targets: Tensor,
+    kind: str,
+    beta: float,
+    temperature: float,
+    kd: float,
+    weights: Tensor,
+) -> tuple[Tensor, ...]:
+    """Loss, divergences, gradient at the logits, entropies and log-probabilities of the targets, in few passes."""
+    log_q, log_p = (logits / temperature).log_softmax(-1), (teacher / temperature).log_softmax(-1)
+    q = log_q.exp()
+    if kind == "forward_kl":
+        p = log_p.exp()
+        values, gradient = (p * (log_p - log_q)).sum(-1), q - p
+    elif kind == "reverse_kl":
+        ratio = log_q - log_p
+        values = (q * ratio).sum(-1)
+        gradient = q * (ratio - values[:, None])
+    else:
+        log_m = torch.logaddexp(log_p + math.log(beta), log_q + math.log1p(-beta))
+        student = (q * (log_q - log_m)).sum(-1)
+        values = beta * (log_p.exp() * (log_p - log_m)).sum(-1) + (1.0 - beta) * student
+        gradient = (1.0 - beta) * q * (log_q - log_m - student[:, None])
+    target_log_q = log_q.gather(1, targets[:, None])[:, 0]
+    loss = kd * values - (1.0 - kd) * target_log_q
+    own = torch.arange(logits.shape[1], device=logits.device) == targets[:, None]
+    gradient = kd * gradient + (1.0 - kd) * (q - own.to(q.dtype))
+    return (
+        (loss * weights).sum(),
+        values,
+        gradient * (weights[:, None] / temperature),
+        -(q * log_q).sum(-1),
+        target_log_q,
+    )
 
 
 def _soften_(logits: Tensor, temperature: float | Tensor) -> Tensor:

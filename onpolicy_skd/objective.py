@@ -34,8 +34,9 @@ class Objective:
     def __init__(self, settings: Settings, student: SplitModel, teacher: TeacherRows, forward: Forward) -> None:
         own = settings.alignment
         self.alignment = Alignment(
-            own.divergence, own.beta, own.temperature, own.kd_weight, own.chunk_rows, own.estimator, own.top_k
-        )
+            own.divergence, own.beta, own.temperature, own.kd_weight, own.chunk_rows, own.estimator, own.top_k,
+            own.compiled,
+        )  # fmt: skip
         self._own = own
         self._classes = settings.classes
         self._student = student

@@ -1,11 +1,13 @@
 """The divergences against a float64 dense reference, TRL, and closed-form facts."""
 
+import dataclasses
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from onpolicy_skd import lm_head
+from onpolicy_skd import divergence, lm_head
 from onpolicy_skd.divergence import KINDS, Alignment, HiddenRows, Rows, distillation_loss
 from onpolicy_skd.lm_head import row_statistics
 from onpolicy_skd.trajectory import SparseTargets
@@ -408,6 +410,30 @@ def test_no_rows_mean_no_loss_and_no_gradient():
     assert loss == 0
     assert len(values) == 0
     assert head.grad.norm() == 0
+
+
+@pytest.mark.parametrize("how", ["as written", pytest.param("compiled", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("kd_weight", "temperature"), [(1.0, 1.0), (0.6, 2.0)])
+def test_the_compiled_loss_is_the_eager_one(kind, kd_weight, temperature, how, monkeypatch):
+    if how == "as written":
+        monkeypatch.setattr(divergence, "_compiled", lambda: divergence._fused)
+    torch.manual_seed(0)
+    own = Alignment(kind, kd_weight=kd_weight, temperature=temperature, chunk_rows=8)
+    rows = Rows(torch.rand(19), torch.randint(0, 97, (19,)))
+    teacher = HiddenRows(torch.randn(19, 24), torch.randn(97, 24))
+    start = torch.randn(19, 16), 0.5 * torch.randn(97, 16)
+    found = []
+    for alignment in (own, dataclasses.replace(own, compiled=True)):
+        hidden, head = (t.clone().requires_grad_() for t in start)
+        seen = lm_head.RowStatistics.empty(19, hidden.device) if temperature == 1.0 else None
+        loss, values = distillation_loss(hidden, head, teacher, rows, alignment, seen)
+        loss.backward()
+        found.append(
+            [loss.detach(), values, hidden.grad, head.grad, *([seen.entropy_N, seen.logprob_N] if seen else [])]
+        )
+    for eager, compiled in zip(*found, strict=True):
+        assert torch.allclose(compiled, eager, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize(("free_gb", "logits"), [(0.1, 2e7), (8, 6.25e7), (40, 3.125e8), (500, 4e8)])

@@ -11,12 +11,13 @@ from torch import Tensor
 
 from eval.performance.measuring import clock, in_turn, memory, ratio, reset_peak
 
-VARIANTS = ("dense", "trl", "ours_k100", "ours_k20")
+VARIANTS = ("dense", "trl", "ours_k100", "ours_k20", "ours_compiled")
 MEANING = {
     "dense": "full [N, V] logits, torch autograd",
     "trl": "TRL's chunked divergence (DistillationTrainer)",
     "ours_k100": "this project, all rows, no entropy pass",
     "ours_k20": "this project, entropy pass over all rows, loss on 20 %",
+    "ours_compiled": "this project, all rows, alignment.compiled",
 }
 SHAPES = {  # name -> vocabulary, student hidden, teacher hidden, rows
     "small": (151_936, 256, 512, 512),
@@ -43,7 +44,7 @@ def loss_step(variant: str, inputs: dict[str, Tensor], k: float = 1.0) -> Callab
         mask = torch.ones(1, rows, device=hidden.device)
         return chunked(hidden[None], other[None], head, other_head, mask, 1.0)[0]
 
-    def ours(k: float) -> Tensor:
+    def ours(k: float, compiled: bool = False) -> Tensor:
         counts = [rows // SEQUENCES] * SEQUENCES
         chosen = torch.arange(rows, device=hidden.device)
         if k < 1:
@@ -51,7 +52,9 @@ def loss_step(variant: str, inputs: dict[str, Tensor], k: float = 1.0) -> Callab
             chosen = top_k(entropy, counts, Context(k)).indices_K
         weights = torch.full((len(chosen),), 1 / len(chosen), device=hidden.device)
         teacher = HiddenRows(other[chosen], other_head)
-        return distillation_loss(hidden[chosen], head, teacher, Rows(weights, targets[chosen]), Alignment())[0]
+        return distillation_loss(
+            hidden[chosen], head, teacher, Rows(weights, targets[chosen]), Alignment(compiled=compiled)
+        )[0]
 
     if variant == "trl":
         from trl.trainer.distillation_trainer import _chunked_divergence_loss as chunked
@@ -64,6 +67,7 @@ def loss_step(variant: str, inputs: dict[str, Tensor], k: float = 1.0) -> Callab
         "trl": trl,
         "ours_k100": lambda: ours(1.0),
         "ours_k20": lambda: ours(0.2),
+        "ours_compiled": lambda: ours(1.0, compiled=True),
         "ours": lambda: ours(k),
     }[variant]
 
@@ -115,6 +119,7 @@ def compare(shape: str, device: str, rounds: int) -> dict[str, Any]:
         "time_k20": ratio(found["trl"], found["ours_k20"], "seconds"),
         "memory_k100": ratio(found["trl"], found["ours_k100"], "extra_mib"),
         "memory_k20": ratio(found["trl"], found["ours_k20"], "extra_mib"),
+        "time_compiled": ratio(found["trl"], found["ours_compiled"], "seconds"),
     }
     return {
         "shape": dict(zip(("vocabulary", "student_hidden", "teacher_hidden", "rows"), SHAPES[shape], strict=True)),
@@ -132,5 +137,5 @@ def show(shapes: dict[str, dict[str, Any]]) -> None:
             seconds, extra = (
                 statistics.median(r[key] for r in figures["runs"][variant]) for key in ("seconds", "extra_mib")
             )
-            print(f"  {variant:>9}  {seconds:8.3f} s  {extra:8.0f} MiB extra   {MEANING[variant]}")
+            print(f"  {variant:>13}  {seconds:8.3f} s  {extra:8.0f} MiB extra   {MEANING[variant]}")
         print("  TRL's figure over ours: " + ", ".join(f"{k} {v:.2f}" for k, v in figures["ratio_to_trl"].items()))
