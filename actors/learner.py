@@ -60,6 +60,7 @@ class LearnerActor:
         """``ranks_only``: only ``rank`` will be called, which may need no teacher."""
         self._rank, count = rank, 1 if ranks_only else settings.learner.ranks
         self._apart = False
+        self._added: list[str] = []  # keys of the step that has begun
         self._sender: Sender | None = None
         self._settings = settings
         self._engine: TransformersEngine | None = None
@@ -152,7 +153,8 @@ class LearnerActor:
 
     def begin(self, weight: float) -> None:
         """A step whose trajectories come in parts, of this ``weight`` if none is dropped."""
-        self._added: list[str] = []
+        self._forget(self._added)  # of a step that was not finished
+        self._added = []
         self._learner.begin(weight)
 
     def add(self, trajectories: Sequence[Trajectory], encoded: list[ray.ObjectRef]) -> None:
@@ -169,6 +171,7 @@ class LearnerActor:
         try:
             with self._in_step():
                 found = self._learner.finish()
+            self._apart = False  # all ranks were there
             return found | {"learner_memory_mib": peak_memory_mib(), "version": self._learner.version}
         finally:
             self._forget(self._added)

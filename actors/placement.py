@@ -102,11 +102,13 @@ class Placement:
 
     def wait(self, say: Callable[[str], None] = print) -> None:
         """Blocks until there is room for all; says every minute what is free."""
+        bundles = self._resources.bundles()
+        most = max(bundle.get("GPU", 0.0) for bundle in bundles)
         while not self._group.wait(PATIENCE):
             free = ray.available_resources()
             say(
-                f"waiting for room: {len(self._resources.bundles())} bundles, free now: {free.get('GPU', 0):g} GPUs, "
-                f"{free.get('CPU', 0):g} CPUs"
+                f"waiting for room: {len(bundles)} bundles of up to {most:g} GPUs, each on one node; free now: "
+                f"{free.get('GPU', 0):g} GPUs, {free.get('CPU', 0):g} CPUs"
             )
 
     def remove(self) -> None:
@@ -192,7 +194,19 @@ def fitted(resources: Resources, nodes: Sequence[Mapping[str, float]]) -> Resour
                 f"them (the most GPUs of a node: {most:g}); lower rollout.tensor_parallel or cluster.*_gpus"
             )
     together = dataclasses.replace(resources, together=resources.learner.count > 1 and not resources.colocated)
-    return together if _fits(together.bundles()[0], nodes) else resources
+    return together if _fit_together(together.bundles(), nodes) else resources
+
+
+def _fit_together(bundles: Sequence[Bundle], nodes: Sequence[Mapping[str, float]]) -> bool:
+    """Whether all find room, the largest first, each on the first node that has it."""
+    left = [dict(node) for node in nodes]
+    for bundle in sorted(bundles, key=lambda b: (-b.get("GPU", 0.0), -b["CPU"])):
+        node = next((n for n in left if _fits(bundle, [n])), None)
+        if node is None:
+            return False
+        for name, amount in bundle.items():
+            node[name] -= amount
+    return True
 
 
 def _fits(bundle: Bundle, nodes: Sequence[Mapping[str, float]]) -> bool:

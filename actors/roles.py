@@ -138,10 +138,10 @@ class Roles:
                 waiting.append(one)
                 yield part
 
-    def filter(self, parts: Refs) -> tuple[FilterReport, ray.ObjectRef]:
-        """What the sample filter kept, and a reference to the kept trajectories."""
+    def filter(self, parts: Refs, before: Sequence[Any] = ()) -> tuple[FilterReport, ray.ObjectRef]:
+        """What the sample filter kept, and a reference to the kept trajectories; raises what calls ``before`` have."""
         answers = [rank.filter.options(num_returns=2).remote(*parts) for rank in self._learner]
-        return self._get([report for report, _ in answers])[0], answers[0][1]
+        return self._get([*(report for report, _ in answers), *before])[0], answers[0][1]
 
     def encode(self, kept: ray.ObjectRef) -> Refs:
         """The teachers start on ``kept`` at once; the learner awaits the result when it first wants rows."""
@@ -165,11 +165,12 @@ class Roles:
         calls = [rank.begin.remote(expected) for rank in self._learner]
         try:
             for part in self.as_they_come(parts):
-                own, kept = self.filter([part])
+                own, kept = self.filter([part], calls)
                 report.add(own)
+                calls = []
                 if own.kept:
                     encoded = self.encode(kept)
-                    calls += [rank.add.remote(kept, encoded) for rank in self._learner]
+                    calls = [rank.add.remote(kept, encoded) for rank in self._learner]
             if not report.kept:
                 return None
             self._get(calls)

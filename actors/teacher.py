@@ -158,9 +158,8 @@ class RemoteTeacher:
 
     def _gathered(self, keys: Sequence[str], ask: Callable[[Any, list[int]], ray.ObjectRef]) -> list[tuple]:
         """What each actor answers on those of ``keys`` that it has, with their places in ``keys``."""
-        if self._encoded:
-            ray.get(self._encoded)
-            self._encoded = []
+        pending, self._encoded = self._encoded, []
+        ray.get(pending)
         parts: dict[int, list[int]] = {}
         for i, key in enumerate(keys):
             parts.setdefault(self._place(key)[0], []).append(i)

@@ -70,6 +70,7 @@ class _Open:
 
     weight: float
     trajectories: list[Trajectory] = field(default_factory=list)
+    mine: list[Trajectory] = field(default_factory=list)  # of this rank's shares of the parts
     totals: Totals = field(default_factory=Totals)
     seconds: float = 0.0
 
@@ -235,6 +236,7 @@ class Learner:
         check_version(trajectories, self.version, self._settings.pipeline.max_staleness)
         own.totals = Totals.of([own.totals, self.accumulate(trajectories, own.weight)])
         own.trajectories += trajectories
+        own.mine += self.own_share(trajectories)
         own.seconds += time.perf_counter() - started
 
     def finish(self) -> dict[str, float]:
@@ -251,7 +253,7 @@ class Learner:
         self._check_sound(totals, norm, trajectories)
         found = totals.summary(self._selector.k(self.version))
         self._check_gap(found)
-        found |= self._responses(trajectories)
+        found |= self._responses(trajectories, own.mine)
         rate = learning_rate(self._settings.learner, self.version, self._steps)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
@@ -328,8 +330,8 @@ class Learner:
         return Ranges((low_h.min().item(), high_h.max().item()), (low_d.min().item(), high_d.max().item()))
 
     @torch.no_grad()
-    def _responses(self, trajectories: Sequence[Trajectory]) -> dict[str, float]:
-        """What guards look at beside the sums: of the student's own responses."""
+    def _responses(self, trajectories: Sequence[Trajectory], mine: Sequence[Trajectory]) -> dict[str, float]:
+        """What guards look at beside the sums: of the student's own responses; this rank's teacher has ``mine``."""
         own = [t for t in trajectories if t.policy_version is not None]
         if not own:
             return {}
@@ -339,7 +341,7 @@ class Learner:
         }
         ended = {t.key for t in [t for t in own if t.finish == "stop"][:ENDINGS]}
         if ended and self.version % ENDINGS_EVERY == 0:
-            endings = self._ranks.gather(self._endings([t for t in self.own_share(trajectories) if t.key in ended]))
+            endings = self._ranks.gather(self._endings([t for t in mine if t.key in ended]))
             found["teacher_ending"] = sum(map(sum, endings)) / len(ended)
         return found
 

@@ -111,7 +111,7 @@ def test_ways_that_are_not_possible_are_refused():
 
 def test_the_learners_ranks_are_on_one_node_where_one_has_room():
     sections = {"learner": {"ranks": 4}, "teacher": {"actors": 2}, "rollout": {"tensor_parallel": 2}}
-    planned = plan(tiny_settings(**sections), 8)
+    planned, pairs = plan(tiny_settings(**sections), 8), {"actors": 2, "tensor_parallel": 2}
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "num_gpus": 4})
     try:
         cluster.add_node(num_cpus=2, num_gpus=4)
@@ -126,6 +126,8 @@ def test_the_learners_ranks_are_on_one_node_where_one_has_room():
         where = ray.util.placement_group_table(placement._group)["bundles_to_node_id"]
         assert where[1] == where[2] == where[3] != where[0]
         assert len(fitted(planned, [{"CPU": 8, "GPU": 2}] * 4).bundles()) == 7  # no node has room for all ranks
+        odd = plan(tiny_settings(learner={"ranks": 2}, teacher={"placement": "learner"}, rollout=pairs), 6)
+        assert len(fitted(odd, [{"CPU": 8, "GPU": 3}] * 2).bundles()) == 4  # or the second engine would find none
     finally:
         ray.shutdown()
         cluster.shutdown()

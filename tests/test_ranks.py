@@ -66,6 +66,12 @@ def report(own: ranks.Ranks, folder: Path) -> dict:
             found["divergence"] = learner.divergence(batch)
             learner.restore(torch.load(folder / "checkpoint.pt"), 5)
             found["resumed"] = trained(learner, teacher, 5, first=5)
+    learner, teacher = made()
+    learner.begin(5.0)
+    for part in (batch[:3], batch[3:4], batch[4:]):
+        teacher.encode(learner.own_share(part))  # as a rank with a teacher of its own does
+        learner.add(part)
+    found["streamed"] = learner.finish()
     for metric in ("student_entropy", "kl"):
         learner, teacher = made(samples={"metric": metric, "keep": 0.5})
         found["filter", metric] = [t.key for t in learner.filter(batch)[1]]
@@ -133,6 +139,14 @@ def test_rank_0_has_the_whole_state_and_a_run_goes_on_with_another_number_of_ran
     expected = load_model(str(one), torch.float32, "cpu").state_dict()
     for name, tensor in load_model(str(other), torch.float32, "cpu").state_dict().items():
         assert torch.allclose(tensor, expected[name], rtol=1e-3, atol=1e-5), name
+
+
+def test_two_ranks_make_the_same_step_of_parts(reports):
+    alone, *both, _ = reports
+    assert alone["streamed"]["teacher_ending"] > 0
+    for found in both:
+        for key in ("loss", "grad_norm", "teacher_ending", "positions_selected"):
+            assert found["streamed"][key] == pytest.approx(alone["streamed"][key], rel=1e-3), key
 
 
 def test_two_ranks_rank_inspect_and_refuse_as_one(reports):

@@ -221,20 +221,21 @@ def test_two_actors_of_every_role_do_what_one_does(whole, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("engine", ["vllm", "transformers"])
-def test_rollouts_that_are_learned_from_as_they_come_train_the_same(tmp_path, engine):
-    """From two engines, whose parts come in any order; a killed engine's step is done again."""
+@pytest.mark.parametrize(
+    ("engine", "victim", "ranks"),
+    [("vllm", "Rollout", 1), ("transformers", "Rollout", 1), ("transformers", "Teacher", 2)],
+)
+def test_rollouts_that_are_learned_from_as_they_come_train_the_same(tmp_path, engine, victim, ranks):
+    """From two engines, whose parts come in any order; the step of a killed actor is done again."""
     common = [f"rollout.engine={engine}", "run.steps=4", "learner.batch_size=16", "faults.backoff_seconds=0"]
     assert run(tmp_path, *common, "run.name=whole").returncode == 0
-    process = subprocess.Popen(
-        command(tmp_path, *common, "run.name=r", "pipeline.streaming=true", "rollout.actors=2"), cwd=ROOT,
-        stdout=subprocess.PIPE, text=True,
-    )  # fmt: skip
+    streaming = ["run.name=r", "pipeline.streaming=true", "rollout.actors=2", f"learner.ranks={ranks}"]
+    process = subprocess.Popen(command(tmp_path, *common, *streaming), cwd=ROOT, stdout=subprocess.PIPE, text=True)
     printed = ""
     for line in process.stdout:
         printed += line
         if line.startswith("step 1 "):
-            actors(process.pid, "Rollout")[0].kill()
+            actors(process.pid, victim)[0].kill()
     assert process.wait() == 0, printed
     assert printed.count("fault: its process ended") == 1
     for found, expected in zip(losses(tmp_path / "r"), losses(tmp_path / "whole"), strict=True):
