@@ -261,6 +261,7 @@ def test_a_run_with_overlap_resumes_with_the_losses_of_an_undisturbed_one(tmp_pa
     assert losses(tmp_path / "r") == losses(tmp_path / "whole")
 
 
+@pytest.mark.slow
 def test_the_teacher_in_the_learners_process_trains_the_same(whole, tmp_path):
     done = run(tmp_path, "teacher.placement=learner", "run.steps=5", "run.name=r")
     assert done.returncode == 0, done.stdout + done.stderr
@@ -295,7 +296,8 @@ def test_prefilter_scores_once_and_spends_nothing_on_what_it_drops(tmp_path):
 def test_each_steps_rollouts_are_ranked_and_dropped_ones_counted(tmp_path):
     """By entropies that the engine recorded, which lives in the learner's process."""
     own = ["rollout.placement=learner", "rollout.entropy=engine"]
-    done = run(tmp_path, *TRANSFORMERS, *own, "samples.keep=0.25", "run.steps=2", "run.name=r")
+    done = run(tmp_path, *TRANSFORMERS, *own, "samples.keep=0.25", "run.steps=2", "run.name=r",
+               "teacher.placement=learner")  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     steps = [r for r in read(tmp_path / "r" / "metrics.jsonl") if "loss" in r]
     assert [(r["generated"], r["samples"], r["dropped"]) for r in steps] == [(32, 8, {"not_selected": 24})] * 2
