@@ -99,6 +99,7 @@ def test_training_from_a_cache_loads_no_teacher_and_refuses_damage(whole, tmp_pa
     assert run("cache", "verify", bad)[0] == 1
 
 
+@pytest.mark.slow
 def test_only_what_the_sample_filter_keeps_is_cached(tmp_path):
     """SE-KD_3X: the scores that the build leaves behind are what training keeps by."""
     kept = ["samples.keep=0.2", "samples.when=prefilter", "classes.sampler=rs_kd"]

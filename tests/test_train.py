@@ -437,6 +437,7 @@ def test_off_policy_the_reference_answers_teach(tmp_path):
     assert before.read_text() != after.read_text()  # the engine has the new weights by then
 
 
+@pytest.mark.slow
 def test_half_of_a_batch_may_be_the_teachers_own_answers(tmp_path):
     """mode=mixed with sequence-level KD: the teacher writes its answers once, and a second run reads them."""
     mixed = ["mode=mixed", "rollout.share=0.5", "references.source=teacher", "references.temperature=0",
