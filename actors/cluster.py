@@ -17,10 +17,9 @@ from ray._private import ray_constants
 from ray.exceptions import GetTimeoutError
 
 from actors.faults import Place
-from actors.placement import PRIVATE, ClusterError, Counts, Resources, fitted, plan
+from actors.placement import PATIENCE, PRIVATE, ClusterError, Counts, Resources, fitted, plan
 from onpolicy_skd.config import ConfigError, Settings
 
-PATIENCE = 60.0  # seconds between two messages while actors start
 log = logging.getLogger(__name__)
 
 

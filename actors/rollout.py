@@ -13,7 +13,7 @@ from actors.transport import Packed, unpack_named
 from onpolicy_skd.config import Settings
 from onpolicy_skd.exact_match import judged
 from onpolicy_skd.models import load_tokenizer
-from onpolicy_skd.rollout import build_engine
+from onpolicy_skd.rollout import build_engine, in_order
 from onpolicy_skd.timeline import Span, Spans
 from onpolicy_skd.trajectory import RolloutRequest, Sampling, Trajectory
 from onpolicy_skd.weight_transfer import Address, Announcement
@@ -99,8 +99,7 @@ class RolloutGroup:
         """Trajectories brought here in the order asked.  Raises GetTimeoutError if an actor seems to hang."""
         patience = self._faults.patience(len(requests) * sampling.max_tokens / self._step)
         parts = ray.get(self.generate(requests, sampling), timeout=patience)
-        by_key = {t.key: t for part in parts for t in part}
-        return [by_key[r.key] for r in requests]
+        return in_order(requests, (t for part in parts for t in part))
 
     def close(self) -> None:
         for actor in self.actors:

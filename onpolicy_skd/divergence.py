@@ -213,9 +213,10 @@ def _compiled_chunk(
     logits: Tensor, teacher: Tensor, rows: Rows, alignment: Alignment, seen: RowStatistics | None
 ) -> tuple[Tensor, Tensor]:
     """As ``_block``, of a whole chunk."""
-    found = _compiled()(logits, teacher, rows.targets_N, alignment.kind, alignment.beta, alignment.temperature,
-                   alignment.kd_weight, rows.weights_N)  # fmt: skip
-    loss, values, gradient, entropy, target_log_q = found
+    own = alignment
+    loss, values, gradient, entropy, target_log_q = _compiled()(
+        logits, teacher, rows.targets_N, own.kind, own.beta, own.temperature, own.kd_weight, rows.weights_N
+    )
     logits.copy_(gradient)
     if seen:
         seen.entropy_N.copy_(entropy)

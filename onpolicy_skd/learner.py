@@ -298,9 +298,7 @@ class Learner:
         shares = torch.tensor([t.weight / total for t in micro.members]).repeat_interleave(torch.tensor(chosen.counts))
         with self.spans("loss"):
             loss, values_K = self._objective.loss(micro, chosen, chosen.weights_K * shares.to(chosen.weights_K.device))
-        totals.compare(
-            micro, chosen, self.version
-        )  # before the backward pass, after which a head in parts is no longer whole
+        totals.compare(micro, chosen, self.version)  # while a head that is cut among ranks is still whole
         with self.spans("backward"):
             loss.backward()
             if micro.embedded_BLH is not None:

@@ -61,7 +61,6 @@ class VLLMEngine:
         self.version = 0
         self._on_cpu = device == "cpu"
         self._devices = own.tensor_parallel
-        self._records = own.entropy == "engine"
         self._sleeps, self._asleep = device == "cuda" and settings.cluster.topology == "colocated", False
         self._ends = _ends(path, trust_remote_code)
         self._llm = LLM(
@@ -74,7 +73,7 @@ class VLLMEngine:
             seed=0,
             trust_remote_code=trust_remote_code,
             disable_log_stats=True,
-            logits_processors=[f"{WORKER}:EntropyRecorder"] if self._records else None,
+            logits_processors=[f"{WORKER}:EntropyRecorder"] if own.entropy == "engine" else None,
             enable_sleep_mode=self._sleeps,
             **room,
         )
@@ -130,11 +129,12 @@ class VLLMEngine:
             for out in engine.step():
                 if out.finished:
                     request = requests[int(out.request_id)]
-                    yield self._trajectory(request, out.outputs[0], self._entropies(request.key))
+                    entropies = self._entropies(request.key) if sampling.entropy else None
+                    yield self._trajectory(request, out.outputs[0], entropies)
 
     def _entropies(self, key: str) -> Mapping[int, float] | None:
         """By position; None if none were recorded."""
-        return self._llm.collective_rpc(_worker().take_entropies, args=(key,))[0] if self._records else None
+        return self._llm.collective_rpc(_worker().take_entropies, args=(key,))[0]
 
     def _params(self, request: RolloutRequest, sampling: Sampling) -> SamplingParams:
         from vllm import SamplingParams
