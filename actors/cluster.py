@@ -17,14 +17,15 @@ from ray._private import ray_constants
 from ray.exceptions import GetTimeoutError
 
 from actors.faults import Place
-from actors.placement import PATIENCE, PRIVATE, ClusterError, Counts, Resources, fitted, plan
-from onpolicy_skd.config import ConfigError, Settings
+from actors.placement import PRIVATE, TIMEOUT_S, ClusterError, Counts, Resources, fitted, plan
+from onpolicy_skd.config.errors import ConfigError
+from onpolicy_skd.config.schema import Settings
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 
-class Refusal:
-    """``with Refusal() as refusal:`` in an actor's constructor keeps a ConfigError for ``repeat`` to raise.
+class DeferredInitError:
+    """``with DeferredInitError() as refusal:`` in an actor's constructor keeps a ConfigError for ``repeat`` to raise.
 
     An error that leaves a constructor reaches the driver as a dead actor and a traceback; from a method, as itself.
     """
@@ -32,7 +33,7 @@ class Refusal:
     def __init__(self) -> None:
         self._error: ConfigError | None = None
 
-    def __enter__(self) -> Refusal:
+    def __enter__(self) -> DeferredInitError:
         return self
 
     def __exit__(self, _: type | None, error: BaseException | None, __: object) -> bool:
@@ -41,15 +42,15 @@ class Refusal:
             return True
         return False
 
-    def repeat(self) -> None:
+    def raise_if_failed(self) -> None:
         if self._error:
             raise self._error
 
 
 def wait_ready(
     actors: Sequence[Any],
-    say: Callable[[str], None] = print,
-    patience: float = math.inf,
+    log: Callable[[str], None] = print,
+    timeout_s: float = math.inf,
     places: dict[Any, Place] | None = None,
 ) -> None:
     """Blocks until every actor is up; fills ``places`` with where each one lives.
@@ -58,26 +59,26 @@ def wait_ready(
     seconds.
     """
     waiting = {actor.ready.remote(): actor for actor in actors}
-    deadline = time.monotonic() + patience
+    deadline = time.monotonic() + timeout_s
     while waiting:
         left = max(0.0, deadline - time.monotonic())
-        done, _ = ray.wait(list(waiting), num_returns=len(waiting), timeout=min(PATIENCE, left))
+        done, _ = ray.wait(list(waiting), num_returns=len(waiting), timeout=min(TIMEOUT_S, left))
         for ref in done:
             where: Any = ray.get(ref)
             actor = waiting.pop(ref)
             if places is not None:
                 places[actor] = where
         if waiting and time.monotonic() >= deadline:
-            raise GetTimeoutError(f"{len(waiting)} of {len(actors)} actors did not start within {patience:.0f} s")
+            raise GetTimeoutError(f"{len(waiting)} of {len(actors)} actors did not start within {timeout_s:.0f} s")
         if waiting:
             free = ray.available_resources()
-            say(
+            log(
                 f"waiting for {len(waiting)} of {len(actors)} actors: loading, or no room on any one node (free now: "
                 f"{free.get('GPU', 0):g} GPUs, {free.get('CPU', 0):g} CPUs)"
             )
 
 
-def located(settings: Settings) -> Settings:
+def with_absolute_paths(settings: Settings) -> Settings:
     """``settings`` for actors, whose working directory is another one: paths that exist here become absolute."""
     changed: dict[str, Any] = {}
     for section, name in (("student", "model"), ("teacher", "model"), ("cache", "path")):
@@ -119,7 +120,7 @@ def _join_or_start(address: str | None) -> None:
 
 
 def _init(address: str, **options: Any) -> None:
-    """``ray.init``; a Ray of our own listens on loopback alone, which ray.init has no public way to say."""
+    """``ray.init``; a Ray of our own listens on loopback alone, which ray.init has no public way to log."""
     ray_constants.ENABLE_RAY_CLUSTER = address != "local"
     ray.init(address=address, logging_level=logging.WARNING, log_to_driver=False, **options)
 

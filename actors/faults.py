@@ -25,7 +25,7 @@ from ray.exceptions import (
 )
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from onpolicy_skd.exits import first_line
+from onpolicy_skd.run.exits import first_line
 
 FAULTS = (RayActorError, GetTimeoutError, ObjectLostError, ObjectStoreFullError, OutOfDiskError, OutOfMemoryError,
           NodeDiedError, WorkerCrashedError)  # fmt: skip
@@ -70,16 +70,16 @@ def fault_of(error: BaseException) -> str | None:
     return None
 
 
-def blamed(error: BaseException) -> str | None:
+def faulty_role(error: BaseException) -> str | None:
     """The kind of actor ("Learner", ...) that ran out of memory or whose engine died, though it still answers."""
     kinds = re.findall(r"ray::(\w+)Actor\.", str(error)) if isinstance(error, RayTaskError) else []
     return kinds[-1] if kinds and not isinstance(error, FAULTS) else None
 
 
-def silent(actors: Sequence[Any], patience: float) -> str | None:
+def unresponsive_reason(actors: Sequence[Any], timeout_s: float) -> str | None:
     """Why ``actors`` are no longer of use, or None if all of them answer within ``patience`` seconds."""
     try:
-        ray.get([actor.ready.remote() for actor in actors], timeout=patience)
+        ray.get([actor.ready.remote() for actor in actors], timeout=timeout_s)
     except RayError as error:
         if (cause := fault_of(error)) is None:
             raise
@@ -87,7 +87,7 @@ def silent(actors: Sequence[Any], patience: float) -> str | None:
     return None
 
 
-def end(actor: Any, where: Place | None) -> None:
+def kill(actor: Any, where: Place | None) -> None:
     """Kills ``actor``, and a process of it that no longer hears Ray."""
     ray.kill(actor)
     if where is None:

@@ -13,10 +13,11 @@ import ray
 from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from onpolicy_skd.config import ConfigError, Settings
+from onpolicy_skd.config.errors import ConfigError
+from onpolicy_skd.config.schema import Settings
 
 CPUS_PER_ROLE = 0.25  # roles take turns on the processors; a small share lets all of them fit on two cores
-PATIENCE = 60  # seconds between two messages
+TIMEOUT_S = 60  # seconds between two messages
 PRIVATE = "onpolicy_skd_private"  # a resource that marks a Ray which ends with its run
 FORWARDED = ("HF_HOME", "HF_HUB_OFFLINE", "HF_HUB_DISABLE_TELEMETRY", "CUDA_DEVICE_ORDER")
 LOOPBACK = dict.fromkeys(("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"), "lo")  # a Ray of our own is on one machine
@@ -44,7 +45,7 @@ class Role:
             "num_cpus": CPUS_PER_ROLE,
             "num_gpus": self.gpus,
             "runtime_env": {"env_vars": environment},
-            "max_restarts": 0,  # Roles.recover restarts them: they need the current weights
+            "max_restarts": 0,  # Workers.recover restarts them: they need the current weights
             "enable_task_events": False,  # Ray's head keeps a record of every call: 25 KB a step, for days
         }
 
@@ -100,13 +101,13 @@ class Placement:
         index = self._resources.bundle(role.name, number)
         return role.options() | {"scheduling_strategy": PlacementGroupSchedulingStrategy(self._group, index)}
 
-    def wait(self, say: Callable[[str], None] = print) -> None:
+    def wait(self, log: Callable[[str], None] = print) -> None:
         """Blocks until there is room for all; says every minute what is free."""
         bundles = self._resources.bundles()
         most = max(bundle.get("GPU", 0.0) for bundle in bundles)
-        while not self._group.wait(PATIENCE):
+        while not self._group.wait(TIMEOUT_S):
             free = ray.available_resources()
-            say(
+            log(
                 f"waiting for room: {len(bundles)} bundles of up to {most:g} GPUs, each on one node; free now: "
                 f"{free.get('GPU', 0):g} GPUs, {free.get('CPU', 0):g} CPUs"
             )

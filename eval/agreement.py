@@ -17,11 +17,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from eval.suite import load_tasks
-from onpolicy_skd.checkpoint import write_text
-from onpolicy_skd.config import ConfigError
+from onpolicy_skd.config.errors import ConfigError
 from onpolicy_skd.data.prompts import read_jsonl
-from onpolicy_skd.exact_match import ANSWER_TAIL, score
-from onpolicy_skd.exits import EXIT_FAILED, EXIT_OK, guarded
+from onpolicy_skd.evaluation.exact_match import ANSWER_TAIL, score
+from onpolicy_skd.run.exits import EXIT_FAILED, EXIT_OK, run_cli
+from onpolicy_skd.storage.files import write_text
 
 FILTERS = ("strict-match", "flexible-extract")
 NEEDED = ("key", "output", "reference")
@@ -109,7 +109,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         prog="python -m eval.agreement", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("records", type=Path, nargs="+", help="records.jsonl, or evaluations/*.jsonl of a run")
-    return guarded(lambda: _run(parser.parse_args(argv).records))
+    return run_cli(lambda: _run(parser.parse_args(argv).records))
 
 
 def _run(files: Sequence[Path]) -> int:

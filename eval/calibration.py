@@ -13,10 +13,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from onpolicy_skd.checkpoint import replacing
-from onpolicy_skd.lm_head import Projector, blocks, chunk_size, chunks, shift_exp
-from onpolicy_skd.models import SplitModel
-from onpolicy_skd.trajectory import Trajectory, collate, micro_batches
+from onpolicy_skd.models.batch import collate, micro_batches
+from onpolicy_skd.models.lm_head import Projector, blocks, chunk_size, chunks, shift_exp
+from onpolicy_skd.models.split_model import SplitModel
+from onpolicy_skd.storage.files import replacing
+from onpolicy_skd.types import Trajectory
 
 BINS = 15
 TOKENS_PER_BATCH = 8192

@@ -17,9 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from onpolicy_skd.checkpoint import write_text
-from onpolicy_skd.command_line import build_settings, parse_override
-from onpolicy_skd.config import ClassSettings, ConfigError, Settings
+from onpolicy_skd.config.errors import ConfigError
+from onpolicy_skd.config.loading import build_settings, parse_override
+from onpolicy_skd.config.schema import ClassSettings, Settings
+from onpolicy_skd.storage.files import write_text
 
 TRUNCATIONS = [
     {"sampler": "top_k", "k": 12},
@@ -37,10 +38,11 @@ MOST_DRAWS = 4_096
 
 def measure(settings: Settings, samples: int) -> dict[str, Any]:
     """Angles in degrees and length ratios against the exact gradient, one record per class sampler."""
-    from onpolicy_skd.learner import Learner
-    from onpolicy_skd.models import load_model, pick_device, pick_dtype, split
-    from onpolicy_skd.prepare import prepare
-    from onpolicy_skd.teacher import Teacher
+    from onpolicy_skd.learner.learner import Learner
+    from onpolicy_skd.models.loading import load_model, pick_device, pick_dtype
+    from onpolicy_skd.models.split_model import split
+    from onpolicy_skd.run.prepare import prepare
+    from onpolicy_skd.teacher.teacher import Teacher
 
     device = pick_device(settings.run.device)
     run = prepare(settings)

@@ -21,9 +21,9 @@ from typing import Any
 import psutil
 
 from eval.faults.processes import Lab, kill_tree
-from onpolicy_skd.checkpoint import write_text
-from onpolicy_skd.report import metrics
+from onpolicy_skd.report import metrics_log as metrics
 from onpolicy_skd.report.summary import versions
+from onpolicy_skd.storage.files import write_text
 
 LONG = ["run.checkpoint_every=100", "run.evaluate_every=200", "eval.during=32", "learner.lr=1e-4", "resume=never"]
 EVERY = 5.0  # seconds between looks

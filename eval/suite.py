@@ -20,16 +20,17 @@ import torch
 
 from eval import calibration
 from eval.calibration import Calibration
-from onpolicy_skd import models
-from onpolicy_skd.checkpoint import write_text
-from onpolicy_skd.config import ConfigError
-from onpolicy_skd.exits import EXIT_OK, guarded
+from onpolicy_skd.config.errors import ConfigError
+from onpolicy_skd.models import loading as models
+from onpolicy_skd.models import split_model
 from onpolicy_skd.report.summary import percent, versions
-from onpolicy_skd.vllm_engine import harness_model, require_vllm
+from onpolicy_skd.rollout.vllm_engine import harness_model, require_vllm
+from onpolicy_skd.run.exits import EXIT_OK, run_cli
+from onpolicy_skd.storage.files import write_text
 
 FORMAT = 1
 NEED_PUNKT = {"length_constraints:number_sentences", "change_case:capital_word_frequency"}  # IFEval's instructions
-DEFAULT_ANSWER = 256  # lm-eval's longest answer where a task does not say, tokens
+DEFAULT_ANSWER = 256  # lm-eval's longest answer where a task does not log, tokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,7 +158,7 @@ def next_token_calibration(args: argparse.Namespace, task: Any) -> Calibration:
     tokenizer = models.load_tokenizer(args.model, args.trust_remote_code)
     dtype = models.pick_dtype(args.dtype, device)
     model = models.load_model(args.model, dtype, device, args.trust_remote_code).eval()
-    split = models.split(model, models.vocabulary_of(model.config))
+    split = split_model.split(model, models.vocabulary_of(model.config))
     docs = list(task.eval_docs)[: args.limit]
     pairs = [encode_pair(tokenizer, task.doc_to_text(d), task.doc_to_target(d)) for d in docs]
     return calibration.of_continuations(split, tokenizer.pad_token_id, pairs)[0]
@@ -281,7 +282,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--trust-remote-code", action="store_true", help="run Python code that comes with the model")
     args = parser.parse_args(argv)
-    return guarded(lambda: _run(args))
+    return run_cli(lambda: _run(args))
 
 
 def _run(args: argparse.Namespace) -> int:

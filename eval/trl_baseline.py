@@ -21,20 +21,20 @@ from transformers import PrinterCallback, TrainerCallback
 from trl.trainer.distillation_config import DistillationConfig
 from trl.trainer.distillation_trainer import DistillationTrainer
 
-from actors.learner import peak_memory_mib
-from eval.gsm8k import Evaluation, evaluate
-from onpolicy_skd import models
-from onpolicy_skd.command_line import load_settings
-from onpolicy_skd.compatibility import check_trl
-from onpolicy_skd.config import Settings
-from onpolicy_skd.exits import EXIT_OK, EXIT_STOPPED, guarded
-from onpolicy_skd.optimizer import adamw, learner_threads, learning_rate
-from onpolicy_skd.prepare import Run, open_folder, prepare
+from actors.learner_actor import peak_memory_mib
+from onpolicy_skd.config.loading import load_settings
+from onpolicy_skd.config.schema import Settings
+from onpolicy_skd.config.validation import check_trl
+from onpolicy_skd.evaluation.evaluate import Evaluation, evaluate
+from onpolicy_skd.learner.optimizer import adamw, learner_threads, learning_rate
+from onpolicy_skd.models import loading as models
 from onpolicy_skd.report import summary
-from onpolicy_skd.report.metrics import MetricsLog, read
-from onpolicy_skd.rollout import TransformersEngine
-from onpolicy_skd.stop import Stopped, StopSignal
-from onpolicy_skd.trajectory import Prompt
+from onpolicy_skd.report.metrics_log import MetricsLog, read
+from onpolicy_skd.rollout.transformers_engine import TransformersEngine
+from onpolicy_skd.run.exits import EXIT_OK, EXIT_STOPPED, run_cli
+from onpolicy_skd.run.prepare import Run, open_folder, prepare
+from onpolicy_skd.run.stop import Stopped, StopSignal
+from onpolicy_skd.types import Prompt
 
 VLLM_SHARE = 0.25  # of the GPU that student, teacher and optimizer are on as well
 BETA = {"forward_kl": 0.0, "reverse_kl": 1.0}  # TRL's name for the divergence; jsd has its own
@@ -100,7 +100,7 @@ class Recorder(TrainerCallback):
         )
         every = own.run.evaluate_every
         if every and state.global_step % every == 0 and state.global_step < self._run.steps:
-            self.evaluate("during", state.global_step, self._run.watched)
+            self.evaluate("during", state.global_step, self._run.validation_prompts)
 
     def evaluate(self, name: str, step: int, prompts: Sequence[Prompt]) -> None:
         """Greedy exact match of the student as it is now."""
@@ -219,7 +219,7 @@ def train(settings: Settings) -> int:
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line; returns the exit code, as of ``onpolicy_skd.train``."""
     about = (__doc__ or "").splitlines()[0]
-    return guarded(lambda: train(load_settings(sys.argv[1:] if argv is None else argv, about=about)))
+    return run_cli(lambda: train(load_settings(sys.argv[1:] if argv is None else argv, about=about)))
 
 
 if __name__ == "__main__":

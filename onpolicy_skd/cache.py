@@ -15,24 +15,26 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
-from actors.cache import CacheBuilders, Work
+from actors.cache_builders import CacheBuilders, Work
 from actors.cluster import connect
 from actors.placement import Counts, Resources
-from onpolicy_skd import provenance
-from onpolicy_skd import teacher_cache as caches
-from onpolicy_skd.command_line import load_settings
-from onpolicy_skd.config import ConfigError, Settings
-from onpolicy_skd.exits import EXIT_CONFIG, EXIT_FAILED, EXIT_OK, guarded
-from onpolicy_skd.prepare import Run, prepare
-from onpolicy_skd.teacher_cache import CacheError, Layout, Manifest, Shard
-from onpolicy_skd.training_set import Say, add_teacher_references, engine, selected_prompts
-from onpolicy_skd.trajectory import Prompt, Trajectory
+from actors.training_set import Log, add_teacher_references, engine, selected_prompts
+from onpolicy_skd.config.errors import ConfigError
+from onpolicy_skd.config.loading import load_settings
+from onpolicy_skd.config.schema import Settings
+from onpolicy_skd.run.exits import EXIT_BAD_INPUT, EXIT_FAILED, EXIT_OK, run_cli
+from onpolicy_skd.run.prepare import Run, prepare
+from onpolicy_skd.teacher import cache_format as caches
+from onpolicy_skd.teacher import cache_provenance as provenance
+from onpolicy_skd.teacher import cache_reader
+from onpolicy_skd.teacher.cache_format import CacheError, Layout, Manifest, Shard
+from onpolicy_skd.types import Prompt, Trajectory
 
 say_now = functools.partial(print, flush=True)
 USAGE = "usage: python -m onpolicy_skd.cache build --config FILE [a.b=value ...] | info DIR | verify DIR"
 
 
-def build(settings: Settings, say: Say = say_now) -> None:
+def build(settings: Settings, log: Log = say_now) -> None:
     """From prompts to a complete cache in ``cache.path``.  Raises ConfigError."""
     folder = settings.cache.path
     if folder is None:
@@ -44,17 +46,17 @@ def build(settings: Settings, say: Say = say_now) -> None:
     teaching = settings.model_copy(update={"cache": settings.cache.model_copy(update={"path": None})})
     ranks, own = settings.samples.when == "prefilter", settings.samples
     rolls = ranks and own.prefilter_text == "rollout"
-    run = prepare(teaching, say, generates=rolls or settings.references.source == "teacher")
+    run = prepare(teaching, log, generates=rolls or settings.references.source == "teacher")
     # What is there at the same time: a ranking learner asks a builder where the metric needs a teacher.
     counts = Counts(int(ranks), settings.cache.builders, int(rolls))
     with caches.locked(folder), connect(teaching, counts) as resources, ExitStack() as stack:
-        add_teacher_references(run, resources, say)
+        add_teacher_references(run, resources, log)
         pad_id = run.tokenizer.pad_token_id
-        builders = stack.enter_context(CacheBuilders(teaching, resources, run.vocabulary, pad_id, say))
-        write(run, Samples(run, selected(run, resources, builders, say)), builders, folder, say)
+        builders = stack.enter_context(CacheBuilders(teaching, resources, run.vocabulary, pad_id, log))
+        write(run, Samples(run, selected(run, resources, builders, log)), builders, folder, log)
 
 
-def selected(run: Run, resources: Resources, builders: CacheBuilders, say: Say) -> Sequence[Prompt]:
+def selected(run: Run, resources: Resources, builders: CacheBuilders, log: Log) -> Sequence[Prompt]:
     """The prompts to cache; what scores them is started when the first score is missing on disk."""
     with ExitStack() as stack:
         ranking = functools.cache(lambda: stack.enter_context(builders.ranking()))
@@ -63,7 +65,7 @@ def selected(run: Run, resources: Resources, builders: CacheBuilders, say: Say) 
         def rank(trajectories: Sequence[Trajectory]) -> list[float]:
             return ranking()(trajectories)
 
-        return selected_prompts(run, rank, rollouts, say)
+        return selected_prompts(run, rank, rollouts, log)
 
 
 class Samples:
@@ -88,32 +90,32 @@ class Samples:
         return found[part.start - self._first[first] :][: len(part)]
 
 
-def write(run: Run, samples: Samples, builders: CacheBuilders, folder: Path, say: Say) -> None:
+def write(run: Run, samples: Samples, builders: CacheBuilders, folder: Path, log: Log) -> None:
     """Writes what is missing of the cache of ``samples``.  Raises CacheError if ``folder`` holds part of another."""
     cut = caches.cut(samples.positions, run.settings.cache.positions_per_shard)
     layout = Layout.of(run.settings, run.vocabulary)
-    plan = Manifest(provenance.made_from(run.settings, run.tokenizer), layout, caches.plan_of(samples.digests, cut))
-    _open_folder(folder, plan, say)
+    plan = Manifest(provenance.provenance(run.settings, run.tokenizer), layout, caches.plan_of(samples.digests, cut))
+    _open_folder(folder, plan, log)
     done: dict[int, Shard] = {}
     for number in range(len(cut)):
         if found := caches.finished_shard(folder, number):
             done[number] = found
     if done:
-        say(f"cache: {len(done)} of {len(cut)} shards are there already")
+        log(f"cache: {len(done)} of {len(cut)} shards are there already")
 
     def missing() -> Iterator[Work]:
         return ((number, samples.of(part)) for number, part in enumerate(cut) if number not in done)
 
     for number, shard in builders.write(folder, missing()):
         done[number] = shard
-        say(f"cache: {len(done)}/{len(cut)} shards, {sum(s.positions for s in done.values())} positions")
+        log(f"cache: {len(done)}/{len(cut)} shards, {sum(s.positions for s in done.values())} positions")
     head = caches.write_head(folder, builders.head()) if layout.content == "hidden" else None
     shards = [done[number] for number in range(len(cut))]
-    caches.finish(folder, Manifest(plan.made_from, layout, plan.plan, head, shards))
-    info(folder, say)
+    caches.finish(folder, Manifest(plan.provenance, layout, plan.plan, head, shards))
+    info(folder, log)
 
 
-def _open_folder(folder: Path, plan: Manifest, say: Say) -> None:
+def _open_folder(folder: Path, plan: Manifest, log: Log) -> None:
     if not (folder / caches.PLAN).exists():
         plan.write(folder, caches.PLAN)
         return
@@ -125,23 +127,23 @@ def _open_folder(folder: Path, plan: Manifest, say: Say) -> None:
         )
 
 
-def info(folder: Path, say: Say = say_now) -> None:
+def info(folder: Path, log: Log = say_now) -> None:
     """Says what a cache holds and what it was made from.  Raises CacheError."""
     found = Manifest.read(folder)
     size, information = sum(s.bytes for s in found.shards), found.information_bits / 8
-    say(f"{folder}: {found.layout.content} in {len(found.shards)} shards, {found.samples} samples")
-    say(f"{found.positions} positions, {size / found.positions:.2f} bytes each, {size} in all; records with lengths "
-        f"would be {information / found.positions:.2f} bytes a position")  # fmt: skip
-    say(json.dumps({"layout": found.layout.described(), "made_from": found.made_from}, indent=2))
+    log(f"{folder}: {found.layout.content} in {len(found.shards)} shards, {found.samples} samples")
+    log(f"{found.positions} positions, {size / found.positions:.2f} bytes each, {size} in all; "
+        f"records with lengths would be {information / found.positions:.2f} bytes a position")  # fmt: skip
+    log(json.dumps({"layout": found.layout.described(), "provenance": found.provenance}, indent=2))
 
 
-def verify(folder: Path, say: Say = say_now) -> bool:
+def verify(folder: Path, log: Log = say_now) -> bool:
     """Compares every file with its checksum; returns whether all are good."""
-    problems = [problem for _, problem in caches.verify(folder)]
+    problems = [problem for _, problem in cache_reader.verify(folder)]
     for problem in filter(None, problems):
-        say(problem)
+        log(problem)
     bad = sum(problem is not None for problem in problems)
-    say(
+    log(
         f"{folder}: {bad} of {len(problems)} files are damaged" if bad else f"{folder}: {len(problems)} files, all good"
     )
     return not bad
@@ -151,7 +153,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line; returns the exit code: 0 done, 1 failed or damaged, 2 bad input."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     given = list(sys.argv[1:] if argv is None else argv)
-    return guarded(lambda: _run(*given))
+    return run_cli(lambda: _run(*given))
 
 
 def _run(command: str = "", *rest: str) -> int:
@@ -165,7 +167,7 @@ def _run(command: str = "", *rest: str) -> int:
         return EXIT_OK
     asked = command in ("-h", "--help")
     print(USAGE, file=sys.stdout if asked else sys.stderr)
-    return EXIT_OK if asked else EXIT_CONFIG
+    return EXIT_OK if asked else EXIT_BAD_INPUT
 
 
 if __name__ == "__main__":

@@ -14,16 +14,17 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from actors.cluster import connect
-from actors.runs import Command, at_once, run_all
-from onpolicy_skd import comparison as grids
-from onpolicy_skd.checkpoint import write_text
-from onpolicy_skd.command_line import dump, merge, parse_override
-from onpolicy_skd.comparison import MODULES, Comparison, PlannedRun
-from onpolicy_skd.config import ConfigError
-from onpolicy_skd.exits import EXIT_FAILED, EXIT_OK, EXIT_STOPPED, guarded
-from onpolicy_skd.prepare import prepare
-from onpolicy_skd.report import comparison as report
-from onpolicy_skd.report import figures, html
+from actors.run_tasks import Command, at_once, run_all
+from onpolicy_skd.comparison import figures
+from onpolicy_skd.comparison import grid as grids
+from onpolicy_skd.comparison import page as html
+from onpolicy_skd.comparison import results as report
+from onpolicy_skd.comparison.grid import MODULES, Comparison, PlannedRun
+from onpolicy_skd.config.errors import ConfigError
+from onpolicy_skd.config.loading import dump, merge, parse_override
+from onpolicy_skd.run.exits import EXIT_FAILED, EXIT_OK, EXIT_STOPPED, run_cli
+from onpolicy_skd.run.prepare import prepare
+from onpolicy_skd.storage.files import write_text
 
 
 def compare(
@@ -111,7 +112,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--report", type=Path, metavar="FOLDER", help="where the report goes (default: the grid's dir)")
     parser.add_argument("--parallel", type=int, help="most runs at the same time (default: all there is room for)")
     parser.add_argument("overrides", nargs="*", metavar="a.b=value", help="laid over the grid: settings.run.steps=5")
-    return guarded(lambda: _run(parser.parse_args(argv)))
+    return run_cli(lambda: _run(parser.parse_args(argv)))
 
 
 def _run(args: argparse.Namespace) -> int:

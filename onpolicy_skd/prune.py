@@ -16,18 +16,18 @@ from typing import Any
 
 import torch
 
-from onpolicy_skd.config import ConfigError
-from onpolicy_skd.models import ModelError, load_tokenizer, resolve_path
+from onpolicy_skd.config.errors import ConfigError
+from onpolicy_skd.models.loading import ModelError, load_tokenizer, resolve_path
 
 
 def prune_layers(model: Any, every: int = 1, without: Sequence[int] = ()) -> Any:
-    """A copy of ``model`` with layers 0, every, 2 * every, ... of its trunk, but for those in ``without``.
+    """A copy of ``model`` with layers 0, every, 2 * every, ... of its backbone, but for those in ``without``.
 
     Raises ModelError if it lists no layers, or none would be left.
     """
     layers = getattr(model.base_model, "layers", None)
     if layers is None:
-        raise ModelError(f"{type(model).__name__}: its trunk has no list of layers to prune")
+        raise ModelError(f"{type(model).__name__}: its backbone has no list of layers to prune")
     kept = [i for i in range(0, len(layers), every) if i not in without]
     if not kept:
         raise ModelError(f"{type(model).__name__}: none of its {len(layers)} layers would be left")

@@ -20,19 +20,19 @@ from ray.exceptions import GetTimeoutError, RayError
 
 from actors.cluster import connect
 from actors.placement import Resources
-from actors.roles import Refs, Roles
-from eval.gsm8k import Evaluation, evaluate
-from onpolicy_skd.command_line import load_settings
-from onpolicy_skd.config import Settings
-from onpolicy_skd.exits import EXIT_OK, EXIT_STOPPED, guarded
-from onpolicy_skd.inspection import means, tokens
-from onpolicy_skd.learner import UnsoundStepError
-from onpolicy_skd.logbook import Clock, Logbook
-from onpolicy_skd.prefilter import as_text
-from onpolicy_skd.prepare import Run, open_folder, prepare
-from onpolicy_skd.stop import Stopped, StopSignal
-from onpolicy_skd.training_set import add_teacher_references, engine, selected_prompts, with_engine
-from onpolicy_skd.trajectory import FilterReport, Prompt, RolloutRequest, seed_of
+from actors.training_set import add_teacher_references, engine, retry_engine_on_fault, selected_prompts
+from actors.workers import Refs, Workers
+from onpolicy_skd.config.loading import load_settings
+from onpolicy_skd.config.schema import Settings
+from onpolicy_skd.evaluation.diagnostics import means, tokens
+from onpolicy_skd.evaluation.evaluate import Evaluation, evaluate
+from onpolicy_skd.learner.learner import NonFiniteLossError
+from onpolicy_skd.run.exits import EXIT_OK, EXIT_STOPPED, run_cli
+from onpolicy_skd.run.logger import PhaseTimer, RunLogger
+from onpolicy_skd.run.prepare import Run, open_folder, prepare
+from onpolicy_skd.run.stop import Stopped, StopSignal
+from onpolicy_skd.selection.prefilter import as_text
+from onpolicy_skd.types import FilterReport, Prompt, RolloutRequest, seed_of
 
 T = TypeVar("T")
 TOKEN_VIEWS = 8  # rollouts of an evaluation that are kept token by token
@@ -40,9 +40,9 @@ TOKEN_VIEWS = 8  # rollouts of an evaluation that are kept token by token
 
 def train(
     run: Run,
-    roles: Roles,
+    workers: Workers,
     prompts: Sequence[Prompt],
-    book: Logbook,
+    book: RunLogger,
     step: int,
     stop: StopSignal,
     ahead: Sequence[ray.ObjectRef] = (),
@@ -56,65 +56,65 @@ def train(
     while True:
         try:
             ending = step >= run.steps or stop.requested
-            if run.watched and not ending and _due(own.evaluate_every, step) and book.watched < step:
-                done = student_evaluation(run, roles, run.watched)
+            if run.validation_prompts and not ending and _due(own.evaluate_every, step) and book.last_eval_step < step:
+                done = student_evaluation(run, workers, run.validation_prompts)
                 if own.keep_best and book.is_best(done):
-                    book.save_best(roles)
+                    book.save_best(workers)
                 book.evaluation("during", step, done)
             if ending or (_due(own.checkpoint_every, step) and saved != step):
-                book.save(roles, step, ending, started.get(step, []))
+                book.save(workers, step, ending, started.get(step, []))
                 saved = step
             if step >= run.steps:
-                roles.save_pretrained(run.folder / "final")
+                workers.save_pretrained(run.folder / "final")
                 book.finished = True
             if ending:
                 return
-            clock = update(run, roles, prompts, book, step, started)
+            clock = update(run, workers, prompts, book, step, started)
             step += 1  # before anything else that may fail
             if step - 1 == own.timeline:
-                book.timeline(roles, step - 1, clock)
+                book.timeline(workers, step - 1, clock)
         except RayError as error:
-            mended = roles.recover(error, book.checkpoints, book.say)
+            mended = workers.recover(error, book.checkpoints, book.log)
             step = book.recovered(step, mended)
             if mended.rolled_back:
                 saved, started = step, {step: mended.ahead} if mended.ahead else {}
             else:
-                started = intact(started)
+                started = surviving_rollouts(started)
 
 
 def update(
-    run: Run, roles: Roles, prompts: Sequence[Prompt], book: Logbook, step: int, started: dict[int, Refs]
-) -> Clock:
+    run: Run, workers: Workers, prompts: Sequence[Prompt], book: RunLogger, step: int, started: dict[int, Refs]
+) -> PhaseTimer:
     """The optimizer step ``step``; none if no sample is left or the loss is not finite.
 
     ``started`` holds the rollouts of this step if they were begun during the last one, and then those of the next.
     """
-    clock = Clock()
+    clock = PhaseTimer()
     if step not in started:
         if run.samples_student:
-            roles.push_weights()
+            workers.push_weights()
         clock.lap("sync")
-        started[step] = trajectories(run, roles, prompts, step)
+        started[step] = trajectories(run, workers, prompts, step)
     parts = started[step]
     if run.settings.pipeline.streaming:
-        update_as_they_come(run, roles, book, step, parts, clock)
+        update_as_they_come(run, workers, book, step, parts, clock)
         del started[step]
         return clock
-    roles.finish(parts)
+    workers.finish(parts)
     clock.lap("rollout")
     if run.settings.pipeline.max_staleness and step + 1 < run.steps and step + 1 not in started:
-        roles.push_weights()
-        started[step + 1] = trajectories(run, roles, prompts, step + 1)  # the engines work during this update
+        workers.push_weights()
+        started[step + 1] = trajectories(run, workers, prompts, step + 1)  # the engines work during this update
         clock.lap("sync")
-    report, kept = roles.filter(parts)
+    report, kept = workers.filter(parts)
     clock.lap("filter")
     if not report.kept:
         book.empty_batch(step, report)
     else:
-        encoded = roles.encode(kept)  # the teacher works while the learner runs its own trunk
+        encoded = workers.encode(kept)  # the teacher works while the learner runs its own backbone
         try:
-            found = roles.step(kept, encoded, report)
-        except UnsoundStepError as problem:
+            found = workers.step(kept, encoded, report)
+        except NonFiniteLossError as problem:
             book.skipped(step, report, problem)
         else:
             clock.lap("learn")
@@ -123,12 +123,12 @@ def update(
     return clock
 
 
-def update_as_they_come(run: Run, roles: Roles, book: Logbook, step: int, parts: Refs, clock: Clock) -> None:
+def update_as_they_come(run: Run, workers: Workers, book: RunLogger, step: int, parts: Refs, clock: PhaseTimer) -> None:
     """As ``update``, on ``parts`` while others are still being generated."""
     report = FilterReport([], 0)
     try:
-        found = roles.streamed_step(parts, report)
-    except UnsoundStepError as problem:
+        found = workers.streamed_step(parts, report)
+    except NonFiniteLossError as problem:
         book.skipped(step, report, problem)
         return
     clock.lap("learn")
@@ -138,7 +138,7 @@ def update_as_they_come(run: Run, roles: Roles, book: Logbook, step: int, parts:
         book.step(step, report, found, clock)
 
 
-def intact(started: dict[int, Refs]) -> dict[int, Refs]:
+def surviving_rollouts(started: dict[int, Refs]) -> dict[int, Refs]:
     """Those rollouts that a fault has left or left under way; the others are made again, by the weights of now."""
     kept = {}
     for step, parts in started.items():
@@ -158,20 +158,20 @@ def _due(every: int, step: int) -> bool:
     return bool(every) and step > 0 and step % every == 0
 
 
-def redone(action: Callable[[], T], roles: Roles, book: Logbook, trained: bool = True) -> T:
+def retry_on_fault(action: Callable[[], T], workers: Workers, book: RunLogger, trained: bool = True) -> T:
     """``action``, which trains nothing, again after each fault that could be mended; ``trained``: by the newest
     checkpoint's student, not the initial one."""
     while True:
         try:
             return action()
         except RayError as error:
-            book.mended(roles.recover(error, book.checkpoints if trained else None, book.say))
+            book.mended(workers.recover(error, book.checkpoints if trained else None, book.log))
 
 
-def trajectories(run: Run, roles: Roles, prompts: Sequence[Prompt], step: int) -> Refs:
+def trajectories(run: Run, workers: Workers, prompts: Sequence[Prompt], step: int) -> Refs:
     """Refs to the trajectories of ``step``: the student's own rollouts, references, or some of both."""
     requests, references = run.requests(prompts, step), run.references(prompts, step)
-    return roles.generate(requests, run.sampling) + ([ray.put(references)] if references else [])
+    return workers.generate(requests, run.sampling) + ([ray.put(references)] if references else [])
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -179,7 +179,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     try:
         about = (__doc__ or "").splitlines()[0]
-        return guarded(lambda: run_settings(load_settings(sys.argv[1:] if argv is None else argv, about=about)))
+        return run_cli(lambda: run_settings(load_settings(sys.argv[1:] if argv is None else argv, about=about)))
     except Stopped as signal:
         print(f"{signal}: stopped outside the steps", file=sys.stderr)
         return EXIT_STOPPED
@@ -196,45 +196,49 @@ def run_settings(settings: Settings) -> int:
     ):  # what the cluster lacks is said before a folder exists
         loaded = open_folder(settings)
         first_step = loaded.step if loaded else 0
-        with Logbook(run, first_step, loaded.state if loaded else {}) as book:
-            book.say(f"run folder: {run.folder.absolute()}")
+        with RunLogger(run, first_step, loaded.state if loaded else {}) as book:
+            book.log(f"run folder: {run.folder.absolute()}")
             run.save_validation()
             if run.validation:
-                book.say(f"{len(run.validation)} training problems are held out for validation")
-            book.say(f"{len(run.train)} prompts, {run.steps} steps of {settings.rollouts_per_step} trajectories")
+                book.log(f"{len(run.validation)} training problems are held out for validation")
+            book.log(f"{len(run.train)} prompts, {run.steps} steps of {settings.rollouts_per_step} trajectories")
             if loaded:
-                book.say(f"resuming after step {first_step}")
+                book.log(f"resuming after step {first_step}")
             wants_teacher = settings.eval.teacher and settings.generates and run.held_out
             if wants_teacher and "teacher" not in book.evaluations:
-                book.evaluation("teacher", 0, teacher_evaluation(run, resources, book.say))
-            add_teacher_references(run, resources, book.say)
-            book.say("starting " + ", ".join(f"{r.count} x {r.name}" for r in resources.roles if r.count))
-            roles = Roles(settings, resources, run.vocabulary, run.tokenizer.pad_token_id, run.steps)
+                book.evaluation("teacher", 0, teacher_evaluation(run, resources, book.log))
+            add_teacher_references(run, resources, book.log)
+            book.log("starting " + ", ".join(f"{r.count} x {r.name}" for r in resources.roles if r.count))
+            workers = Workers(settings, resources, run.vocabulary, run.tokenizer.pad_token_id, run.steps)
             with ExitStack() as stack:
-                stack.callback(roles.close)
-                stack.push(book.on_failure(roles))
-                redone(lambda: roles.wait_ready(book.say), roles, book, trained=False)
+                stack.callback(workers.close)
+                stack.push(book.on_failure(workers))
+                retry_on_fault(lambda: workers.wait_ready(book.log), workers, book, trained=False)
 
                 def select() -> Sequence[Prompt]:
-                    return selected_prompts(run, roles.rank, roles.engines, book.say)
+                    return selected_prompts(run, workers.score_samples, workers.engines, book.log)
 
-                prompts = redone(
-                    select, roles, book, trained=False
+                prompts = retry_on_fault(
+                    select, workers, book, trained=False
                 )  # by the initial student: before a checkpoint is loaded
                 if not run.knows_its_texts:
                     run.check_cached(prompts)
-                ahead = redone(lambda: roles.restore(loaded.path), roles, book) if loaded else []
+                ahead = retry_on_fault(lambda: workers.restore(loaded.path), workers, book) if loaded else []
                 if settings.eval.before and run.held_out and "before" not in book.evaluations:
-                    book.evaluation("before", 0, redone(lambda: student_evaluation(run, roles), roles, book))
+                    book.evaluation(
+                        "before", 0, retry_on_fault(lambda: student_evaluation(run, workers), workers, book)
+                    )
                 with stop.orderly():
-                    train(run, roles, prompts, book, first_step, stop, ahead)
+                    train(run, workers, prompts, book, first_step, stop, ahead)
                 if book.finished and run.held_out:
-                    book.evaluation("after", run.steps, redone(lambda: student_evaluation(run, roles), roles, book))
+                    book.evaluation(
+                        "after", run.steps, retry_on_fault(lambda: student_evaluation(run, workers), workers, book)
+                    )
         book.conclude("finished" if book.finished else "stopped")
         return EXIT_OK if book.finished else EXIT_STOPPED
 
 
-def student_evaluation(run: Run, roles: Roles, prompts: Sequence[Prompt] = ()) -> Evaluation:
+def student_evaluation(run: Run, workers: Workers, prompts: Sequence[Prompt] = ()) -> Evaluation:
     """Greedy exact match of the current student; if asked, how far it is from the teacher on held-out prompts.
 
     ``divergence`` is over the student's own rollouts, ``divergence_reference`` over the reference answers: a student
@@ -242,24 +246,26 @@ def student_evaluation(run: Run, roles: Roles, prompts: Sequence[Prompt] = ()) -
     """
     if not run.settings.generates:
         few = [as_text(p, "prompt", run.tokenizer) for p in run.held_out]
-        return Evaluation({"problems": 0, "divergence_reference": means(roles.inspect(few))["divergence"]}, [])
+        return Evaluation(
+            {"problems": 0, "divergence_reference": means(workers.diagnose_positions(few))["divergence"]}, []
+        )
     prompts = prompts or run.held_out[: run.settings.eval.problems or None]
-    done = evaluate(roles.engines().gather, prompts, run.tokenizer, run.greedy)
+    done = evaluate(workers.engines().gather, prompts, run.tokenizer, run.greedy)
     if run.settings.eval.divergence_prompts:
         few = (run.validation or run.held_out)[: run.settings.eval.divergence_prompts]
         seed = run.settings.run.seed
         requests = [RolloutRequest(p.key, p.token_ids, seed_of(seed, "divergence", p.key)) for p in few]
-        rollouts = roles.engines().gather(requests, run.sampling)
-        inspected = {i.key: i for i in roles.inspect(rollouts)}
+        rollouts = workers.engines().gather(requests, run.sampling)
+        inspected = {i.key: i for i in workers.diagnose_positions(rollouts)}
         done.result.update(means(list(inspected.values())))
         shown = [t for t in rollouts if t.key in inspected][:TOKEN_VIEWS]
         done.views.extend(tokens(t, inspected[t.key], run.tokenizer) for t in shown)
         answers = [as_text(p, "prompt+answer", run.tokenizer) for p in few]
-        done.result["divergence_reference"] = means(roles.inspect(answers))["divergence"]
+        done.result["divergence_reference"] = means(workers.diagnose_positions(answers))["divergence"]
     return done
 
 
-def teacher_evaluation(run: Run, resources: Resources, say: Callable[[str], None]) -> Evaluation:
+def teacher_evaluation(run: Run, resources: Resources, log: Callable[[str], None]) -> Evaluation:
     """Greedy exact match of the teacher."""
     prompts = run.held_out[: run.settings.eval.problems or None]
 
@@ -267,7 +273,7 @@ def teacher_evaluation(run: Run, resources: Resources, say: Callable[[str], None
         with engine(run, resources, "teacher") as group:
             return evaluate(group.gather, prompts, run.tokenizer, run.greedy)
 
-    return with_engine(run.settings, "teacher engine", once, say)
+    return retry_engine_on_fault(run.settings, "teacher engine", once, log)
 
 
 if __name__ == "__main__":

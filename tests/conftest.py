@@ -13,9 +13,9 @@ import pytest
 import torch
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
-from onpolicy_skd.command_line import resolve
-from onpolicy_skd.config import Settings
-from onpolicy_skd.trajectory import Trajectory
+from onpolicy_skd.config.loading import resolve
+from onpolicy_skd.config.schema import Settings
+from onpolicy_skd.types import Trajectory
 
 ROOT = Path(__file__).parents[1]
 GSM8K = Path(__file__).parents[2] / "shared" / "data" / "gsm8k"
@@ -62,7 +62,7 @@ def make_trajectories(
             prompt_ids=draw.integers(2, vocabulary, prompt),
             response_ids=draw.integers(2, vocabulary, response),
             sampler_logprobs=np.zeros(response, np.float32),
-            finish="stop",
+            finish_reason="stop",
             policy_version=version,
         )
         for number, (prompt, response) in enumerate(lengths)

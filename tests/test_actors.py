@@ -17,14 +17,14 @@ from rich.console import Console
 
 from actors.cluster import connect, running_here
 from actors.placement import ClusterError, Placement, fitted, plan
-from actors.roles import Roles
-from actors.sync import SharedMemorySync, all_of, sync_method
-from actors.teacher import RemoteTeacher, TeacherActor, build_teacher
-from actors.transport import pack, pack_named, unpack, unpack_named
-from onpolicy_skd.config import ClassSettings
-from onpolicy_skd.models import load_tokenizer
+from actors.serialization import pack, pack_named, unpack, unpack_named
+from actors.teacher_actor import RemoteTeacher, TeacherActor, build_teacher
+from actors.weight_sync import SharedMemorySync, all_of, sync_method
+from actors.workers import Workers
+from onpolicy_skd.config.schema import ClassSettings
+from onpolicy_skd.models.loading import load_tokenizer
 from onpolicy_skd.report.console import Display
-from onpolicy_skd.trajectory import Trajectory
+from onpolicy_skd.types import Trajectory
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -179,25 +179,30 @@ class Calls:
 
 def test_colocated_engines_sleep_whenever_the_learner_works(local_ray):
     log = []
-    roles = Roles.__new__(Roles)
-    roles._settings, roles._vocabulary, roles._teachers = tiny_settings(), 512, []
-    roles._learner, roles._in_learner, roles._colocated, roles._awake = [Calls(log, "learner")], False, True, True
-    roles._pushed, roles._version = 0, 0
-    roles.rollouts = SimpleNamespace(actors=[Calls(log, "engine")])
-    roles._sync = SharedMemorySync(roles._learner, roles.rollouts)
+    workers = Workers.__new__(Workers)
+    workers._settings, workers._vocabulary, workers._teachers = tiny_settings(), 512, []
+    workers._learner, workers._in_learner, workers._colocated, workers._awake = (
+        [Calls(log, "learner")],
+        False,
+        True,
+        True,
+    )
+    workers._pushed, workers._version = 0, 0
+    workers.rollouts = SimpleNamespace(actors=[Calls(log, "engine")])
+    workers._sync = SharedMemorySync(workers._learner, workers.rollouts)
     ways = ["learner.export_weights", "engine.receive", "learner.drop_export"]
-    roles.engines()
+    workers.engines()
     assert log == []  # they start awake, with the weights of the learner's model
-    roles.finish([ray.put(0)])
+    workers.finish([ray.put(0)])
     assert log.pop() == "engine.sleep"
-    roles.rank([])
-    roles.engines()
+    workers.score_samples([])
+    workers.engines()
     assert log == ["learner.rank", "engine.join_group", *ways]
-    roles.engines()
+    workers.engines()
     log.clear()
-    roles.rank([])
-    roles.rank([])
-    roles.engines()
+    workers.score_samples([])
+    workers.score_samples([])
+    workers.engines()
     assert log == ["engine.sleep", "learner.rank", "learner.rank", *ways]
 
 
@@ -266,7 +271,9 @@ def test_teacher_actors_give_what_the_plain_teacher_gives(local_ray, count):
     wanted = [("t6", [2, 0]), ("t3", [4])]
     assert torch.allclose(remote.rows(wanted), plain.rows(wanted), atol=1e-5)
     assert torch.equal(remote.head(), plain.head())
-    for got, expected in zip(remote.scalars(["t6", "t3"]), plain.scalars(["t6", "t3"]), strict=True):
+    for got, expected in zip(
+        remote.entropy_and_logprob(["t6", "t3"]), plain.entropy_and_logprob(["t6", "t3"]), strict=True
+    ):
         assert torch.allclose(got, expected, atol=1e-5)
     drawn = (wanted, [5, 6], ClassSettings(sampler="rs_kd", draws=9))
     for got, expected in zip(astuple(remote.classes(*drawn)), astuple(plain.classes(*drawn)), strict=True):
@@ -292,7 +299,7 @@ def test_plain_lines_where_there_is_no_terminal():
     out = io.StringIO()
     with Display(10, console=Console(file=out, force_terminal=False, soft_wrap=True)) as display:
         display.step(RECORD)
-        display.say("[bold]words[/bold] stay as they are")
+        display.log("[bold]words[/bold] stay as they are")
     first, second = out.getvalue().splitlines()
     assert first.startswith("step 4  loss 1.2500  entropy 0.500  selected 10/50  kept 3/4")
     assert second == "[bold]words[/bold] stay as they are"

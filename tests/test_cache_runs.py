@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from onpolicy_skd import teacher_cache as caches
 from onpolicy_skd.data.demo_task import problems
-from onpolicy_skd.report.metrics import read
+from onpolicy_skd.report.metrics_log import read
+from onpolicy_skd.teacher import cache_format as caches
 
 ROOT = Path(__file__).parents[1]
 DEMO = ["--config", str(ROOT / "configs" / "demo.yaml"), "mode=off_policy", "data.train_problems=600"]

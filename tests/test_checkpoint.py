@@ -6,9 +6,10 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from onpolicy_skd import checkpoint
-from onpolicy_skd.checkpoint import CheckpointError, SaveError
-from onpolicy_skd.report.metrics import MetricsLog, read
+from onpolicy_skd.report.metrics_log import MetricsLog, read
+from onpolicy_skd.storage import checkpoint
+from onpolicy_skd.storage.checkpoint import CheckpointError
+from onpolicy_skd.storage.files import SaveError
 
 TENSORS = {"a": torch.arange(5.0), "deep/b": torch.ones(2, 3, dtype=torch.bfloat16)}
 
@@ -88,10 +89,10 @@ def test_optimizer_state_round_trips_exactly():
     work(whole, optimizer, 6)
     half, optimizer = make()
     work(half, optimizer, 3)
-    saved = checkpoint.optimizer_tensors(optimizer, dict(half.named_parameters()))
+    saved = optimizer.optimizer_tensors(optimizer, dict(half.named_parameters()))
     other, fresh = make()
     other.load_state_dict(half.state_dict())
-    checkpoint.load_optimizer_tensors(fresh, dict(other.named_parameters()), saved)
+    optimizer.load_optimizer_tensors(fresh, dict(other.named_parameters()), saved)
     work(other, fresh, 3)
     assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), other.parameters(), strict=True))
 

@@ -8,12 +8,13 @@ import numpy as np
 import pytest
 import yaml
 
-from onpolicy_skd import compare, comparison
-from onpolicy_skd.command_line import dump
-from onpolicy_skd.config import ConfigError
-from onpolicy_skd.report import comparison as report
-from onpolicy_skd.report import figures
-from onpolicy_skd.statistics import estimate, paired_difference, significant
+from onpolicy_skd import compare
+from onpolicy_skd.comparison import figures
+from onpolicy_skd.comparison import grid as comparison
+from onpolicy_skd.comparison import results as report
+from onpolicy_skd.config.errors import ConfigError
+from onpolicy_skd.config.loading import dump
+from onpolicy_skd.evaluation.statistics import estimate, paired_difference, significant
 
 CONFIGS = comparison.Path(__file__).parents[1] / "configs"
 
@@ -221,7 +222,7 @@ def recorded(run, at=(0, 2)):
               "dropped": {"truncated": 1}, "entropy_selected": 9.0, "response_tokens": 20.0 + s,
               "seconds": {"step": 2.0}, "learner_memory_mib": 300.0} for s in range(3)]  # fmt: skip
     (run.folder / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in [*lines, *steps]))
-    view = {"key": "a", "prompt": f"Q {SCRIPT}", "finish": "length", "tokens": ["4", SCRIPT, "\n"],
+    view = {"key": "a", "prompt": f"Q {SCRIPT}", "finish_reason": "length", "tokens": ["4", SCRIPT, "\n"],
             "entropy": [0.0, 1.0, 9.0], "divergence": [0.1, 0.2, 0.3], "selected": [False, True, True]}  # fmt: skip
     (run.folder / "evaluations" / "tokens-after-000002.jsonl").write_text(json.dumps(view) + "\n")
 

@@ -6,9 +6,10 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from onpolicy_skd import compatibility
-from onpolicy_skd.command_line import build_settings, describe, dump, load_settings, resolve, walk
-from onpolicy_skd.config import ConfigError, Settings
+from onpolicy_skd.config import validation as compatibility
+from onpolicy_skd.config.errors import ConfigError
+from onpolicy_skd.config.loading import build_settings, describe, dump, load_settings, resolve, walk
+from onpolicy_skd.config.schema import Settings
 from onpolicy_skd.selection import metrics
 
 CONFIGS = sorted(p for p in (Path(__file__).parents[1] / "configs").rglob("*.yaml") if "compare" not in p.name)
@@ -195,7 +196,7 @@ def test_a_step_has_its_trajectories_whatever_their_source(batch, share, n, mode
     if mode == "mixed":
         tree["rollout"]["share"] = share
     settings = resolve(tree)
-    own = settings.own_per_step
+    own = settings.student_rollouts_per_step
     assert own == {"on_policy": batch, "off_policy": 0, "mixed": math.ceil(round(share * batch, 9))}[mode]
     rolled_out = math.ceil(own / settings.rollout.n)
     assert settings.prompts_per_step == rolled_out + batch - own
@@ -205,7 +206,7 @@ def test_config_imports_without_torch_ray_or_vllm():
     import subprocess
     import sys
 
-    code = "import onpolicy_skd.command_line, sys; print([m for m in ('torch', 'ray', 'vllm') if m in sys.modules])"
+    code = "import onpolicy_skd.config.loading, sys; print([m for m in ('torch', 'ray', 'vllm') if m in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
 
 

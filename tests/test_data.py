@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 
 from onpolicy_skd.data import demo_task
 from onpolicy_skd.data.prompts import DataError, load_prompts, load_questions, prompts_of_step, read_jsonl, render
-from onpolicy_skd.exact_match import reference_number
-from onpolicy_skd.models import load_tokenizer
-from onpolicy_skd.prepare import Run, prepare
+from onpolicy_skd.evaluation.exact_match import reference_number
+from onpolicy_skd.models.loading import load_tokenizer
+from onpolicy_skd.run.prepare import Run, prepare
 
 TOKENIZER = load_tokenizer("bundled:demo_student")
 

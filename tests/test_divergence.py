@@ -7,10 +7,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from onpolicy_skd import divergence, lm_head
-from onpolicy_skd.divergence import KINDS, Alignment, HiddenRows, Rows, distillation_loss
-from onpolicy_skd.lm_head import row_statistics
-from onpolicy_skd.trajectory import SparseTargets
+from onpolicy_skd.loss import divergence, formulas
+from onpolicy_skd.loss.divergence import distillation_loss
+from onpolicy_skd.loss.inputs import KINDS, Alignment, HiddenRows, Rows
+from onpolicy_skd.loss.sparse_targets import SparseTargets
+from onpolicy_skd.models import lm_head
+from onpolicy_skd.models.lm_head import row_statistics
 
 
 def make(rows=13, vocabulary=101, student=8, teacher=12, seed=0, scale=1.0):
@@ -417,7 +419,7 @@ def test_no_rows_mean_no_loss_and_no_gradient():
 @pytest.mark.parametrize(("kd_weight", "temperature"), [(1.0, 1.0), (0.6, 2.0)])
 def test_the_compiled_loss_is_the_eager_one(kind, kd_weight, temperature, how, monkeypatch):
     if how == "as written":
-        monkeypatch.setattr(divergence, "_compiled", lambda: divergence._fused)
+        monkeypatch.setattr(divergence, "_compiled", lambda: formulas.fused)
     torch.manual_seed(0)
     own = Alignment(kind, kd_weight=kd_weight, temperature=temperature, chunk_rows=8)
     rows = Rows(torch.rand(19), torch.randint(0, 97, (19,)))

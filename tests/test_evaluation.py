@@ -6,11 +6,11 @@ import pytest
 from conftest import tiny_settings
 
 from eval import gsm8k as evaluation
-from onpolicy_skd import exact_match
 from onpolicy_skd.data.prompts import load_questions
-from onpolicy_skd.exact_match import final_answer, reference_number, score, wilson
-from onpolicy_skd.models import load_tokenizer
-from onpolicy_skd.trajectory import Prompt, Sampling, Trajectory
+from onpolicy_skd.evaluation import evaluate, exact_match
+from onpolicy_skd.evaluation.exact_match import final_answer, reference_number, score, wilson
+from onpolicy_skd.models.loading import load_tokenizer
+from onpolicy_skd.types import Prompt, SamplingParams, Trajectory
 
 
 @pytest.mark.parametrize(
@@ -140,7 +140,7 @@ def test_evaluation_counts_and_records(tmp_path):
     tokenizer = load_tokenizer("bundled:demo_student")
     prompts = [Prompt(f"p{i}", [5, 6], f"q{i}", "#### 7") for i in range(4)]
     generate = fake_generate(tokenizer, ["so\n#### 7", "7", "#### 8", ""])
-    done = evaluation.evaluate(generate, prompts, tokenizer, Sampling(8, 0.0))
+    done = evaluate.evaluate(generate, prompts, tokenizer, SamplingParams(8, 0.0))
     assert done.result["match"]["share"] == 0.5
     assert done.result["strict"]["share"] == 0.25
     assert done.result["match"]["interval"] == wilson(2, 4)
@@ -148,7 +148,7 @@ def test_evaluation_counts_and_records(tmp_path):
     done.write_records(tmp_path / "deep" / "r.jsonl")
     assert [json.loads(line)["key"] for line in (tmp_path / "deep" / "r.jsonl").read_text().splitlines()] == [
         "p0/0", "p1/0", "p2/0", "p3/0"]  # fmt: skip
-    several = evaluation.evaluate(generate, prompts, tokenizer, Sampling(8, 1.0), samples=2)
+    several = evaluate.evaluate(generate, prompts, tokenizer, SamplingParams(8, 1.0), samples=2)
     assert several.result["match"]["share"] == 0.5
     low, high = several.result["match"]["interval"]
     assert low <= 0.5 <= high

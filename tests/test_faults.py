@@ -16,15 +16,16 @@ import torch
 from conftest import tiny_settings
 from ray.exceptions import ActorUnavailableError, GetTimeoutError, ObjectLostError, ObjectStoreFullError
 
-from actors.faults import HUNG, blamed, end, fault_of, place, silent
-from actors.learner import LearnerActor as RealLearner
-from actors.roles import Roles
+from actors.faults import HUNG, fault_of, faulty_role, kill, place, unresponsive_reason
+from actors.learner_actor import LearnerActor as RealLearner
+from actors.workers import Workers
 from eval.faults import damage, processes
 from eval.faults.__main__ import main
 from eval.soak import conclude, drift
-from onpolicy_skd import checkpoint
-from onpolicy_skd.config import ConfigError, FaultSettings
-from onpolicy_skd.supervisor import Supervisor
+from onpolicy_skd.config.errors import ConfigError
+from onpolicy_skd.config.schema import FaultSettings
+from onpolicy_skd.run.supervisor import Supervisor
+from onpolicy_skd.storage import files
 from onpolicy_skd.train import connect
 
 learner_class = RealLearner.__ray_metadata__.modified_class
@@ -71,7 +72,7 @@ def test_what_code_raises_is_no_fault(cluster):
     for problem in (ValueError("no"), ConfigError("lr: no"), ZeroDivisionError()):
         assert fault_of(raised(actor.fail.remote(problem))) is None
     assert fault_of(raised(LearnerActor.remote(ValueError("no")).ready.remote())) is None  # it would come again
-    end(actor, None)
+    kill(actor, None)
 
 
 @pytest.mark.parametrize("problem", [MemoryError("host"), torch.OutOfMemoryError("CUDA out of memory")])
@@ -79,8 +80,8 @@ def test_out_of_memory_is_a_fault_of_the_one_that_ran_out(cluster, problem):
     actor = LearnerActor.remote()
     error = raised(actor.fail.remote(problem))
     assert str(problem) in fault_of(error)
-    assert blamed(error) == "Learner"
-    end(actor, None)
+    assert faulty_role(error) == "Learner"
+    kill(actor, None)
 
 
 def test_a_dead_actor_is_a_fault_also_where_another_one_needed_it(cluster):
@@ -89,10 +90,10 @@ def test_a_dead_actor_is_a_fault_also_where_another_one_needed_it(cluster):
     os.kill(where.pid, signal.SIGKILL)
     for error in (raised(dead.ready.remote()), raised(alive.ask.remote(dead))):
         assert "its process ended" in fault_of(error)
-        assert blamed(error) is None
-    assert silent([alive], 30) is None
-    assert "its process ended" in silent([alive, dead], 30)
-    end(alive, None)
+        assert faulty_role(error) is None
+    assert unresponsive_reason([alive], 30) is None
+    assert "its process ended" in unresponsive_reason([alive, dead], 30)
+    kill(alive, None)
 
 
 def test_an_actor_that_no_longer_hears_ray_is_ended_too(cluster):
@@ -100,8 +101,8 @@ def test_an_actor_that_no_longer_hears_ray_is_ended_too(cluster):
     where = ray.get(actor.ready.remote())
     process = psutil.Process(where.pid)
     process.suspend()
-    assert silent([actor], 1.0) == HUNG
-    end(actor, where)
+    assert unresponsive_reason([actor], 1.0) == HUNG
+    kill(actor, where)
     process.wait(20)
 
 
@@ -116,24 +117,24 @@ def test_other_faults_have_words():
 @pytest.mark.parametrize(("made", "rolled_back"), [(3, False), (4, True)])
 def test_an_update_whose_answer_was_lost_is_not_made_twice(cluster, tmp_path, made, rolled_back):
     """A learner that answers too late is well, but whether it made the update shows in its version alone."""
-    roles = Roles.__new__(Roles)
-    roles._settings, roles.supervisor = tiny_settings(), Supervisor(FaultSettings(backoff_seconds=0))
-    roles._places, roles._version, roles._pushed, roles._teachers = {}, 3, 3, []
-    roles._learner, roles.rollouts = [LearnerActor.remote(updates=made)], SimpleNamespace(actors=[])
-    roles._pushing = False
-    roles._placement, roles._colocated = SimpleNamespace(wait=lambda say: None), False
-    roles._start_learner, roles._in_learner = lambda _: LearnerActor.remote(), False
-    done = roles.recover(GetTimeoutError("late"), tmp_path, lambda _: None)
+    workers = Workers.__new__(Workers)
+    workers._settings, workers.supervisor = tiny_settings(), Supervisor(FaultSettings(backoff_seconds=0))
+    workers._places, workers._version, workers._pushed, workers._teachers = {}, 3, 3, []
+    workers._learner, workers.rollouts = [LearnerActor.remote(updates=made)], SimpleNamespace(actors=[])
+    workers._pushing = False
+    workers._placement, workers._colocated = SimpleNamespace(wait=lambda log: None), False
+    workers._start_learner, workers._in_learner = lambda _: LearnerActor.remote(), False
+    done = workers.recover(GetTimeoutError("late"), tmp_path, lambda _: None)
     assert (done.rolled_back, done.restarted) == (rolled_back, ["learner"] * rolled_back)
-    assert roles._version == (0 if rolled_back else 3)
-    end(roles._learner[0], None)
+    assert workers._version == (0 if rolled_back else 3)
+    kill(workers._learner[0], None)
 
 
 def test_a_learner_that_is_not_where_the_records_are_saves_nothing(tmp_path):
     """A new learner, after a failed recovery, must not take the place of the trained one's checkpoint."""
     actor = object.__new__(learner_class)
     actor._learner, actor._rank, actor._apart = SimpleNamespace(version=0, tensors=dict), 0, False
-    with pytest.raises(checkpoint.SaveError, match="at policy version 0, not 41"):
+    with pytest.raises(files.SaveError, match="at policy version 0, not 41"):
         actor.save(tmp_path, 41, 41, {}, 2)
     assert list(tmp_path.iterdir()) == []
     assert actor.save(tmp_path, 0, 0, {}, 2).name == "step-00000000"
@@ -143,8 +144,8 @@ def test_an_error_that_would_come_again_is_raised_and_mends_nothing(cluster, tmp
     actor = LearnerActor.remote()
     error = raised(actor.fail.remote(ValueError("no")))
     with pytest.raises(ValueError, match="no"):
-        Roles.__new__(Roles).recover(error, tmp_path, lambda _: None)
-    end(actor, None)
+        Workers.__new__(Workers).recover(error, tmp_path, lambda _: None)
+    kill(actor, None)
 
 
 def test_a_ray_of_our_own_listens_on_loopback_alone(cluster):

@@ -3,7 +3,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from onpolicy_skd.guards import NGRAM, WINDOW, Watch, guards, repetition
+from onpolicy_skd.evaluation.diagnostics import NGRAM, repetition
+from onpolicy_skd.run.health import WINDOW, HealthMonitor, guards
 
 HEALTHY = {
     "response_tokens": 60.0, "repetition": 0.05, "truncated": 0.0, "samples": 8.0, "generated": 8, "dropped": {},
@@ -29,7 +30,7 @@ def test_every_guard_is_shown_here():
 
 @pytest.mark.parametrize("name", ILL)
 def test_a_guard_speaks_once_until_things_were_right_again(name):
-    watch, ill = Watch(0.1), HEALTHY | ILL[name]
+    watch, ill = HealthMonitor(0.1), HEALTHY | ILL[name]
     assert spoken(watch, HEALTHY, 2 * WINDOW) == []
     assert spoken(watch, ill, 3 * WINDOW) == [name]
     assert spoken(watch, HEALTHY, WINDOW) == []
@@ -37,7 +38,7 @@ def test_a_guard_speaks_once_until_things_were_right_again(name):
 
 
 def test_it_says_figures_and_what_to_do():
-    watch = Watch(0.1)
+    watch = HealthMonitor(0.1)
     said = [text for r in [HEALTHY] * 20 + [HEALTHY | ILL["length"]] * 20 for _, text in watch.see(r)]
     assert len(said) == 1
     assert "60 at the start" in said[0]
@@ -45,7 +46,7 @@ def test_it_says_figures_and_what_to_do():
 
 
 def test_steps_that_do_not_tell_are_passed_over():
-    watch = Watch(0.1)
+    watch = HealthMonitor(0.1)
     assert spoken(watch, {"step": 3, "event": "fault"}, 30) == []  # off-policy steps and events have no such keys
     assert spoken(watch, {"entropy": 0.4}, WINDOW) == []
     assert spoken(watch, {"entropy": 0.01}, WINDOW) == ["entropy"]

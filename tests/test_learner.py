@@ -11,15 +11,18 @@ import pytest
 import torch
 from conftest import VOCABULARY, make_trajectories, tiny_model, tiny_settings
 
-from onpolicy_skd import checkpoint, inspection
-from onpolicy_skd import learner as learner_module
-from onpolicy_skd.learner import Learner, SamplerGapError, UnsoundStepError
-from onpolicy_skd.lm_head import row_statistics
-from onpolicy_skd.models import add_lora, load_model, load_tokenizer, split
-from onpolicy_skd.optimizer import learning_rate
-from onpolicy_skd.selection.positions import quota
-from onpolicy_skd.teacher import Teacher
-from onpolicy_skd.trajectory import collate
+from onpolicy_skd.evaluation import diagnostics as inspection
+from onpolicy_skd.learner import learner as learner_module
+from onpolicy_skd.learner.learner import Learner, NonFiniteLossError, SamplerGapError
+from onpolicy_skd.learner.optimizer import learning_rate
+from onpolicy_skd.models.batch import collate
+from onpolicy_skd.models.lm_head import row_statistics
+from onpolicy_skd.models.loading import load_model, load_tokenizer
+from onpolicy_skd.models.lora import add_lora
+from onpolicy_skd.models.split_model import split
+from onpolicy_skd.selection.positions import num_selected
+from onpolicy_skd.storage import checkpoint
+from onpolicy_skd.teacher.teacher import Teacher
 
 LENGTHS = [(5, 9), (3, 20), (12, 4), (7, 1), (2, 15), (9, 11), (4, 6), (6, 17)]
 FAMILIES = [(f, tied) for f in ("qwen3", "llama", "gpt_neox") for tied in (True, False)]
@@ -60,7 +63,7 @@ def dense_gradients(model, teacher_model, batch, k):
         with torch.no_grad():
             log_p = teacher_model(input_ids=ids).logits[0, first:-1].log_softmax(-1)
         entropy = -(log_q.exp() * log_q).sum(-1).detach()
-        chosen = entropy.topk(quota(k, len(entropy))).indices
+        chosen = entropy.topk(num_selected(k, len(entropy))).indices
         rows = (log_q.exp() * (log_q - log_p)).sum(-1)[chosen]
         total = total + rows.mean() / len(batch)
     total.backward()
@@ -152,7 +155,7 @@ def test_activation_checkpointing_changes_nothing():
     batch = make_trajectories(LENGTHS)
     learner, teacher = build(student={"activation_checkpointing": True})
     passes = []
-    learner.student.trunk.layers[0].mlp.register_forward_pre_hook(lambda *_: passes.append(1))
+    learner.student.backbone.layers[0].mlp.register_forward_pre_hook(lambda *_: passes.append(1))
     saved = gradients(learner, teacher, batch)
     assert len(passes) == 2  # forward, and again in backward
     assert relative(saved, gradients(*build(), batch)) < 1e-6
@@ -216,7 +219,7 @@ def test_a_loss_that_is_not_finite_is_no_update_and_names_its_samples():
     before = {n: p.clone() for n, p in learner.named.items()}
     teacher.encode(batch)
     teacher._hidden["t3"] = torch.full_like(teacher._hidden["t3"], math.nan)
-    with pytest.raises(UnsoundStepError, match=r"loss nan.*from 1 samples \(t3\)") as caught:
+    with pytest.raises(NonFiniteLossError, match=r"loss nan.*from 1 samples \(t3\)") as caught:
         learner.step(batch)
     assert caught.value.samples == ["t3"]
     assert learner.version == 0
@@ -235,7 +238,7 @@ def test_a_gradient_that_overflows_is_no_update():
     name, parameter = next((n, p) for n, p in learner.named.items() if "embed" not in n)
     handle = parameter.register_hook(lambda gradient: gradient * math.inf)
     before = parameter.clone()
-    with pytest.raises(UnsoundStepError, match=f"gradient norm (nan|inf), from {len(batch)} samples"):
+    with pytest.raises(NonFiniteLossError, match=f"gradient norm (nan|inf), from {len(batch)} samples"):
         learner.step(batch)
     handle.remove()
     assert torch.equal(learner.named[name], before)
@@ -283,7 +286,7 @@ def test_entropies_of_the_engine_give_the_same_step_without_a_pass_of_the_learne
     batch = make_trajectories(LENGTHS)
     batch = recorded(plain, batch)
     without = [dataclasses.replace(t, sampler_entropy=None) for t in batch]
-    assert fed.rank(batch) == pytest.approx(plain.rank(without), rel=1e-5)
+    assert fed.score_samples(batch) == pytest.approx(plain.score_samples(without), rel=1e-5)
     plain_teacher.encode(without)
     expected = plain.step(without)
     monkeypatch.setattr(learner_module, "row_statistics", None)  # would be called in vain
@@ -308,14 +311,14 @@ def test_all_positions_need_one_pass_over_the_head(monkeypatch):
 def test_sample_filter_ranks_by_mean_entropy_and_counts():
     learner, _ = build(samples={"keep": 0.25})
     batch = make_trajectories(LENGTHS)
-    batch[2] = dataclasses.replace(batch[2], finish="length")
+    batch[2] = dataclasses.replace(batch[2], finish_reason="length")
     report, kept = learner.filter(batch)
     assert [t.key for t in kept] == report.kept
-    scores = dict(zip([t.key for t in batch], learner.rank(batch), strict=True))
-    valid = [t.key for t in batch if t.finish == "stop"]
+    scores = dict(zip([t.key for t in batch], learner.score_samples(batch), strict=True))
+    valid = [t.key for t in batch if t.finish_reason == "stop"]
     assert set(report.kept) == set(sorted(valid, key=scores.get, reverse=True)[:2])
     assert report.dropped == {"truncated": 1, "not_selected": 5}
-    empty, _ = learner.filter([dataclasses.replace(t, finish="length") for t in batch])
+    empty, _ = learner.filter([dataclasses.replace(t, finish_reason="length") for t in batch])
     assert empty.kept == []
     assert empty.dropped == {"truncated": 8}
 
@@ -323,7 +326,7 @@ def test_sample_filter_ranks_by_mean_entropy_and_counts():
 def test_mean_entropy_is_the_mean_over_the_response():
     learner, _ = build(budget=60)
     batch = make_trajectories(LENGTHS)
-    for t, score in zip(batch, learner.rank(batch), strict=True):
+    for t, score in zip(batch, learner.score_samples(batch), strict=True):
         ids = torch.as_tensor(np.concatenate([t.prompt_ids, t.response_ids]))[None]
         log_q = learner.student.model(input_ids=ids).logits[0, len(t.prompt_ids) - 1 : -1].log_softmax(-1)
         assert score == pytest.approx(-(log_q.exp() * log_q).sum(-1).mean().item(), rel=1e-4)
@@ -459,8 +462,8 @@ def test_egad_sets_temperatures_and_compares_hidden_states_where_the_teacher_is_
             temperature = (2.5 - 1.7 * share)[:, None]
             log_q = (learner.student.model(input_ids=ids).logits[0, first:-1] / temperature).log_softmax(-1)
             rows = (log_q.exp() * (log_q - (log_p / temperature).log_softmax(-1))).sum(-1)
-            own_hidden = learner.student.trunk(input_ids=ids).last_hidden_state[0, first:-1]
-            other = teacher._model.trunk(input_ids=ids).last_hidden_state[0, first:-1]
+            own_hidden = learner.student.backbone(input_ids=ids).last_hidden_state[0, first:-1]
+            other = teacher._model.backbone(input_ids=ids).last_hidden_state[0, first:-1]
             feature = (own_hidden @ projection.T - other).square().mean(-1)
             assert 0 < (share >= 0.8).float().mean() < 1 or len(share) < 9
         expected += (rows + 0.7 * (share >= 0.8) * feature).mean().item() / len(batch)
@@ -509,7 +512,7 @@ def test_gls_may_leave_a_sample_without_positions():
 def test_samples_are_ranked_by_the_other_metrics(metric):
     learner, teacher = build(samples={"metric": metric, "keep": 0.25}, budget=60)
     batch = make_trajectories(LENGTHS)
-    scores = learner.rank(batch)
+    scores = learner.score_samples(batch)
     assert teacher.stored == 0
     for t, score in zip(batch, scores, strict=True):
         ids = torch.as_tensor(np.concatenate([t.prompt_ids, t.response_ids]))[None]
@@ -535,7 +538,7 @@ def test_samples_that_cannot_be_read_rank_last():
     batch = make_trajectories(LENGTHS[:4])
     batch[1] = dataclasses.replace(batch[1], response_ids=np.array([], dtype=np.int64))
     batch[2].response_ids[0] = VOCABULARY
-    scores = learner.rank(batch)
+    scores = learner.score_samples(batch)
     assert [math.isinf(s) for s in scores] == [False, True, True, False]
 
 
@@ -608,12 +611,12 @@ def test_inspection_shows_what_training_would_select_and_what_it_costs(positions
     batch = make_trajectories(LENGTHS)
     learner, teacher = build(positions=positions, budget=60)
     teacher.encode(batch)
-    found = learner.inspect(batch)
+    found = learner.diagnose_positions(batch)
     assert [i.key for i in found] == [t.key for t in batch]
     for t, own in zip(batch, found, strict=True):
         assert len(own.entropy) == len(own.divergence) == len(own.selected) == len(t.response_ids)
         k = 1.0 if positions.get("policy") == "full" else learner._settings.positions.k
-        assert own.selected.sum() == quota(k, len(t.response_ids))
+        assert own.selected.sum() == num_selected(k, len(t.response_ids))
     means = inspection.means(found)
     assert means["divergence"] == pytest.approx(learner.divergence(batch), rel=1e-5)
     stepped = learner.step(batch)

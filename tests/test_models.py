@@ -6,8 +6,9 @@ import pytest
 import torch
 from conftest import VOCABULARY, make_trajectories, tiny_model
 
-from onpolicy_skd.lm_head import row_statistics
-from onpolicy_skd.models import (
+from onpolicy_skd.models.batch import collate
+from onpolicy_skd.models.lm_head import row_statistics
+from onpolicy_skd.models.loading import (
     ModelError,
     check_length,
     check_same_tokenizer,
@@ -17,12 +18,11 @@ from onpolicy_skd.models import (
     pick_device,
     resolve_path,
     shared_vocabulary,
-    split,
 )
+from onpolicy_skd.models.split_model import split
 from onpolicy_skd.prune import main as prune
 from onpolicy_skd.prune import prune_layers
-from onpolicy_skd.teacher import Teacher
-from onpolicy_skd.trajectory import collate
+from onpolicy_skd.teacher.teacher import Teacher
 
 FAMILIES = [(f, tied) for f in ("qwen3", "llama", "gpt_neox") for tied in (True, False)]
 
@@ -164,7 +164,7 @@ def test_teacher_hands_out_rows_and_scalars_for_what_was_encoded():
             hidden = whole.hidden(one)
         positions = [len(t.response_ids) - 1, 0]
         assert torch.allclose(teacher.rows([(t.key, positions)]), hidden[positions], atol=1e-5)
-        entropy, logprob = teacher.scalars([t.key])
+        entropy, logprob = teacher.entropy_and_logprob([t.key])
         expected = row_statistics(hidden, whole.head_VH, one.targets)
         assert torch.allclose(entropy, expected.entropy_N, atol=1e-5)
         assert torch.allclose(logprob, expected.logprob_N, atol=1e-5)

@@ -14,20 +14,24 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pyarrow import parquet
 
-from onpolicy_skd import models, train
-from onpolicy_skd.command_line import resolve
-from onpolicy_skd.config import ConfigError
+from onpolicy_skd import train
+from onpolicy_skd.config.errors import ConfigError
+from onpolicy_skd.config.loading import resolve
 from onpolicy_skd.data.packed_text import pack, samples
 from onpolicy_skd.data.prompts import DataError
-from onpolicy_skd.inspection import Inspection
-from onpolicy_skd.learner import Learner
-from onpolicy_skd.models import load_tokenizer, split
-from onpolicy_skd.prefilter import fingerprint
-from onpolicy_skd.prepare import prepare
-from onpolicy_skd.probe import Probe
-from onpolicy_skd.references import of_text
-from onpolicy_skd.teacher import Teacher
-from onpolicy_skd.trajectory import Trajectory, collate
+from onpolicy_skd.data.references import of_text
+from onpolicy_skd.evaluation.diagnostics import PositionDiagnostics
+from onpolicy_skd.learner.learner import Learner
+from onpolicy_skd.learner.probe import Probe
+from onpolicy_skd.models import loading as models
+from onpolicy_skd.models import split_model
+from onpolicy_skd.models.batch import collate
+from onpolicy_skd.models.loading import load_tokenizer
+from onpolicy_skd.models.split_model import split
+from onpolicy_skd.run.prepare import prepare
+from onpolicy_skd.selection.prefilter import fingerprint
+from onpolicy_skd.teacher.teacher import Teacher
+from onpolicy_skd.types import Trajectory
 
 TEXTS = ["Tom has 3 red apples.", "  \n", "Ann buys 12 pens and gives 5 away.", "One <|end|> two.", "x" * 300]
 FAMILIES = ("qwen3", "llama", "gpt_neox")
@@ -164,7 +168,7 @@ def test_packed_documents_are_computed_as_if_each_were_alone(family, attention):
         assert collate([packed, other], 0, padding_side=side).attention_mask.shape == (2, 1, 30, 30)
         alone = [model.base_model(input_ids=torch.as_tensor(p)[None]).last_hidden_state[0] for p in pieces]
         torch.testing.assert_close(together, torch.cat(alone)[:-1], rtol=1e-4, atol=1e-5)
-    models.check_documents(own, 0, 30)
+    split_model.check_documents(own, 0, 30)
 
 
 def of_pieces(key, pieces):
@@ -176,11 +180,11 @@ def of_pieces(key, pieces):
 def test_a_sliding_window_is_not_overridden_silently():
     own = split(tiny_model("qwen3", False), VOCABULARY)
     own.model.config.use_sliding_window, own.model.config.sliding_window = True, 16
-    models.check_documents(own, 0, 16)
+    split_model.check_documents(own, 0, 16)
     with pytest.raises(models.ModelError, match="reaches 16 tokens back"):
-        models.check_documents(own, 0, 17)
+        split_model.check_documents(own, 0, 17)
     own.model.config.use_sliding_window = False
-    models.check_documents(own, 0, 17)
+    split_model.check_documents(own, 0, 17)
 
 
 def test_prefilter_scores_know_whether_documents_are_joined(tmp_path, tokenizer):
@@ -241,10 +245,10 @@ def test_a_model_that_looks_across_documents_is_refused():
 
     layer.forward = smearing
     with pytest.raises(models.ModelError, match="does not keep packed documents apart"):
-        models.check_documents(own, 0, 30)
+        split_model.check_documents(own, 0, 30)
     own.model.config._attn_implementation = "flash_attention_2"
     with pytest.raises(models.ModelError, match="takes no mask of documents"):
-        models.check_documents(own, 0, 30)
+        split_model.check_documents(own, 0, 30)
 
 
 # -- runs ----------------------------------------------------------------------------------------------------------
@@ -280,15 +284,15 @@ def test_held_out_text_is_evaluated_by_its_divergence_alone(tmp_path, tokenizer)
     )  # fmt: skip
     run = prepare(settings, lambda _: None)
 
-    class Roles:
-        def inspect(self, trajectories):
+    class Workers:
+        def diagnose_positions(self, trajectories):
             assert [t.length for t in trajectories] == [8, 8, 8]
-            return [Inspection(t.key, np.ones(7), np.full(7, 0.25), np.ones(7, bool)) for t in trajectories]
+            return [PositionDiagnostics(t.key, np.ones(7), np.full(7, 0.25), np.ones(7, bool)) for t in trajectories]
 
-    done = train.student_evaluation(run, Roles())
+    done = train.student_evaluation(run, Workers())
     assert done.result == {"problems": 0, "divergence_reference": 0.25}
     run.folder.mkdir()
-    with train.Logbook(run, 0, {}) as book:
+    with train.RunLogger(run, 0, {}) as book:
         book.evaluation("before", 0, done)
         book.evaluation("after", 2, done)
         book.conclude("finished")
@@ -304,10 +308,10 @@ def test_a_million_tokens_stream_through_in_constant_memory(tmp_path):
     script = textwrap.dedent("""
         import json, resource, sys
         from pathlib import Path
-        from onpolicy_skd.command_line import resolve
+        from onpolicy_skd.config.loading import resolve
         from onpolicy_skd.data.packed_text import pack
-        from onpolicy_skd.models import load_tokenizer
-        from onpolicy_skd.references import of_text
+        from onpolicy_skd.models.loading import load_tokenizer
+        from onpolicy_skd.data.references import of_text
         folder, tokens = Path(sys.argv[1]), int(sys.argv[2])
         data = resolve({"mode": "off_policy", "data": {"source": "text", "train_file": folder / "a.jsonl",
                         "tokens": tokens}}).data

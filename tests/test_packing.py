@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_learner import build, gradients, relative
 
-from onpolicy_skd.models import split
-from onpolicy_skd.trajectory import collate, first_fit, micro_batches
+from onpolicy_skd.models.batch import collate, first_fit, micro_batches
+from onpolicy_skd.models.split_model import split
 
 MIXED = [(1, 1), (5, 9), (3, 20), (40, 60), (2, 1), (12, 4), (7, 33), (9, 11), (4, 96)]
 

@@ -5,7 +5,7 @@ import pytest
 from eval.performance import __main__ as performance
 from eval.performance import end_to_end
 from eval.performance.overlap import busy_seconds
-from onpolicy_skd.timeline import Span
+from onpolicy_skd.tracing import Span
 
 
 def test_the_loss_benchmark_compares_equal_losses_and_writes_its_keys(tmp_path, capsys):

@@ -12,10 +12,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_learner import FAMILIES, LENGTHS, build, gradients, relative
 
-from onpolicy_skd import ranks
-from onpolicy_skd.learner import UnsoundStepError
-from onpolicy_skd.models import load_model, load_tokenizer, split
-from onpolicy_skd.trajectory import deal
+from onpolicy_skd.distributed import ranks, rendezvous
+from onpolicy_skd.learner.learner import NonFiniteLossError
+from onpolicy_skd.models.batch import balance_by_tokens
+from onpolicy_skd.models.loading import load_model, load_tokenizer
+from onpolicy_skd.models.split_model import split
 
 STEPS = 20
 UNEVEN = [*LENGTHS, (8, 60)]  # nine sequences, one of which fills a micro-batch: the ranks' shares differ in number
@@ -49,9 +50,9 @@ def report(own: ranks.Ranks, folder: Path) -> dict:
 
     for family, tied in FAMILIES:
         learner, teacher = made(family, tied)
-        found["gradient", family, tied] = {n: own.whole(g) for n, g in gradients(learner, teacher, batch).items()}
+        found["gradient", family, tied] = {n: own.full_tensor(g) for n, g in gradients(learner, teacher, batch).items()}
     learner, teacher = made(student={"activation_checkpointing": True})
-    found["gradient", "qwen3", "again"] = {n: own.whole(g) for n, g in gradients(learner, teacher, batch).items()}
+    found["gradient", "qwen3", "again"] = {n: own.full_tensor(g) for n, g in gradients(learner, teacher, batch).items()}
     learner, teacher = made(lora=4, learner={"lr": 1e-2})
     found["lora"], found["merged"] = trained(learner, teacher, 3), dict(learner.weights())
     for name, positions in SELECTIONS.items():
@@ -62,23 +63,23 @@ def report(own: ranks.Ranks, folder: Path) -> dict:
             learner.save_pretrained(folder / f"model-{own.count}", load_tokenizer("bundled:demo_student"))
             teacher.encode(batch)
             found["weights"] = dict(learner.weights(torch.bfloat16))
-            found["inspection"] = [dataclasses.asdict(i) for i in learner.inspect(batch)]
+            found["inspection"] = [dataclasses.asdict(i) for i in learner.diagnose_positions(batch)]
             found["divergence"] = learner.divergence(batch)
             learner.restore(torch.load(folder / "checkpoint.pt"), 5)
             found["resumed"] = trained(learner, teacher, 5, first=5)
     learner, teacher = made()
     learner.begin(5.0)
     for part in (batch[:3], batch[3:4], batch[4:]):
-        teacher.encode(learner.own_share(part))  # as a rank with a teacher of its own does
+        teacher.encode(learner.local_trajectories(part))  # as a rank with a teacher of its own does
         learner.add(part)
     found["streamed"] = learner.finish()
     for metric in ("student_entropy", "kl"):
         learner, teacher = made(samples={"metric": metric, "keep": 0.5})
         found["filter", metric] = [t.key for t in learner.filter(batch)[1]]
-        found["rank", metric] = learner.rank(batch)
+        found["rank", metric] = learner.score_samples(batch)
     wrong = [dataclasses.replace(batch[0], weight=math.nan), *batch[1:]]
     teacher.encode(wrong)
-    with pytest.raises(UnsoundStepError) as caught:
+    with pytest.raises(NonFiniteLossError) as caught:
         learner.step(wrong)
     found["unsound"] = caught.value.samples
     return found
@@ -86,7 +87,9 @@ def report(own: ranks.Ranks, folder: Path) -> dict:
 
 def work(rank: int, count: int, address: tuple[str, int], folder: Path) -> None:
     torch.set_num_threads(1)
-    torch.save(report(ranks.join(address, rank, count, "cpu", 120), folder), folder / f"rank-{rank}.pt")
+    torch.save(
+        report(rendezvous.init_process_group(address, rank, count, "cpu", 120), folder), folder / f"rank-{rank}.pt"
+    )
     torch.distributed.destroy_process_group()
 
 
@@ -98,7 +101,7 @@ def reports(tmp_path_factory):
     trained(learner, teacher, 5)
     torch.save(learner.tensors(), folder / "checkpoint.pt")
     alone = report(ranks.Ranks(), folder)
-    meeting = ranks.Meeting("127.0.0.1")
+    meeting = rendezvous.Rendezvous("127.0.0.1")
     torch.multiprocessing.spawn(work, (2, meeting.address, folder), nprocs=2)
     return alone, *(torch.load(folder / f"rank-{rank}.pt", weights_only=False) for rank in (0, 1)), folder
 
@@ -164,7 +167,7 @@ def test_two_ranks_rank_inspect_and_refuse_as_one(reports):
 
 @given(st.lists(st.integers(1, 500), max_size=40), st.integers(1, 9))
 def test_dealing_gives_each_to_one_hand_and_like_sums_to_all(lengths, hands):
-    dealt = deal(lengths, hands)
+    dealt = balance_by_tokens(lengths, hands)
     assert sorted(i for hand in dealt for i in hand) == list(range(len(lengths)))
     sums = [sum(lengths[i] for i in hand) for hand in dealt]
     assert max(sums) - min(sums) <= max(lengths, default=0)

@@ -6,13 +6,13 @@ from collections import Counter
 import pytest
 from conftest import tiny_settings
 
-from onpolicy_skd import references
-from onpolicy_skd.config import ConfigError
+from onpolicy_skd.config.errors import ConfigError
+from onpolicy_skd.data import references
 from onpolicy_skd.data.prompts import load_prompts
-from onpolicy_skd.models import load_tokenizer
-from onpolicy_skd.prepare import Run, prepare
-from onpolicy_skd.references import Response
-from onpolicy_skd.trajectory import Trajectory
+from onpolicy_skd.data.references import Response
+from onpolicy_skd.models.loading import load_tokenizer
+from onpolicy_skd.run.prepare import Run, prepare
+from onpolicy_skd.types import Trajectory
 
 
 @pytest.fixture(scope="module")
@@ -126,30 +126,30 @@ def test_the_teachers_answers_are_made_once_and_go_on_after_a_kill(tmp_path, tok
     settings = off(references={"source": "teacher", "samples": 2}, run={"dir": tmp_path})
     prompts = load_prompts(settings.data, tokenizer, "train")
     with pytest.raises(RuntimeError, match="killed"):
-        references.from_teacher(settings, prompts, FakeTeacher(fail_after=6), print)
+        references.teacher_responses(settings, prompts, FakeTeacher(fail_after=6), print)
     second, whole = FakeTeacher(), FakeTeacher()
-    kept, found = references.from_teacher(settings, prompts, second, print)
+    kept, found = references.teacher_responses(settings, prompts, second, print)
     assert len(second.asked) == 10  # five prompts were left
-    again = references.from_teacher(settings, prompts, FakeTeacher(fail_after=0), print)
+    again = references.teacher_responses(settings, prompts, FakeTeacher(fail_after=0), print)
     assert again == (kept, found)
     other = settings.model_copy(update={"run": settings.run.model_copy(update={"dir": tmp_path / "other"})})
-    assert references.from_teacher(other, prompts, whole, print) == (kept, found)
-    assert all(r.finish == "stop" for own in found.values() for r in own)
+    assert references.teacher_responses(other, prompts, whole, print) == (kept, found)
+    assert all(r.finish_reason == "stop" for own in found.values() for r in own)
     (file,) = (tmp_path / "references").glob("*.jsonl")
     file.write_text('{"key": "x"}\n')
     with pytest.raises(ConfigError, match="damaged"):
-        references.from_teacher(settings, prompts, second, print)
+        references.teacher_responses(settings, prompts, second, print)
 
 
 def test_truncated_answers_stay_if_asked_for(tmp_path, tokenizer):
     own = {"source": "teacher"}
     settings = off(references=own, run={"dir": tmp_path}, samples={"truncated": "keep"})
     prompts = load_prompts(settings.data, tokenizer, "train")
-    kept, found = references.from_teacher(settings, prompts, FakeTeacher(), print)
+    kept, found = references.teacher_responses(settings, prompts, FakeTeacher(), print)
     assert len(kept) == 8
-    assert {r.finish for several in found.values() for r in several} == {"stop", "length"}
+    assert {r.finish_reason for several in found.values() for r in several} == {"stop", "length"}
     run = Run(settings, tokenizer, 512, kept, [], found)
-    assert {t.finish for t in run.references(kept, 0)} <= {"stop", "length"}
+    assert {t.finish_reason for t in run.references(kept, 0)} <= {"stop", "length"}
     assert isinstance(found[kept[0].key][0], Response)
 
 
@@ -163,4 +163,4 @@ def test_nothing_usable_is_an_error(tmp_path, tokenizer):
         ]
 
     with pytest.raises(ConfigError, match="every answer is truncated"):
-        references.from_teacher(settings, prompts, cut, print)
+        references.teacher_responses(settings, prompts, cut, print)

@@ -12,15 +12,18 @@ from hypothesis import settings as given_settings
 from hypothesis import strategies as st
 
 from onpolicy_skd.data.prompts import load_prompts
-from onpolicy_skd.lm_head import row_statistics
-from onpolicy_skd.models import load_model, load_tokenizer, split
-from onpolicy_skd.rollout import TransformersEngine, _project, build_engine, inverse_cdf
-from onpolicy_skd.trajectory import RolloutRequest, Sampling, collate
-from onpolicy_skd.vllm_engine import VLLMEngine
-from onpolicy_skd.weight_transfer import Announcement, Sender
+from onpolicy_skd.distributed.weight_transfer import Sender, WeightSpec
+from onpolicy_skd.models.batch import collate
+from onpolicy_skd.models.lm_head import row_statistics
+from onpolicy_skd.models.loading import load_model, load_tokenizer
+from onpolicy_skd.models.split_model import split
+from onpolicy_skd.rollout.build import build_engine
+from onpolicy_skd.rollout.transformers_engine import TransformersEngine, _project, sample_inverse_cdf
+from onpolicy_skd.rollout.vllm_engine import VLLMEngine
+from onpolicy_skd.types import RolloutRequest, SamplingParams
 
-SAMPLED = Sampling(max_tokens=128)
-GREEDY = Sampling(max_tokens=128, temperature=0.0)
+SAMPLED = SamplingParams(max_tokens=128)
+GREEDY = SamplingParams(max_tokens=128, temperature=0.0)
 STUDENT, TEACHER = "bundled:demo_student", "bundled:demo_teacher"  # the one has a tied head, the other has not
 
 
@@ -46,12 +49,14 @@ def learner_gap(trajectories, model):
 
 
 def same(one, other):
-    return [(a.response_ids.tolist(), a.finish) for a in one] == [(b.response_ids.tolist(), b.finish) for b in other]
+    return [(a.response_ids.tolist(), a.finish_reason) for a in one] == [
+        (b.response_ids.tolist(), b.finish_reason) for b in other
+    ]
 
 
 def test_log_probabilities_are_the_models_own_at_any_sampling_temperature(engine, requests):
     model = load_model(STUDENT, torch.float32, "cpu")
-    for sampling in (SAMPLED, GREEDY, Sampling(128, 0.7, 0.9)):
+    for sampling in (SAMPLED, GREEDY, SamplingParams(128, 0.7, 0.9)):
         assert learner_gap(engine.generate(requests, sampling), model) < GAP
 
 
@@ -71,7 +76,7 @@ def test_an_engine_may_share_the_weights_that_are_trained(requests):
     assert {t.policy_version for t in changed} == {7}
 
 
-@pytest.mark.parametrize("sampling", [SAMPLED, GREEDY, Sampling(128, 0.7, 0.9)])
+@pytest.mark.parametrize("sampling", [SAMPLED, GREEDY, SamplingParams(128, 0.7, 0.9)])
 def test_entropies_are_recorded_at_temperature_1_and_change_nothing(engine, requests, sampling):
     whole = split(load_model(STUDENT, torch.float32, "cpu"), 512)
     found = engine.generate(requests, dataclasses.replace(sampling, entropy=True))
@@ -108,15 +113,15 @@ def test_ids_end_to_end(engine, requests):
         assert t.key == asked.key
         assert t.prompt_ids.tolist() == asked.prompt_ids
         assert len(t.sampler_logprobs) == len(t.response_ids)
-        assert t.finish == "stop"
+        assert t.finish_reason == "stop"
         assert t.response_ids[-1] == tokenizer.eos_token_id  # the end belongs to the response, once
         assert (t.response_ids[:-1] != tokenizer.eos_token_id).all()
 
 
 def test_truncated_responses_say_so_and_get_no_end(engine, requests):
     tokenizer = load_tokenizer(STUDENT)
-    for t in engine.generate(requests, Sampling(max_tokens=5)):
-        assert t.finish == "length"
+    for t in engine.generate(requests, SamplingParams(max_tokens=5)):
+        assert t.finish_reason == "length"
         assert len(t.response_ids) == 5
         assert tokenizer.eos_token_id not in t.response_ids
 
@@ -159,14 +164,14 @@ def test_a_colocated_engine_gives_its_memory_back_and_wakes_in_two_parts():
     engine.sleep()
     engine.sleep()
     assert log == ["sleep"]
-    announced = Announcement.of([("w", torch.bfloat16, (2, 3))])
-    assert announced.update == {"names": ["w"], "dtype_names": ["bfloat16"], "shapes": [[2, 3]]}
-    engine.receive(announced, 3)
+    weight_spec = WeightSpec.of([("w", torch.bfloat16, (2, 3))])
+    assert weight_spec.update == {"names": ["w"], "dtype_names": ["bfloat16"], "shapes": [[2, 3]]}
+    engine.receive(weight_spec, 3)
     sent = ["start_weight_update", "update_weights", "finish_weight_update"]
     assert log[1:] == ["wake_up['weights']", *sent, "wake_up['kv_cache']", "reset_prefix_cache"]
     assert engine.version == 3
     log.clear()
-    engine.receive(announced, 4)
+    engine.receive(weight_spec, 4)
     assert log == [*sent, "reset_prefix_cache"]
 
 
@@ -178,7 +183,7 @@ def test_an_engine_on_two_devices_is_the_model_before_and_after_new_weights(tmp_
     load_tokenizer(STUDENT).save_pretrained(tmp_path)
     own = {"tensor_parallel": 2, "entropy": "engine", "max_tokens": 24}
     engine = build_engine(str(tmp_path), tiny_settings(rollout=own, sync={"method": "broadcast"}))
-    sampling = Sampling(max_tokens=24, entropy=True)
+    sampling = SamplingParams(max_tokens=24, entropy=True)
     sender = Sender("127.0.0.1", "cpu")
     for version in range(3):
         found = engine.generate(requests, sampling)
@@ -201,7 +206,7 @@ def test_an_engine_on_two_devices_is_the_model_before_and_after_new_weights(tmp_
                 engine.join(sender.address, 1, 3)
                 joined.result()
             sent = others.submit(sender.send, weights)
-            engine.receive(Announcement.of((n, t.dtype, t.shape) for n, t in weights), version + 1)
+            engine.receive(WeightSpec.of((n, t.dtype, t.shape) for n, t in weights), version + 1)
             sent.result()
 
 
@@ -211,7 +216,7 @@ def test_sampling_follows_the_distribution():
     prompt = load_tokenizer(STUDENT)("Now Zoe has <<")["input_ids"]
     draws = 4000
     requests = [RolloutRequest(str(i), prompt, i) for i in range(draws)]
-    first = np.array([t.response_ids[0] for t in engine.generate(requests, Sampling(1))])
+    first = np.array([t.response_ids[0] for t in engine.generate(requests, SamplingParams(1))])
     with torch.no_grad():
         q = torch.softmax(engine._model(input_ids=torch.tensor([prompt])).logits[0, -1].double(), -1).numpy()
     likely = np.flatnonzero(q * draws >= 5)
@@ -220,7 +225,7 @@ def test_sampling_follows_the_distribution():
     statistic = ((seen - expected) ** 2 / expected).sum()
     freedom = len(likely)
     assert statistic < freedom + 5 * np.sqrt(2 * freedom)
-    nucleus = [t.response_ids[0] for t in engine.generate(requests[:500], Sampling(1, 1.0, top_p=0.5))]
+    nucleus = [t.response_ids[0] for t in engine.generate(requests[:500], SamplingParams(1, 1.0, top_p=0.5))]
     order = np.argsort(-q)
     inside = order[: int(np.searchsorted(np.cumsum(q[order]), 0.5)) + 1]
     assert set(nucleus) <= set(inside.tolist())
@@ -237,7 +242,7 @@ def test_the_inverse_cdf_is_that_of_the_whole_sum(seed, classes, empty):
     uniform[0], uniform[1] = 0.0, np.nextafter(1.0, 0.0)
     running = weight.double().cumsum(-1)
     expected = torch.searchsorted(running, (uniform * running[:, -1])[:, None], right=True)[:, 0]
-    found = inverse_cdf(weight, uniform)
+    found = sample_inverse_cdf(weight, uniform)
     assert (weight.gather(1, found[:, None]) > 0).all()  # never a class without weight
     assert torch.equal(found[:1], expected[:1])
     assert torch.equal(found[2:], expected[2:])

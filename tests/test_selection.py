@@ -11,13 +11,15 @@ from hypothesis import given
 from hypothesis import settings as given_settings
 from hypothesis import strategies as st
 
-from onpolicy_skd.config import ClassSettings, ConfigError, PositionMetric, PositionPolicy, PositionSettings
-from onpolicy_skd.selection import classes, metrics, positions, samples
-from onpolicy_skd.selection.classes import TRUNCATIONS, Draws, sample
+from onpolicy_skd.config.errors import ConfigError
+from onpolicy_skd.config.schema import ClassSettings, PositionMetric, PositionPolicy, PositionSettings
+from onpolicy_skd.loss import sparse_targets as classes
+from onpolicy_skd.loss.sparse_targets import TRUNCATIONS, Draws, SparseTargets, sample
+from onpolicy_skd.selection import metrics, positions, samples
 from onpolicy_skd.selection.metrics import METRICS, Ranges, Signals
-from onpolicy_skd.selection.positions import POLICIES, Context, quota
+from onpolicy_skd.selection.positions import POLICIES, Context, num_selected
 from onpolicy_skd.selection.selector import Bandit, ScoreQueue, Selector
-from onpolicy_skd.trajectory import SparseTargets, Trajectory
+from onpolicy_skd.types import Trajectory
 
 lengths = st.lists(st.integers(1, 60), min_size=1, max_size=8)
 shares = st.sampled_from([0.01, 0.1, 0.2, 1 / 3, 0.5, 0.9, 1.0])
@@ -55,9 +57,9 @@ def test_the_names_in_the_settings_are_those_of_the_code():
 
 
 def test_the_quota_is_the_exact_ceiling():
-    assert quota(0.2, 15) == 3  # 0.2 * 15 is 3.0000000000000004 in floating point
-    assert [quota(0.2, n) for n in (1, 5, 6, 10, 11)] == [1, 1, 2, 2, 3]
-    assert all(quota(k / 100, n) == math.ceil(k * n / 100) for k in range(1, 101) for n in range(1, 300))
+    assert num_selected(0.2, 15) == 3  # 0.2 * 15 is 3.0000000000000004 in floating point
+    assert [num_selected(0.2, n) for n in (1, 5, 6, 10, 11)] == [1, 1, 2, 2, 3]
+    assert all(num_selected(k / 100, n) == math.ceil(k * n / 100) for k in range(1, 101) for n in range(1, 300))
 
 
 @given(lengths, shares, st.integers(0, 9), st.booleans())
@@ -66,7 +68,7 @@ def test_top_k_takes_exactly_its_quota_of_the_highest_scores_of_each_sequence(co
     chosen = positions.top_k(scores, counts, Context(k))
     for (mine, _), part in zip(by_sequence(chosen, counts), scores.split(counts), strict=True):
         values = part.tolist()
-        best = sorted(range(len(values)), key=lambda i: (-values[i], i))[: quota(k, len(values))]
+        best = sorted(range(len(values)), key=lambda i: (-values[i], i))[: num_selected(k, len(values))]
         assert mine == sorted(best)  # ties go to the earlier position
 
 
@@ -75,7 +77,7 @@ def test_curriculum_takes_its_quota_of_neighbours_and_ends_as_top_k(counts, k, s
     scores = scores_for(counts, seed, ties=seed % 2 == 0)
     chosen = positions.curriculum(scores, counts, context(k, counts, step=step, curriculum_steps=10))
     for (mine, _), part in zip(by_sequence(chosen, counts), scores.split(counts), strict=True):
-        width = quota(k, len(part))
+        width = num_selected(k, len(part))
         assert len(mine) == width
         ascending = part.sort().values
         start = round(min(1.0, step / 10) * (len(part) - width))
@@ -153,8 +155,8 @@ def test_draws_stay_within_the_budget_and_are_a_function_of_the_seed(counts, k, 
     chosen, again = (POLICIES[policy](scores, counts, asked) for _ in range(2))
     assert torch.equal(chosen.indices_K, again.indices_K)
     assert torch.equal(chosen.weights_K, again.weights_K)
-    assert all(1 <= taken <= quota(k, n) for taken, n in zip(chosen.counts, counts, strict=True))
-    covered = [math.floor(round(options.get("coverage", 0.0) * quota(k, n), 9)) for n in counts]
+    assert all(1 <= taken <= num_selected(k, n) for taken, n in zip(chosen.counts, counts, strict=True))
+    covered = [math.floor(round(options.get("coverage", 0.0) * num_selected(k, n), 9)) for n in counts]
     for (mine, _), part, certain in zip(by_sequence(chosen, counts), scores.split(counts), covered, strict=True):
         ceiling = part.clamp(max=options.get("clip", 10.0))
         assert set(torch.argsort(ceiling, descending=True, stable=True)[:certain].tolist()) <= set(mine)
@@ -207,7 +209,7 @@ def test_the_queue_holds_the_last_scores_and_gives_their_quantile(batches, k, si
         queue.push(scores)
         seen = (seen + scores.tolist())[-size:]
         threshold = queue.threshold(k)
-        assert sum(s >= threshold for s in seen) == quota(k, len(seen))
+        assert sum(s >= threshold for s in seen) == num_selected(k, len(seen))
 
 
 def test_ranges_are_asked_for_only_by_metrics_of_the_whole_batch():
@@ -292,15 +294,15 @@ KL, REVERSE = torch.tensor([0.7, -1e-9, 0.9]), torch.tensor([0.6, 0.2, 0.8])
 
 
 def with_teacher(calls=None, ranges=None):
-    def scalars():
-        calls.append("scalars") if calls is not None else None
+    def entropy_and_logprob():
+        calls.append("entropy_and_logprob") if calls is not None else None
         return T_ENTROPY, T_LOGPROB
 
     def divergence(kind):
         calls.append(kind) if calls is not None else None
         return KL if kind == "forward_kl" else REVERSE
 
-    return Signals(student(ENTROPY, CE), [2, 1], [7, 8], scalars, divergence, ranges)
+    return Signals(student(ENTROPY, CE), [2, 1], [7, 8], entropy_and_logprob, divergence, ranges)
 
 
 WHOLE = Ranges((0.1, 0.3), (0.0, 0.9))
@@ -309,13 +311,13 @@ EXPECTED = {
     "student_entropy": ([0.1, 0.3, 0.2], []),
     "student_ce": ([1.0, 2.0, 3.0], []),
     "prefix": ([0.0, -1.0, 0.0], []),
-    "teacher_entropy": ([0.5, 0.4, 0.3], ["scalars"]),
-    "teacher_ce": ([0.5, 4.0, 0.0], ["scalars"]),
+    "teacher_entropy": ([0.5, 0.4, 0.3], ["entropy_and_logprob"]),
+    "teacher_ce": ([0.5, 4.0, 0.0], ["entropy_and_logprob"]),
     "kl": ([0.7, 0.0, 0.9], ["forward_kl"]),
     "reverse_kl": ([0.6, 0.2, 0.8], ["reverse_kl"]),
     "kl_plus_entropy": ([0.8, 0.3, 1.1], ["forward_kl"]),
-    "ce_ratio": ([2.0, 0.5, 3e6], ["scalars"]),
-    "ce_ratio_plus_entropy": ([2.1, 0.8, 3e6], ["scalars"]),
+    "ce_ratio": ([2.0, 0.5, 3e6], ["entropy_and_logprob"]),
+    "ce_ratio_plus_entropy": ([2.1, 0.8, 3e6], ["entropy_and_logprob"]),
     "tip_soft_or": ([0.7 / 0.9, 1.0, 1.0], ["forward_kl"]),
 }
 
@@ -418,7 +420,7 @@ def test_paced_weights_are_p_times_one_minus_p():
 @given(st.lists(st.integers(0, 4).map(float), min_size=1, max_size=40), shares)
 def test_top_share_keeps_the_exact_ceiling_and_breaks_ties_early(scores, share):
     kept = samples.top_share(scores, share)
-    assert len(kept) == quota(share, len(scores))
+    assert len(kept) == num_selected(share, len(scores))
     assert kept == sorted(kept)
     worst = min(scores[i] for i in kept)
     for i in set(range(len(scores))) - set(kept):

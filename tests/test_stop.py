@@ -3,7 +3,7 @@ import signal
 
 import pytest
 
-from onpolicy_skd.stop import Stopped, StopSignal
+from onpolicy_skd.run.stop import Stopped, StopSignal
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

@@ -11,9 +11,10 @@ from hypothesis import settings as given_settings
 from hypothesis import strategies as st
 
 from eval import agreement, calibration, suite
-from onpolicy_skd import models
-from onpolicy_skd.config import ConfigError
+from onpolicy_skd.config.errors import ConfigError
 from onpolicy_skd.data.prompts import read_jsonl
+from onpolicy_skd.models import loading as models
+from onpolicy_skd.models import split_model
 
 # -- calibration ---------------------------------------------------------------------------------------------------
 
@@ -61,7 +62,7 @@ def test_next_token_predictions_are_those_of_the_whole_softmax():
     model = tiny_model("llama", tied=True)
     draw = np.random.default_rng(1)
     pairs = [(draw.integers(2, 97, a).tolist(), draw.integers(2, 97, b).tolist()) for a, b in ((5, 3), (9, 1), (2, 7))]
-    found, logprobs = calibration.of_continuations(models.split(model, 97), 0, pairs)
+    found, logprobs = calibration.of_continuations(split_model.split(model, 97), 0, pairs)
     sure, right, sums = [], [], []
     for context, rest in pairs:
         logits = model.double()(input_ids=torch.tensor([context + rest])).logits[0, len(context) - 1 : -1]
@@ -181,7 +182,7 @@ def check_outcome(folder, model="bundled:demo_student"):
     assert kinds == {n: t.calibrated for n, t in suite.TASKS.items() if t.calibrated}
     assert (folder / "reliability.png").stat().st_size > 1_000
     tokenizer = models.load_tokenizer(model)
-    split = models.split(models.load_model(model, torch.float32, "cpu").eval(), 512)
+    split = split_model.split(models.load_model(model, torch.float32, "cpu").eval(), 512)
     texts = [row["text"].rpartition(" ") for row in ROWS["lambada_openai/test"]]
     pairs = [suite.encode_pair(tokenizer, context, f" {word}") for context, _, word in texts]
     _, logprobs = calibration.of_continuations(split, tokenizer.pad_token_id, pairs)

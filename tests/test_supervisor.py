@@ -2,11 +2,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from onpolicy_skd.config import FaultSettings
-from onpolicy_skd.supervisor import LONGEST_WAIT, GiveUp, Restart, Supervisor
+from onpolicy_skd.config.schema import FaultSettings
+from onpolicy_skd.run.supervisor import LONGEST_WAIT, GiveUp, Restart, Supervisor
 
 
-class Clock:
+class PhaseTimer:
     def __init__(self):
         self.now = 1000.0
 
@@ -15,7 +15,7 @@ class Clock:
 
 
 def make(**settings):
-    clock = Clock()
+    clock = PhaseTimer()
     return Supervisor(FaultSettings(**settings), clock), clock
 
 
@@ -68,7 +68,7 @@ def test_never_more_restarts_within_a_window_than_set(events, restarts):
 
 def test_patience_grows_with_the_work():
     own = FaultSettings(deadline_minutes=2)
-    assert own.patience() == own.patience(0.1) == 120
-    assert own.patience(10) == 1200
+    assert own.timeout_s() == own.timeout_s(0.1) == 120
+    assert own.timeout_s(10) == 1200
     with pytest.raises(ValueError, match="deadline_minutes"):
         FaultSettings(deadline_minutes=0)

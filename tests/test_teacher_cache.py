@@ -12,20 +12,23 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from onpolicy_skd import cache as driver
-from onpolicy_skd import provenance
-from onpolicy_skd import teacher_cache as caches
-from onpolicy_skd.cached_teacher import CachedClasses, CachedHidden
-from onpolicy_skd.command_line import resolve
-from onpolicy_skd.compatibility import ASK_TEACHER
-from onpolicy_skd.config import ConfigError
-from onpolicy_skd.learner import Learner
-from onpolicy_skd.models import load_model, split
-from onpolicy_skd.prepare import prepare
-from onpolicy_skd.selection.classes import Draws, rs_kd
+from onpolicy_skd.config.errors import ConfigError
+from onpolicy_skd.config.loading import resolve
+from onpolicy_skd.config.validation import ASK_TEACHER
+from onpolicy_skd.learner.learner import Learner
+from onpolicy_skd.loss.sparse_targets import Draws, SparseTargets, rs_kd
+from onpolicy_skd.models.loading import load_model
+from onpolicy_skd.models.split_model import split
+from onpolicy_skd.run.prepare import prepare
 from onpolicy_skd.selection.metrics import METRICS, Ranges, Signals
-from onpolicy_skd.teacher import Teacher
-from onpolicy_skd.teacher_cache import CacheError, Layout, Manifest, TeacherCache
-from onpolicy_skd.trajectory import SparseTargets, seed_of
+from onpolicy_skd.teacher import cache_format as caches
+from onpolicy_skd.teacher import cache_provenance as provenance
+from onpolicy_skd.teacher import cache_reader
+from onpolicy_skd.teacher.cache_format import CacheError, Layout, Manifest
+from onpolicy_skd.teacher.cache_reader import TeacherCache
+from onpolicy_skd.teacher.cached_teacher import CachedClasses, CachedHidden
+from onpolicy_skd.teacher.teacher import Teacher
+from onpolicy_skd.types import seed_of
 
 LENGTHS = [(5, 9), (3, 20), (12, 4), (7, 1), (2, 15), (9, 11)]
 SAMPLERS = ("rs_kd", "top_k", "top_k_normalised", "top_p", "ghost_token", "naive_fix", "label_smoothing")
@@ -92,7 +95,7 @@ def test_classes_from_a_cache_are_the_teachers_own(sampler, tmp_path):
     cached.release([t.key for t in asked])
     with pytest.raises(KeyError):
         cached.classes(wanted, seeds, settings.classes)
-    for ask in (cached.head, lambda: cached.rows(wanted), lambda: cached.scalars([])):
+    for ask in (cached.head, lambda: cached.rows(wanted), lambda: cached.entropy_and_logprob([])):
         with pytest.raises(CacheError, match="holds a few classes of the teacher"):
             ask()
 
@@ -130,7 +133,11 @@ def test_hidden_rows_come_back_bit_for_bit(tmp_path):
     wanted = [(t.key, range(len(t.response_ids))) for t in batch]
     assert torch.equal(cached.rows(wanted), teacher.rows(wanted))
     assert torch.equal(cached.head(), teacher.head())
-    for a, b in zip(cached.scalars([t.key for t in batch]), teacher.scalars([t.key for t in batch]), strict=True):
+    for a, b in zip(
+        cached.entropy_and_logprob([t.key for t in batch]),
+        teacher.entropy_and_logprob([t.key for t in batch]),
+        strict=True,
+    ):
         assert torch.equal(a, b)
 
 
@@ -219,7 +226,7 @@ def test_bytes_are_those_of_the_information_and_ids_above_17_bits_survive(draws,
 def test_any_flipped_byte_is_found_by_verify_and_refused_by_reading(sampler, tmp_path):
     settings, batch = settings_for(sampler), make_trajectories(LENGTHS)
     good = make_cache(tmp_path, settings, batch)
-    assert all(problem is None for _, problem in caches.verify(good))
+    assert all(problem is None for _, problem in cache_reader.verify(good))
     draw, bad = np.random.default_rng(0), tmp_path / "bad"
     for file in sorted(good.iterdir()):
         for offset in draw.integers(0, file.stat().st_size, 40):
@@ -228,11 +235,11 @@ def test_any_flipped_byte_is_found_by_verify_and_refused_by_reading(sampler, tmp
             damaged = bytearray(file.read_bytes())
             damaged[offset] ^= 1 << int(draw.integers(0, 8))
             (bad / file.name).write_bytes(damaged)
-            assert [name for name, problem in caches.verify(bad) if problem] == [file.name]
+            assert [name for name, problem in cache_reader.verify(bad) if problem] == [file.name]
             with pytest.raises(CacheError, match=file.name):
                 read_all(bad, settings, batch)
         (bad / file.name).unlink()
-        assert [name for name, problem in caches.verify(bad) if problem] == [file.name]
+        assert [name for name, problem in cache_reader.verify(bad) if problem] == [file.name]
         with pytest.raises(CacheError):
             read_all(bad, settings, batch)
 
@@ -295,7 +302,7 @@ def test_another_seed_or_type_does_not_go_on_with_a_half_built_cache(tmp_path):
 
     def plan(**sections):
         settings = demo(tmp_path, **sections)
-        return Manifest(provenance.made_from(settings, prepare(settings).tokenizer), Layout.of(settings, 512), "p")
+        return Manifest(provenance.provenance(settings, prepare(settings).tokenizer), Layout.of(settings, 512), "p")
 
     begun = plan()
     for sections, named in (({"run": {"seed": 7}}, "run.seed: 1340 then, 7 now"),
@@ -350,7 +357,7 @@ def demo_cache(tmp_path):
     teacher = Teacher(split(load_model("bundled:demo_teacher", torch.float32, "cpu"), run.vocabulary), 4096, 0)
     samples = list(run.every_reference(run.train))
     folder = make_cache(tmp_path, settings, samples, teacher, run.vocabulary)
-    manifest = dataclasses.replace(Manifest.read(folder), made_from=provenance.made_from(settings, run.tokenizer))
+    manifest = dataclasses.replace(Manifest.read(folder), provenance=provenance.provenance(settings, run.tokenizer))
     manifest.write(folder)
     return folder
 
@@ -388,7 +395,7 @@ def test_a_run_is_checked_against_its_cache_before_a_model_loads(demo_cache, tmp
 
 def test_the_teacher_need_not_be_there_to_train_from_its_cache(demo_cache, tmp_path):
     manifest = Manifest.read(demo_cache)
-    dataclasses.replace(manifest, made_from=manifest.made_from | {"teacher": "/gone/teacher"}).write(demo_cache)
+    dataclasses.replace(manifest, provenance=manifest.provenance | {"teacher": "/gone/teacher"}).write(demo_cache)
     gone = demo(tmp_path, cache={"path": demo_cache}, teacher={"model": "/gone/teacher"})
     prepare(gone).check_cached(prepare(gone).train)
     with pytest.raises(CacheError, match="teacher: /gone/teacher then, /other/teacher now"):

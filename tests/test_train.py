@@ -13,12 +13,12 @@ import pytest
 import yaml
 from conftest import GAP, ON_GPU
 
-from actors.rollout import RolloutGroup
+from actors.rollout_actor import RolloutGroup
 from eval.faults.processes import actors, kill_tree
 from onpolicy_skd import train
-from onpolicy_skd.config import FaultSettings
-from onpolicy_skd.report.metrics import read
-from onpolicy_skd.trajectory import RolloutRequest, Sampling, Trajectory
+from onpolicy_skd.config.schema import FaultSettings
+from onpolicy_skd.report.metrics_log import read
+from onpolicy_skd.types import RolloutRequest, SamplingParams, Trajectory
 
 ROOT = Path(__file__).parents[1]
 BASE = [
@@ -212,7 +212,7 @@ def test_two_actors_of_every_role_do_what_one_does(whole, tmp_path):
     assert [e["args"]["name"] for e in trace if e["ph"] == "M"] == [
         f"{role} {number}" for role in ("rollout", "teacher", "learner") for number in (0, 1)
     ]
-    assert {"generate", "encode", "trunk", "loss", "backward", "send weights", "receive weights"} <= {
+    assert {"generate", "encode", "backbone", "loss", "backward", "send weights", "receive weights"} <= {
         e["name"] for e in trace
     }
     assert (tmp_path / "r" / "timeline.png").read_bytes().startswith(b"\x89PNG")
@@ -279,7 +279,7 @@ def test_what_several_actors_generate_comes_back_in_the_order_asked(monkeypatch)
 
     monkeypatch.setattr(train.ray, "get", lambda refs, timeout: refs)
     requests = [RolloutRequest(f"r{i}", [1], 0) for i in range(7)]
-    assert [t.key for t in Two().gather(requests, Sampling(8))] == [r.key for r in requests]
+    assert [t.key for t in Two().gather(requests, SamplingParams(8))] == [r.key for r in requests]
 
 
 def test_prefilter_scores_once_and_spends_nothing_on_what_it_drops(tmp_path):
@@ -326,7 +326,7 @@ def test_a_sampler_without_the_learners_weights_stops_the_run(tmp_path):
 
 
 def other_tokenizer(folder: Path) -> str:
-    from onpolicy_skd.models import load_tokenizer, resolve_path
+    from onpolicy_skd.models.loading import load_tokenizer, resolve_path
 
     tokenizer = load_tokenizer("bundled:demo_teacher")
     tokenizer.add_tokens(["<|extra|>"])
@@ -336,7 +336,7 @@ def other_tokenizer(folder: Path) -> str:
 
 
 def without_weights(folder: Path) -> str:
-    from onpolicy_skd.models import resolve_path
+    from onpolicy_skd.models.loading import resolve_path
 
     ignored = shutil.ignore_patterns("*.safetensors")
     return str(shutil.copytree(resolve_path("bundled:demo_student"), folder, ignore=ignored))

@@ -6,15 +6,10 @@ from conftest import make_trajectories
 from hypothesis import given
 from hypothesis import strategies as st
 
-from onpolicy_skd import checkpoint
-from onpolicy_skd.trajectory import (
-    check_version,
-    collate,
-    micro_batches,
-    packed_trajectories,
-    seed_of,
-    unpacked_trajectories,
-)
+from onpolicy_skd.models.batch import collate, micro_batches
+from onpolicy_skd.storage import checkpoint
+from onpolicy_skd.storage.trajectories import trajectories_from_tensors, trajectories_to_tensors
+from onpolicy_skd.types import check_version, seed_of
 
 pairs = st.lists(st.tuples(st.integers(1, 9), st.integers(1, 9)), min_size=1, max_size=6)
 
@@ -80,10 +75,10 @@ def test_trajectories_survive_a_checkpoint(tmp_path):
     batch[1] = dataclasses.replace(
         batch[1], correct=True, weight=0.5, sampler_entropy=np.ones(7, np.float32), documents=np.array([2])
     )
-    records, tensors = packed_trajectories(batch)
+    records, tensors = trajectories_to_tensors(batch)
     checkpoint.save(tmp_path, 1, {"ahead": records}, tensors, keep=1)
     loaded = checkpoint.newest(tmp_path)
-    for found, expected in zip(unpacked_trajectories(loaded.state["ahead"], loaded.tensors), batch, strict=True):
+    for found, expected in zip(trajectories_from_tensors(loaded.state["ahead"], loaded.tensors), batch, strict=True):
         for one in dataclasses.fields(expected):
             a, b = getattr(found, one.name), getattr(expected, one.name)
             assert (a is None and b is None) or np.array_equal(a, b), one.name

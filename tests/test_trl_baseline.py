@@ -6,11 +6,11 @@ import pytest
 from conftest import tiny_settings
 
 from eval import trl_baseline
-from onpolicy_skd import comparison
-from onpolicy_skd.compatibility import check_trl
-from onpolicy_skd.config import ConfigError
-from onpolicy_skd.prepare import prepare
-from onpolicy_skd.report.metrics import read
+from onpolicy_skd.comparison import grid as comparison
+from onpolicy_skd.config.errors import ConfigError
+from onpolicy_skd.config.validation import check_trl
+from onpolicy_skd.report.metrics_log import read
+from onpolicy_skd.run.prepare import prepare
 
 OPTIONS = [
     "data.source=demo", "data.max_prompt_tokens=96", "data.train_problems=40", "student.model=bundled:demo_student",

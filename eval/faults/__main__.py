@@ -17,8 +17,8 @@ from pathlib import Path
 
 from eval.faults import damage, processes
 from eval.faults.processes import Lab, Tally
-from onpolicy_skd.checkpoint import write_text
 from onpolicy_skd.report.summary import versions
+from onpolicy_skd.storage.files import write_text
 
 COUNTS = ("injected", "ended_right", "clear_error", "wrong", "lost")
 Scenario = Callable[[Lab, Path, random.Random], Tally]

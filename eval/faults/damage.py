@@ -12,15 +12,19 @@ import numpy as np
 import torch
 
 from eval.faults.processes import ROOT, Tally
-from onpolicy_skd import checkpoint, command_line
-from onpolicy_skd import teacher_cache as caches
-from onpolicy_skd.config import ConfigError, DataSettings
+from onpolicy_skd.config import loading as command_line
+from onpolicy_skd.config.errors import ConfigError
+from onpolicy_skd.config.schema import DataSettings
 from onpolicy_skd.data import demo_task
 from onpolicy_skd.data.prompts import load_questions
-from onpolicy_skd.models import SplitModel, load_model
-from onpolicy_skd.teacher import Teacher
-from onpolicy_skd.teacher_cache import Layout, Manifest, TeacherCache
-from onpolicy_skd.trajectory import Trajectory
+from onpolicy_skd.models.loading import load_model
+from onpolicy_skd.models.split_model import SplitModel
+from onpolicy_skd.storage import checkpoint
+from onpolicy_skd.teacher import cache_format as caches
+from onpolicy_skd.teacher.cache_format import Layout, Manifest
+from onpolicy_skd.teacher.cache_reader import TeacherCache
+from onpolicy_skd.teacher.teacher import Teacher
+from onpolicy_skd.types import Trajectory
 
 SLOW = 10.0  # seconds after which a reader counts as hung
 

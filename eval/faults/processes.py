@@ -19,7 +19,7 @@ from typing import Any
 
 import psutil
 
-from onpolicy_skd.report import metrics
+from onpolicy_skd.report import metrics_log as metrics
 
 ROOT = Path(__file__).parents[2]
 SMALL = [
@@ -31,7 +31,7 @@ COMPARED = ("loss", "grad_norm", "entropy", "positions", "lr")  # of every step,
 ANY = "any"  # kind of actor
 WATCHED = ["run.checkpoint_every=3", "run.evaluate_every=3", "eval.before=true", "eval.during=4", "rollout.actors=2"]
 KINDS = ("Rollout", "Teacher", "Learner")
-PATIENCE = 900.0  # seconds after which a run counts as hung
+TIMEOUT_S = 900.0  # seconds after which a run counts as hung
 
 
 @dataclass
@@ -59,7 +59,7 @@ class Lab:
     folder: Path
     engine: str
     draw: random.Random
-    say: Callable[[str], None] = print
+    log: Callable[[str], None] = print
 
     def command(self, name: str, steps: int, *overrides: str, folder: Path | None = None) -> list[str]:
         own = [f"run.dir={folder or self.folder}", f"run.name={name}", f"run.steps={steps}", *overrides]
@@ -77,7 +77,7 @@ class Lab:
         """Runs ``command`` to its end; its exit code, or -1 if it hung."""
         return ended(self.start(command, log, **environment))
 
-    def log(self, name: str) -> str:
+    def log_text(self, name: str) -> str:
         return (self.folder / f"{name}.log").read_text(encoding="utf-8", errors="replace")
 
     def steps(self, name: str, folder: Path | None = None) -> dict[int, tuple[float, ...]]:
@@ -103,7 +103,7 @@ class Lab:
 def ended(process: subprocess.Popen[bytes]) -> int:
     """The exit code of a run, or -1 if it hung."""
     try:
-        return process.wait(PATIENCE)
+        return process.wait(TIMEOUT_S)
     except subprocess.TimeoutExpired:
         kill_tree(process.pid)
         return -1
@@ -136,7 +136,7 @@ def verdict(lab: Lab, tally: Tally, name: str, steps: int, code: int, count: int
     expected, found = lab.reference(steps), lab.steps(name)
     if code == 0 and found == expected and (lab.folder / name / "final" / "model.safetensors").exists():
         tally.add("ended_right", count)
-    elif code not in (0, -1) and one_error(lab.log(name)):
+    elif code not in (0, -1) and one_error(lab.log_text(name)):
         tally.add("clear_error", count, f"{name}: exit {code}")
     else:
         different = sorted(s for s in expected if found.get(s) != expected[s])
@@ -208,7 +208,7 @@ def stopped_while_saving(lab: Lab, count: int, steps: int = 30) -> Tally:
     codes = []
     for _ in range(count):
         process = lab.start(lab.command(name, steps), name)
-        deadline = time.monotonic() + PATIENCE
+        deadline = time.monotonic() + TIMEOUT_S
         first = newest_step(lab.folder / name)
         while process.poll() is None and time.monotonic() < deadline:
             now = newest_step(lab.folder / name)
@@ -248,7 +248,7 @@ def full_disk(lab: Lab, count: int, steps: int = 14) -> Tally:
             cp -r {mount}/r {lab.folder}/{name}; exit $code
         """
         code = lab.finish([*inside, script], name)
-        log = lab.log(name)
+        log = lab.log_text(name)
         kept = (lab.folder / f"{name}.kept").read_text().split() if (lab.folder / f"{name}.kept").exists() else []
         if not any(k.startswith("step-") for k in kept):
             tally.add("lost", 1, f"{name}: no checkpoint survived the full disk")

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 
 from eval.performance import curves, end_to_end, loss, overlap, step
-from onpolicy_skd.checkpoint import write_text
 from onpolicy_skd.report.summary import versions
+from onpolicy_skd.storage.files import write_text
 
 BENCHMARKS: dict[str, Any] = {
     "loss": loss,

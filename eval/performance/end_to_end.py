@@ -1,7 +1,7 @@
 """Whole on-policy steps beside TRL's ``DistillationTrainer``: the same models, prompts, lengths and number of steps.
 
 Both generate with transformers in one process and one type; models are randomly initialised with a real vocabulary's
-size.  ``unavoidable`` is measured beside each step of ours: generation, the teacher's forward, the student's trunk
+size.  ``unavoidable`` is measured beside each step of ours: generation, the teacher's forward, the student's backbone
 forward and backward, and the matrix products of the LM heads over the supervised rows.
 """
 
@@ -17,15 +17,17 @@ import numpy as np
 import torch
 
 from eval.performance.measuring import clock, in_turn, memory, ratio, reset_peak
-from onpolicy_skd import models
-from onpolicy_skd.command_line import resolve
-from onpolicy_skd.config import Settings
-from onpolicy_skd.learner import Learner
-from onpolicy_skd.prefilter import as_text
-from onpolicy_skd.prepare import Run, prepare
-from onpolicy_skd.rollout import Response, TransformersEngine
-from onpolicy_skd.teacher import Teacher
-from onpolicy_skd.trajectory import RolloutRequest, Trajectory, collate
+from onpolicy_skd.config.loading import resolve
+from onpolicy_skd.config.schema import Settings
+from onpolicy_skd.learner.learner import Learner
+from onpolicy_skd.models import loading as models
+from onpolicy_skd.models import split_model
+from onpolicy_skd.models.batch import collate
+from onpolicy_skd.rollout.transformers_engine import Response, TransformersEngine
+from onpolicy_skd.run.prepare import Run, prepare
+from onpolicy_skd.selection.prefilter import as_text
+from onpolicy_skd.teacher.teacher import Teacher
+from onpolicy_skd.types import RolloutRequest, Trajectory
 
 VARIANTS = ("trl", "ours_k100", "ours_k20", "trl_ragged", "ours_ragged")
 MEANING = {
@@ -126,8 +128,8 @@ def _save_random_model(folder: Path, vocabulary: int, layers: int, hidden: int, 
 def _ours(run: Run, limits: Sequence[int], device: str) -> dict[str, Any]:
     own, dtype = run.settings, models.pick_dtype(run.settings.teacher.dtype, device)
     pad = run.tokenizer.pad_token_id
-    student = models.split(models.load_model(own.student.model, torch.float32, device), run.vocabulary)
-    teacher_model = models.split(models.load_model(own.teacher.model, dtype, device), run.vocabulary)
+    student = split_model.split(models.load_model(own.student.model, torch.float32, device), run.vocabulary)
+    teacher_model = split_model.split(models.load_model(own.teacher.model, dtype, device), run.vocabulary)
     teacher = Teacher(teacher_model, own.teacher.tokens_per_batch, pad)
     learner = Learner(student, teacher, own, pad, run.steps)
     engine = _Ending(own.student.model, own, shared=student)
@@ -157,9 +159,9 @@ def _ours(run: Run, limits: Sequence[int], device: str) -> dict[str, Any]:
     seconds = sum(phases.values())
     bound = phases["rollout"] + phases["teacher"] + _student_bound(learner, teacher_model, kept, supervised, device)
     texts = [as_text(p, "prompt", run.tokenizer) for p in run.train[:SCORED]]
-    learner.rank(texts[:2])
+    learner.score_samples(texts[:2])
     started = clock(device)
-    learner.rank(texts)
+    learner.score_samples(texts)
     scoring = (clock(device) - started) / SCORED
     return {
         "seconds": seconds,
@@ -191,9 +193,9 @@ class _Limited(Response):
 
 
 def _student_bound(
-    learner: Learner, teacher: models.SplitModel, batch: Sequence[Trajectory], supervised: int, device: str
+    learner: Learner, teacher: split_model.SplitModel, batch: Sequence[Trajectory], supervised: int, device: str
 ) -> float:
-    """Seconds of trunk forward and backward, of the head products over the supervised rows, and of the optimizer."""
+    """Seconds of backbone forward and backward, of the head products over the supervised rows, and of the optimizer."""
     student, pad = learner.student, 0
     together = collate(batch, pad, student.device)
     optimizer = learner.optimizer

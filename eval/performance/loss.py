@@ -58,8 +58,9 @@ def loss_step(variant: str, inputs: dict[str, Tensor], k: float = 1.0) -> Callab
 
     if variant == "trl":
         from trl.trainer.distillation_trainer import _chunked_divergence_loss as chunked
-    from onpolicy_skd.divergence import Alignment, HiddenRows, Rows, distillation_loss
-    from onpolicy_skd.lm_head import row_statistics
+    from onpolicy_skd.loss.divergence import distillation_loss
+    from onpolicy_skd.loss.inputs import Alignment, HiddenRows, Rows
+    from onpolicy_skd.models.lm_head import row_statistics
     from onpolicy_skd.selection.positions import Context, top_k
 
     forward = {

@@ -17,9 +17,9 @@ from typing import Any
 
 from eval.performance.end_to_end import DEFAULT, SHAPES, save_random_models, settings_for
 from eval.performance.measuring import in_turn, ratio
-from onpolicy_skd.config import Settings
-from onpolicy_skd.prepare import prepare
-from onpolicy_skd.timeline import Span
+from onpolicy_skd.config.schema import Settings
+from onpolicy_skd.run.prepare import prepare
+from onpolicy_skd.tracing import Span
 
 __all__ = ["DEFAULT", "SHAPES", "compare", "measure", "show"]
 VARIANTS: dict[str, dict[str, Any]] = {  # and pipeline's settings
@@ -29,14 +29,14 @@ VARIANTS: dict[str, dict[str, Any]] = {  # and pipeline's settings
 }
 ENDS = 0.045  # share of the classes that end an answer: about a third of the limit of 64 tokens on average
 WARM, TIMED = 2, 6  # steps
-BUSY = ("generate", "load weights", "receive weights", "filter", "encode", "trunk", "entropy", "loss", "backward",
+BUSY = ("generate", "load weights", "receive weights", "filter", "encode", "backbone", "entropy", "loss", "backward",
         "optimizer", "pack weights", "send weights")  # fmt: skip
 
 
 def measure(variant: str, shape: str, device: str) -> dict[str, Any]:
     """Wall seconds of a step, and of these how many each process was busy."""
     from actors.cluster import connect  # Ray would count as memory of the other benchmarks
-    from actors.roles import Roles
+    from actors.workers import Workers
     from onpolicy_skd.train import update
 
     os.environ["OMP_NUM_THREADS"] = "1"
@@ -47,7 +47,7 @@ def measure(variant: str, shape: str, device: str) -> dict[str, Any]:
         run = prepare(settings, lambda _: None)
         book: Any = SimpleNamespace(step=lambda *_: None)
         with connect(settings) as resources:
-            roles = Roles(settings, resources, run.vocabulary, run.tokenizer.pad_token_id, run.steps)
+            roles = Workers(settings, resources, run.vocabulary, run.tokenizer.pad_token_id, run.steps)
             try:
                 roles.wait_ready(lambda _: None)
                 started: dict[int, Any] = {}

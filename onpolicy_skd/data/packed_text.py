@@ -16,10 +16,10 @@ from typing import Any, overload
 
 import numpy as np
 
-from onpolicy_skd.checkpoint import replacing, write_text
-from onpolicy_skd.config import DataSettings
+from onpolicy_skd.config.schema import DataSettings
 from onpolicy_skd.data.prompts import DataError, read_hub, read_jsonl
-from onpolicy_skd.trajectory import Prompt
+from onpolicy_skd.storage.files import replacing, write_text
+from onpolicy_skd.types import Prompt
 
 DOCUMENTS_AT_ONCE = 256  # tokenized together
 TOKENS_BETWEEN_MESSAGES = 1_000_000
@@ -58,7 +58,7 @@ def samples(name: str, tokens: np.ndarray, length: int, end_id: int, separate: b
     return Lazy(sample, range(len(tokens) // length))
 
 
-def pack(settings: DataSettings, tokenizer: Any, folder: Path, say: Callable[[str], None]) -> Lazy:
+def pack(settings: DataSettings, tokenizer: Any, folder: Path, log: Callable[[str], None]) -> Lazy:
     """The samples of ``settings``, written to ``folder`` unless they are there already.
 
     Raises DataError for a file, row or data set that cannot be read, or holds less than one sample.
@@ -67,10 +67,10 @@ def pack(settings: DataSettings, tokenizer: Any, folder: Path, say: Callable[[st
     identity = [source, settings.text_column, settings.tokens, _rules(tokenizer), tokenizer.eos_token_id]
     file = folder / f"{hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:24]}.tokens"
     if file.exists():
-        say(f"text: {file.stat().st_size // 4} packed tokens reused from {file}")
+        log(f"text: {file.stat().st_size // 4} packed tokens reused from {file}")
     else:
         folder.mkdir(parents=True, exist_ok=True)
-        _write(file, settings, tokenizer, source, say)
+        _write(file, settings, tokenizer, source, log)
     tokens, length = np.memmap(file, dtype="<u4", mode="r"), settings.sequence_length
     if len(tokens) < length:
         raise DataError(f"{name}: holds {len(tokens)} tokens, less than data.sequence_length={length}")
@@ -91,7 +91,7 @@ def _rules(tokenizer: Any) -> str:
     return hashlib.sha256(json.dumps([vocabulary_digest(tokenizer), state], sort_keys=True).encode()).hexdigest()
 
 
-def _write(file: Path, settings: DataSettings, tokenizer: Any, source: Any, say: Callable[[str], None]) -> None:
+def _write(file: Path, settings: DataSettings, tokenizer: Any, source: Any, log: Callable[[str], None]) -> None:
     budget, end = settings.tokens, [tokenizer.eos_token_id]
     written, documents, next_message = 0, -1, 0  # the first end of sequence ends no document
     with replacing(file) as beside, beside.open("wb") as out:
@@ -101,15 +101,15 @@ def _write(file: Path, settings: DataSettings, tokenizer: Any, source: Any, say:
             np.asarray(part, dtype="<u4").tofile(out)
             written, documents = written + len(part), documents + 1
             if written >= next_message:
-                say(f"text: {written} tokens of {documents} documents packed")
+                log(f"text: {written} tokens of {documents} documents packed")
                 next_message = written + TOKENS_BETWEEN_MESSAGES
             if budget is not None and written >= budget:
                 break
         about = {"tokens": written, "documents": documents, "source": source, "column": settings.text_column}
         write_text(file.with_suffix(".json"), json.dumps(about, indent=1) + "\n")
     if budget is not None and written < budget:
-        say(f"text: data.tokens={budget}, but there are only {written} tokens")
-    say(f"text: {written} tokens of {documents} documents packed into {file}")
+        log(f"text: data.tokens={budget}, but there are only {written} tokens")
+    log(f"text: {written} tokens of {documents} documents packed into {file}")
 
 
 def _tokenized(texts: Iterator[str], tokenizer: Any) -> Iterator[list[int]]:

@@ -11,11 +11,12 @@ from typing import Any
 
 import numpy as np
 
-from onpolicy_skd.config import ConfigError, DataSettings
+from onpolicy_skd.config.errors import ConfigError
+from onpolicy_skd.config.schema import DataSettings
 from onpolicy_skd.data import demo_task
-from onpolicy_skd.trajectory import Prompt, seed_of
+from onpolicy_skd.types import Prompt, seed_of
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 DEMO_TRAIN_PROBLEMS = 20_000
 DEMO_TEST_PROBLEMS = 1_000
 GSM8K = dict(name="openai/gsm8k", subset="main")
@@ -132,7 +133,7 @@ def load_prompts(settings: DataSettings, tokenizer: Any, split: str, limit: int 
             )
         prompts.append(Prompt(key, ids, question, answer))
     if dropped:
-        log.warning("%s split: %d prompts over %d tokens dropped", split, dropped, settings.max_prompt_tokens)
+        logger.warning("%s split: %d prompts over %d tokens dropped", split, dropped, settings.max_prompt_tokens)
     if not prompts:
         raise DataError(f"data: no prompt is left in the {split} split of source {settings.source}")
     return prompts

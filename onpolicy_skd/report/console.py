@@ -28,7 +28,7 @@ ROWS = 12
 
 
 class Display:
-    """``with Display(steps) as d: d.step(record); d.say(text)``."""
+    """``with Display(steps) as d: d.step(record); d.log(text)``."""
 
     def __init__(self, steps: int, first: int = 0, console: Console | None = None) -> None:
         self.console = console or Console(highlight=False, soft_wrap=True)
@@ -49,13 +49,13 @@ class Display:
         if self._live:
             self._live.stop()
 
-    def say(self, text: str) -> None:
+    def log(self, text: str) -> None:
         self.console.print(text, markup=False)
 
     def step(self, record: dict[str, Any]) -> None:
         """Shows the metrics of one optimizer step."""
         if not self._live:
-            self.say("  ".join(f"{name} {show(record)}" for name, show in COLUMNS.items()))
+            self.log("  ".join(f"{name} {show(record)}" for name, show in COLUMNS.items()))
             return
         self._records.append(record)
         table = Table(*COLUMNS, box=None, pad_edge=False)

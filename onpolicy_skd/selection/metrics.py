@@ -6,16 +6,12 @@ function and one line in ``METRICS``, or a function of your own named ``module:f
 
 from __future__ import annotations
 
-import importlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 import torch
 from torch import Tensor
-
-from onpolicy_skd.config import ConfigError
 
 LEAST_CE = 1e-6  # nats; floor of the teacher's cross-entropy in ce_ratio
 Range = tuple[float, float]
@@ -41,7 +37,7 @@ class Signals:
         student: Callable[[], tuple[Tensor, Tensor]],
         counts: Sequence[int],
         seeds: Sequence[int],
-        scalars: Callable[[], tuple[Tensor, Tensor]] | None = None,
+        entropy_and_logprob: Callable[[], tuple[Tensor, Tensor]] | None = None,
         divergence: Callable[[str], Tensor] | None = None,
         ranges: Ranges | None = None,
         device: torch.device | str = "cpu",
@@ -49,7 +45,7 @@ class Signals:
         self._fetch_student = student  # () -> H(q_t) and -log q_t(y_t)
         self.counts = counts  # eligible positions of each sequence; sums to N
         self.seeds = seeds  # one per sequence, for metrics that draw
-        self._fetch_scalars = scalars  # () -> H(p_t) and log p_t(y_t)
+        self._fetch_scalars = entropy_and_logprob  # () -> H(p_t) and log p_t(y_t)
         self._divergence = divergence  # "forward_kl" or "reverse_kl" -> its value per position
         self._ranges = ranges
         self.device = device
@@ -69,7 +65,7 @@ class Signals:
         return self._student[1]
 
     @cached_property
-    def _scalars(self) -> tuple[Tensor, Tensor]:
+    def _entropy_and_logprob(self) -> tuple[Tensor, Tensor]:
         if self._fetch_scalars is None:
             raise RuntimeError("this position score needs the teacher, and there is none here")
         return self._fetch_scalars()
@@ -77,12 +73,12 @@ class Signals:
     @property
     def teacher_entropy_N(self) -> Tensor:
         """H(p_t)."""
-        return self._scalars[0]
+        return self._entropy_and_logprob[0]
 
     @property
     def teacher_ce_N(self) -> Tensor:
         """-log p_t(y_t)."""
-        return -self._scalars[1]
+        return -self._entropy_and_logprob[1]
 
     @cached_property
     def kl_N(self) -> Tensor:
@@ -191,21 +187,6 @@ METRICS: dict[str, Metric] = {
     "prefix": prefix,
 }
 WHOLE_BATCH = frozenset({"tip_soft_or"})  # their scores depend on the ranges of the optimizer batch
-
-
-def find(name: str, known: Mapping[str, Any], setting: str) -> Any:
-    """``known[name]``, or what ``module:function`` names.  Raises ConfigError naming ``setting``."""
-    if name in known:
-        return known[name]
-    module, _, attribute = name.partition(":")
-    accepted = f"accepted: {', '.join(known)}, or module:function"
-    try:
-        found = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ConfigError(f"{setting}={name}: cannot be imported ({error}); {accepted}") from None
-    if not callable(found):
-        raise ConfigError(f"{setting}={name}: is not a function; {accepted}")
-    return found
 
 
 def _scaled(values_N: Tensor, bounds: Range) -> Tensor:

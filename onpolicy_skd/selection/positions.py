@@ -14,11 +14,11 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from onpolicy_skd.config import PositionSettings
-from onpolicy_skd.trajectory import seed_of
+from onpolicy_skd.config.schema import PositionSettings
+from onpolicy_skd.types import seed_of
 
 
-def quota(k: float, n: int) -> int:
+def num_selected(k: float, n: int) -> int:
     """ceil(k * n): positions selected of n eligible ones; at least one for n >= 1.
 
     k * n is rounded at the 9th decimal first, so that 0.2 * 15 is 3 and not 3.0000000000000004.
@@ -51,8 +51,8 @@ class Context:
 
 
 def top_k(scores_N: Tensor, counts: Sequence[int], context: Context) -> Selection:
-    """The quota(k, n) highest scores of **each** sequence, equally weighted; ties go to the earlier position."""
-    return each_sequence(scores_N, counts, lambda _, u_n: (_best(u_n, quota(context.k, len(u_n))), None))
+    """The num_selected(k, n) highest scores of **each** sequence, equally weighted; ties go to the earlier position."""
+    return each_sequence(scores_N, counts, lambda _, u_n: (_best(u_n, num_selected(context.k, len(u_n))), None))
 
 
 def full(scores_N: Tensor, counts: Sequence[int], context: Context) -> Selection:
@@ -77,14 +77,14 @@ def gls(scores_N: Tensor, counts: Sequence[int], context: Context) -> Selection:
 
 
 def curriculum(scores_N: Tensor, counts: Sequence[int], context: Context) -> Selection:
-    """A window of quota(k, n) neighbours in the order of scores, that slides from the lowest to the highest.
+    """A window of num_selected(k, n) neighbours in the order of scores, that slides from the lowest to the highest.
 
     From ``curriculum_steps`` on it equals top_k.
     """
     done = min(1.0, context.step / context.options.curriculum_steps)
 
     def window(_: int, u_n: Tensor) -> tuple[Tensor, None]:
-        width = quota(context.k, len(u_n))
+        width = num_selected(context.k, len(u_n))
         start = round(done * (len(u_n) - width))
         return _order(u_n).flip(0)[start : start + width], None
 
@@ -92,7 +92,7 @@ def curriculum(scores_N: Tensor, counts: Sequence[int], context: Context) -> Sel
 
 
 def sampled(scores_N: Tensor, counts: Sequence[int], context: Context) -> Selection:
-    """Pos RS-KD: quota(k, n) draws with probability w proportional to the score; weight = count / quota.
+    """Pos RS-KD: num_selected(k, n) draws with probability w proportional to the score; weight = count / num_selected.
 
     Unbiased for the score-weighted mean sum of w L.
     """
@@ -180,7 +180,7 @@ def _draw(u_n: Tensor, context: Context, seed: int, unbiased: bool) -> tuple[Ten
     skipped = own.skip_first if n > own.skip_first else 0  # a response that short has no other positions
     scores = u_n[skipped:].to("cpu", torch.float64).clamp(max=math.inf if own.clip is None else own.clip)
     w = _shares(_shares(scores) ** (1.0 / own.smoothing))
-    budget = quota(context.k, n)
+    budget = num_selected(context.k, n)
     certain = _best(w, math.floor(round(own.coverage * budget, 9)))  # at least one draw remains: coverage < 1
     weight = torch.zeros_like(w)
     weight[certain] = 1.0 / n if unbiased else w[certain]

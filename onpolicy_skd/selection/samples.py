@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 
-from onpolicy_skd.selection.positions import quota
-from onpolicy_skd.trajectory import FilterReport, Trajectory
+from onpolicy_skd.selection.positions import num_selected
+from onpolicy_skd.types import FilterReport, Trajectory
 
 TEACHER_METRICS = frozenset({"kl", "ce_ratio"})  # sample scores that cost a teacher forward of every candidate
 
@@ -23,7 +23,7 @@ def validity(
             raise ValueError(f"trajectory {t.key} was not judged, so samples.correctness={correctness} cannot apply")
         if len(t.response_ids) == 0:
             reasons["empty"] += 1
-        elif t.finish == "length" and drop_truncated:
+        elif t.finish_reason == "length" and drop_truncated:
             reasons["truncated"] += 1
         elif t.response_ids.max() >= vocabulary:
             reasons["outside_vocabulary"] += 1
@@ -36,7 +36,7 @@ def validity(
 
 def top_share(scores: Sequence[float], share: float) -> list[int]:
     """Indices, in their own order, of the ceil(share * N) highest scores; ties go to the earlier one."""
-    best = sorted(range(len(scores)), key=lambda i: (-scores[i], i))[: quota(share, len(scores))]
+    best = sorted(range(len(scores)), key=lambda i: (-scores[i], i))[: num_selected(share, len(scores))]
     return sorted(best)
 
 

@@ -8,11 +8,12 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from onpolicy_skd.config import PositionSettings
+from onpolicy_skd.config import plugins
+from onpolicy_skd.config.schema import PositionSettings
 from onpolicy_skd.selection import metrics
 from onpolicy_skd.selection.metrics import METRICS, Signals
 from onpolicy_skd.selection.positions import POLICIES, Context, Selection, scheduled_k
-from onpolicy_skd.trajectory import seed_of
+from onpolicy_skd.types import seed_of
 
 State = dict[str, Tensor]
 
@@ -93,8 +94,8 @@ class Selector:
 
     def __init__(self, settings: PositionSettings, seed: int) -> None:
         self._settings = settings
-        self._policy = metrics.find(settings.policy, POLICIES, "positions.policy")
-        self._metric = metrics.find(settings.metric, METRICS, "positions.metric")
+        self._policy = plugins.find(settings.policy, POLICIES, "positions.policy")
+        self._metric = plugins.find(settings.metric, METRICS, "positions.metric")
         self._queue = ScoreQueue(settings.queue) if settings.policy == "gls" else None
         self.bandit = Bandit(settings.arms, settings.bandit_gamma, seed) if settings.policy == "bandit" else None
 

@@ -1,0 +1,101 @@
+"""Teacher actors that build a cache, shard by shard, at the same time."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import ray
+from torch import Tensor
+
+from actors.cluster import wait_ready, with_absolute_paths
+from actors.learner_actor import LearnerActor
+from actors.placement import Resources
+from actors.serialization import unpack
+from actors.teacher_actor import TeacherActor
+from onpolicy_skd.config.schema import Settings
+from onpolicy_skd.selection.samples import TEACHER_METRICS
+from onpolicy_skd.teacher.cache_format import Shard
+from onpolicy_skd.types import Trajectory
+
+AHEAD = 2  # shards that each builder has or waits for
+Work = tuple[int, Sequence[Trajectory]]  # number of a shard, and its samples
+
+
+class CacheBuilders:
+    """``resources.teacher.count`` teachers, started when they are first needed; ``with`` ends them."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        resources: Resources,
+        vocabulary: int,
+        pad_id: int,
+        log: Callable[[str], None] = print,
+    ) -> None:
+        self._settings = with_absolute_paths(settings)
+        self._resources = resources
+        self._vocabulary = vocabulary
+        self._pad_id = pad_id
+        self._say = log
+        self._started: list[Any] = []
+
+    def __enter__(self) -> CacheBuilders:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for actor in self._started:
+            ray.kill(actor)
+
+    def _actors(self) -> list[Any]:
+        """The teachers, which the first call starts."""
+        if not self._started:
+            role = self._resources.teacher
+            self._say(f"starting {role.count} x {role.name}")
+            remote = TeacherActor.options(**role.options()).remote
+            self._started = [remote(self._settings, self._vocabulary, self._pad_id) for _ in range(role.count)]
+            wait_ready(self._started, self._say)
+        return self._started
+
+    @contextmanager
+    def ranking(self) -> Iterator[Callable[[Sequence[Trajectory]], list[float]]]:
+        """A function that scores samples by the initial student, in a learner that is gone afterwards."""
+        settings = self._settings
+        teachers = self._actors()[:1] if settings.samples.metric in TEACHER_METRICS else ()
+        learner: Any = LearnerActor.options(**self._resources.learner.options()).remote(
+            settings, self._vocabulary, 1, teachers, ranks_only=True
+        )
+        try:
+            wait_ready([learner], self._say)
+            yield lambda trajectories: ray.get(learner.rank.remote(trajectories))
+        finally:
+            ray.kill(learner)
+
+    def head(self) -> Tensor:
+        """The teacher's LM head ``[V, G]``."""
+        packed: Any = ray.get(self._actors()[0].head.remote())
+        return unpack(packed)
+
+    def write(self, folder: Path, work: Iterable[Work]) -> Iterator[tuple[int, Shard]]:
+        """Number and record of each shard of ``work`` as it is done, in any order."""
+        waiting: dict[ray.ObjectRef, tuple[int, Any]] = {}
+        left = iter(work)
+        first = next(left, None)
+        if first is None:
+            return
+        left = itertools.chain([first], left)
+        free = [actor for _ in range(AHEAD) for actor in self._actors()]
+        while True:
+            while free and (item := next(left, None)) is not None:
+                actor, (number, trajectories) = free.pop(), item
+                waiting[actor.write_shard.remote(folder.absolute(), number, trajectories)] = (number, actor)
+            if not waiting:
+                return
+            (done,), _ = ray.wait(list(waiting), num_returns=1)
+            number, actor = waiting.pop(done)
+            shard: Any = ray.get(done)
+            free.append(actor)
+            yield number, shard

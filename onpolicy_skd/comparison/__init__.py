@@ -1,0 +1,1 @@
+"""Comparison runs: the grid, results, page, figures."""

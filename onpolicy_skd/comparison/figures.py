@@ -1,0 +1,213 @@
+"""Figures of a comparison, as SVG that takes the page's colours, and as PNG."""
+
+from __future__ import annotations
+
+import io
+import math
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from matplotlib import rc_context
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter, MaxNLocator
+
+from onpolicy_skd.comparison.grid import Comparison, Mode, PlannedRun, Row
+from onpolicy_skd.comparison.results import MODES, RowResult
+from onpolicy_skd.report import metrics_log as metrics
+from onpolicy_skd.storage.files import replacing
+
+INK = "#010203"  # stands for the page's text colour
+STYLE: dict[Any, Any] = {
+    "svg.fonttype": "none", "font.size": 9, "text.color": INK, "axes.labelcolor": INK, "axes.edgecolor": INK,
+    "xtick.color": INK, "ytick.color": INK, "axes.grid": True, "grid.alpha": 0.2, "grid.color": INK,
+    "axes.spines.top": False, "axes.spines.right": False, "lines.linewidth": 1.4, "legend.frameon": False,
+    "text.parse_math": False,
+}  # fmt: skip
+# Colours that can be told apart by most people (Okabe and Ito, 2008), then the same again with other lines.
+COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#7A7A7A")
+LINES = ("-", "--", ":")
+MARKERS = ("o", "s", "D")
+Curve = tuple[list[float], list[float]]
+
+
+def figures(comparison: Comparison, rows: Sequence[RowResult]) -> dict[str, Figure]:
+    """By name; those for which nothing was recorded are left out."""
+    with rc_context(STYLE):
+        made = {
+            "learning_curves": _curves(comparison, "exact match on held-out problems, %", _exact_match),
+            "accuracy_and_cost": _costs(rows),
+            "entropy_of_positions": _two_kinds(comparison, "entropy", "student entropy, nats"),
+            "divergence_of_positions": _two_kinds(comparison, "divergence", "divergence, nats per token"),
+            "response_length": _curves(comparison, "response length, tokens", _series("response_tokens")),
+            "truncation": _curves(comparison, "truncated rollouts, %", _truncation),
+        }
+    return {name: figure for name, figure in made.items() if figure is not None}
+
+
+def svg(figure: Figure) -> str:
+    """The figure as an SVG element whose text and axes have the page's colour."""
+    out = io.StringIO()
+    with rc_context(STYLE):
+        figure.savefig(out, format="svg", transparent=True, metadata={"Date": None})
+    text = out.getvalue()
+    return text[text.index("<svg") :].replace(INK, "currentColor")
+
+
+def png(figure: Figure, path: Path) -> None:
+    with rc_context(STYLE), replacing(path) as beside:
+        figure.savefig(beside, format="png", dpi=110, facecolor="white")
+
+
+@lru_cache(maxsize=256)
+def _read(file: Path, changed: int) -> list[dict[str, Any]]:
+    return metrics.read(file)
+
+
+def _records(run: PlannedRun) -> list[dict[str, Any]]:
+    """The run's metrics, read once for all figures."""
+    file = run.folder / metrics.FILE
+    return _read(file, file.stat().st_mtime_ns) if file.exists() else []
+
+
+def _exact_match(run: PlannedRun) -> Curve:
+    return _evaluated("match", lambda match: 100 * match["share"])(run)
+
+
+def _evaluated(key: str, value: Callable[[Any], float] = float) -> Callable[[PlannedRun], Curve]:
+    def read(run: PlannedRun) -> Curve:
+        found = [r for r in _records(run) if r.get("event") == "evaluation" and r.get(key) is not None]
+        return [r["step"] for r in found], [value(r[key]) for r in found]
+
+    return read
+
+
+def _series(key: str) -> Callable[[PlannedRun], Curve]:
+    def read(run: PlannedRun) -> Curve:
+        steps = [r for r in _records(run) if "loss" in r]
+        return _smoothed([r["step"] for r in steps], [r[key] for r in steps])
+
+    return read
+
+
+def _truncation(run: PlannedRun) -> Curve:
+    steps = [r for r in _records(run) if "truncated" in r or "dropped" in r]
+    # What is kept for training is no longer among what was dropped, so a run that keeps it says how much there was.
+    shares = [r["truncated"] if "truncated" in r else r["dropped"].get("truncated", 0) / r["generated"] for r in steps]
+    return _smoothed([r["step"] for r in steps], [100 * share for share in shares])
+
+
+def _smoothed(x: list[float], y: list[float], points: int = 40) -> Curve:
+    """Means over equal stretches of steps, at most ``points`` of them; each stands at the middle of its stretch."""
+    if not x:
+        return [], []
+    width = max(1, math.ceil((max(x) + 1) / points))
+    parts: defaultdict[int, list[float]] = defaultdict(list)
+    for step, value in zip(x, y, strict=True):
+        parts[int(step // width)].append(value)
+    return [(part + 0.5) * width - 0.5 for part in sorted(parts)], [sum(v) / len(v) for _, v in sorted(parts.items())]
+
+
+def _mean_curve(runs: Sequence[PlannedRun], read: Callable[[PlannedRun], Curve]) -> Curve:
+    """The mean over runs at every x that all of them have."""
+    values: defaultdict[float, list[float]] = defaultdict(list)
+    for run in runs:
+        for x, y in zip(*read(run), strict=True):
+            values[x].append(y)
+    shared = sorted(x for x, several in values.items() if len(several) == len(runs))
+    return shared, [sum(values[x]) / len(runs) for x in shared]
+
+
+def _finished(comparison: Comparison, mode: Mode) -> list[tuple[int, Row, list[PlannedRun]]]:
+    """Each row with its place in the grid, by which it looks the same in every panel."""
+    found = [
+        (place, row, [r for r in comparison.of(row, mode) if r.status == "finished"])
+        for place, row in enumerate(comparison.grid.rows)
+        if mode in row.modes
+    ]
+    return [one for one in found if one[2]]
+
+
+def _look(place: int) -> dict[str, Any]:
+    return {"color": COLOURS[place % len(COLOURS)], "linestyle": LINES[place // len(COLOURS) % len(LINES)]}
+
+
+def _panels(
+    comparison: Comparison, title: str, draw: Callable[[Axes, int, Row, list[PlannedRun]], None], shared: bool = True
+) -> Figure | None:
+    """One panel a mode, in which ``draw`` adds each row; None if nothing was drawn."""
+    figure = Figure(figsize=(11, 4), layout="constrained")
+    axes = figure.subplots(1, len(MODES), sharey=shared)
+    legend: dict[str, Any] = {}
+    for axis, (mode, name) in zip(axes, MODES.items(), strict=True):
+        for place, row, runs in _finished(comparison, mode):
+            draw(axis, place, row, runs)
+        axis.set(title=f"{name}: {title}", xlabel="step")
+        handles, labels = axis.get_legend_handles_labels()
+        legend |= dict(zip(labels, handles, strict=True))
+        if not handles:
+            axis.text(0.5, 0.5, "none", transform=axis.transAxes, ha="center")
+    for axis in axes:
+        axis.set_ylim(bottom=0)
+    names = [row.name for row in comparison.grid.rows if row.name in legend]
+    figure.legend([legend[n] for n in names], names, loc="outside right upper", fontsize=8)
+    return figure if legend else None
+
+
+def _curves(comparison: Comparison, title: str, read: Callable[[PlannedRun], Curve]) -> Figure | None:
+    """One line a row: the mean over seeds."""
+
+    def draw(axis: Axes, place: int, row: Row, runs: list[PlannedRun]) -> None:
+        x, y = _mean_curve(runs, read)
+        if x:
+            axis.plot(x, y, label=row.name, **_look(place), marker="." if len(x) < 12 else None)
+
+    return _panels(comparison, title, draw)
+
+
+def _costs(rows: Sequence[RowResult]) -> Figure | None:
+    """Exact match over four kinds of cost, a point for each row and mode."""
+    kinds = {
+        "teacher_tokens": "teacher tokens", "positions_supervised": "positions supervised",
+        "train_seconds": "seconds of training", "learner_memory_mib": "learner's peak memory, MiB",
+    }  # fmt: skip
+    if not rows:
+        return None
+    figure = Figure(figsize=(11, 6.4), layout="constrained")
+    names = list(dict.fromkeys(r.row for r in rows))
+    for axis, (key, title) in zip(figure.subplots(2, 2).flat, kinds.items(), strict=True):
+        for r in rows:
+            place, filled = names.index(r.row), r.mode == "on_policy"
+            colour = COLOURS[place % len(COLOURS)]
+            face = colour if filled else "none"
+            label = r.row if filled or all(other.row != r.row for other in rows if other.mode == "on_policy") else None
+            marker = MARKERS[place // len(COLOURS) % len(MARKERS)]
+            axis.scatter(
+                r.cost[key], r.exact_match.mean, s=36, edgecolors=colour, facecolors=face, marker=marker, label=label
+            )
+        axis.set(xlabel=title, ylabel="exact match, %")
+        axis.xaxis.set_major_locator(MaxNLocator(5))
+        axis.xaxis.set_major_formatter(EngFormatter(sep=""))
+    figure.suptitle("Accuracy and cost (filled: on-policy, hollow: off-policy)", fontsize=10)
+    handles, labels = figure.axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside right upper", fontsize=7)
+    return figure
+
+
+def _two_kinds(comparison: Comparison, quantity: str, title: str) -> Figure | None:
+    """Of the positions that training would select and of the others, on held-out rollouts."""
+
+    def draw(axis: Axes, place: int, row: Row, runs: list[PlannedRun]) -> None:
+        if runs[0].settings.positions.policy == "full":
+            return
+        colour, marker = COLOURS[place % len(COLOURS)], MARKERS[place // len(COLOURS) % len(MARKERS)]
+        for kind, line in (("selected", "-"), ("unselected", ":")):
+            x, y = _mean_curve(runs, _evaluated(f"{quantity}_{kind}"))
+            if y:
+                label = row.name if kind == "selected" else None
+                axis.plot(x, y, line, color=colour, label=label, marker=marker, markersize=4)
+
+    return _panels(comparison, f"{title}\n(solid: selected, dotted: not)", draw, shared=False)

@@ -1,0 +1,1 @@
+"""Settings: schema, rules between them, loading, plugins."""

@@ -1,0 +1,7 @@
+"""The error of settings, files and combinations that cannot be used."""
+
+from __future__ import annotations
+
+
+class ConfigError(ValueError):
+    """A setting, file or combination that cannot be used; the message says what would be accepted."""

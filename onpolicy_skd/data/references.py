@@ -1,0 +1,175 @@
+"""Responses that the student did not write: reference answers, a file of answers, or the teacher's own rollouts.
+
+What follows a trajectory (filter, teacher, learner, evaluation) is the same code for these as for rollouts.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from onpolicy_skd.config.errors import ConfigError
+from onpolicy_skd.config.schema import Settings
+from onpolicy_skd.data.prompts import answer_ids, read_jsonl
+from onpolicy_skd.models.loading import weights_digest
+from onpolicy_skd.storage.files import write_text
+from onpolicy_skd.types import FinishReason, Prompt, RolloutRequest, Trajectory, seed_of
+
+ANNOTATION = re.compile(r"<<[^<>]*>>")  # GSM8K's calculator annotations: <<48/2=24>>
+BATCH = 256  # prompts that the teacher answers between two writes to disk
+
+
+@dataclass(frozen=True, slots=True)
+class Response:
+    ids: list[int]  # end of sequence included, if there is one
+    finish_reason: FinishReason = "stop"
+
+
+Responses = Mapping[str, Sequence[Response]]  # by prompt key, at least one each
+
+
+def trajectory(prompt: Prompt, response: Response, key: str, supervise: str) -> Trajectory:
+    """``supervise``: "response", or "all" tokens after the first, the question's included."""
+    ids = np.asarray([*prompt.token_ids, *response.ids], dtype=np.int64)
+    start = len(prompt.token_ids) if supervise == "response" else 1
+    return Trajectory(
+        key, ids[:start], ids[start:], np.zeros(len(ids) - start, np.float32), response.finish_reason, None
+    )
+
+
+def of_text(prompt: Prompt, key: str) -> Trajectory:
+    """A stretch of packed text: every token after the first is supervised."""
+    ids = np.asarray(prompt.token_ids, dtype=np.int64)
+    return Trajectory(
+        key, ids[:1], ids[1:], np.zeros(len(ids) - 1, np.float32), "stop", None, documents=prompt.documents
+    )
+
+
+def from_text(settings: Settings, prompts: Sequence[Prompt], tokenizer: Any) -> tuple[list[Prompt], Responses]:
+    """The prompts that have a response of at most ``rollout.max_tokens``, and their responses.
+
+    Raises ConfigError for a prompt that has none, or one that is too long, unless ``data.overlong=drop``.
+    """
+    own, limit = settings.references, settings.rollout.max_tokens
+    texts = {p.key: [p.answer] for p in prompts} if own.source == "answers" else _from_file(settings, prompts)
+    kept, found = [], {}
+    for prompt in prompts:
+        answers = texts.get(prompt.key, [])
+        if own.annotations == "strip":
+            answers = [ANNOTATION.sub("", a) for a in answers]
+        encoded = [answer_ids(a, tokenizer) for a in answers]
+        fitting = [Response(ids) for ids in encoded if len(ids) <= limit]
+        if fitting:
+            kept.append(prompt)
+            found[prompt.key] = fitting
+        elif settings.data.overlong == "error":
+            why = f"{len(encoded[0])} tokens, rollout.max_tokens={limit}" if encoded else f"no row in {own.file}"
+            raise ConfigError(f"{prompt.key}: its reference answer has {why}; mend that or set data.overlong=drop")
+    if not kept:
+        raise ConfigError(
+            f"mode={settings.mode}: no prompt has a reference answer of rollout.max_tokens={limit} or less"
+        )
+    return kept, found
+
+
+def _from_file(settings: Settings, prompts: Sequence[Prompt]) -> dict[str, list[str]]:
+    """Answers of ``references.file`` by prompt key; its rows name their question."""
+    own, file = settings.data, settings.references.file
+    assert file is not None  # compatibility.py saw to it
+    keys, found = {p.question: p.key for p in prompts}, defaultdict(list)
+    for number, row in enumerate(read_jsonl(file), 1):
+        for column in (own.question_column, own.answer_column):
+            if not isinstance(row.get(column), str):
+                raise ConfigError(
+                    f"{file} row {number}: column {column!r} is missing or not text (data.question_column, "
+                    "data.answer_column)"
+                )
+        if row[own.question_column] in keys:
+            found[keys[row[own.question_column]]].append(row[own.answer_column])
+    return found
+
+
+def teacher_responses(
+    settings: Settings,
+    prompts: Sequence[Prompt],
+    roll: Callable[[Sequence[RolloutRequest]], Sequence[Trajectory]],
+    log: Callable[[str], None],
+) -> tuple[list[Prompt], Responses]:
+    """The prompts that the teacher answered and its answers (sequence-level KD, Kim and Rush, 2016).
+
+    Made once by ``roll`` and reused by every run on the same teacher, prompts and sampling; a killed run goes on where
+    it was.  Truncated answers are left out if ``samples.truncated`` says so.
+    """
+    path = settings.run.dir / "references" / f"{_fingerprint(settings, prompts)}.jsonl"
+    partial = path.with_suffix(".partial.jsonl")
+    rows = _read_rows(path) if path.exists() else _read_rows(partial)
+    if path.exists():
+        log(f"references: answers of the teacher to {len(prompts)} prompts reused from {path}")
+    else:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        for start in range(0, len(prompts), BATCH):
+            part = [p for p in prompts[start : start + BATCH] if p.key not in rows]
+            for t in roll([_request(settings, p, i) for p in part for i in range(settings.references.samples)]):
+                rows.setdefault(t.prompt_key, []).append(Response(t.response_ids.tolist(), t.finish_reason))
+            write_text(partial, _text_of(rows))
+            log(f"references: the teacher has answered {len(rows)}/{len(prompts)} prompts")
+        partial.replace(path)
+    usable = {
+        key: [r for r in found if r.ids and (r.finish_reason == "stop" or settings.samples.truncated == "keep")]
+        for key, found in rows.items()
+    }
+    kept = [p for p in prompts if usable.get(p.key)]
+    log(f"references: {len(kept)} of {len(prompts)} prompts have an answer of the teacher")
+    if not kept:
+        raise ConfigError("references.source=teacher: every answer is truncated; raise rollout.max_tokens")
+    return kept, usable
+
+
+def _request(settings: Settings, prompt: Prompt, number: int) -> RolloutRequest:
+    return RolloutRequest(
+        f"{prompt.key}/{number}", prompt.token_ids, seed_of(settings.run.seed, "teacher", prompt.key, number)
+    )
+
+
+def _text_of(rows: Responses) -> str:
+    lines = (
+        {"key": key, "ids": [r.ids for r in found], "finish_reason": [r.finish_reason for r in found]}
+        for key, found in rows.items()
+    )
+    return "".join(json.dumps(line) + "\n" for line in lines)
+
+
+def _read_rows(path: Path) -> dict[str, list[Response]]:
+    if not path.exists():
+        return {}
+    try:
+        return {
+            row["key"]: [Response(ids, finish) for ids, finish in zip(row["ids"], row["finish_reason"], strict=True)]
+            for row in read_jsonl(path)
+        }
+    except (KeyError, TypeError, ValueError) as error:
+        raise ConfigError(f"{path}: damaged ({error}); remove it to have it made anew") from None
+
+
+def _fingerprint(settings: Settings, prompts: Sequence[Prompt]) -> str:
+    """Changes with the teacher's weights, the prompts, and how answers are drawn."""
+    own, rollout = settings.references, settings.rollout
+    digest = hashlib.sha256(
+        json.dumps(
+            [
+                weights_digest(settings.teacher.model), settings.run.seed, own.samples, own.temperature,
+                rollout.max_tokens, rollout.top_p, rollout.engine, rollout.dtype,
+            ]
+        ).encode()
+    )  # fmt: skip
+    for prompt in prompts:
+        digest.update(json.dumps([prompt.key, prompt.token_ids]).encode())
+    return digest.hexdigest()[:24]

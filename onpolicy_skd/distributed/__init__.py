@@ -1,0 +1,1 @@
+"""Several processes: rendezvous, FSDP2 ranks, weight transfer."""

@@ -1,0 +1,34 @@
+"""How the ranks of one learner find each other."""
+
+from __future__ import annotations
+
+import socket
+from datetime import timedelta
+
+import torch.distributed as dist
+from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
+
+from onpolicy_skd.distributed.ranks import Ranks
+
+
+class Rendezvous:
+    """Where the ranks of one learner find each other: opened by rank 0, on ``host`` alone."""
+
+    def __init__(self, host: str) -> None:
+        listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+        listener.bind((host, 0))
+        listener.listen()
+        self.address: tuple[str, int] = (host, listener.getsockname()[1])
+        self._store = TCPStore(
+            *self.address, is_master=True, wait_for_workers=False, master_listen_fd=listener.detach()
+        )
+
+
+def init_process_group(address: tuple[str, int], rank: int, count: int, device: str, timeout_s: float) -> Ranks:
+    """Makes this process rank ``rank`` of ``count``; returns when all are there.  ``patience``: seconds for any
+    exchange, after which it raises."""
+    timeout = timedelta(seconds=timeout_s)
+    store = TCPStore(*address, is_master=False, timeout=timeout)
+    backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
+    dist.init_process_group(backend, store=store, rank=rank, world_size=count, timeout=timeout)
+    return Ranks(rank, count, device)

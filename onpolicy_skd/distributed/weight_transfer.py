@@ -1,0 +1,107 @@
+"""New weights from the learner straight to vLLM's workers, through vLLM's own update calls (vllm_engine.py).
+
+``broadcast``: the learner's rank 0 and all workers of all engines are one group; NCCL on GPUs, gloo on CPUs.
+``ipc``: a worker on the learner's own GPU maps the memory in which the learner holds a copy.
+"""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Iterable
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
+
+from onpolicy_skd.distributed.rendezvous import Rendezvous
+
+Address = tuple[str, int]
+Named = Iterable[tuple[str, Tensor]]
+
+
+@dataclass(frozen=True, slots=True)
+class WeightSpec:
+    """What a worker must know of the weights to come: names as in a transformers checkpoint."""
+
+    names: list[str]
+    dtype_names: list[str]  # as "bfloat16"
+    shapes: list[list[int]]
+    handles: list[dict[str, tuple]] | None = None  # ipc: of each, by the GPU's UUID, what rebuilds it
+
+    @staticmethod
+    def of(metas: Iterable[tuple[str, torch.dtype, Iterable[int]]], handles: Any = None) -> WeightSpec:
+        names, types, shapes = zip(*metas, strict=True)
+        return WeightSpec([*names], [str(t).removeprefix("torch.") for t in types], [[*s] for s in shapes], handles)
+
+    @property
+    def update(self) -> dict[str, Any]:
+        """As vLLM's ``update_info``."""
+        own = {"names": self.names, "dtype_names": self.dtype_names, "shapes": self.shapes}
+        return own if self.handles is None else own | {"ipc_handles": self.handles}
+
+
+class GlooGroup:
+    """A group of its own, beside torch's default one; rank 0 broadcasts."""
+
+    def __init__(self, address: Address, rank: int, count: int, timeout_s: float) -> None:
+        timeout = timedelta(seconds=timeout_s)
+        self._store = TCPStore(*address, is_master=False, timeout=timeout)
+        self._group: Any = dist.ProcessGroupGloo(self._store, rank, count, timeout)
+
+    def broadcast(self, tensor: Tensor, src: int = 0) -> None:
+        options = dist.BroadcastOptions()  # type: ignore[attr-defined]
+        options.rootRank, options.rootTensor = src, 0
+        self._group.broadcast([tensor], options).wait()
+
+    def destroy(self) -> None:
+        self._group.shutdown()
+
+
+class Sender:
+    """The learner's side of ``broadcast``: rank 0 of the group."""
+
+    def __init__(self, host: str, device: str) -> None:
+        self._device = device
+        if device == "cuda":  # whose group opens the door itself
+            with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as free:
+                free.bind((host, 0))
+                self.address: Address = (host, free.getsockname()[1])
+        else:
+            self._meeting = Rendezvous(host)
+            self.address = self._meeting.address
+        self._group: Any = None
+
+    def join(self, count: int, timeout_s: float) -> None:
+        """Returns when all ``count`` of the group are there."""
+        if self._device == "cuda":
+            from vllm.distributed.weight_transfer.nccl_common import stateless_init_process_group
+
+            torch.cuda.set_stream(torch.cuda.current_stream())  # else vLLM moves this thread to a stream of its own
+            self._group = stateless_init_process_group(*self.address, 0, count, torch.cuda.current_device())
+        else:
+            self._group = GlooGroup(self.address, 0, count, timeout_s)
+
+    def close(self) -> None:
+        if self._group is not None:
+            self._group.destroy()
+
+    def send(self, weights: Named) -> None:
+        """In the order that was weight_spec."""
+        for _, tensor in weights:
+            self._group.broadcast(tensor.contiguous(), src=0)
+        if self._device == "cuda":
+            torch.cuda.synchronize()
+
+
+def exported(weights: Named) -> tuple[WeightSpec, list[Tensor]]:
+    """For ``ipc``: the announcement, and copies on this GPU that must live until they were read."""
+    from torch.multiprocessing.reductions import reduce_tensor
+
+    uuid = str(torch.cuda.get_device_properties(torch.cuda.current_device()).uuid)
+    kept = [(name, tensor.clone()) for name, tensor in weights]
+    handles = [{uuid: reduce_tensor(tensor)[1]} for _, tensor in kept]
+    return WeightSpec.of(((n, t.dtype, t.shape) for n, t in kept), handles), [t for _, t in kept]

@@ -1,0 +1,1 @@
+"""Exact match, diagnostics of positions, statistics."""

@@ -1,0 +1,1 @@
+"""The learner: forward, scoring, objective, optimizer step, state."""

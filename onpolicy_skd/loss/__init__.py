@@ -1,0 +1,1 @@
+"""The distillation loss: typed inputs, closed forms, chunked autograd function."""

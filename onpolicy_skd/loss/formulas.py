@@ -1,0 +1,172 @@
+"""Closed forms of the divergences and their gradients at the logits of one block of rows."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from onpolicy_skd.loss.inputs import Alignment
+from onpolicy_skd.loss.sparse_targets import SparseTargets
+
+NOTHING = -1e4  # stands for log 0 where two such logarithms are subtracted
+
+Parts = tuple[Tensor, Tensor, Tensor]  # value per row, gradient at the logits, q: three tensors of their own
+
+
+def fused(
+    logits: Tensor,
+    teacher: Tensor,
+    targets: Tensor,
+    kind: str,
+    beta: float,
+    temperature: float,
+    kd: float,
+    weights: Tensor,
+) -> tuple[Tensor, ...]:
+    """Loss, divergences, gradient at the logits, entropies and log-probabilities of the targets, in few passes."""
+    log_q, log_p = (logits / temperature).log_softmax(-1), (teacher / temperature).log_softmax(-1)
+    q = log_q.exp()
+    if kind == "forward_kl":
+        p = log_p.exp()
+        values, gradient = (p * (log_p - log_q)).sum(-1), q - p
+    elif kind == "reverse_kl":
+        ratio = log_q - log_p
+        values = (q * ratio).sum(-1)
+        gradient = q * (ratio - values[:, None])
+    else:
+        log_m = torch.logaddexp(log_p + math.log(beta), log_q + math.log1p(-beta))
+        student = (q * (log_q - log_m)).sum(-1)
+        values = beta * (log_p.exp() * (log_p - log_m)).sum(-1) + (1.0 - beta) * student
+        gradient = (1.0 - beta) * q * (log_q - log_m - student[:, None])
+    target_log_q = log_q.gather(1, targets[:, None])[:, 0]
+    loss = kd * values - (1.0 - kd) * target_log_q
+    own = torch.arange(logits.shape[1], device=logits.device) == targets[:, None]
+    gradient = kd * gradient + (1.0 - kd) * (q - own.to(q.dtype))
+    return (
+        (loss * weights).sum(),
+        values,
+        gradient * (weights[:, None] / temperature),
+        -(q * log_q).sum(-1),
+        target_log_q,
+    )
+
+
+def soften_(logits: Tensor, temperature: float | Tensor) -> Tensor:
+    return logits if isinstance(temperature, float) and temperature == 1.0 else logits.div_(temperature)
+
+
+def exact(log_q: Tensor, log_p: Tensor, alignment: Alignment) -> Parts:
+    """Over the full vocabulary; both arguments may be overwritten."""
+    if alignment.kind == "forward_kl":
+        p = log_p.exp()
+        values = torch.linalg.vecdot(p, log_p.sub_(log_q))
+        q = log_q.exp_()
+        return values, torch.sub(q, p, out=p), q
+    if alignment.kind == "reverse_kl":
+        ratio = torch.sub(log_q, log_p, out=log_p)
+        q = log_q.exp_()
+        values = torch.linalg.vecdot(q, ratio)
+        gradient = ratio.sub_(values[:, None]).mul_(q)
+        return values, gradient, q
+    beta = alignment.beta
+    log_m = torch.logaddexp(log_p + math.log(beta), log_q + math.log1p(-beta))
+    teacher_part = torch.linalg.vecdot(log_p.exp(), log_p.sub_(log_m))
+    ratio = torch.sub(log_q, log_m, out=log_m)
+    q = log_q.exp_()
+    student_part = torch.linalg.vecdot(q, ratio)
+    gradient = ratio.sub_(student_part[:, None]).mul_(q).mul_(1.0 - beta)
+    return beta * teacher_part + (1.0 - beta) * student_part, gradient, q
+
+
+def terms(log_q: Tensor, log_p: Tensor, alignment: Alignment) -> tuple[Tensor, Tensor]:
+    """Of each class (or group of classes): its part of the divergence D, and q dD/dq up to a constant times q."""
+    q, p = log_q.exp(), log_p.exp()
+    if alignment.kind == "forward_kl":
+        return p * (log_p - log_q), -p
+    if alignment.kind == "reverse_kl":
+        part = q * (log_q - log_p)
+        return part, part
+    beta = alignment.beta
+    log_m = torch.logaddexp(log_p + math.log(beta), log_q + math.log1p(-beta))
+    student_part = (1.0 - beta) * q * (log_q - log_m)
+    return beta * p * (log_p - log_m) + student_part, student_part
+
+
+def topk_tail(log_q: Tensor, log_p: Tensor, alignment: Alignment) -> Parts:
+    """Over the teacher's top classes and one group of all others; a group's gradient is shared out by q."""
+    ids = log_p.topk(min(alignment.top_k, log_p.shape[1])).indices
+    tail_log_q = without(log_q, ids)
+    group_q = torch.cat([log_q.gather(1, ids), log_mass(tail_log_q)], 1)
+    group_p = torch.cat([log_p.gather(1, ids), log_mass(without(log_p, ids))], 1)
+    part, slope = terms(group_q, group_p, alignment)
+    group_gradient = slope - group_q.exp() * slope.sum(1, keepdim=True)
+    gradient = tail_log_q.sub_(group_q[:, -1:]).exp_().mul_(group_gradient[:, -1:])
+    return part.sum(1), gradient.scatter_(1, ids, group_gradient[:, :-1]), log_q.exp_()
+
+
+def sampled(log_q: Tensor, log_p: Tensor, targets: Tensor, alignment: Alignment) -> Parts:
+    """From the target y ~ q alone: D = E[part / q], gradient = E[(slope / q) (one-hot of y - q)]."""
+    own = log_q.gather(1, targets)
+    part, slope = terms(own, log_p.gather(1, targets), alignment)
+    slope = slope / own.exp()
+    q = log_q.exp_()
+    return (part / own.exp())[:, 0], (q * -slope).scatter_add_(1, targets, slope), q
+
+
+def decoupled(log_q: Tensor, log_p: Tensor, targets: Tensor, weights_b2: Tensor) -> Parts:
+    """Decoupled KD (arXiv 2203.08679, Eq. 7): target class against the rest, and the rest among themselves."""
+    target_weight, other_weight = weights_b2.split(1, dim=1)
+    masked_q, masked_p = without(log_q, targets), without(log_p, targets)
+    rest_q, rest_p = masked_q.logsumexp(1, keepdim=True), masked_p.logsumexp(1, keepdim=True)
+    p_y, p_rest = log_p.gather(1, targets).exp(), rest_p.exp()
+    binary = p_y * (log_p.gather(1, targets) - log_q.gather(1, targets)) + p_rest * (rest_p - rest_q)
+    other_q, other_p = masked_q.sub_(rest_q), masked_p.sub_(rest_p)  # logarithms; -inf at y
+    p_hat = other_p.exp()
+    among = torch.linalg.vecdot(p_hat, (other_p - other_q).scatter_(1, targets, 0.0))[:, None]
+    target_gradient = target_weight * (log_q.gather(1, targets).exp() - p_y)
+    q_hat = other_q.exp_()
+    gradient = (
+        q_hat.mul(other_weight - target_gradient).sub_(other_weight * p_hat).scatter_(1, targets, target_gradient)
+    )
+    return (target_weight * binary + other_weight * among)[:, 0], gradient, log_q.exp_()
+
+
+def sparse(log_q: Tensor, targets: SparseTargets) -> Parts:
+    """sum t (log t - log q) and what ``residual`` adds (RS-KD, arXiv 2503.16870, sections 3.1-3.4 and appendix A)."""
+    ids, t = targets.ids_NC, targets.probs_NC
+    own = log_q.gather(1, ids)
+    values = (torch.xlogy(t, t) - t * own).sum(1)
+    mass = t.sum(1, keepdim=True)
+    lacking = (1.0 - mass).clamp_(min=0.0)
+    if targets.residual == "ghost":
+        used = torch.where(t > 0, ids, ids[:, :1])
+        outside = without(log_q, used)
+        rest = log_mass(outside)
+        values += (torch.xlogy(lacking, lacking) - lacking * rest)[:, 0]
+        q = log_q.exp_()
+        gradient = torch.sub(q, outside.sub_(rest).exp_().mul_(lacking), out=outside)
+    elif targets.residual == "smooth":
+        share = lacking / log_q.shape[1]
+        at_ids = torch.where(
+            t > 0, torch.xlogy(t + share, t + share) - torch.xlogy(t, t) - torch.xlogy(share, share), 0
+        )
+        values += at_ids.sum(1)
+        values += (log_q.shape[1] * torch.xlogy(share, share))[:, 0] - share[:, 0] * log_q.sum(1)
+        q = log_q.exp_()
+        gradient = q - share
+    else:
+        q = log_q.exp_()
+        gradient = q * mass
+    return values, gradient.scatter_add_(1, ids, -t), q
+
+
+def without(log_probs: Tensor, ids: Tensor) -> Tensor:
+    """A copy with -inf at ``ids`` ``[b, K]``."""
+    return log_probs.scatter(1, ids, -torch.inf)
+
+
+def log_mass(log_probs: Tensor) -> Tensor:
+    """``[b, 1]``; of nothing a number whose exponential is 0, but which can be subtracted from itself."""
+    return log_probs.logsumexp(1, keepdim=True).clamp_(min=NOTHING)

@@ -1,0 +1,71 @@
+"""Typed inputs of the distillation loss."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from onpolicy_skd.models.lm_head import Projector
+
+KINDS = ("reverse_kl", "forward_kl", "jsd")
+ESTIMATORS = ("exact", "topk_tail", "sampled")
+
+
+@dataclass(frozen=True, slots=True)
+class Alignment:
+    """What is minimised at a position: kd_weight * divergence + (1 - kd_weight) * cross-entropy.
+
+    ``estimator`` of the divergence: ``exact``; ``topk_tail``, over the teacher's ``top_k`` classes and one more that
+    holds the rest of both distributions; ``sampled``, from the target alone, whose value and gradient are unbiased if
+    the target was drawn from q.
+    """
+
+    divergence: str = "reverse_kl"
+    beta: float = 0.5
+    temperature: float = 1.0
+    kd_weight: float = 1.0
+    chunk_rows: int | None = None
+    estimator: str = "exact"
+    top_k: int = 64
+    compiled: bool = False  # exact divergences by torch.compile, else by ``_block``
+
+    def __post_init__(self) -> None:
+        if self.divergence not in KINDS:
+            raise ValueError(f"unknown divergence {self.divergence!r}; accepted: {', '.join(KINDS)}")
+        if self.estimator not in ESTIMATORS:
+            raise ValueError(f"unknown estimator {self.estimator!r}; accepted: {', '.join(ESTIMATORS)}")
+
+    @property
+    def kind(self) -> str:
+        limits = {0.0: "forward_kl", 1.0: "reverse_kl"}
+        return limits.get(self.beta, "jsd") if self.divergence == "jsd" else self.divergence
+
+
+@dataclass(frozen=True, slots=True)
+class HiddenRows:
+    """The teacher's full distributions at N positions, as last hidden states and LM head."""
+
+    hidden_NG: Tensor
+    head_VG: Tensor
+
+    def logits(self, size: int) -> Callable[[slice], Tensor]:
+        """Gives the logits of a chunk of up to ``size`` rows; what it gave before is overwritten."""
+        project = Projector(self.head_VG.to(self.hidden_NG.dtype), size)
+        return lambda part: project(self.hidden_NG[part])
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """N supervised positions."""
+
+    weights_N: Tensor  # float32; of each row in the sum
+    targets_N: Tensor  # int64; y
+    temperature_N: Tensor | None = None  # float32; instead of the alignment's, of both models
+    decoupled_N2: Tensor | None = None  # float32; a and b of decoupled KD, instead of the divergence
+
+    def __getitem__(self, part: slice) -> Rows:
+        temperature = None if self.temperature_N is None else self.temperature_N[part]
+        decoupled = None if self.decoupled_N2 is None else self.decoupled_N2[part]
+        return Rows(self.weights_N[part], self.targets_N[part], temperature, decoupled)

@@ -1,0 +1,1 @@
+"""Rollout engines: vLLM and transformers behind one interface."""

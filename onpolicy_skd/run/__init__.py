@@ -1,0 +1,1 @@
+"""One run: preparation, logging, supervision, health, stopping."""

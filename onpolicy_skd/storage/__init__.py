@@ -1,0 +1,1 @@
+"""Durable files: atomic writes, checksums, checkpoints, the paths of a run folder."""

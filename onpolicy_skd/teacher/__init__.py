@@ -1,0 +1,1 @@
+"""The frozen teacher, live or read from a cache on disk."""

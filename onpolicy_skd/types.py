@@ -1,0 +1,118 @@
+"""The few typed records that travel between rollout, teacher, learner and driver, and how they become a batch.
+
+Notation (docs/method.md): a trajectory is prompt ids followed by response ids ``y_1..y_n``.  Position t predicts
+``y_t``; the **eligible positions** are exactly the n positions whose target is a response token.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Literal
+
+import numpy as np
+
+FinishReason = Literal["stop", "length"]
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """A question, or a stretch of packed text, which asks for nothing and is its own response."""
+
+    key: str  # names the data row, the same in every run
+    token_ids: list[int]
+    question: str
+    answer: str  # reference answer, in GSM8K's format for GSM8K-like data
+    documents: np.ndarray | None = None  # packed text: as in Trajectory; its tokens are all in token_ids
+
+
+@dataclass(frozen=True, slots=True)
+class Trajectory:
+    key: str  # "PROMPT KEY/SAMPLE", unique within a step
+    prompt_ids: np.ndarray  # int64 [prompt tokens]
+    response_ids: np.ndarray  # int64 [n]; ends with the end-of-sequence token if one was produced
+    sampler_logprobs: np.ndarray  # float32 [n]; nats, of the unmodified model at temperature 1
+    finish_reason: FinishReason  # "length": no end of sequence within the limit
+    policy_version: int | None  # optimizer steps behind the weights that sampled it; None: not the student's own
+    correct: bool | None = None  # whether its answer equals the reference's; None: not judged
+    weight: float = 1.0  # of this sample in the batch's mean
+    documents: np.ndarray | None = None  # int64; tokens, after the first, at which attention starts anew
+    sampler_entropy: np.ndarray | None = None  # float32 [n]; nats, as sampler_logprobs; None: not recorded
+
+    @property
+    def length(self) -> int:
+        return len(self.prompt_ids) + len(self.response_ids)
+
+    @property
+    def digest(self) -> bytes:
+        """Eight bytes that name what the models see: tokens, which of them are eligible, and document starts."""
+        found = hashlib.sha256(len(self.prompt_ids).to_bytes(8, "little"))
+        for part in (self.prompt_ids, self.response_ids, () if self.documents is None else self.documents):
+            found.update(np.asarray(part, dtype="<i8").tobytes())
+        return found.digest()[:8]
+
+    @property
+    def prompt_key(self) -> str:
+        """Names the prompt among those of its step."""
+        return self.key.rpartition("/")[0] or self.key
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """How to generate; temperature 0 is greedy decoding."""
+
+    max_tokens: int
+    temperature: float = 1.0
+    top_p: float = 1.0
+    entropy: bool = False  # whether entropies are recorded
+
+
+@dataclass(frozen=True, slots=True)
+class RolloutRequest:
+    """One response to generate; its seed makes it the same in any batch, on any actor."""
+
+    key: str
+    prompt_ids: list[int]
+    seed: int
+    answer: str | None = None  # the reference answer, where the response is to be judged
+
+
+@dataclass(slots=True)
+class FilterReport:
+    """What a sample filter kept of one batch and why it dropped the rest."""
+
+    kept: list[str]  # trajectory keys
+    generated: int
+    dropped: dict[str, int] = field(default_factory=dict)  # count per reason
+
+    def count(self, reason: str, dropped: int) -> None:
+        if dropped:
+            self.dropped[reason] = self.dropped.get(reason, 0) + dropped
+
+    def add(self, other: FilterReport) -> None:
+        """Of another part of the same batch."""
+        self.kept += other.kept
+        self.generated += other.generated
+        for reason, dropped in other.dropped.items():
+            self.count(reason, dropped)
+
+
+def check_version(trajectories: Iterable[Trajectory], version: int, max_staleness: int = 0) -> None:
+    """Refuses trajectories that another policy than ``version`` sampled (design: staleness is this comparison).
+
+    Those that no policy of the student sampled pass.  Raises RuntimeError naming the first one that is too old or comes
+    from the future.
+    """
+    for t in trajectories:
+        if t.policy_version is not None and not 0 <= version - t.policy_version <= max_staleness:
+            raise RuntimeError(
+                f"trajectory {t.key} was sampled by policy version {t.policy_version}, the learner is at {version}; "
+                f"at most {max_staleness} steps of staleness are allowed"
+            )
+
+
+def seed_of(*parts: object) -> int:
+    """A 31-bit seed that depends on every part, the same on every machine."""
+    digest = hashlib.sha256("/".join(map(str, parts)).encode()).digest()
+    return int.from_bytes(digest[:4], "big") >> 1
