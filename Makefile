@@ -42,8 +42,8 @@ soak: $(READY)
 
 # Every branch of the mathematics.
 coverage: $(READY)
-	$(RUN) -m pytest tests/test_selection.py tests/test_divergence.py --cov-branch --cov-fail-under=100 \
-		--cov=onpolicy_skd.selection --cov=onpolicy_skd.divergence --cov-report=term-missing
+	$(RUN) -m pytest tests/unit/selection tests/unit/loss --cov-branch --cov-fail-under=100 \
+		--cov=onpolicy_skd.selection --cov=onpolicy_skd.loss --cov-report=term-missing
 
 lint: $(READY)
 	$(RUN) -m ruff check .

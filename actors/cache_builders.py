@@ -70,7 +70,7 @@ class CacheBuilders:
         )
         try:
             wait_ready([learner], self._say)
-            yield lambda trajectories: ray.get(learner.rank.remote(trajectories))
+            yield lambda trajectories: ray.get(learner.score_samples.remote(trajectories))
         finally:
             ray.kill(learner)
 

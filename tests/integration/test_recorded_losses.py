@@ -16,12 +16,13 @@ from unittest import mock
 
 import pytest
 import torch
+from helpers import ROOT
 from ray.cluster_utils import Cluster
 
 from onpolicy_skd import cache, train
 
 RECORD = Path(__file__).with_name("recorded_losses.json")
-DEMO = Path(__file__).parents[1] / "configs" / "demo.yaml"
+DEMO = ROOT / "configs" / "demo.yaml"
 STEPS = 5
 METRICS = {"loss": "loss", "divergence": "divergence_selected"}  # name here: name in metrics.jsonl
 SETTINGS = [

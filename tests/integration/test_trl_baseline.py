@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from conftest import tiny_settings
+from helpers import ROOT, tiny_settings
 
 from eval import trl_baseline
 from onpolicy_skd.comparison import grid as comparison
@@ -83,7 +83,7 @@ def test_what_trl_has_no_counterpart_of_is_refused():
 
 def test_a_grid_refuses_such_a_row_by_name(tmp_path):
     grid = {
-        "base": str(comparison.Path(__file__).parents[1] / "configs" / "demo.yaml"), "dir": str(tmp_path), "seeds": [1],
+        "base": str(ROOT / "configs" / "demo.yaml"), "dir": str(tmp_path), "seeds": [1],
         "baseline": "TRL", "rows": [{"name": "TRL", "trainer": "trl", "modes": ["on_policy"], "settings": {}}],
     }  # fmt: skip
     (tmp_path / "grid.yaml").write_text(json.dumps(grid))

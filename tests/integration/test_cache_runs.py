@@ -8,15 +8,14 @@ import shutil
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
+from helpers import ROOT
 
 from onpolicy_skd.data.demo_task import problems
 from onpolicy_skd.report.metrics_log import read
 from onpolicy_skd.teacher import cache_format as caches
 
-ROOT = Path(__file__).parents[1]
 DEMO = ["--config", str(ROOT / "configs" / "demo.yaml"), "mode=off_policy", "data.train_problems=600"]
 TRAIN = [*DEMO, "learner.batch_size=8", "run.tensorboard=false", "run.evaluate_every=0", "eval.problems=8",
          "eval.before=false", "rollout.engine=transformers", "run.steps=3"]  # fmt: skip

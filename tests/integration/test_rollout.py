@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 import torch
-from conftest import GAP, tiny_model, tiny_settings
+from helpers import GAP, tiny_model, tiny_settings
 from hypothesis import given
 from hypothesis import settings as given_settings
 from hypothesis import strategies as st

@@ -4,7 +4,7 @@ import json
 from collections import Counter
 
 import pytest
-from conftest import tiny_settings
+from helpers import tiny_settings
 
 from onpolicy_skd.config.errors import ConfigError
 from onpolicy_skd.data import references

@@ -11,8 +11,8 @@ import time
 from pathlib import Path
 
 import pytest
+from helpers import ROOT
 
-ROOT = Path(__file__).parents[1]
 RAY = str(Path(sys.executable).parent / "ray")
 SMALL = [
     "--config", "configs/demo.yaml", "learner.batch_size=8", "rollout.engine=transformers", "eval.teacher=false",

@@ -13,7 +13,7 @@ import psutil
 import pytest
 import ray
 import torch
-from conftest import tiny_settings
+from helpers import tiny_settings
 from ray.exceptions import ActorUnavailableError, GetTimeoutError, ObjectLostError, ObjectStoreFullError
 
 from actors.faults import HUNG, fault_of, faulty_role, kill, place, unresponsive_reason

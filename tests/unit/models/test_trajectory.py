@@ -2,7 +2,7 @@ import dataclasses
 
 import numpy as np
 import pytest
-from conftest import make_trajectories
+from helpers import make_trajectories
 from hypothesis import given
 from hypothesis import strategies as st
 

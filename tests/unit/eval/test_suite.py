@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from conftest import tiny_model
+from helpers import tiny_model
 from hypothesis import given
 from hypothesis import settings as given_settings
 from hypothesis import strategies as st

@@ -3,7 +3,7 @@ import time
 
 import numpy as np
 import pytest
-from conftest import tiny_settings
+from helpers import tiny_settings
 
 from eval import gsm8k as evaluation
 from onpolicy_skd.data.prompts import load_questions

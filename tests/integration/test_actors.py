@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 import ray
 import torch
-from conftest import tiny_settings
+from helpers import tiny_settings
 from ray.cluster_utils import Cluster
 from ray.exceptions import ActorDiedError
 from rich.console import Console

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from conftest import VOCABULARY, make_trajectories, tiny_model
+from helpers import VOCABULARY, make_trajectories, tiny_model
 from hypothesis import given
 from hypothesis import strategies as st
 from test_learner import build, gradients, relative

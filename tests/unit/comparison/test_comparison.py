@@ -7,6 +7,7 @@ import math
 import numpy as np
 import pytest
 import yaml
+from helpers import ROOT
 
 from onpolicy_skd import compare
 from onpolicy_skd.comparison import figures
@@ -16,7 +17,7 @@ from onpolicy_skd.config.errors import ConfigError
 from onpolicy_skd.config.loading import dump
 from onpolicy_skd.evaluation.statistics import estimate, paired_difference, significant
 
-CONFIGS = comparison.Path(__file__).parents[1] / "configs"
+CONFIGS = ROOT / "configs"
 
 
 # -- statistics ----------------------------------------------------------------------------------------------------

@@ -1,7 +1,7 @@
 import json
 
-from onpolicy_skd import tracing as timeline
-from onpolicy_skd.tracing import Span, Spans
+from onpolicy_skd.report.timeline import write_timeline
+from onpolicy_skd.tracing import Span, Spans, within
 
 
 def test_spans_are_remembered_until_they_are_drained():
@@ -16,9 +16,9 @@ def test_spans_are_remembered_until_they_are_drained():
 
 def test_of_a_step_only_what_lies_within_it_is_shown(tmp_path):
     found = {"teacher": [Span("encode", 1.0, 3.0), Span("rows", 9.0, 10.0)], "learner": [Span("backbone", 2.5, 2.75)]}
-    shown = timeline.within(found, 2.0, 5.0)
+    shown = within(found, 2.0, 5.0)
     assert shown == {"teacher": [Span("encode", 2.0, 3.0)], "learner": [Span("backbone", 2.5, 2.75)]}
-    timeline.write(tmp_path, shown, 7)
+    write_timeline(tmp_path, shown, 7)
     trace = json.loads((tmp_path / "timeline.json").read_text())
     spans = [(e["name"], e["pid"], e["ts"], e["dur"]) for e in trace["traceEvents"] if e["ph"] == "X"]
     assert spans == [("encode", 0, 0, 1_000_000), ("backbone", 1, 500_000, 250_000)]  # microseconds

@@ -7,10 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import VOCABULARY, make_trajectories, tiny_model
+from helpers import VOCABULARY, make_trajectories, tiny_model
 from hypothesis import given
 from hypothesis import strategies as st
-from test_learner import FAMILIES, LENGTHS, build, gradients, relative
+from learner_helpers import FAMILIES, LENGTHS, build, gradients, relative
 
 from onpolicy_skd.distributed import ranks, rendezvous
 from onpolicy_skd.learner.learner import NonFiniteLossError

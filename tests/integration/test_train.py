@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from conftest import GAP, ON_GPU
+from helpers import GAP, ON_GPU, ROOT
 
 from actors.rollout_actor import RolloutGroup
 from eval.faults.processes import actors, kill_tree
@@ -20,7 +20,6 @@ from onpolicy_skd.config.schema import FaultSettings
 from onpolicy_skd.report.metrics_log import read
 from onpolicy_skd.types import RolloutRequest, SamplingParams, Trajectory
 
-ROOT = Path(__file__).parents[1]
 BASE = [
     "--config", str(ROOT / "configs" / "demo.yaml"), "learner.batch_size=8", "run.tensorboard=false",
     "run.evaluate_every=0", "run.checkpoint_every=2", "eval.problems=16", "eval.teacher=false", "eval.before=false",

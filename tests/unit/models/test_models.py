@@ -4,7 +4,7 @@ import shutil
 
 import pytest
 import torch
-from conftest import VOCABULARY, make_trajectories, tiny_model
+from helpers import VOCABULARY, make_trajectories, tiny_model
 
 from onpolicy_skd.models.batch import collate
 from onpolicy_skd.models.lm_head import row_statistics

@@ -5,12 +5,11 @@ import os
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 import yaml
+from helpers import ROOT
 
-ROOT = Path(__file__).parents[1]
 pytestmark = pytest.mark.slow
 ENVIRONMENT = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}
 

@@ -3,7 +3,7 @@ import json
 from collections import Counter
 
 import pytest
-from conftest import tiny_settings
+from helpers import tiny_settings
 from hypothesis import given
 from hypothesis import strategies as st
 

@@ -6,6 +6,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from onpolicy_skd.learner.optimizer import load_optimizer_tensors, optimizer_tensors
 from onpolicy_skd.report.metrics_log import MetricsLog, read
 from onpolicy_skd.storage import checkpoint
 from onpolicy_skd.storage.checkpoint import CheckpointError
@@ -89,10 +90,10 @@ def test_optimizer_state_round_trips_exactly():
     work(whole, optimizer, 6)
     half, optimizer = make()
     work(half, optimizer, 3)
-    saved = optimizer.optimizer_tensors(optimizer, dict(half.named_parameters()))
+    saved = optimizer_tensors(optimizer, dict(half.named_parameters()))
     other, fresh = make()
     other.load_state_dict(half.state_dict())
-    optimizer.load_optimizer_tensors(fresh, dict(other.named_parameters()), saved)
+    load_optimizer_tensors(fresh, dict(other.named_parameters()), saved)
     work(other, fresh, 3)
     assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), other.parameters(), strict=True))
 

@@ -7,7 +7,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from conftest import VOCABULARY, make_trajectories, tiny_model, tiny_settings
+from helpers import VOCABULARY, make_trajectories, tiny_model, tiny_settings
 from hypothesis import given
 from hypothesis import strategies as st
 

@@ -1,8 +1,8 @@
 import math
-from pathlib import Path
 
 import pytest
 import yaml
+from helpers import ROOT
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -12,7 +12,7 @@ from onpolicy_skd.config.loading import build_settings, describe, dump, load_set
 from onpolicy_skd.config.schema import Settings
 from onpolicy_skd.selection import metrics
 
-CONFIGS = sorted(p for p in (Path(__file__).parents[1] / "configs").rglob("*.yaml") if "compare" not in p.name)
+CONFIGS = sorted(p for p in (ROOT / "configs").rglob("*.yaml") if "compare" not in p.name)
 
 
 @pytest.mark.parametrize(

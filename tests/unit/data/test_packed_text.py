@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow
 import pytest
 import torch
-from conftest import VOCABULARY, tiny_model, tiny_settings
+from helpers import VOCABULARY, tiny_model, tiny_settings
 from hypothesis import given
 from hypothesis import strategies as st
 from pyarrow import parquet

@@ -1,0 +1,35 @@
+"""A learner with its teacher, and its gradients, for tests of one or several ranks."""
+
+from helpers import VOCABULARY, tiny_model, tiny_settings
+
+from onpolicy_skd.learner.learner import Learner
+from onpolicy_skd.models.lora import add_lora
+from onpolicy_skd.models.split_model import split
+from onpolicy_skd.teacher.teacher import Teacher
+
+LENGTHS = [(5, 9), (3, 20), (12, 4), (7, 1), (2, 15), (9, 11), (4, 6), (6, 17)]
+FAMILIES = [(f, tied) for f in ("qwen3", "llama", "gpt_neox") for tied in (True, False)]
+
+
+def build(family="qwen3", tied=False, teacher=None, budget=10_000, steps=100, ranks=None, lora=0, **sections):
+    """A learner and its (encoded) teacher; the teacher is wider than the student unless one is given."""
+    settings = tiny_settings(**sections)
+    settings = settings.model_copy(
+        update={"learner": settings.learner.model_copy(update={"tokens_per_micro_batch": budget})}
+    )
+    model = tiny_model(family, tied)
+    student = split(add_lora(model, lora, 2 * lora, seed=0) if lora else model, VOCABULARY)
+    other = Teacher(split(teacher or tiny_model("qwen3", False, hidden=48, seed=1), VOCABULARY), 10_000, 0)
+    return Learner(student, other, settings, pad_id=0, steps=steps, ranks=ranks), other
+
+
+def gradients(learner, teacher, batch):
+    teacher.encode(batch)
+    learner.optimizer.zero_grad()
+    learner.accumulate(batch)
+    return {n: p.grad.clone() for n, p in learner.named.items()}
+
+
+def relative(found, expected):
+    squares = sum((found[n] - expected[n]).double().square().sum() for n in expected)
+    return (squares / sum(g.double().square().sum() for g in expected.values())).sqrt().item()
