@@ -15,6 +15,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
+from ray.exceptions import RayError
+
 from actors.cache_builders import CacheBuilders, Work
 from actors.cluster import connect
 from actors.placement import Counts, Resources
@@ -153,7 +155,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line; returns the exit code: 0 done, 1 failed or damaged, 2 bad input."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     given = list(sys.argv[1:] if argv is None else argv)
-    return run_cli(lambda: _run(*given))
+    return run_cli(lambda: _run(*given), RayError)
 
 
 def _run(command: str = "", *rest: str) -> int:

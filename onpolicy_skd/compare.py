@@ -13,6 +13,8 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from ray.exceptions import RayError
+
 from actors.cluster import connect
 from actors.run_tasks import Command, at_once, run_all
 from onpolicy_skd.comparison import figures
@@ -112,7 +114,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--report", type=Path, metavar="FOLDER", help="where the report goes (default: the grid's dir)")
     parser.add_argument("--parallel", type=int, help="most runs at the same time (default: all there is room for)")
     parser.add_argument("overrides", nargs="*", metavar="a.b=value", help="laid over the grid: settings.run.steps=5")
-    return run_cli(lambda: _run(parser.parse_args(argv)))
+    return run_cli(lambda: _run(parser.parse_args(argv)), RayError)
 
 
 def _run(args: argparse.Namespace) -> int:

@@ -179,7 +179,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     try:
         about = (__doc__ or "").splitlines()[0]
-        return run_cli(lambda: run_settings(load_settings(sys.argv[1:] if argv is None else argv, about=about)))
+        return run_cli(
+            lambda: run_settings(load_settings(sys.argv[1:] if argv is None else argv, about=about)), RayError
+        )
     except Stopped as signal:
         print(f"{signal}: stopped outside the steps", file=sys.stderr)
         return EXIT_STOPPED
@@ -212,7 +214,7 @@ def run_settings(settings: Settings) -> int:
             workers = Workers(settings, resources, run.vocabulary, run.tokenizer.pad_token_id, run.steps)
             with ExitStack() as stack:
                 stack.callback(workers.close)
-                stack.push(book.on_failure(workers))
+                stack.push(book.on_failure(workers, RayError))
                 retry_on_fault(lambda: workers.wait_ready(book.log), workers, book, trained=False)
 
                 def select() -> Sequence[Prompt]:

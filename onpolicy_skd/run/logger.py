@@ -10,8 +10,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from ray.exceptions import RayError
-
 from onpolicy_skd.evaluation.evaluate import Evaluation
 from onpolicy_skd.learner.learner import NonFiniteLossError
 from onpolicy_skd.report import summary
@@ -240,15 +238,15 @@ class RunLogger:
                 parts.append(f"divergence {done.result[key]:.4f} nats per token on {where}")
         self.log(f"{name}: " + ", ".join(parts))
 
-    def on_failure(self, workers: TrainingWorkers) -> Callable[..., bool]:
+    def on_failure(self, workers: TrainingWorkers, *failures: type[Exception]) -> Callable[..., bool]:
         """An exit callback that keeps what was earned when a run breaks: a checkpoint, if the learner lives, and the
         summary with the reason."""
 
         def leave(_: type | None, error: BaseException | None, __: Any) -> bool:
-            if isinstance(error, RayError | RunError | OSError):
+            if isinstance(error, (RunError, OSError, *failures)):
                 try:
                     self._save(workers, self._steps)
-                except RayError as lost:
+                except failures as lost:
                     self.log(f"no checkpoint of this moment: {first_line(cause_of(lost))}")
                 try:
                     self.conclude("failed", str(cause_of(error)))
