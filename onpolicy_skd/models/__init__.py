@@ -1,0 +1,1 @@
+"""Models: loading, backbone and LM head, LoRA adapters, batches."""
