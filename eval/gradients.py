@@ -1,7 +1,7 @@
-"""How close do a few classes come to full KD?  Angle and length of their gradient beside the exact one.
+"""Gradients of each class sampler compared with the exact gradient of full KD: their angle and their length.
 
-``python -m eval.gradients --config configs/smollm2_cpu.yaml data.path=FOLDER`` takes reference answers, every position,
-forward KL, and the gradient of all the student's parameters for one batch (RS-KD paper, arXiv 2503.16870, Table 3).
+``python -m eval.gradients --config configs/smollm2_cpu.yaml data.path=FOLDER`` takes one batch of reference answers,
+forward KL at every position, and all parameters of the student (RS-KD paper, arXiv 2503.16870, Table 3).
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import argparse
 import json
 import math
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,12 +32,12 @@ TRUNCATIONS = [
     {"sampler": "naive_fix", "k": 12},
     {"sampler": "label_smoothing", "k": 12},
 ]
-UNIQUE = 12  # classes a position that RS-KD keeps on average in its paper's table
-MOST_DRAWS = 4_096
+UNIQUE_CLASSES = 12  # mean per position that RS-KD keeps in its paper's table
+MAX_DRAWS = 4_096
 
 
 def measure(settings: Settings, samples: int) -> dict[str, Any]:
-    """Angles in degrees and length ratios against the exact gradient, one record per class sampler."""
+    """Measure angle (degrees) and length ratio against the exact gradient, one record per class sampler."""
     from onpolicy_skd.learner.learner import Learner
     from onpolicy_skd.models.loading import load_model, pick_device, pick_dtype
     from onpolicy_skd.models.split_model import split
@@ -48,62 +48,61 @@ def measure(settings: Settings, samples: int) -> dict[str, Any]:
     run = prepare(settings)
     student = split(load_model(settings.student.model, torch.float32, device), run.vocabulary)
     dtype = pick_dtype(settings.teacher.dtype, device)
-    pad, own = run.tokenizer.pad_token_id, settings.teacher
-    teacher = Teacher(
-        split(load_model(own.model, dtype, device), run.vocabulary), own.tokens_per_batch, pad,
-        settings.alignment.temperature,
-    )  # fmt: skip
+    pad_id, teacher_cfg = run.tokenizer.pad_token_id, settings.teacher
+    teacher_model = split(load_model(teacher_cfg.model, dtype, device), run.vocabulary)
+    teacher = Teacher(teacher_model, teacher_cfg.tokens_per_batch, pad_id, settings.alignment.temperature)
     batch = run.references(run.train, 0)[:samples]
     teacher.encode(batch)
-    wanted = [(t.key, range(len(t.response_ids))) for t in batch]
+    positions = [(t.key, range(len(t.response_ids))) for t in batch]
 
     def gradient(classes: ClassSettings) -> list[Tensor]:
-        learner = Learner(student, teacher, settings.model_copy(update={"classes": classes}), pad, 1)
+        learner = Learner(student, teacher, settings.model_copy(update={"classes": classes}), pad_id, 1)
         student.model.zero_grad()
         learner.accumulate(batch)
         return [p.grad.flatten().clone() for p in learner.named.values() if p.grad is not None]
 
-    def unique(options: ClassSettings) -> float:
-        found = teacher.classes(wanted, [0] * len(wanted), options)
-        return (found.probs_NC > 0).sum().item() / len(found.probs_NC)
+    def unique_classes(options: ClassSettings) -> float:
+        targets = teacher.classes(positions, [0] * len(positions), options)
+        return (targets.probs_NC > 0).sum().item() / len(targets.probs_NC)
 
     def records() -> Iterator[dict[str, Any]]:
         exact = gradient(ClassSettings())
-        draws = _draws_for(unique)
-        for asked in [{"sampler": "rs_kd", "draws": draws}, {"sampler": "rs_kd", "draws": 64}, *TRUNCATIONS]:
-            options = ClassSettings(**asked)
-            found = gradient(options)
-            cosine = _dot(found, exact) / math.sqrt(_dot(found, found) * _dot(exact, exact))
+        draws = _draws_for(unique_classes)
+        for sampler_cfg in [{"sampler": "rs_kd", "draws": draws}, {"sampler": "rs_kd", "draws": 64}, *TRUNCATIONS]:
+            classes_cfg = ClassSettings(**sampler_cfg)
+            sampled = gradient(classes_cfg)
+            cosine = _dot(sampled, exact) / math.sqrt(_dot(sampled, sampled) * _dot(exact, exact))
             yield {
-                **asked,
-                "classes": unique(options),
+                **sampler_cfg,
+                "classes": unique_classes(classes_cfg),
                 "angle": math.degrees(math.acos(min(1.0, cosine))),
-                "norm_ratio": math.sqrt(_dot(found, found) / _dot(exact, exact)),
+                "norm_ratio": math.sqrt(_dot(sampled, sampled) / _dot(exact, exact)),
             }
 
     return {
         "student": settings.student.model,
         "teacher": settings.teacher.model,
         "samples": len(batch),
-        "positions": sum(len(at) for _, at in wanted),
-        "divergence": Learner(student, teacher, settings, pad, 1).divergence(batch),
+        "positions": sum(len(indices) for _, indices in positions),
+        "divergence": Learner(student, teacher, settings, pad_id, 1).divergence(batch),
         "records": list(records()),
     }
 
 
 def _dot(left: Sequence[Tensor], right: Sequence[Tensor]) -> float:
-    """In float64: over millions of parameters float32 loses small angles."""
+    """Return the dot product in float64: over millions of parameters float32 loses small angles."""
     return sum(torch.dot(a.double(), b.double()).item() for a, b in zip(left, right, strict=True))
 
 
-def _draws_for(unique: Any) -> int:
-    """The number of draws of which about UNIQUE are different classes, by bisection."""
-    low, high = UNIQUE, MOST_DRAWS
+def _draws_for(unique_classes: Callable[[ClassSettings], float]) -> int:
+    """Return the number of draws that yields about UNIQUE_CLASSES different classes, by bisection."""
+    low, high = UNIQUE_CLASSES, MAX_DRAWS
     while low < high:
         middle = (low + high) // 2
-        low, high = (
-            (middle + 1, high) if unique(ClassSettings(sampler="rs_kd", draws=middle)) < UNIQUE else (low, middle)
-        )
+        if unique_classes(ClassSettings(sampler="rs_kd", draws=middle)) < UNIQUE_CLASSES:
+            low = middle + 1
+        else:
+            high = middle
     return low
 
 
@@ -124,7 +123,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     print(f"{result['positions']} positions of {result['samples']} answers, divergence {result['divergence']:.2f} nats")
-    print("| sampler | classes a position | angle | norm ratio |\n|---|---|---|---|")
+    print("| sampler | classes per position | angle | norm ratio |\n|---|---|---|---|")
     for r in result["records"]:
         options = ", ".join(f"{k}={v}" for k, v in r.items() if k in ("draws", "k", "p"))
         print(f"| {r['sampler']} {options} | {r['classes']:.1f} | {r['angle']:.1f}° | {r['norm_ratio']:.2f} |")

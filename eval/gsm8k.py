@@ -1,4 +1,4 @@
-"""Exact match on GSM8K or any set with its answer format: ``python -m eval.gsm8k --model MODEL``."""
+"""Measure exact match on GSM8K or data with its answer format: ``python -m eval.gsm8k --model MODEL``."""
 
 from __future__ import annotations
 
@@ -18,16 +18,18 @@ from onpolicy_skd.types import SamplingParams
 
 
 def settings_for(model: str, config: Path | None, overrides: Sequence[str]) -> Settings:
-    """Run settings with ``model`` as the student; a run's checkpoint brings its own config.yaml along."""
-    own = Path(model).parent / "config.yaml"
-    file = config or (own if own.exists() else None)
+    """Return settings with ``model`` as the student; a model in a run folder uses that run's config.yaml."""
+    run_config = Path(model).parent / "config.yaml"
+    file = config or (run_config if run_config.exists() else None)
     return build_settings(file, [parse_override(text) for text in [*overrides, f"student.model={model}"]])
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m eval.gsm8k", description=__doc__)
     parser.add_argument("--model", required=True, help="folder (runs/NAME/final), hub name, or bundled:NAME")
-    parser.add_argument("--config", type=Path, help="settings for data.* and rollout.*; default: the run's own")
+    parser.add_argument(
+        "--config", type=Path, help="settings file (default: config.yaml next to the model)"
+    )
     parser.add_argument("--problems", type=int, default=0, help="only the first N problems (default: all)")
     parser.add_argument("--samples", type=int, default=1, help="answers per problem; 1 is greedy (default: 1)")
     parser.add_argument("--temperature", type=float, default=None, help="default: 0 for one sample, else 1")
@@ -54,15 +56,15 @@ def _run(args: argparse.Namespace, settings: Settings) -> int:
     engine = build_engine(args.model, settings, settings.student.trust_remote_code)
     temperature = args.temperature if args.temperature is not None else float(args.samples > 1)
     sampling = SamplingParams(settings.eval.max_tokens or settings.rollout.max_tokens, temperature)
-    started = time.perf_counter()
-    done = evaluate(engine.generate, prompts, tokenizer, sampling, args.samples, settings.run.seed)
-    result = {"model": args.model, "seconds": round(time.perf_counter() - started, 1), **done.result}
+    start = time.perf_counter()
+    evaluation = evaluate(engine.generate, prompts, tokenizer, sampling, args.samples, settings.run.seed)
+    result = {"model": args.model, "seconds": round(time.perf_counter() - start, 1), **evaluation.result}
     for rule in ("match", "strict"):
         low, high = result[rule]["interval"]
         print(f"{rule:>6}: {100 * result[rule]['share']:.2f} %  (95 %: {100 * low:.2f} to {100 * high:.2f})")
     print(f"{result['problems']} problems x {result['samples']}, {100 * result['truncated']:.1f} % truncated")
     if args.out:
-        done.write_records(args.out / "records.jsonl")
+        evaluation.write_records(args.out / "records.jsonl")
         write_text(args.out / "result.json", json.dumps(result, indent=2) + "\n")
         print(f"records: {args.out / 'records.jsonl'}")
     return 0

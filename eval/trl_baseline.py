@@ -1,9 +1,9 @@
-"""Full KD by TRL's ``DistillationTrainer``, from a run's own settings: an outside baseline for comparisons.
+"""Full KD by TRL's ``DistillationTrainer`` from a run's settings: an external baseline for comparisons.
 
 ``python -m eval.trl_baseline --config RUN.yaml [a.b=value ...]`` trains the same student on the same prompts in the
-same order with the same optimizer, and leaves a run folder like ``onpolicy_skd.train``'s.  TRL's own choices stay
-TRL's: a batch is averaged over its tokens (here over its sequences), and truncated answers are trained on.  One
-process, one device, no Ray; evaluations generate with transformers and measure exact match alone.
+same order with the same optimizer, and writes a run folder like ``onpolicy_skd.train``'s.  TRL's choices stay as they
+are: it averages the loss over a batch's tokens (``onpolicy_skd`` over its sequences) and trains on truncated answers.
+It runs in one process on one device, without Ray; evaluations generate with transformers and measure exact match only.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from actors.learner_actor import peak_memory_mib
 from onpolicy_skd.config.loading import load_settings
 from onpolicy_skd.config.schema import Settings
 from onpolicy_skd.config.validation import check_trl
-from onpolicy_skd.evaluation.evaluate import Evaluation, evaluate
+from onpolicy_skd.evaluation.evaluate import evaluate
 from onpolicy_skd.learner.optimizer import adamw, learner_threads, learning_rate
 from onpolicy_skd.models import loading as models
 from onpolicy_skd.report import summary
@@ -36,35 +36,35 @@ from onpolicy_skd.run.prepare import Run, open_folder, prepare
 from onpolicy_skd.run.stop import Stopped, StopSignal
 from onpolicy_skd.types import Prompt
 
-VLLM_SHARE = 0.25  # of the GPU that student, teacher and optimizer are on as well
-BETA = {"forward_kl": 0.0, "reverse_kl": 1.0}  # TRL's name for the divergence; jsd has its own
+VLLM_GPU_MEMORY = 0.25  # at most this share: student, teacher and optimizer are on the same GPU
+BETA = {"forward_kl": 0.0, "reverse_kl": 1.0}  # TRL's name for the divergence; jsd sets alignment.beta
 
 
 class Trainer(DistillationTrainer):
-    """TRL's trainer, given token ids: no second template or tokenizer comes between the prompts and the student."""
+    """TRL's trainer on token ids: it applies no template or tokenizer to the prompts."""
 
     def _tokenize_prompts(self, prompts: list[str]) -> tuple[list[list[int]], None, dict[str, Any]]:
         return [[int(i) for i in text.split()] for text in prompts], None, {}
 
 
 class Recorder(TrainerCallback):
-    """Writes TRL's log in this project's names, evaluates where the settings ask for it, and passes a signal on."""
+    """Write TRL's log under this project's names, evaluate every ``run.evaluate_every`` steps, stop on a signal."""
 
     def __init__(self, run: Run, metrics: MetricsLog, stop: StopSignal, student: Any) -> None:
         self.evaluations: dict[str, Any] = {}
         self._run, self._metrics, self._stop, self._student = run, metrics, stop, student
         self._engine: TransformersEngine | None = None
-        self._started = self._seconds = 0.0
+        self._step_start = self._seconds = 0.0
         self._tokens = 0
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self._tokens = int(state.num_input_tokens_seen)  # of the steps before a resume
+        self._tokens = int(state.num_input_tokens_seen)  # counted before a resume
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self._started = time.perf_counter()
+        self._step_start = time.perf_counter()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self._seconds = time.perf_counter() - self._started
+        self._seconds = time.perf_counter() - self._step_start
         control.should_log = True
         if self._stop.requested:
             control.should_save = control.should_training_stop = True
@@ -73,20 +73,21 @@ class Recorder(TrainerCallback):
         logs: dict[str, float] = given["logs"]
         if "loss" not in logs:
             return
-        own, step = self._run.settings, state.global_step - 1
-        positions = round(logs["completions/mean_length"] * own.learner.batch_size)
+        settings, step = self._run.settings, state.global_step - 1
+        batch_size, every_steps = settings.learner.batch_size, settings.run.evaluate_every
+        positions = round(logs["completions/mean_length"] * batch_size)
         tokens, self._tokens = int(logs["num_tokens"]) - self._tokens, int(logs["num_tokens"])
         self._metrics.write(
             {
                 "step": step,
                 "version": step + 1,
-                "generated": own.learner.batch_size,
+                "generated": batch_size,
                 "dropped": {},
                 "loss": logs["loss"],
                 "entropy": logs["entropy"],
                 "entropy_selected": logs["entropy"],
                 "k": 1.0,
-                "samples": own.learner.batch_size,
+                "samples": batch_size,
                 "positions": positions,
                 "positions_selected": positions,
                 "response_tokens": logs["completions/mean_length"],
@@ -98,93 +99,96 @@ class Recorder(TrainerCallback):
                 "seconds": {"step": self._seconds},
             }
         )
-        every = own.run.evaluate_every
-        if every and state.global_step % every == 0 and state.global_step < self._run.steps:
+        if every_steps and state.global_step % every_steps == 0 and state.global_step < self._run.steps:
             self.evaluate("during", state.global_step, self._run.validation_prompts)
 
     def evaluate(self, name: str, step: int, prompts: Sequence[Prompt]) -> None:
-        """Greedy exact match of the student as it is now."""
-        own = self._run.settings
+        """Measure greedy exact match of the current student."""
+        settings = self._run.settings
         if self._engine is None:
-            self._engine = TransformersEngine(own.student.model, own, own.student.trust_remote_code)
+            self._engine = TransformersEngine(settings.student.model, settings, settings.student.trust_remote_code)
         weights: Iterable[Any] = self._student.named_parameters()
         self._engine.load_weights(weights, step)
-        done: Evaluation = evaluate(self._engine.generate, prompts, self._run.tokenizer, self._run.greedy)
-        self.evaluations[name] = done.result
-        done.write_records(self._run.folder / "evaluations" / f"{name}-{step:06d}.jsonl")
-        self._metrics.write({"step": step, "event": "evaluation", "name": name, **done.result})
-        print(f"{name} {step}: exact match {summary.percent(done.result['match']['share'])}", flush=True)
+        evaluation = evaluate(self._engine.generate, prompts, self._run.tokenizer, self._run.greedy)
+        self.evaluations[name] = evaluation.result
+        evaluation.write_records(self._run.folder / "evaluations" / f"{name}-{step:06d}.jsonl")
+        self._metrics.write({"step": step, "event": "evaluation", "name": name, **evaluation.result})
+        print(f"{name} {step}: exact match {summary.percent(evaluation.result['match']['share'])}", flush=True)
 
 
 def newest(folder: Path) -> Path | None:
-    """The last whole checkpoint: transformers writes them in place, its state last."""
-    whole = [p for p in folder.glob("checkpoint-*") if (p / "trainer_state.json").exists()]
-    return max(whole, key=lambda p: int(p.name.rpartition("-")[2]), default=None)
+    """Return the newest complete checkpoint: transformers writes a checkpoint in place, trainer_state.json last."""
+    complete = [p for p in folder.glob("checkpoint-*") if (p / "trainer_state.json").exists()]
+    return max(complete, key=lambda p: int(p.name.rpartition("-")[2]), default=None)
 
 
 def trainer_for(run: Run, student: Any, recorder: TrainerCallback) -> Trainer:
-    """TRL's trainer on the prompts of every step of ``run``, in its order."""
-    own, device = run.settings, models.pick_device(run.settings.run.device)
-    dtype = models.pick_dtype(own.learner.compute_dtype, device)
+    """Build TRL's trainer on the prompts of every step of ``run``, in order."""
+    settings, device = run.settings, models.pick_device(run.settings.run.device)
+    dtype = models.pick_dtype(settings.learner.compute_dtype, device)
     requests = [r for step in range(run.steps) for r in run.requests(run.train, step)]
-    rows = max(1, own.learner.tokens_per_micro_batch // own.max_sequence)
-    rows = max(n for n in range(1, own.learner.batch_size + 1) if own.learner.batch_size % n == 0 and n <= rows)
-    vllm = own.rollout.engine == "vllm"
+    rows = max(1, settings.learner.tokens_per_micro_batch // settings.max_sequence)
+    rows = max(
+        n for n in range(1, settings.learner.batch_size + 1) if settings.learner.batch_size % n == 0 and n <= rows
+    )
+    vllm = settings.rollout.engine == "vllm"
     arguments = DistillationConfig(
         output_dir=str(run.folder / "checkpoints"),
         max_steps=run.steps,
         per_device_train_batch_size=rows,
-        gradient_accumulation_steps=own.learner.batch_size // rows,
-        max_grad_norm=own.learner.clip,
-        gradient_checkpointing=own.student.activation_checkpointing,
+        gradient_accumulation_steps=settings.learner.batch_size // rows,
+        max_grad_norm=settings.learner.clip,
+        gradient_checkpointing=settings.student.activation_checkpointing,
         bf16=dtype == torch.bfloat16,
         use_cpu=device == "cpu",
         disable_dropout=True,
         shuffle_dataset=False,
-        beta=BETA.get(own.alignment.divergence, own.alignment.beta),
-        temperature=own.rollout.temperature,
-        top_p=own.rollout.top_p,
-        max_completion_length=own.rollout.max_tokens,
+        beta=BETA.get(settings.alignment.divergence, settings.alignment.beta),
+        temperature=settings.rollout.temperature,
+        top_p=settings.rollout.top_p,
+        max_completion_length=settings.rollout.max_tokens,
         use_vllm=vllm,
-        vllm_gpu_memory_utilization=min(own.rollout.gpu_memory, VLLM_SHARE),
-        vllm_max_model_length=own.max_model_length if vllm else None,
+        vllm_gpu_memory_utilization=min(settings.rollout.gpu_memory, VLLM_GPU_MEMORY),
+        vllm_max_model_length=settings.max_model_length if vllm else None,
         logging_steps=1,
         logging_nan_inf_filter=False,
-        save_strategy="steps" if own.run.checkpoint_every else "no",
-        save_steps=own.run.checkpoint_every or run.steps,
-        save_total_limit=own.run.keep_checkpoints,
-        seed=own.run.seed,
+        save_strategy="steps" if settings.run.checkpoint_every else "no",
+        save_steps=settings.run.checkpoint_every or run.steps,
+        save_total_limit=settings.run.keep_checkpoints,
+        seed=settings.run.seed,
         report_to=[],
         disable_tqdm=True,
     )
-    optimizer = adamw(dict(student.named_parameters()), own.learner)
-    rate = LambdaLR(optimizer, lambda step: learning_rate(own.learner, step, run.steps) / own.learner.lr)
+    optimizer = adamw(dict(student.named_parameters()), settings.learner)
+    rate = LambdaLR(optimizer, lambda step: learning_rate(settings.learner, step, run.steps) / settings.learner.lr)
     run.tokenizer.padding_side = "left"
-    teacher_dtype = models.pick_dtype(own.teacher.dtype, device)
+    teacher_dtype = models.pick_dtype(settings.teacher.dtype, device)
     trainer = Trainer(
         model=student,
-        teacher_model=models.load_model(own.teacher.model, teacher_dtype, device, own.teacher.trust_remote_code),
+        teacher_model=models.load_model(
+            settings.teacher.model, teacher_dtype, device, settings.teacher.trust_remote_code
+        ),
         args=arguments,
         train_dataset=Dataset.from_dict({"prompt": [" ".join(map(str, r.prompt_ids)) for r in requests]}),
         processing_class=run.tokenizer,
         callbacks=[recorder],
         optimizers=(optimizer, rate),
     )
-    trainer.remove_callback(PrinterCallback)  # the recorder has said it
+    trainer.remove_callback(PrinterCallback)  # the recorder prints instead
     return trainer
 
 
 def train(settings: Settings) -> int:
-    """One run from settings to summary.json; returns the exit code.  Raises ConfigError."""
+    """Train one run, from settings to summary.json, and return the exit code.  Raise ConfigError for bad settings."""
     check_trl(settings)
     run = prepare(settings, generates=False)
     open_folder(settings)
     run.save_validation()
-    found = newest(run.folder / "checkpoints") if settings.resume == "auto" else None
-    first = int(found.name.rpartition("-")[2]) if found else 0
+    checkpoint = newest(run.folder / "checkpoints") if settings.resume == "auto" else None
+    first = int(checkpoint.name.rpartition("-")[2]) if checkpoint else 0
     metrics = MetricsLog(run.folder, first)
     before = sum(r["seconds"]["step"] for r in read(metrics.path) if "loss" in r)
-    started, status, reason, steps = time.monotonic(), "failed", None, first
+    start, status, reason, steps = time.monotonic(), "failed", None, first
     device = models.pick_device(settings.run.device)
     if device == "cpu":
         torch.set_num_threads(learner_threads(settings.learner))
@@ -194,9 +198,9 @@ def train(settings: Settings) -> int:
         try:
             trainer = trainer_for(run, student, recorder)
             with stop.orderly():
-                trainer.train(resume_from_checkpoint=str(found) if found else None)
+                trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
             steps = trainer.state.global_step
-            del trainer  # with the teacher and the optimizer: evaluation needs their room
+            del trainer  # frees teacher and optimizer before the evaluation
             if steps >= run.steps:
                 student.save_pretrained(run.folder / "final")
                 run.tokenizer.save_pretrained(run.folder / "final")
@@ -209,15 +213,15 @@ def train(settings: Settings) -> int:
             raise
         finally:
             metrics.close()
-            seconds = before + time.monotonic() - started
-            built = summary.build(settings, recorder.evaluations, status, steps, seconds, reason)
-            summary.write(run.folder, built | {"trainer": "trl"}, settings)
+            seconds = before + time.monotonic() - start
+            content = summary.build(settings, recorder.evaluations, status, steps, seconds, reason)
+            summary.write(run.folder, content | {"trainer": "trl"}, settings)
     print(f"{status} after {steps} steps, {seconds:.0f} s; report: {run.folder / 'report.md'}")
     return EXIT_OK if status == "finished" else EXIT_STOPPED
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command line; returns the exit code, as of ``onpolicy_skd.train``."""
+    """Run the command line and return the exit code, as ``onpolicy_skd.train`` does."""
     about = (__doc__ or "").splitlines()[0]
     return run_cli(lambda: train(load_settings(sys.argv[1:] if argv is None else argv, about=about)))
 

@@ -1,1 +1,1 @@
-"""Benchmarks: what the pieces cost, side by side with their peers in one run."""
+"""Benchmarks of the loss and of whole steps, each compared with its peer in the same run."""

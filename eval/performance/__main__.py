@@ -1,4 +1,4 @@
-"""``python -m eval.performance loss|step|end-to-end|curves|overlap --json FILE``: ratios in one run, beside TRL's."""
+"""``python -m eval.performance loss|step|end-to-end|curves|overlap --json FILE``: time and memory against TRL's."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ BENCHMARKS: dict[str, Any] = {
 }
 HELP = {
     "loss": "the loss alone, forward and backward",
-    "step": "one whole on-policy step by phase, over the work that no step can avoid",
-    "curves": "the loss along rows, share of positions, vocabulary; with a plot beside the JSON file",
-    "overlap": "steps with the phases one after the other and with overlap, over the longest phase",
-    "end-to-end": "whole on-policy steps, generation to optimizer, beside TRL's DistillationTrainer",
+    "step": "an on-policy step by phase, over the work that no step can avoid",
+    "curves": "the loss along rows, share of positions, vocabulary; with a plot next to the JSON file",
+    "overlap": "steps with sequential and with overlapping phases, over the longest phase",
+    "end-to-end": "on-policy steps, generation to optimizer, compared with TRL's DistillationTrainer",
 }
 
 
@@ -36,16 +36,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m eval.performance", description=(__doc__ or "").splitlines()[0])
     commands = parser.add_subparsers(dest="command", required=True)
     for name, module in BENCHMARKS.items():
-        own = commands.add_parser(name, help=HELP[name])
-        own.add_argument("--json", type=Path, help="file for all figures")
-        own.add_argument("--shapes", nargs="+", choices=module.SHAPES, default=list(module.DEFAULT))
-        own.add_argument("--rounds", type=int, default=3)
-        own.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    one = commands.add_parser("one")  # one measurement, for the processes that the others start
+        command = commands.add_parser(name, help=HELP[name])
+        command.add_argument("--json", type=Path, help="file for all figures")
+        command.add_argument("--shapes", nargs="+", choices=module.SHAPES, default=list(module.DEFAULT))
+        command.add_argument("--rounds", type=int, default=3)
+        command.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    single = commands.add_parser("measure")  # a single measurement, for the subprocesses of the other commands
     for name in ("benchmark", "variant", "shape", "device"):
-        one.add_argument(name)
+        single.add_argument(name)
     args = parser.parse_args(argv)
-    if args.command == "one":
+    if args.command == "measure":
         print(json.dumps(BENCHMARKS[args.benchmark].measure(args.variant, args.shape, args.device)))
         return 0
     module = BENCHMARKS[args.command]
@@ -55,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "benchmark": args.command,
         "device": torch.cuda.get_device_name() if args.device == "cuda" else platform.machine() + ", one thread",
         "versions": versions(),
-        **{key: first[key] for key in ("ratio_to_trl", "step_over_unavoidable") if key in first},  # of the first shape
+        **{key: first[key] for key in ("ratio_to_trl", "step_over_unavoidable") if key in first},
         "shapes": shapes,
     }
     module.show(shapes)

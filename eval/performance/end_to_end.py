@@ -1,8 +1,8 @@
-"""Whole on-policy steps beside TRL's ``DistillationTrainer``: the same models, prompts, lengths and number of steps.
+"""On-policy steps compared with TRL's ``DistillationTrainer``: same models, prompts, lengths and number of steps.
 
-Both generate with transformers in one process and one type; models are randomly initialised with a real vocabulary's
-size.  ``unavoidable`` is measured beside each step of ours: generation, the teacher's forward, the student's backbone
-forward and backward, and the matrix products of the LM heads over the supervised rows.
+Both generate with transformers in one process and one data type; models are randomly initialized with the vocabulary
+size of a real model.  ``unavoidable`` is measured with each step of this project: generation, the teacher's forward,
+the student's backbone forward and backward, and the matrix products of the LM heads over the supervised rows.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from eval.performance.measuring import clock, in_turn, memory, ratio, reset_peak
+from eval.performance.measuring import clock, memory, ratio, reset_peak, run_alternately
 from onpolicy_skd.config.loading import resolve
 from onpolicy_skd.config.schema import Settings
 from onpolicy_skd.learner.learner import Learner
@@ -34,12 +34,12 @@ MEANING = {
     "trl": "TRL's DistillationTrainer",
     "ours_k100": "this project, all positions",
     "ours_k20": "this project, 20 % of the positions by student entropy",
-    "trl_ragged": "TRL's, answers of a third of the limit on average",
+    "trl_ragged": "TRL's, mean answer length a third of the limit",
     "ours_ragged": "this project, all positions, the same answers",
 }
 WARM, TIMED = 1, 2  # steps
-SCORED = 40  # prompts that the prefilter's cost is measured on
-KEPT = 0.2  # share that the prefilter keeps
+SCORED_PROMPTS = 40  # for the cost of the prefilter
+PREFILTER_KEEP = 0.2
 
 
 class Shape(NamedTuple):
@@ -58,27 +58,27 @@ DEFAULT = ("small",)
 
 
 def measure(variant: str, shape: str, device: str) -> dict[str, Any]:
-    """Seconds of a warm step, its phases, and peak MiB, in this process."""
+    """Measure seconds of a warm step, its phases, and peak MiB, in this process."""
     torch.set_num_threads(1)
-    own = SHAPES[shape]
+    sizes = SHAPES[shape]
     with tempfile.TemporaryDirectory() as folder:
-        settings = settings_for(Path(folder), own, device, 0.2 if variant == "ours_k20" else 1.0)
-        save_random_models(Path(folder), own)
+        settings = settings_for(Path(folder), sizes, device, 0.2 if variant == "ours_k20" else 1.0)
+        save_random_models(Path(folder), sizes)
         run = prepare(settings, lambda _: None)
-        limits = ragged(own) if variant.endswith("ragged") else [own.new_tokens] * own.batch
+        limits = ragged(sizes) if variant.endswith("ragged") else [sizes.new_tokens] * sizes.batch
         reset_peak(device)
         return (_trl if variant.startswith("trl") else _ours)(run, limits, device)
 
 
 def ragged(shape: Shape) -> list[int]:
-    """Lengths of a batch's answers, a third of the limit on average, one of them the limit."""
+    """Return answer lengths of a batch: a third of the limit on average, the first at the limit."""
     rest = (shape.new_tokens * shape.batch // 3 - shape.new_tokens) / max(1, shape.batch - 1)
     spread = np.linspace(0.5, 1.5, shape.batch - 1) * rest
     return [shape.new_tokens, *(max(1, round(x)) for x in spread)]
 
 
 def settings_for(folder: Path, shape: Shape, device: str, k: float) -> Settings:
-    """Everything in one process, with the models of ``save_random_models``."""
+    """Return settings that run the models of ``save_random_models`` in one process."""
     dtype = "bfloat16" if device == "cuda" else "float32"
     return resolve(
         {
@@ -90,7 +90,7 @@ def settings_for(folder: Path, shape: Shape, device: str, k: float) -> Settings:
                 "engine": "transformers", "max_tokens": shape.new_tokens, "dtype": dtype, "entropy": "engine",
                 "placement": "learner",
             },
-            "samples": {"truncated": "keep"},  # a random model hardly ever ends an answer, and TRL keeps them too
+            "samples": {"truncated": "keep"},  # a random model rarely ends an answer; TRL keeps truncated answers too
             "positions": {"policy": "full"} if k == 1.0 else {"k": k},
             "learner": {"batch_size": shape.batch, "compute_dtype": dtype},
             "sync": {"max_gap": 0.5},
@@ -98,13 +98,13 @@ def settings_for(folder: Path, shape: Shape, device: str, k: float) -> Settings:
     )  # fmt: skip
 
 
-def save_random_models(folder: Path, shape: Shape, ends: float = 0.0) -> None:
-    """``student`` and ``teacher``, with the bundled tokenizer; ``ends``: share of the classes that end an answer."""
-    for part, (layers, hidden) in (("student", shape.student), ("teacher", shape.teacher)):
-        _save_random_model(folder / part, shape.vocabulary, layers, hidden, ends)
+def save_random_models(folder: Path, shape: Shape, eos_share: float = 0.0) -> None:
+    """Save ``student`` and ``teacher`` with the bundled tokenizer; ``eos_share`` of the classes end an answer."""
+    for role, (layers, hidden) in (("student", shape.student), ("teacher", shape.teacher)):
+        _save_random_model(folder / role, shape.vocabulary, layers, hidden, eos_share)
 
 
-def _save_random_model(folder: Path, vocabulary: int, layers: int, hidden: int, ends: float) -> None:
+def _save_random_model(folder: Path, vocabulary: int, layers: int, hidden: int, eos_share: float) -> None:
     from transformers import GenerationConfig, Qwen3Config, Qwen3ForCausalLM
 
     tokenizer = models.load_tokenizer("bundled:demo_student")
@@ -116,8 +116,8 @@ def _save_random_model(folder: Path, vocabulary: int, layers: int, hidden: int, 
         pad_token_id=tokenizer.pad_token_id, bos_token_id=None,
     )  # fmt: skip
     model: Any = Qwen3ForCausalLM(config)
-    if ends:
-        model.generation_config = GenerationConfig(eos_token_id=list(range(round(ends * vocabulary))))
+    if eos_share:
+        model.generation_config = GenerationConfig(eos_token_id=list(range(round(eos_share * vocabulary))))
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
@@ -126,21 +126,21 @@ def _save_random_model(folder: Path, vocabulary: int, layers: int, hidden: int, 
 
 
 def _ours(run: Run, limits: Sequence[int], device: str) -> dict[str, Any]:
-    own, dtype = run.settings, models.pick_dtype(run.settings.teacher.dtype, device)
+    settings, dtype = run.settings, models.pick_dtype(run.settings.teacher.dtype, device)
     pad = run.tokenizer.pad_token_id
-    student = split_model.split(models.load_model(own.student.model, torch.float32, device), run.vocabulary)
-    teacher_model = split_model.split(models.load_model(own.teacher.model, dtype, device), run.vocabulary)
-    teacher = Teacher(teacher_model, own.teacher.tokens_per_batch, pad)
-    learner = Learner(student, teacher, own, pad, run.steps)
-    engine = _Ending(own.student.model, own, shared=student)
+    student = split_model.split(models.load_model(settings.student.model, torch.float32, device), run.vocabulary)
+    teacher_model = split_model.split(models.load_model(settings.teacher.model, dtype, device), run.vocabulary)
+    teacher = Teacher(teacher_model, settings.teacher.tokens_per_batch, pad)
+    learner = Learner(student, teacher, settings, pad, run.steps)
+    engine = _LengthLimitedEngine(settings.student.model, settings, shared=student)
     totals: dict[str, float] = {}
 
     def timed(phase: str, action: Callable[[], Any], count: bool) -> Any:
-        started = clock(device)
-        found = action()
+        start = clock(device)
+        value = action()
         if count:
-            totals[phase] = totals.get(phase, 0.0) + clock(device) - started
-        return found
+            totals[phase] = totals.get(phase, 0.0) + clock(device) - start
+        return value
 
     kept: list[Trajectory] = []
     supervised = 0
@@ -150,19 +150,19 @@ def _ours(run: Run, limits: Sequence[int], device: str) -> dict[str, Any]:
         batch = timed("rollout", lambda r=requests: engine.generate(r, run.sampling), count)
         _, kept = timed("filter", lambda b=batch: learner.filter(b), count)
         timed("teacher", lambda k=kept: teacher.encode(k), count)
-        found = timed("learn", lambda k=kept: learner.step(k), count)
-        supervised = round(found["positions_selected"])
+        metrics = timed("learn", lambda k=kept: learner.step(k), count)
+        supervised = round(metrics["positions_selected"])
         timed("sync", lambda: engine.load_weights((), learner.version), count)
         teacher.release([t.key for t in kept])
     peak = memory(device, "peak")
     phases = {phase: seconds / TIMED for phase, seconds in totals.items()}
     seconds = sum(phases.values())
     bound = phases["rollout"] + phases["teacher"] + _student_bound(learner, teacher_model, kept, supervised, device)
-    texts = [as_text(p, "prompt", run.tokenizer) for p in run.train[:SCORED]]
+    texts = [as_text(p, "prompt", run.tokenizer) for p in run.train[:SCORED_PROMPTS]]
     learner.score_samples(texts[:2])
-    started = clock(device)
+    start = clock(device)
     learner.score_samples(texts)
-    scoring = (clock(device) - started) / SCORED
+    scoring = (clock(device) - start) / SCORED_PROMPTS
     return {
         "seconds": seconds,
         "phases": phases,
@@ -172,40 +172,40 @@ def _ours(run: Run, limits: Sequence[int], device: str) -> dict[str, Any]:
     }
 
 
-class _Ending(TransformersEngine):
-    """Ends every response after so many tokens as if its end had been drawn there."""
+class _LengthLimitedEngine(TransformersEngine):
+    """Engine that ends each response at a given length, as if the model had sampled an end there."""
 
-    limits: dict[str, int]  # by request
+    limits: dict[str, int]  # tokens by request key
 
     def start(self, request: RolloutRequest) -> Response:
-        return _Limited(request, self.limits[request.key])
+        return _LimitedResponse(request, self.limits[request.key])
 
 
-class _Limited(Response):
+class _LimitedResponse(Response):
     def __init__(self, request: RolloutRequest, limit: int) -> None:
         super().__init__(request)
         self._left = limit
 
-    def add(self, ends: Sequence[int], *drawn: np.ndarray) -> None:
-        super().add(ends, *(part[: self._left] for part in drawn))
-        self._left -= len(drawn[0])
+    def add(self, ends: Sequence[int], *sampled: np.ndarray) -> None:
+        super().add(ends, *(values[: self._left] for values in sampled))
+        self._left -= len(sampled[0])
         self.ended |= self._left <= 0
 
 
 def _student_bound(
     learner: Learner, teacher: split_model.SplitModel, batch: Sequence[Trajectory], supervised: int, device: str
 ) -> float:
-    """Seconds of backbone forward and backward, of the head products over the supervised rows, and of the optimizer."""
+    """Measure seconds of backbone forward and backward, head products over the supervised rows, and optimizer."""
     student, pad = learner.student, 0
-    together = collate(batch, pad, student.device)
+    collated = collate(batch, pad, student.device)
     optimizer = learner.optimizer
 
-    def once() -> None:
-        hidden = student.hidden(together)
+    def step() -> None:
+        hidden = student.hidden(collated)
         head, other = student.head_VH, teacher.head_VH
         with torch.no_grad():
             rows = hidden.detach()[:supervised]
-            logits = rows @ head.T  # the forward, without which there is no divergence
+            logits = rows @ head.T  # the forward of the student's head
             (torch.zeros(supervised, other.shape[1], device=rows.device, dtype=other.dtype) @ other.T).sum()
             back = logits @ head  # gradient of the rows
             (logits.T @ rows).sum()  # and of the head
@@ -213,10 +213,10 @@ def _student_bound(
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
-    once()
-    started = clock(device)
-    once()
-    return clock(device) - started
+    step()
+    start = clock(device)
+    step()
+    return clock(device) - start
 
 
 # -- TRL -----------------------------------------------------------------------------------------------------------
@@ -240,7 +240,7 @@ def _trl(run: Run, limits: Sequence[int], device: str) -> dict[str, Any]:
     trainer = trainer_for(run, student, Timer())
     generate = trainer._generate_single_turn
 
-    def cut(*arguments: Any, **named: Any) -> list[list[int]]:  # one answer has the limit: all were drawn to there
+    def cut(*arguments: Any, **named: Any) -> list[list[int]]:  # the longest answer is at the limit, so all are
         return [ids[:limit] for ids, limit in zip(generate(*arguments, **named), limits, strict=True)]
 
     trainer._generate_single_turn = cut  # type: ignore[method-assign]
@@ -248,28 +248,28 @@ def _trl(run: Run, limits: Sequence[int], device: str) -> dict[str, Any]:
     return {"seconds": statistics.fmean(marks[WARM:]), "peak_mib": memory(device, "peak")}
 
 
-# -- all of them ---------------------------------------------------------------------------------------------------
+# -- comparison ----------------------------------------------------------------------------------------------------
 
 
 def compare(shape: str, device: str, rounds: int) -> dict[str, Any]:
-    """All variants of one shape, ``rounds`` times in turn, each in a process of its own."""
-    found = in_turn("end-to-end", VARIANTS, [shape, device], rounds)
+    """Measure all variants of a shape ``rounds`` times, each in a separate process."""
+    runs = run_alternately("end-to-end", VARIANTS, [shape, device], rounds)
     batch = SHAPES[shape].batch
-    for r in found["ours_k20"]:  # a pass over the prompts: all are scored, a share of them is trained on
-        r["seconds_of_pass"] = batch * r["seconds_per_prompt_scored"] + KEPT * r["seconds"]
-    for r in found["trl"]:
+    for r in runs["ours_k20"]:  # a pass over the prompts: score all, train on a share
+        r["seconds_of_pass"] = batch * r["seconds_per_prompt_scored"] + PREFILTER_KEEP * r["seconds"]
+    for r in runs["trl"]:
         r["seconds_of_pass"] = r["seconds"]
     spread = {
-        "k100": ratio(found["trl"], found["ours_k100"], "seconds"),
-        "k20": ratio(found["trl"], found["ours_k20"], "seconds"),
-        "ragged": ratio(found["trl_ragged"], found["ours_ragged"], "seconds"),
-        "prefilter": ratio(found["trl"], found["ours_k20"], "seconds_of_pass"),
-        "memory": ratio(found["trl"], found["ours_k100"], "peak_mib"),
+        "k100": ratio(runs["trl"], runs["ours_k100"], "seconds"),
+        "k20": ratio(runs["trl"], runs["ours_k20"], "seconds"),
+        "ragged": ratio(runs["trl_ragged"], runs["ours_ragged"], "seconds"),
+        "prefilter": ratio(runs["trl"], runs["ours_k20"], "seconds_of_pass"),
+        "memory": ratio(runs["trl"], runs["ours_k100"], "peak_mib"),
     }
-    over = {v: statistics.median(r["seconds"] / r["unavoidable"] for r in found[v]) for v in VARIANTS if "ours" in v}
+    over = {v: statistics.median(r["seconds"] / r["unavoidable"] for r in runs[v]) for v in VARIANTS if "ours" in v}
     return {
         "shape": SHAPES[shape]._asdict(),
-        "runs": found,
+        "runs": runs,
         "step_over_unavoidable": over,
         "ratio_to_trl": {name: value["median"] for name, value in spread.items()},
         "ratio_to_trl_spread": spread,
@@ -277,7 +277,7 @@ def compare(shape: str, device: str, rounds: int) -> dict[str, Any]:
 
 
 def show(shapes: dict[str, dict[str, Any]]) -> None:
-    """Prints medians and ratios."""
+    """Print medians and ratios."""
     for name, figures in shapes.items():
         print(f"\n{name}: {figures['shape']}")
         for variant in VARIANTS:

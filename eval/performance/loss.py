@@ -1,4 +1,4 @@
-"""The loss alone, forward and backward: dense, TRL's chunked one, ours."""
+"""Forward and backward of the loss alone: dense, TRL's chunked loss, this project's."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from eval.performance.measuring import clock, in_turn, memory, ratio, reset_peak
+from eval.performance.measuring import clock, memory, ratio, reset_peak, run_alternately
 
 VARIANTS = ("dense", "trl", "ours_k100", "ours_k20", "ours_compiled")
 MEANING = {
@@ -29,7 +29,7 @@ SEQUENCES = 8  # the rows are this many responses, for the per-sequence selectio
 
 
 def loss_step(variant: str, inputs: dict[str, Tensor], k: float = 1.0) -> Callable[[], Tensor]:
-    """A function that does forward and backward of reverse KL once and returns the loss; ``k``: for variant "ours"."""
+    """Return a function that runs forward and backward of reverse KL and returns the loss; ``k`` is for "ours"."""
     hidden, head = inputs["student_hidden"], inputs["student_head"]
     other, other_head, targets = inputs["teacher_hidden"], inputs["teacher_head"], inputs["targets"]
     rows = len(hidden)
@@ -82,56 +82,57 @@ def loss_step(variant: str, inputs: dict[str, Tensor], k: float = 1.0) -> Callab
 
 
 def make_inputs(shape: Sequence[int], device: str) -> dict[str, Tensor]:
+    """Return random hidden states, LM heads and targets; ``shape``: vocabulary, hidden sizes of both models, rows."""
     vocabulary, student, teacher, rows = shape
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    generator = torch.Generator(device).manual_seed(0)
+    rng = torch.Generator(device).manual_seed(0)
 
-    def draw(*size: int, scale: float = 1.0) -> Tensor:
-        return (torch.randn(*size, generator=generator, device=device) * scale).to(dtype)
+    def normal(*size: int, scale: float = 1.0) -> Tensor:
+        return (torch.randn(*size, generator=rng, device=device) * scale).to(dtype)
 
     return {
-        "student_hidden": draw(rows, student).requires_grad_(),
-        "student_head": draw(vocabulary, student, scale=student**-0.5).requires_grad_(),
-        "teacher_hidden": draw(rows, teacher),
-        "teacher_head": draw(vocabulary, teacher, scale=teacher**-0.5),
-        "targets": torch.randint(0, vocabulary, (rows,), generator=generator, device=device),
+        "student_hidden": normal(rows, student).requires_grad_(),
+        "student_head": normal(vocabulary, student, scale=student**-0.5).requires_grad_(),
+        "teacher_hidden": normal(rows, teacher),
+        "teacher_head": normal(vocabulary, teacher, scale=teacher**-0.5),
+        "targets": torch.randint(0, vocabulary, (rows,), generator=rng, device=device),
     }
 
 
 def measure(variant: str, shape: str, device: str) -> dict[str, float]:
-    """Seconds of one warm step and peak extra MiB, in this process."""
+    """Measure seconds of a warm step and peak extra MiB, in this process."""
     torch.set_num_threads(1)
     step = loss_step(variant, make_inputs(SHAPES[shape], device))
     reset_peak(device)
     resident = memory(device, "now")
-    step()  # also the warm-up; its peak is that of every later step
+    step()  # the warm-up; later steps have the same peak
     peak = memory(device, "peak")
-    started = clock(device)
+    start = clock(device)
     value = step()
-    seconds = clock(device) - started
+    seconds = clock(device) - start
     return {"seconds": seconds, "extra_mib": peak - resident, "loss": value.item()}
 
 
 def compare(shape: str, device: str, rounds: int) -> dict[str, Any]:
-    """All variants of one shape, ``rounds`` times in turn, each in a process of its own."""
-    found = in_turn("loss", VARIANTS, [shape, device], rounds)
+    """Measure all variants of a shape ``rounds`` times, each in a separate process."""
+    runs = run_alternately("loss", VARIANTS, [shape, device], rounds)
     spread = {
-        "time_k100": ratio(found["trl"], found["ours_k100"], "seconds"),
-        "time_k20": ratio(found["trl"], found["ours_k20"], "seconds"),
-        "memory_k100": ratio(found["trl"], found["ours_k100"], "extra_mib"),
-        "memory_k20": ratio(found["trl"], found["ours_k20"], "extra_mib"),
-        "time_compiled": ratio(found["trl"], found["ours_compiled"], "seconds"),
+        "time_k100": ratio(runs["trl"], runs["ours_k100"], "seconds"),
+        "time_k20": ratio(runs["trl"], runs["ours_k20"], "seconds"),
+        "memory_k100": ratio(runs["trl"], runs["ours_k100"], "extra_mib"),
+        "memory_k20": ratio(runs["trl"], runs["ours_k20"], "extra_mib"),
+        "time_compiled": ratio(runs["trl"], runs["ours_compiled"], "seconds"),
     }
     return {
         "shape": dict(zip(("vocabulary", "student_hidden", "teacher_hidden", "rows"), SHAPES[shape], strict=True)),
-        "runs": found,
+        "runs": runs,
         "ratio_to_trl": {name: value["median"] for name, value in spread.items()},
         "ratio_to_trl_spread": spread,
     }
 
 
 def show(shapes: dict[str, dict[str, Any]]) -> None:
-    """Prints medians and ratios."""
+    """Print medians and ratios."""
     for name, figures in shapes.items():
         print(f"\n{name}: {figures['shape']}")
         for variant in VARIANTS:

@@ -1,7 +1,7 @@
-"""Steps with the phases one after the other, streaming, and with overlap, in two processes of one thread (or GPU) each.
+"""Steps with sequential, streaming and overlapping phases, in two processes of one thread (or GPU) each.
 
-The real driver's step and the real actors: an engine in one process, learner and teacher in another.  What is compared
-is the wall time of a step with how long each process was busy in it: with overlap the longest of these is the bound.
+The driver's step on Ray actors: the engine in one process, learner and teacher in another.  The wall time of a step is
+compared with the time each process was busy in it; with overlap the longest of these is the lower bound.
 """
 
 from __future__ import annotations
@@ -16,52 +16,54 @@ from types import SimpleNamespace
 from typing import Any
 
 from eval.performance.end_to_end import DEFAULT, SHAPES, save_random_models, settings_for
-from eval.performance.measuring import in_turn, ratio
+from eval.performance.measuring import ratio, run_alternately
 from onpolicy_skd.config.schema import Settings
 from onpolicy_skd.run.prepare import prepare
 from onpolicy_skd.tracing import Span
 
 __all__ = ["DEFAULT", "SHAPES", "compare", "measure", "show"]
-VARIANTS: dict[str, dict[str, Any]] = {  # and pipeline's settings
+VARIANTS: dict[str, dict[str, Any]] = {  # with the settings of pipeline
     "one_by_one": {},
     "streaming": {"streaming": True},
     "overlap": {"max_staleness": 1},
 }
-ENDS = 0.045  # share of the classes that end an answer: about a third of the limit of 64 tokens on average
+EOS_SHARE = 0.045  # of the classes end an answer: its mean length is about a third of the limit of 64 tokens
 WARM, TIMED = 2, 6  # steps
 BUSY = ("generate", "load weights", "receive weights", "filter", "encode", "backbone", "entropy", "loss", "backward",
         "optimizer", "pack weights", "send weights")  # fmt: skip
 
 
 def measure(variant: str, shape: str, device: str) -> dict[str, Any]:
-    """Wall seconds of a step, and of these how many each process was busy."""
-    from actors.cluster import connect  # Ray would count as memory of the other benchmarks
+    """Measure wall seconds of a step, and the seconds each process was busy in it."""
+    from actors.cluster import connect  # imported late: Ray would count as memory of the other benchmarks
     from actors.workers import Workers
     from onpolicy_skd.train import update
 
     os.environ["OMP_NUM_THREADS"] = "1"
-    own = SHAPES[shape]
+    sizes = SHAPES[shape]
     with tempfile.TemporaryDirectory() as folder:
-        settings = _settings(settings_for(Path(folder), own, device, 1.0), VARIANTS[variant])
-        save_random_models(Path(folder), own, ENDS)
+        settings = _settings(settings_for(Path(folder), sizes, device, 1.0), VARIANTS[variant])
+        save_random_models(Path(folder), sizes, EOS_SHARE)
         run = prepare(settings, lambda _: None)
-        book: Any = SimpleNamespace(step=lambda *_: None)
+        logger: Any = SimpleNamespace(step=lambda *_: None)
         with connect(settings) as resources:
-            roles = Workers(settings, resources, run.vocabulary, run.tokenizer.pad_token_id, run.steps)
+            workers = Workers(settings, resources, run.vocabulary, run.tokenizer.pad_token_id, run.steps)
             try:
-                roles.wait_ready(lambda _: None)
-                started: dict[int, Any] = {}
-                begun = 0.0
+                workers.wait_ready(lambda _: None)
+                pending_rollouts: dict[int, Any] = {}
+                start = 0.0
                 for step in range(WARM + TIMED):
                     if step == WARM:
-                        roles.spans()  # those of the warm steps are forgotten
-                        begun = time.time()
-                    update(run, roles, run.train, book, step, started)
-                seconds = (time.time() - begun) / TIMED
-                spans = roles.spans()
+                        workers.spans()  # discards the spans of the warm steps
+                        start = time.time()
+                    update(run, workers, run.train, logger, step, pending_rollouts)
+                seconds = (time.time() - start) / TIMED
+                spans = workers.spans()
             finally:
-                roles.close()
-    busy = {who: busy_seconds([s for s in found if s.name in BUSY], begun) / TIMED for who, found in spans.items()}
+                workers.close()
+    busy = {
+        who: busy_seconds([s for s in recorded if s.name in BUSY], start) / TIMED for who, recorded in spans.items()
+    }
     return {"seconds": seconds, "busy": busy, "step_over_longest": seconds / max(busy.values())}
 
 
@@ -71,7 +73,7 @@ def _settings(settings: Settings, pipeline: dict[str, Any]) -> Settings:
 
     return settings.model_copy(
         update={
-            "run": changed("run", steps=WARM + TIMED + 1),  # so that the last one timed begins the next rollouts too
+            "run": changed("run", steps=WARM + TIMED + 1),  # the last timed step also starts the next rollouts
             "rollout": changed("rollout", placement="actor"),
             "pipeline": changed("pipeline", **pipeline),
             "learner": changed("learner", threads=1),
@@ -80,7 +82,7 @@ def _settings(settings: Settings, pipeline: dict[str, Any]) -> Settings:
 
 
 def busy_seconds(spans: Sequence[Span], since: float) -> float:
-    """Length of the union of ``spans`` from ``since`` on: they may lie within each other."""
+    """Return the length of the union of ``spans`` after ``since``; spans may overlap."""
     total, end = 0.0, since
     for span in sorted(spans, key=lambda s: s.start):
         total += max(0.0, span.end - max(span.start, end))
@@ -89,15 +91,15 @@ def busy_seconds(spans: Sequence[Span], since: float) -> float:
 
 
 def compare(shape: str, device: str, rounds: int) -> dict[str, Any]:
-    """All variants, ``rounds`` times in turn, each in processes of its own."""
-    found = in_turn("overlap", tuple(VARIANTS), [shape, device], rounds)
-    over = {v: statistics.median(r["step_over_longest"] for r in found[v]) for v in VARIANTS}
-    gains = {v: ratio(found["one_by_one"], found[v], "seconds") for v in VARIANTS}
-    return {"shape": SHAPES[shape]._asdict(), "runs": found, "step_over_longest": over, "one_by_one_over_it": gains}
+    """Measure all variants of a shape ``rounds`` times, each in a separate process."""
+    runs = run_alternately("overlap", tuple(VARIANTS), [shape, device], rounds)
+    over = {v: statistics.median(r["step_over_longest"] for r in runs[v]) for v in VARIANTS}
+    gains = {v: ratio(runs["one_by_one"], runs[v], "seconds") for v in VARIANTS}
+    return {"shape": SHAPES[shape]._asdict(), "runs": runs, "step_over_longest": over, "one_by_one_over_it": gains}
 
 
 def show(shapes: dict[str, dict[str, Any]]) -> None:
-    """Prints medians."""
+    """Print medians."""
     for name, figures in shapes.items():
         print(f"\n{name}: {figures['shape']}")
         for variant, runs in figures["runs"].items():

@@ -1,4 +1,4 @@
-"""Whole on-policy steps by phase, without a peer: what ``end-to-end`` measures of this project."""
+"""On-policy steps by phase: the variants of ``end-to-end`` that are this project's."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 from eval.performance import end_to_end
 from eval.performance.end_to_end import DEFAULT, MEANING, SHAPES
-from eval.performance.measuring import in_turn
+from eval.performance.measuring import run_alternately
 
 VARIANTS = tuple(v for v in end_to_end.VARIANTS if v.startswith("ours"))
 measure = end_to_end.measure
@@ -15,14 +15,14 @@ __all__ = ["DEFAULT", "SHAPES", "compare", "measure", "show"]
 
 
 def compare(shape: str, device: str, rounds: int) -> dict[str, Any]:
-    """All variants of one shape, ``rounds`` times in turn, each in a process of its own."""
-    found = in_turn("step", VARIANTS, [shape, device], rounds)
-    over = {v: statistics.median(r["seconds"] / r["unavoidable"] for r in found[v]) for v in VARIANTS}
-    return {"shape": SHAPES[shape]._asdict(), "runs": found, "step_over_unavoidable": over}
+    """Measure all variants of a shape ``rounds`` times, each in a separate process."""
+    runs = run_alternately("step", VARIANTS, [shape, device], rounds)
+    over = {v: statistics.median(r["seconds"] / r["unavoidable"] for r in runs[v]) for v in VARIANTS}
+    return {"shape": SHAPES[shape]._asdict(), "runs": runs, "step_over_unavoidable": over}
 
 
 def show(shapes: dict[str, dict[str, Any]]) -> None:
-    """Prints medians by phase."""
+    """Print medians by phase."""
     for name, figures in shapes.items():
         print(f"\n{name}: {figures['shape']}")
         for variant in VARIANTS:

@@ -18,15 +18,18 @@ Generate = Callable[[Sequence[RolloutRequest], SamplingParams], list[Trajectory]
 
 @dataclass(frozen=True, slots=True)
 class Evaluation:
-    """``result`` is small and goes to metrics and summaries; ``records`` hold every judged answer, ``views`` a few
-    rollouts token by token."""
+    """Result of an evaluation.
+
+    ``result`` holds the figures for metrics and summaries, ``records`` a row per answer, ``views`` a few rollouts token
+    by token.
+    """
 
     result: dict[str, Any]
     records: list[dict[str, Any]]
     views: list[dict[str, Any]] = field(default_factory=list)
 
     def write_records(self, path: Path) -> None:
-        """One JSON object a line: the records to ``path``, the views, if there are any, beside it."""
+        """Write the records to ``path`` as JSON lines, and the views, if any, next to it."""
         path.parent.mkdir(parents=True, exist_ok=True)
         for file, rows in ((path, self.records), (path.with_name(f"tokens-{path.name}"), self.views)):
             if rows:
@@ -41,7 +44,7 @@ def evaluate(
     samples: int = 1,
     seed: int = 0,
 ) -> Evaluation:
-    """Answers every prompt ``samples`` times and judges the answers by both rules."""
+    """Generate ``samples`` answers to every prompt and judge them by both rules."""
     requests = [
         RolloutRequest(f"{p.key}/{i}", p.token_ids, seed_of(seed, "evaluation", p.key, i))
         for p in prompts
@@ -51,16 +54,16 @@ def evaluate(
     records = []
     for prompt in prompts:
         for i in range(samples):
-            answered = answers[f"{prompt.key}/{i}"]
-            output = tokenizer.decode(answered.response_ids.tolist(), skip_special_tokens=True)
+            trajectory = answers[f"{prompt.key}/{i}"]
+            output = tokenizer.decode(trajectory.response_ids.tolist(), skip_special_tokens=True)
             records.append(
                 {
-                    "key": answered.key,
+                    "key": trajectory.key,
                     "question": prompt.question,
                     "reference": prompt.answer,
                     "output": output,
-                    "finish_reason": answered.finish_reason,
-                    "tokens": len(answered.response_ids),
+                    "finish_reason": trajectory.finish_reason,
+                    "tokens": len(trajectory.response_ids),
                     **asdict(score(output, prompt.answer)),
                 }
             )
@@ -75,11 +78,11 @@ def evaluate(
     return Evaluation(result, records)
 
 
-def _rate(right: list[bool], samples: int) -> dict[str, Any]:
-    """Share of right answers with its 95 % interval; problems, not samples, are the independent draws."""
-    share = sum(right) / len(right)
+def _rate(correct: list[bool], samples: int) -> dict[str, Any]:
+    """Return the share of right answers with its 95 % interval; problems, not samples, are independent."""
+    share = sum(correct) / len(correct)
     if samples == 1:
-        return {"share": share, "interval": wilson(sum(right), len(right))}
-    means = [sum(right[i : i + samples]) / samples for i in range(0, len(right), samples)]
+        return {"share": share, "interval": wilson(sum(correct), len(correct))}
+    means = [sum(correct[i : i + samples]) / samples for i in range(0, len(correct), samples)]
     half = 1.959964 * statistics.stdev(means) / len(means) ** 0.5 if len(means) > 1 else 1.0
     return {"share": share, "interval": (max(0.0, share - half), min(1.0, share + half))}

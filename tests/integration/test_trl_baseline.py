@@ -1,4 +1,4 @@
-"""TRL's trainer as a row of a comparison: the same prompts, optimizer and run folder; what it cannot do is refused."""
+"""TRL's trainer as a row of a comparison: same prompts, optimizer and run folder; refusal of what it cannot do."""
 
 import json
 
@@ -26,7 +26,7 @@ def losses(folder):
     return [r["loss"] for r in read(folder / "metrics.jsonl") if "loss" in r]
 
 
-def test_a_stopped_run_goes_on_with_the_same_losses_and_leaves_a_run_folder(tmp_path, monkeypatch):
+def test_a_stopped_run_resumes_with_the_same_losses_and_writes_a_run_folder(tmp_path, monkeypatch):
     options = [*OPTIONS, f"run.dir={tmp_path}"]
     seen = []
     tokenize = trl_baseline.Trainer._tokenize_prompts
@@ -36,15 +36,15 @@ def test_a_stopped_run_goes_on_with_the_same_losses_and_leaves_a_run_folder(tmp_
         return tokenize(self, prompts)
 
     monkeypatch.setattr(trl_baseline.Trainer, "_tokenize_prompts", spy)
-    assert trl_baseline.main([*options, "run.name=whole"]) == 0
-    whole = losses(tmp_path / "whole")
-    assert len(whole) == 4
-    run = prepare(trl_baseline.load_settings([*options, "run.name=whole"]))
+    assert trl_baseline.main([*options, "run.name=complete"]) == 0
+    complete = losses(tmp_path / "complete")
+    assert len(complete) == 4
+    run = prepare(trl_baseline.load_settings([*options, "run.name=complete"]))
     assert seen == [r.prompt_ids for step in range(4) for r in run.requests(run.train, step)]  # our order
-    summary = json.loads((tmp_path / "whole" / "summary.json").read_text())
+    summary = json.loads((tmp_path / "complete" / "summary.json").read_text())
     assert (summary["status"], summary["steps"], summary["problems"]) == ("finished", 4, 4)
-    assert (tmp_path / "whole" / "final" / "model.safetensors").exists()
-    steps = [r for r in read(tmp_path / "whole" / "metrics.jsonl") if "loss" in r]
+    assert (tmp_path / "complete" / "final" / "model.safetensors").exists()
+    steps = [r for r in read(tmp_path / "complete" / "metrics.jsonl") if "loss" in r]
     for r in steps:
         assert r["positions"] <= 4 * 32
         assert r["train_tokens"] > r["positions"]
@@ -59,18 +59,18 @@ def test_a_stopped_run_goes_on_with_the_same_losses_and_leaves_a_run_folder(tmp_
     with monkeypatch.context() as patch:
         patch.setattr(trl_baseline, "Recorder", StopsAfterThree)
         assert trl_baseline.main([*options, "run.name=cut"]) == 3
-    assert losses(tmp_path / "cut") == whole[:3]
+    assert losses(tmp_path / "cut") == complete[:3]
     assert trl_baseline.main([*options, "run.name=cut", "resume=auto"]) == 0
-    assert losses(tmp_path / "cut") == pytest.approx(whole, rel=1e-5)
+    assert losses(tmp_path / "cut") == pytest.approx(complete, rel=1e-5)
     tokens = [
-        [r["train_tokens"] for r in read(tmp_path / n / "metrics.jsonl") if "loss" in r] for n in ("cut", "whole")
+        [r["train_tokens"] for r in read(tmp_path / n / "metrics.jsonl") if "loss" in r] for n in ("cut", "complete")
     ]
     assert tokens[0] == tokens[1]
     (tmp_path / "cut" / "checkpoints" / "checkpoint-9").mkdir()  # what a kill while saving leaves
     assert trl_baseline.newest(tmp_path / "cut" / "checkpoints").name == "checkpoint-4"
 
 
-def test_what_trl_has_no_counterpart_of_is_refused():
+def test_settings_without_a_counterpart_in_trl_are_refused():
     full = {"positions": {"policy": "full"}, "samples": {"truncated": "keep"}}
     check_trl(tiny_settings(**full))
     with pytest.raises(ConfigError, match=r"positions.policy=top_k: TRL's DistillationTrainer .* accepted: full"):

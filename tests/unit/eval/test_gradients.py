@@ -1,4 +1,4 @@
-"""The table of gradient angles, on the bundled pair."""
+"""The table of gradient angles on the bundled pair."""
 
 import json
 
@@ -8,11 +8,11 @@ from eval import gradients
 
 
 def test_the_command_measures_every_sampler_against_the_exact_gradient(tmp_path, capsys):
-    """At temperature 3, where the bundled teacher has a tail to lose."""
+    """Temperature 3 gives the bundled teacher a tail that truncation can lose."""
     argv = ["--config", "configs/demo.yaml", "--samples", "2", "--json", str(tmp_path / "g.json"), "run.device=cpu"]
     assert gradients.main([*argv, "alignment.temperature=3", "alignment.estimator=topk_tail"]) == 0
-    found = json.loads((tmp_path / "g.json").read_text())
-    records = found["records"]
+    result = json.loads((tmp_path / "g.json").read_text())
+    records = result["records"]
     assert len(records) == 2 + len(gradients.TRUNCATIONS)
     twelve, sixty_four, top_12, top_50, top_300 = records[:5]
     assert twelve["classes"] == pytest.approx(12, abs=1.5)
@@ -20,7 +20,7 @@ def test_the_command_measures_every_sampler_against_the_exact_gradient(tmp_path,
     assert top_12["norm_ratio"] != pytest.approx(1.0, abs=0.01)
     assert sixty_four["draws"] == 64 > twelve["draws"]
     assert sixty_four["angle"] < twelve["angle"]
-    assert {"student", "teacher", "positions", "divergence"} <= found.keys()
+    assert {"student", "teacher", "positions", "divergence"} <= result.keys()
     assert capsys.readouterr().out.count("|") >= 5 * len(records)
 
 

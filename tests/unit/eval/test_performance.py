@@ -11,12 +11,12 @@ from onpolicy_skd.tracing import Span
 def test_the_loss_benchmark_compares_equal_losses_and_writes_its_keys(tmp_path, capsys):
     file = tmp_path / "deep" / "loss.json"
     assert performance.main(["loss", "--json", str(file), "--shapes", "tiny", "--rounds", "1"]) == 0
-    found = json.loads(file.read_text())
-    assert set(found["ratio_to_trl"]) == {"time_k100", "time_k20", "memory_k100", "memory_k20", "time_compiled"}
-    runs = {name: rounds[0] for name, rounds in found["shapes"]["tiny"]["runs"].items()}
-    for variant in ("trl", "ours_k100", "ours_compiled"):  # four ways to the same number
+    result = json.loads(file.read_text())
+    assert set(result["ratio_to_trl"]) == {"time_k100", "time_k20", "memory_k100", "memory_k20", "time_compiled"}
+    runs = {name: rounds[0] for name, rounds in result["shapes"]["tiny"]["runs"].items()}
+    for variant in ("trl", "ours_k100", "ours_compiled"):  # equal losses
         assert runs[variant]["loss"] == pytest.approx(runs["dense"]["loss"], rel=1e-4)
-    assert found["ratio_to_trl"]["time_k100"] == runs["trl"]["seconds"] / runs["ours_k100"]["seconds"]
+    assert result["ratio_to_trl"]["time_k100"] == runs["trl"]["seconds"] / runs["ours_k100"]["seconds"]
     assert "TRL's figure over ours" in capsys.readouterr().out
 
 
@@ -24,11 +24,11 @@ def test_the_loss_benchmark_compares_equal_losses_and_writes_its_keys(tmp_path, 
 def test_the_end_to_end_benchmark_writes_its_keys(tmp_path, capsys):
     file = tmp_path / "all.json"
     assert performance.main(["end-to-end", "--json", str(file), "--shapes", "tiny", "--rounds", "1"]) == 0
-    found = json.loads(file.read_text())
-    assert set(found["ratio_to_trl"]) == {"k100", "k20", "ragged", "prefilter", "memory"}
-    assert set(found["step_over_unavoidable"]) == {"ours_k100", "ours_k20", "ours_ragged"}
-    runs = {name: rounds[0] for name, rounds in found["shapes"]["tiny"]["runs"].items()}
-    assert found["ratio_to_trl"]["k20"] == runs["trl"]["seconds"] / runs["ours_k20"]["seconds"]
+    result = json.loads(file.read_text())
+    assert set(result["ratio_to_trl"]) == {"k100", "k20", "ragged", "prefilter", "memory"}
+    assert set(result["step_over_unavoidable"]) == {"ours_k100", "ours_k20", "ours_ragged"}
+    runs = {name: rounds[0] for name, rounds in result["shapes"]["tiny"]["runs"].items()}
+    assert result["ratio_to_trl"]["k20"] == runs["trl"]["seconds"] / runs["ours_k20"]["seconds"]
     assert "step over unavoidable" in capsys.readouterr().out
 
 
@@ -40,21 +40,21 @@ def test_steps_and_curves_write_their_keys_and_a_plot(tmp_path, capsys):
     step, curves, overlap = (
         json.loads((tmp_path / f"{name}.json").read_text()) for name in ("step", "curves", "overlap")
     )
-    both = overlap["shapes"]["tiny"]["runs"]
-    assert both["overlap"][0]["step_over_longest"] < both["one_by_one"][0]["step_over_longest"]
+    runs = overlap["shapes"]["tiny"]["runs"]
+    assert runs["overlap"][0]["step_over_longest"] < runs["one_by_one"][0]["step_over_longest"]
     assert set(step["step_over_unavoidable"]) == {"ours_k100", "ours_k20", "ours_ragged"}
     rows = curves["shapes"]["tiny"]["points"]["rows"]
     assert [p["rows"] for p in rows] == [40, 80]
     assert rows[1]["logits_mib"] == 2 * rows[0]["logits_mib"]
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
-    assert "had they been kept" in capsys.readouterr().out
+    assert "of logits, if kept" in capsys.readouterr().out
 
 
 def test_a_measured_step_is_the_sum_of_its_phases():
-    found = end_to_end.measure("ours_k20", "tiny", "cpu")
-    assert set(found["phases"]) == {"rollout", "filter", "teacher", "learn", "sync"}
-    assert found["seconds"] == pytest.approx(sum(found["phases"].values()))
-    assert found["unavoidable"] > found["phases"]["rollout"]
+    figures = end_to_end.measure("ours_k20", "tiny", "cpu")
+    assert set(figures["phases"]) == {"rollout", "filter", "teacher", "learn", "sync"}
+    assert figures["seconds"] == pytest.approx(sum(figures["phases"].values()))
+    assert figures["unavoidable"] > figures["phases"]["rollout"]
 
 
 def test_busy_is_the_union_of_spans():

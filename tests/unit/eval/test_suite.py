@@ -1,4 +1,4 @@
-"""The evaluation suite: calibration against its definition, our rules against lm-eval's, and the command itself."""
+"""The evaluation suite: calibration against its definition, match rules against lm-eval's, the command line."""
 
 import json
 
@@ -20,59 +20,59 @@ from onpolicy_skd.models import split_model
 
 
 def test_the_calibration_error_of_an_example_by_hand():
-    """Two predictions at 0.95 of which one is right, two at 0.35 of which none is: 1/2 * 0.45 + 1/2 * 0.35."""
-    found = calibration.calibration(np.array([0.95, 0.95, 0.35, 0.35]), np.array([True, False, False, False]))
-    assert found.ece == pytest.approx(0.40)
-    assert (found.count, found.confidence, found.accuracy) == (4, pytest.approx(0.65), 0.25)
-    assert [b.count for b in found.bins if b.count] == [2, 2]
-    assert len(found.bins) == 15
+    """Two predictions at 0.95, the first right; two at 0.35, both wrong: 1/2 * 0.45 + 1/2 * 0.35."""
+    measured = calibration.calibration(np.array([0.95, 0.95, 0.35, 0.35]), np.array([True, False, False, False]))
+    assert measured.ece == pytest.approx(0.40)
+    assert (measured.count, measured.confidence, measured.accuracy) == (4, pytest.approx(0.65), 0.25)
+    assert [b.count for b in measured.bins if b.count] == [2, 2]
+    assert len(measured.bins) == 15
 
 
 @given(st.lists(st.tuples(st.floats(0, 1), st.booleans()), max_size=60), st.integers(1, 20))
 def test_every_prediction_is_in_one_bin_and_the_error_is_its_definition(predictions, bins):
     confidence, correct = np.array([c for c, _ in predictions]), np.array([r for _, r in predictions], bool)
-    found = calibration.calibration(confidence, correct, bins)
+    measured = calibration.calibration(confidence, correct, bins)
     expected = 0.0
-    for i, b in enumerate(found.bins):
+    for i, b in enumerate(measured.bins):
         inside = [(c, r) for c, r in predictions if (b.low < c <= b.high) or (i == 0 and c == 0)]
         assert b.count == len(inside)
         if inside:
-            sure, right = (sum(column) / len(inside) for column in zip(*inside, strict=True))
-            expected += len(inside) / len(predictions) * abs(sure - right)
-    assert found.ece == pytest.approx(expected)
-    assert sum(b.count for b in found.bins) == len(predictions)
+            mean, accuracy = (sum(column) / len(inside) for column in zip(*inside, strict=True))
+            expected += len(inside) / len(predictions) * abs(mean - accuracy)
+    assert measured.ece == pytest.approx(expected)
+    assert sum(b.count for b in measured.bins) == len(predictions)
 
 
-def test_a_calibrated_forecaster_has_a_small_error_and_a_boastful_one_a_large_one():
-    draw = np.random.default_rng(0)
-    confidence = draw.random(200_000)
-    correct = draw.random(200_000) < confidence
+def test_the_error_is_small_for_calibrated_and_large_for_overconfident_predictions():
+    rng = np.random.default_rng(0)
+    confidence = rng.random(200_000)
+    correct = rng.random(200_000) < confidence
     assert calibration.calibration(confidence, correct).ece < 0.01
     assert calibration.calibration(np.sqrt(confidence), correct).ece > 0.1
 
 
 def test_confidence_of_choices_is_their_softmax():
-    found = calibration.of_choices([[-1.0, -2.0], [-5.0, -4.0, -4.5]], [0, 2])
+    measured = calibration.choice_calibration([[-1.0, -2.0], [-5.0, -4.0, -4.5]], [0, 2])
     first, second = 1 / (1 + np.exp(-1)), 1 / (np.exp(-1) + 1 + np.exp(-0.5))
-    assert found.confidence == pytest.approx((first + second) / 2)
-    assert found.accuracy == 0.5
+    assert measured.confidence == pytest.approx((first + second) / 2)
+    assert measured.accuracy == 0.5
 
 
-def test_next_token_predictions_are_those_of_the_whole_softmax():
+def test_next_token_predictions_are_those_of_the_full_softmax():
     model = tiny_model("llama", tied=True)
-    draw = np.random.default_rng(1)
-    pairs = [(draw.integers(2, 97, a).tolist(), draw.integers(2, 97, b).tolist()) for a, b in ((5, 3), (9, 1), (2, 7))]
-    found, logprobs = calibration.of_continuations(split_model.split(model, 97), 0, pairs)
-    sure, right, sums = [], [], []
+    rng = np.random.default_rng(1)
+    pairs = [(rng.integers(2, 97, a).tolist(), rng.integers(2, 97, b).tolist()) for a, b in ((5, 3), (9, 1), (2, 7))]
+    measured, logprobs = calibration.next_token_calibration(split_model.split(model, 97), 0, pairs)
+    confidence, correct, sums = [], [], []
     for context, rest in pairs:
         logits = model.double()(input_ids=torch.tensor([context + rest])).logits[0, len(context) - 1 : -1]
-        share = torch.softmax(logits, -1)
-        sure += share.amax(-1).tolist()
-        right += (share.argmax(-1) == torch.tensor(rest)).tolist()
-        sums.append(share[torch.arange(len(rest)), rest].log().sum().item())
-    expected = calibration.calibration(np.array(sure), np.array(right))
-    assert found.ece == pytest.approx(expected.ece, abs=1e-5)
-    assert found.confidence == pytest.approx(expected.confidence, abs=1e-5)
+        probs = torch.softmax(logits, -1)
+        confidence += probs.amax(-1).tolist()
+        correct += (probs.argmax(-1) == torch.tensor(rest)).tolist()
+        sums.append(probs[torch.arange(len(rest)), rest].log().sum().item())
+    expected = calibration.calibration(np.array(confidence), np.array(correct))
+    assert measured.ece == pytest.approx(expected.ece, abs=1e-5)
+    assert measured.confidence == pytest.approx(expected.confidence, abs=1e-5)
     assert logprobs == pytest.approx(sums, abs=1e-4)
 
 
@@ -86,12 +86,12 @@ REFERENCES = ["so 18\n#### 18", "#### 1,234", "#### -5", "#### 0.5", "#### 1234.
 @given_settings(max_examples=3, deadline=None)
 @given(st.integers(0, 2**32))
 def test_strict_is_lm_evals_strict_match_on_any_answer(seed):
-    draw = np.random.default_rng(seed)
+    rng = np.random.default_rng(seed)
     records = [
         {
             "key": str(i),
-            "output": "".join(draw.choice(PIECES, draw.integers(0, 8))),
-            "reference": str(draw.choice(REFERENCES)),
+            "output": "".join(rng.choice(PIECES, rng.integers(0, 8))),
+            "reference": str(rng.choice(REFERENCES)),
         }
         for i in range(1_500)
     ]
@@ -110,12 +110,12 @@ def test_both_rules_agree_on_real_worked_answers(gsm8k):
         }.items()
         for i, row in enumerate(rows)
     ]
-    found = agreement.judge(records)
-    assert len(found) == 3 * 1_319
-    assert all(j.strict == j.strict_match for j in found)
-    differing = [j for j in found if j.match != j.flexible]
+    judgments = agreement.judge(records)
+    assert len(judgments) == 3 * 1_319
+    assert all(j.strict == j.strict_match for j in judgments)
+    differing = [j for j in judgments if j.match != j.flexible]
     assert not differing, differing[:3]
-    assert sum(j.match for j in found) == 2 * 1_319
+    assert sum(j.match for j in judgments) == 2 * 1_319
 
 
 def test_each_disagreement_has_its_reason():
@@ -125,8 +125,8 @@ def test_each_disagreement_has_its_reason():
         "#### 17\nNo: 18": "the number after the final answer is the right one",
         "#### \u221218": "lm-eval does not read the minus sign \u2212",
     }
-    found = agreement.judge([{"key": k, "output": k, "reference": "#### 18"} for k in cases])
-    assert {j.key: agreement.reason(j) for j in found if j.match != j.flexible} == cases
+    judgments = agreement.judge([{"key": k, "output": k, "reference": "#### 18"} for k in cases])
+    assert {j.key: agreement.reason(j) for j in judgments if j.match != j.flexible} == cases
 
 
 def test_records_that_are_none_are_refused(tmp_path, capsys):
@@ -170,68 +170,67 @@ def run(folder, *arguments):
 
 
 def check_outcome(folder, model="bundled:demo_student"):
-    """That suite.json is complete and its numbers are the model's."""
-    found = json.loads((folder / "suite.json").read_text())
-    assert set(found["tasks"]) == set(suite.TASKS)
+    """Check that suite.json is complete and its numbers are the model's."""
+    result = json.loads((folder / "suite.json").read_text())
+    assert set(result["tasks"]) == set(suite.TASKS)
     for name, task in suite.TASKS.items():
-        assert tuple(found["tasks"][name]["metrics"]) == task.metrics
-    problems = {n: found["tasks"][n]["problems"] for n in ("gsm8k", "arc_easy", "lambada_openai")}
+        assert tuple(result["tasks"][name]["metrics"]) == task.metrics
+    problems = {n: result["tasks"][n]["problems"] for n in ("gsm8k", "arc_easy", "lambada_openai")}
     assert problems == {"gsm8k": 2, "arc_easy": 2, "lambada_openai": 2}
-    assert 0 <= found["mean_accuracy"] <= 1
-    kinds = {n: c["kind"] for n, c in found["calibration"].items()}
+    assert 0 <= result["mean_accuracy"] <= 1
+    kinds = {n: c["kind"] for n, c in result["calibration"].items()}
     assert kinds == {n: t.calibrated for n, t in suite.TASKS.items() if t.calibrated}
     assert (folder / "reliability.png").stat().st_size > 1_000
     tokenizer = models.load_tokenizer(model)
     split = split_model.split(models.load_model(model, torch.float32, "cpu").eval(), 512)
     texts = [row["text"].rpartition(" ") for row in ROWS["lambada_openai/test"]]
     pairs = [suite.encode_pair(tokenizer, context, f" {word}") for context, _, word in texts]
-    _, logprobs = calibration.of_continuations(split, tokenizer.pad_token_id, pairs)
-    perplexity = found["tasks"]["lambada_openai"]["metrics"]["perplexity"]["value"]
+    _, logprobs = calibration.next_token_calibration(split, tokenizer.pad_token_id, pairs)
+    perplexity = result["tasks"]["lambada_openai"]["metrics"]["perplexity"]["value"]
     assert np.log(perplexity) == pytest.approx(-np.mean(logprobs), rel=1e-4)  # lm-eval's forward and ours
-    assert found["calibration"]["lambada_openai"]["count"] == sum(len(rest) for _, rest in pairs)
+    assert result["calibration"]["lambada_openai"]["count"] == sum(len(rest) for _, rest in pairs)
 
 
-def test_the_whole_suite_on_transformers(local_tasks, tmp_path, capsys):
+def test_the_suite_on_transformers(local_tasks, tmp_path, capsys):
     assert run(tmp_path / "out", "--data", str(local_tasks), "--limit", "2", "--backend", "transformers") == 0
     check_outcome(tmp_path / "out")
-    said = capsys.readouterr().out
-    assert "exact_match,strict-match" in said
-    assert "mean accuracy" in said
-    assert (
-        len((tmp_path / "out" / "samples" / "gsm8k.jsonl").read_text().splitlines()) == 4
-    )  # two problems, two filters
+    printed = capsys.readouterr().out
+    assert "exact_match,strict-match" in printed
+    assert "mean accuracy" in printed
+    samples = (tmp_path / "out" / "samples" / "gsm8k.jsonl").read_text().splitlines()
+    assert len(samples) == 4  # two problems, two filters
 
 
 @pytest.mark.slow
-def test_the_whole_suite_on_vllm(local_tasks, tmp_path):
+def test_the_suite_on_vllm(local_tasks, tmp_path):
     assert run(tmp_path / "out", "--data", str(local_tasks), "--limit", "2", "--backend", "vllm") == 0
     check_outcome(tmp_path / "out")
 
 
-def test_what_is_missing_is_said_before_a_model_loads(local_tasks, tmp_path, capsys, monkeypatch):
+def test_missing_input_is_refused_before_a_model_loads(local_tasks, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(suite, "language_model", lambda _: pytest.fail("a model was loaded"))
 
-    def refused(*arguments):
+    def refusal(*arguments):
         assert run(tmp_path / "out", *arguments) == 2
         return capsys.readouterr().err
 
-    assert "--tasks mmlu: not in the suite; accepted: gsm8k" in refused("--tasks", "mmlu")
-    assert "no such folder" in refused("--data", str(tmp_path / "nowhere"))
-    assert "--limit 0: accepted: at least 1" in refused("--limit", "0")
+    assert "--tasks mmlu: not in the suite; accepted: gsm8k" in refusal("--tasks", "mmlu")
+    assert "no such folder" in refusal("--data", str(tmp_path / "nowhere"))
+    assert "--limit 0: accepted: at least 1" in refusal("--limit", "0")
     (local_tasks / "piqa" / "validation.jsonl").rename(local_tasks / "piqa" / "dev.jsonl")
-    assert "piqa needs" in refused("--data", str(local_tasks), "--tasks", "piqa")
+    assert "piqa needs" in refusal("--data", str(local_tasks), "--tasks", "piqa")
     ifeval = local_tasks / "ifeval" / "train.jsonl"
     row = ROWS["ifeval/train"][0] | {"instruction_id_list": ["length_constraints:number_sentences"]}
     ifeval.write_text(json.dumps(row) + "\n")
     monkeypatch.setattr("nltk.data.find", _no_data)
-    assert "needs NLTK's data set punkt_tab" in refused("--data", str(local_tasks), "--tasks", "ifeval")
+    assert "needs NLTK's data set punkt_tab" in refusal("--data", str(local_tasks), "--tasks", "ifeval")
 
 
 def _no_data(_):
     raise LookupError
 
 
-def test_a_task_that_is_nowhere_is_refused_with_the_files_that_would_do(tmp_path, monkeypatch):
+def test_a_missing_task_is_refused_with_the_names_of_the_files_it_needs(tmp_path, monkeypatch):
     monkeypatch.setattr("datasets.load_dataset", _unreachable)
     with pytest.raises(ConfigError, match=r"gsm8k/test.jsonl, .*gsm8k/train.jsonl"):
         suite.load_tasks(["gsm8k"], tmp_path)

@@ -51,8 +51,8 @@ from onpolicy_skd.types import Prompt, SamplingParams, Trajectory
     ],
 )
 def test_both_rules_on_nasty_outputs(output, reference, match, strict):
-    found = score(output, reference)
-    assert (found.match, found.strict) == (match, strict), found.extracted
+    verdict = score(output, reference)
+    assert (verdict.match, verdict.strict) == (match, strict), verdict.extracted
 
 
 @pytest.mark.parametrize(
@@ -74,9 +74,9 @@ def test_both_rules_on_nasty_outputs(output, reference, match, strict):
     ],
 )
 def test_no_output_takes_a_second(text):
-    started = time.perf_counter()
+    start = time.perf_counter()
     score(text, "#### 18")
-    assert time.perf_counter() - started < 1.0
+    assert time.perf_counter() - start < 1.0
 
 
 def test_an_interrupt_that_is_swallowed_comes_again():
@@ -98,11 +98,11 @@ def test_an_interrupt_that_is_swallowed_comes_again():
 
 
 def test_every_real_reference_answer_is_right_by_both_rules(gsm8k):
-    own = tiny_settings(data={"source": "gsm8k", "path": str(gsm8k)}).data
-    for _, _, answer in load_questions(own, "eval"):
-        found = score(answer, answer)
-        assert found.match, answer
-        assert found.strict, answer
+    data_cfg = tiny_settings(data={"source": "gsm8k", "path": str(gsm8k)}).data
+    for _, _, answer in load_questions(data_cfg, "eval"):
+        verdict = score(answer, answer)
+        assert verdict.match, answer
+        assert verdict.strict, answer
         worked = answer.replace("####", "The answer is")
         assert score(worked, answer).match, answer
         assert not score(worked, answer).strict
@@ -127,11 +127,11 @@ def test_wilson_interval():
 
 def fake_generate(tokenizer, answers):
     def generate(requests, sampling):
-        made = []
-        for place, r in enumerate(requests):
-            ids = np.asarray(tokenizer(answers[place % len(answers)])["input_ids"])
-            made.append(Trajectory(r.key, np.array([1]), ids, np.zeros(len(ids), np.float32), "stop", 0))
-        return made[::-1]  # engines may answer in any order
+        trajectories = []
+        for i, r in enumerate(requests):
+            ids = np.asarray(tokenizer(answers[i % len(answers)])["input_ids"])
+            trajectories.append(Trajectory(r.key, np.array([1]), ids, np.zeros(len(ids), np.float32), "stop", 0))
+        return trajectories[::-1]  # engines may answer in any order
 
     return generate
 
@@ -148,9 +148,9 @@ def test_evaluation_counts_and_records(tmp_path):
     done.write_records(tmp_path / "deep" / "r.jsonl")
     assert [json.loads(line)["key"] for line in (tmp_path / "deep" / "r.jsonl").read_text().splitlines()] == [
         "p0/0", "p1/0", "p2/0", "p3/0"]  # fmt: skip
-    several = evaluate.evaluate(generate, prompts, tokenizer, SamplingParams(8, 1.0), samples=2)
-    assert several.result["match"]["share"] == 0.5
-    low, high = several.result["match"]["interval"]
+    sampled = evaluate.evaluate(generate, prompts, tokenizer, SamplingParams(8, 1.0), samples=2)
+    assert sampled.result["match"]["share"] == 0.5
+    low, high = sampled.result["match"]["interval"]
     assert low <= 0.5 <= high
 
 
