@@ -171,7 +171,7 @@ def plan(settings: Settings, available_gpus: float, counts: Counts | None = None
         raise ClusterError(
             f"the run asks for {needed:g} GPUs ({terms}) but the cluster has {available_gpus:g}; use fewer "
             "(cluster.learner_gpus, cluster.teacher_gpus, cluster.rollout_gpus, learner.ranks, teacher.actors, "
-            "rollout.actors, cache.builders, teacher.placement=learner) or run.device=cpu"
+            "rollout.actors, teacher.placement=learner) or run.device=cpu"
         )
     return resources
 
@@ -185,7 +185,7 @@ def fitted(resources: Resources, nodes: Sequence[Mapping[str, float]]) -> Resour
     if count * CPUS_PER_ROLE > available:
         raise ClusterError(
             f"the run's {count} actors ask for {count} x {CPUS_PER_ROLE:g} = {count * CPUS_PER_ROLE:g} CPUs but the "
-            f"cluster has {available:g}; lower learner.ranks, teacher.actors, rollout.actors or cache.builders"
+            f"cluster has {available:g}; lower learner.ranks, teacher.actors or rollout.actors"
         )
     for bundle in resources.bundles():
         if not _fits(bundle, nodes):

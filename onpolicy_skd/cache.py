@@ -50,7 +50,7 @@ def build(settings: Settings, log: Log = say_now) -> None:
     rolls = ranks and own.prefilter_text == "rollout"
     run = prepare(teaching, log, generates=rolls or settings.references.source == "teacher")
     # What is there at the same time: a ranking learner asks a builder where the metric needs a teacher.
-    counts = Counts(int(ranks), settings.cache.builders, int(rolls))
+    counts = Counts(int(ranks), settings.teacher.actors, int(rolls))
     with caches.locked(folder), connect(teaching, counts) as resources, ExitStack() as stack:
         add_teacher_references(run, resources, log)
         pad_id = run.tokenizer.pad_token_id

@@ -1,4 +1,4 @@
-"""The error of settings, files and combinations that cannot be used."""
+"""The error for bad input."""
 
 from __future__ import annotations
 

@@ -2,7 +2,7 @@
 
 ``load_settings(["--config", "configs/demo.yaml", "learner.lr=5e-6"])`` reads a YAML file (which may name another one
 under ``extends``), applies the overrides, and refuses unknown keys, wrong types and impossible combinations with the
-key's name and what is accepted.
+name of the setting and what is accepted.
 """
 
 from __future__ import annotations
@@ -10,32 +10,36 @@ from __future__ import annotations
 import argparse
 import difflib
 import functools
-from collections.abc import Iterator, Sequence
+import reprlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, get_args
 
 import yaml
 from pydantic import AfterValidator, ValidationError
+from pydantic.fields import FieldInfo
+from pydantic_core import ErrorDetails
 
-from onpolicy_skd.config import validation as compatibility
+from onpolicy_skd.config import validation, yaml_text
 from onpolicy_skd.config.errors import ConfigError
 from onpolicy_skd.config.plugins import BuiltinOrPlugin
-from onpolicy_skd.config.schema import Section, Settings
+from onpolicy_skd.config.schema import Settings, is_text, walk
 
 DEEPEST = 20  # files that extend each other, and sections within sections
+MOST_PROBLEMS = 20  # lines of an error
+OVERRIDE = "an override reads section.name=value, for example learner.lr=5e-6"
+_repr = reprlib.Repr()
+_repr.maxstring = _repr.maxother = 80
 
 
-def walk(section: type[Section] = Settings, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Every leaf as (dotted key, pydantic field)."""
-    for name, field in section.model_fields.items():
-        if isinstance(field.annotation, type) and issubclass(field.annotation, Section):
-            yield from walk(field.annotation, f"{prefix}{name}.")
-        else:
-            yield prefix + name, field
+@functools.cache
+def fields_by_key() -> dict[str, FieldInfo]:
+    """Return all settings by dotted key."""
+    return dict(walk())
 
 
 def accepted(field: Any) -> str:
-    """The choices or the range of a setting, in words; empty if its type says it all."""
+    """Return the choices or the range of a setting in words; empty if its type says it all."""
     for item in field.metadata:
         if isinstance(item, AfterValidator) and isinstance(item.func, BuiltinOrPlugin):
             return " | ".join((*item.func.names, "module:function"))
@@ -48,37 +52,43 @@ def accepted(field: Any) -> str:
 
 
 def resolve(tree: dict[str, Any]) -> Settings:
-    """Validated settings of a nested mapping. Raises ConfigError with one line per problem."""
-    fields = dict(walk())
-    known = [*fields, *Settings.model_fields]
+    """Return the validated settings of a nested mapping.  Raises ConfigError with one line per problem."""
     try:
         settings = Settings.model_validate(tree)
     except ValidationError as error:
-        problems = []
-        for item in error.errors():
-            key = ".".join(str(part) for part in item["loc"])
-            if item["type"] == "extra_forbidden":
-                near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
-                near = near or [k for k in known if k.rsplit(".")[-1] == key.rsplit(".")[-1]][:1]
-                hint = f"; did you mean {near[0]!r}?" if near else "; see --help for all settings"
-                problems.append(f"unknown setting {key!r}{hint}")
-            else:
-                message = item["msg"].removeprefix("Value error, ")
-                own = item["type"] == "value_error" and key not in fields
-                allowed = accepted(fields[key]) if key in fields and item["type"] != "literal_error" else ""
-                hint = f"; accepted: {allowed}" if allowed else ""
-                problems.append(message if own else f"{key}={item['input']!r}: {message[0].lower()}{message[1:]}{hint}")
-        raise ConfigError("\n".join(problems)) from None
-    compatibility.check(settings)
+        problems = [_problem(item) for item in error.errors()]
+        more = [f"and {len(problems) - MOST_PROBLEMS} more"] if len(problems) > MOST_PROBLEMS else []
+        raise ConfigError("\n".join(problems[:MOST_PROBLEMS] + more)) from None
+    validation.check(settings)
     return settings
 
 
+def _problem(item: ErrorDetails) -> str:
+    """Return pydantic's error as one line that names the setting; long inputs are shortened."""
+    fields, key = fields_by_key(), ".".join(str(name) for name in item["loc"])[:200]
+    if item["type"] == "extra_forbidden":
+        known = [*fields, *Settings.model_fields]
+        near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+        near = near or [k for k in known if k.rsplit(".")[-1] == key.rsplit(".")[-1]][:1]
+        return f"unknown setting {key!r}" + (
+            f"; did you mean {near[0]!r}?" if near else "; see --help for all settings"
+        )
+    message = item["msg"].removeprefix("Value error, ")
+    allowed = accepted(fields[key]) if key in fields and item["type"] != "literal_error" else ""
+    if item["type"] == "string_type":
+        allowed = "text; in a file, quote what YAML reads as a number or date"
+    hint = f"; accepted: {allowed}" if allowed else ""
+    return f"{key}={_repr.repr(item['input'])}: {message[0].lower()}{message[1:]}{hint}"
+
+
 def describe() -> str:
-    """The text of ``--help``: each setting with its default, what is accepted, and its meaning."""
+    """Return the text of ``--help``: each setting with its default, what is accepted, and its meaning."""
     lines = []
-    for key, field in walk():
-        allowed = accepted(field)
-        lines.append(f"  {key}={_shown(field.default)}" + (f"   [{allowed}]" if allowed else ""))
+    for key, field in fields_by_key().items():
+        conditions = validation.conditions_of(field)
+        limits = [accepted(field), f"only with {conditions}" if conditions else ""]
+        shown = "; ".join(limit for limit in limits if limit)
+        lines.append(f"  {key}={_shown(field.default)}" + (f"   [{shown}]" if shown else ""))
         lines.append(f"      {field.description}")
     return "\n".join(lines)
 
@@ -88,27 +98,31 @@ def _shown(value: Any) -> str:
 
 
 def read_yaml(path: Path, seen: Sequence[Path] = ()) -> dict[str, Any]:
-    """The mapping in ``path``, merged over the file that its ``extends`` names (relative to itself)."""
+    """Return the mapping in ``path``, merged over the file that its ``extends`` names (relative to itself)."""
     try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+        tree = yaml_text.parse(path.read_text(encoding="utf-8")) or {}
     except OSError as error:
         raise ConfigError(f"--config {path}: cannot be read ({error.strerror}); give a YAML file") from None
-    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: dates and numbers that are none
-        raise ConfigError(f"--config {path}: not YAML: {' '.join(str(error).split())}") from None
+    except yaml_text.RefusedYAML as error:
+        raise ConfigError(f"--config {path}: {error}") from None
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: dates that do not exist, not UTF-8
+        why = " ".join(str(error).split())[:500]
+        raise ConfigError(f"--config {path}: not YAML: {why} (quote text that holds ': ' or ' #')") from None
     if not isinstance(tree, dict):
         raise ConfigError(f"--config {path}: must hold a mapping of settings, not {type(tree).__name__}")
     parent = tree.pop("extends", None)
     if not parent:
         return tree
     if not isinstance(parent, str) or "\0" in parent:
-        raise ConfigError(f"--config {path}: extends={parent!r}; accepted: the name of another YAML file")
+        shown = _repr.repr(parent)
+        raise ConfigError(f"--config {path}: extends={shown}; accepted: the name of another YAML file")
     if len(seen) >= DEEPEST:
         raise ConfigError(f"--config {path}: extends goes round, or through more than {DEEPEST} files")
     return merge(read_yaml(path.parent / parent, (*seen, path)), tree)
 
 
 def merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
-    """``base`` with ``over`` laid on top, section by section."""
+    """Return ``base`` with the values of ``over`` in place of its own, section by section."""
     merged = dict(base)
     for key, value in over.items():
         both = isinstance(value, dict) and isinstance(merged.get(key), dict)
@@ -117,25 +131,37 @@ def merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
 
 
 def parse_override(text: str) -> dict[str, Any]:
-    """``"a.b=value"`` as a nested mapping; the value is YAML."""
+    """Return ``"a.b=value"`` as a nested mapping.
+
+    The value of a setting that holds text is taken as given; other values are YAML.  Raises ConfigError.
+    """
     key, equals, value = text.partition("=")
-    if not equals or not key:
-        raise ConfigError(f"{text!r}: an override reads section.name=value, for example learner.lr=5e-6")
-    try:
-        node: Any = yaml.safe_load(value)
-    except (yaml.YAMLError, ValueError, RecursionError):
-        raise ConfigError(f"{text!r}: the value is not YAML") from None
-    if key.count(".") > DEEPEST:
-        raise ConfigError(f"{key!r}: an override reads section.name=value, for example learner.lr=5e-6")
-    for part in reversed(key.split(".")):
-        node = {part: node}
+    if not equals or not key or key.count(".") > DEEPEST:
+        raise ConfigError(f"{_repr.repr(text)}: {OVERRIDE}")
+    field = fields_by_key().get(key.removeprefix("settings."))  # a comparison's overrides name them so
+    node: Any = value
+    if field is None or not is_text(field.annotation):
+        node = _parse_value(text, value)
+    elif value in ("", "null") and field.default is None:
+        node = None
+    for name in reversed(key.split(".")):
+        node = {name: node}
     return node
 
 
-def load_settings(argv: Sequence[str], program: str = "onpolicy_skd.train", about: str = "") -> Settings:
-    """Settings of a command line: ``--config FILE`` and ``a.b=value`` overrides.
+def _parse_value(text: str, value: str) -> Any:
+    try:
+        return yaml_text.parse(value)
+    except yaml_text.RefusedYAML as error:
+        raise ConfigError(f"{_repr.repr(text)}: {error}") from None
+    except (yaml.YAMLError, ValueError, RecursionError):
+        raise ConfigError(f"{_repr.repr(text)}: the value is not YAML") from None
 
-    ``--help`` prints every setting and exits.  Raises ConfigError.
+
+def load_settings(argv: Sequence[str], program: str = "onpolicy_skd.train", about: str = "") -> Settings:
+    """Return the settings of a command line: ``--config FILE`` and ``a.b=value`` overrides.
+
+    ``--help`` prints all settings and exits.  Raises ConfigError.
     """
     parser = argparse.ArgumentParser(
         prog=f"python -m {program}",
@@ -150,20 +176,20 @@ def load_settings(argv: Sequence[str], program: str = "onpolicy_skd.train", abou
 
 
 def build_settings(file: Path | None, overrides: Sequence[dict[str, Any]] = ()) -> Settings:
-    """Settings of a YAML file, each of ``overrides`` laid on top in turn.  Raises ConfigError."""
+    """Return the settings of a YAML file, merged with each of ``overrides`` in order.  Raises ConfigError."""
     try:
-        return resolve(functools.reduce(merge, overrides, read_yaml(file) if file else {}))
-    except RecursionError:  # an alias within itself, or brackets without end
+        return resolve(functools.reduce(merge, overrides, read_yaml(file.expanduser()) if file else {}))
+    except RecursionError:
         raise ConfigError(f"--config {file}: nested without end; accepted: sections of settings") from None
 
 
 def dump(settings: Settings) -> str:
-    """The resolved settings as YAML; ``resolve(yaml.safe_load(dump(s))) == s``."""
+    """Return the resolved settings as YAML; ``resolve(yaml.safe_load(dump(s))) == s``."""
     return yaml.safe_dump(settings.model_dump(mode="json"), sort_keys=False)
 
 
 def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Leaves of nested mappings by dotted key."""
+    """Return the leaves of nested mappings by dotted key."""
     leaves: dict[str, Any] = {}
     for key, value in tree.items():
         leaves |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}

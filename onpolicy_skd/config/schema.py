@@ -1,24 +1,20 @@
-"""The one tree of settings and the only home of defaults.
+"""The tree of settings and the only home of their defaults.
 
-``command_line.py`` makes it of files and arguments, ``compatibility.py`` knows which settings go together.  None of the
-three imports torch, Ray or vLLM.
+``setting`` declares a field with its meaning, the other settings it needs (``only_with``), and what a resumed run may
+do with it.  ``validation.py`` enforces ``only_with`` and every other rule between settings; ``loading.py`` builds the
+tree from files and arguments.  None of the three imports torch, Ray or vLLM.
 """
 
 from __future__ import annotations
 
 import math
+import types
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Protocol, Union, get_args, get_origin
 
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    ConfigDict,
-    Field,
-    ValidationInfo,
-    field_validator,
-    model_validator,
-)
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
+from pydantic.fields import FieldInfo
 
 from onpolicy_skd.config.plugins import BuiltinOrPlugin
 
@@ -33,7 +29,115 @@ PositionPolicy = Literal[
     "top_k", "gls", "curriculum", "sampled", "sampled_unbiased", "weighted", "full", "bandit"
 ]  # fmt: skip
 
-DRAWING = ("sampled", "sampled_unbiased")  # policies that draw positions
+SAMPLING_POLICIES = ("sampled", "sampled_unbiased")  # policies that sample positions
+TRUNCATIONS = ("top_k", "top_k_normalised", "top_p", "ghost_token", "naive_fix", "label_smoothing")  # class samplers
+
+
+class Condition(Protocol):
+    """Values of another setting: ``value in condition``."""
+
+    def __contains__(self, value: Any, /) -> bool: ...
+
+
+class Choices(tuple[str, ...]):
+    """Some choices of a setting; ``module:function`` counts as all of them, for a plugin may read any option."""
+
+    def __contains__(self, value: Any, /) -> bool:
+        return super().__contains__(value) or (isinstance(value, str) and ":" in value)
+
+    def __str__(self) -> str:
+        return "=" + " or ".join(self)
+
+
+class Above(float):
+    """Numbers above this one."""
+
+    def __contains__(self, value: Any, /) -> bool:
+        return value > float(self)
+
+    def __str__(self) -> str:
+        return f" above {float(self):g}"
+
+
+class Below(float):
+    """Numbers below this one."""
+
+    def __contains__(self, value: Any, /) -> bool:
+        return value < float(self)
+
+    def __str__(self) -> str:
+        return f" below {float(self):g}"
+
+
+def setting(
+    default: Any,
+    description: str,
+    only_with: Mapping[str, tuple[str, ...] | str | Condition] | None = None,
+    affects_result: bool = True,
+    resumable: bool | None = None,
+) -> Any:
+    """Return the pydantic field of a setting.
+
+    ``only_with`` maps other settings to the choices under which this one may differ from its default.
+    ``affects_result=False`` marks settings that only decide about memory, time, places or reports.  ``resumable``
+    settings may change when a run is resumed; by default these are the ones that do not affect the result.
+    """
+    conditions = {
+        key: Choices((choices,))
+        if isinstance(choices, str)
+        else Choices(choices)
+        if type(choices) is tuple
+        else choices
+        for key, choices in (only_with or {}).items()
+    }
+    rules: dict[str, Any] = {
+        "only_with": conditions,
+        "affects_result": affects_result,
+        "resumable": not affects_result if resumable is None else resumable,
+    }
+    return Field(default=default, description=description, json_schema_extra=rules)
+
+
+def rules_of(field: FieldInfo) -> dict[str, Any]:
+    """Return the rules that ``setting`` declared: ``only_with``, ``affects_result``, ``resumable``."""
+    assert isinstance(field.json_schema_extra, dict)
+    return field.json_schema_extra
+
+
+def is_text(annotation: Any) -> bool:
+    """Tell whether a setting of this type holds text or a path, never a number, truth value or list."""
+    if get_origin(annotation) in (Union, types.UnionType):
+        return all(a is types.NoneType or is_text(a) for a in get_args(annotation))
+    return annotation in (str, Path) or (get_origin(annotation) is Literal)
+
+
+def _expand_home(path: str | Path) -> Path:
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        raise ValueError("names a home directory that does not exist") from None
+
+
+def _expand_model(name: str) -> str:
+    """Return a model's or data set's name; ``~/folder`` with the home directory in place of ``~``."""
+    return str(_expand_home(name)) if name.startswith("~") else name
+
+
+def _plain_name(name: str) -> str:
+    """Return the name of a run, which is also the name of its folder.  Raises ValueError."""
+    if (
+        not name.strip()
+        or name[0] in ".~-"
+        or len(name) > 200
+        or set(name) & set("/\\:*?\"<>|[]{}'")
+        or not name.isprintable()
+    ):
+        raise ValueError("must be a plain name: letters, digits and .-_+= but no path, at most 200 characters")
+    return name
+
+
+ModelName = Annotated[str, AfterValidator(_expand_model)]
+FilePath = Annotated[Path, AfterValidator(_expand_home)]
 
 
 class Section(BaseModel):
@@ -41,433 +145,428 @@ class Section(BaseModel):
 
     @field_validator("*", mode="before")
     @classmethod
-    def _no_number_from_a_truth_value(cls, value: Any, info: ValidationInfo) -> Any:
-        """YAML reads yes, on and true as truth values, which pydantic would take for 1."""
+    def _check_scalar(cls, value: Any, info: ValidationInfo) -> Any:
+        """Refuse truth values for numbers and text (YAML reads yes and on as such) and text that is not Unicode."""
         if isinstance(value, bool) and cls.model_fields[str(info.field_name)].annotation is not bool:
             raise ValueError("a truth value (YAML reads yes, on and true as one) is not accepted here")
+        if isinstance(value, str) and ("\0" in value or any("\ud800" <= c <= "\udfff" for c in value)):
+            raise ValueError("holds a character that is not text (a null or half of a surrogate pair)")
         return value
 
 
 class RunSettings(Section):
-    name: str = Field(default="run", description="name of the run; its folder is DIR/NAME")
-    dir: Path = Field(default=Path("runs"), description="folder that holds all runs")
-    seed: NonNegative = Field(default=1340, description="seed of prompts order, sampling and random selection")
-    steps: NonNegative | None = Field(default=None, description="optimizer steps; overrides run.epochs")
-    epochs: Annotated[float, Field(gt=0)] = Field(default=1.0, description="passes over the (filtered) prompts")
-    evaluate_every: NonNegative = Field(default=0, description="steps between evaluations; 0: only before and after")
-    checkpoint_every: NonNegative = Field(default=50, description="steps between checkpoints; 0: only at the end")
-    keep_checkpoints: Positive = Field(default=2, description="how many of the newest checkpoints stay on disk")
-    keep_best: bool = Field(
-        default=False,
-        description="also save the student of the best evaluation during training, as a plain model: best/",
+    name: Annotated[str, AfterValidator(_plain_name)] = setting(
+        "run", "name of the run; its folder is DIR/NAME", affects_result=False
     )
-    max_hours: Annotated[float, Field(gt=0)] | None = Field(
-        default=None, description="wall-clock limit of this process; then it stops as by a signal, with a checkpoint"
+    dir: FilePath = setting(Path("runs"), "folder that holds all runs", affects_result=False)
+    seed: NonNegative = setting(1340, "seed of the order of prompts, of sampling and of random selection")
+    steps: NonNegative | None = setting(None, "optimizer steps; overrides run.epochs", resumable=True)
+    epochs: Annotated[float, Field(gt=0)] = setting(1.0, "passes over the (filtered) prompts", resumable=True)
+    evaluate_every: NonNegative = setting(
+        0, "steps between evaluations; 0: only before and after training", resumable=True
     )
-    device: Literal["auto", "cpu", "cuda"] = Field(
-        default="auto", description="where models live; auto: cuda when present"
-    )
-    timeline: NonNegative | None = Field(
-        default=2, description="step of which timeline.json and timeline.png show who was busy when; empty: none"
-    )
-    tensorboard: bool = Field(default=True, description="write TensorBoard events into the run's folder")
+    checkpoint_every: NonNegative = setting(50, "steps between checkpoints; 0: only at the end", affects_result=False)
+    keep_checkpoints: Positive = setting(2, "number of newest checkpoints to keep on disk", affects_result=False)
+    keep_best: bool = setting(
+        False, "also save the student of the best evaluation during training, as a plain model: best/",
+        affects_result=False,
+    )  # fmt: skip
+    max_hours: Annotated[float, Field(gt=0)] | None = setting(
+        None, "wall-clock limit of this process, which then stops as by a signal, with a checkpoint",
+        affects_result=False,
+    )  # fmt: skip
+    device: Literal["auto", "cpu", "cuda"] = setting("auto", "device of all models; auto: cuda if available")
+    timeline: NonNegative | None = setting(
+        2, "step whose activity per process is drawn in timeline.json and timeline.png; empty: none",
+        affects_result=False,
+    )  # fmt: skip
+    tensorboard: bool = setting(True, "write TensorBoard events to the run folder", affects_result=False)
 
     @property
     def folder(self) -> Path:
         return self.dir / self.name
 
 
-class DataSettings(Section):
-    source: Literal["gsm8k", "demo", "jsonl", "hub", "text"] = Field(
-        default="gsm8k", description="gsm8k: openai/gsm8k or local files under data.path; demo: the generated task; "
-        "jsonl: data.train_file and data.eval_file; hub: the data set data.name; text: packed documents of "
-        "data.train_file or data.name, for mode=off_policy"
-    )  # fmt: skip
-    path: Path | None = Field(
-        default=None, description="folder with GSM8K's train.jsonl and test.jsonl; empty: the hub"
-    )
-    name: str | None = Field(default=None, description="hub data set, for source hub or text")
-    subset: str | None = Field(default=None, description="hub configuration name, for source hub or text")
-    train_file: Path | None = Field(
-        default=None, description="training questions, for source jsonl; for source text a .jsonl, .parquet or .txt "
-        "file, or a folder of them"
-    )  # fmt: skip
-    eval_file: Path | None = Field(default=None, description="evaluation questions, for source jsonl")
-    train_split: str = Field(default="train", description="split to train on")
-    eval_split: str = Field(default="test", description="split to evaluate on")
-    question_column: str = Field(default="question", description="column that holds the question")
-    answer_column: str = Field(default="answer", description="column that holds the reference answer")
-    text_column: str = Field(default="text", description="text: column that holds a document")
-    sequence_length: Annotated[int, Field(ge=2)] = Field(default=512, description="text: tokens of one sample")
-    tokens: Positive | None = Field(
-        default=None, description="text: token budget, held-out samples included; empty: all"
-    )
-    documents: Literal["separate", "joined"] = Field(
-        default="separate",
-        description="text: attention and positions start anew at each document; joined: they run on, as published",
-    )
-    train_problems: Positive | None = Field(default=None, description="use only the first N training problems")
-    validation_problems: NonNegative = Field(
-        default=0, description="training problems held out, always the same ones, for evaluations during training"
-    )
-    template: Literal["chat", "plain"] = Field(
-        default="chat", description="chat: the tokenizer's template; plain: data.plain"
-    )
-    plain: str = Field(
-        default="Question: {question}\nAnswer:", description="prompt of base models; must contain {question}"
-    )
-    system: str | None = Field(default=None, description="system message of the chat template")
-    instruction: str = Field(default="", description="text appended to every question")
-    thinking: bool = Field(default=False, description="thinking mode of templates that have one (Qwen3)")
-    max_prompt_tokens: Positive = Field(default=512, description="longest prompt, tokens")
-    overlong: Literal["error", "drop"] = Field(default="error", description="what becomes of longer prompts")
+TEXT = {"data.source": "text"}
 
-    @model_validator(mode="after")
-    def _complete(self) -> DataSettings:
-        if self.source == "hub" and not self.name:
-            raise ValueError("data.name: needed for data.source=hub; give the hub data set, e.g. openai/gsm8k")
-        if self.source == "jsonl" and not self.train_file:
-            raise ValueError("data.train_file: needed for data.source=jsonl; give a file with one JSON object a line")
-        if self.source == "text" and not (bool(self.train_file) ^ bool(self.name)):
-            raise ValueError(
-                "data.train_file: data.source=text needs that (a file or folder) or data.name, one of them"
-            )
-        if self.path and self.source != "gsm8k":
-            raise ValueError(f"data.path: accepted for data.source=gsm8k only, not {self.source}")
-        if "{question}" not in self.plain:
-            raise ValueError("data.plain: must contain {question}")
-        return self
+
+class DataSettings(Section):
+    source: Literal["gsm8k", "demo", "jsonl", "hub", "text"] = setting(
+        "gsm8k",
+        "gsm8k: openai/gsm8k or local files under data.path; demo: the generated task; jsonl: data.train_file and "
+        "data.eval_file; hub: the data set data.name; text: packed documents of data.train_file or data.name",
+    )
+    path: FilePath | None = setting(
+        None, "folder with GSM8K's train.jsonl and test.jsonl; empty: the hub", {"data.source": "gsm8k"},
+        resumable=True,
+    )  # fmt: skip
+    name: ModelName | None = setting(None, "hub data set", {"data.source": ("hub", "text")})
+    subset: str | None = setting(None, "configuration name of the hub data set", {"data.source": ("hub", "text")})
+    train_file: FilePath | None = setting(
+        None, "training questions; for data.source=text a .jsonl, .parquet or .txt file, or a folder of them",
+        {"data.source": ("jsonl", "text")}, resumable=True,
+    )  # fmt: skip
+    eval_file: FilePath | None = setting(None, "evaluation questions", {"data.source": "jsonl"}, resumable=True)
+    train_split: str = setting("train", "split to train on", {"data.source": ("gsm8k", "demo", "hub", "text")})
+    eval_split: str = setting("test", "split to evaluate on", {"data.source": ("gsm8k", "demo", "hub")}, resumable=True)
+    question_column: str = setting("question", "column with the question")
+    answer_column: str = setting("answer", "column with the reference answer")
+    text_column: str = setting("text", "column with the document", TEXT)
+    sequence_length: Annotated[int, Field(ge=2)] = setting(512, "tokens per sample", TEXT)
+    tokens: Positive | None = setting(None, "token budget, held-out samples included; empty: all", TEXT)
+    documents: Literal["separate", "joined"] = setting(
+        "separate", "separate: attention and positions restart at each document; joined: they continue, as published",
+        TEXT,
+    )  # fmt: skip
+    train_problems: Positive | None = setting(None, "use only the first N training problems")
+    validation_problems: NonNegative = setting(
+        0, "training problems to hold out for evaluations during training; their text alone decides which"
+    )
+    template: Literal["chat", "plain"] = setting("chat", "chat: the tokenizer's template; plain: data.plain")
+    plain: str = setting(
+        "Question: {question}\nAnswer:", "prompt for base models; must contain {question}", {"data.template": "plain"}
+    )
+    system: str | None = setting(None, "system message", {"data.template": "chat"})
+    instruction: str = setting("", "text to append to every question")
+    thinking: bool = setting(False, "thinking mode of templates that have one (Qwen3)", {"data.template": "chat"})
+    max_prompt_tokens: Positive = setting(512, "longest prompt, tokens")
+    overlong: Literal["error", "drop"] = setting("error", "error: refuse longer prompts; drop: leave them out")
 
 
 class StudentSettings(Section):
-    model: str = Field(default="Qwen/Qwen3-1.7B", description="hub name, folder, or bundled:demo_student")
-    lora_rank: NonNegative = Field(
-        default=0,
-        description="train low-rank additions to all linear layers of the backbone, by peft; 0: train everything",
+    model: ModelName = setting("Qwen/Qwen3-1.7B", "hub name, folder, or bundled:demo_student")
+    lora_rank: NonNegative = setting(
+        0, "rank of LoRA adapters on all linear layers of the backbone (peft); 0: train all weights"
     )
-    lora_alpha: Positive = Field(default=32, description="the additions are scaled by lora_alpha / lora_rank")
-    activation_checkpointing: bool = Field(default=False, description="recompute activations in backward; saves memory")
-    trust_remote_code: bool = Field(
-        default=False, description="run code that comes with the model: only if you trust it"
+    lora_alpha: Positive = setting(32, "scale of the adapters: lora_alpha / lora_rank", {"student.lora_rank": Above(0)})
+    activation_checkpointing: bool = setting(
+        False, "recompute activations in the backward pass to save memory", affects_result=False
+    )
+    trust_remote_code: bool = setting(
+        False, "run code that the model brings; only if you trust it", affects_result=False
     )
 
 
 class TeacherSettings(Section):
-    model: str = Field(default="Qwen/Qwen3-8B", description="hub name, folder, or bundled:demo_teacher")
-    dtype: Literal["auto", "float32", "bfloat16"] = Field(
-        default="auto", description="auto: bfloat16 on cuda, else float32"
+    model: ModelName = setting("Qwen/Qwen3-8B", "hub name, folder, or bundled:demo_teacher")
+    dtype: Literal["auto", "float32", "bfloat16"] = setting("auto", "auto: bfloat16 on cuda, else float32")
+    placement: Literal["actor", "learner"] = setting(
+        "actor", "actor: in separate processes (and devices); learner: in the learner's process", affects_result=False
     )
-    placement: Literal["actor", "learner"] = Field(
-        default="actor", description="actor: a process (and device) of its own; learner: in the learner's process"
-    )
-    actors: Positive = Field(default=1, description="teacher actors that share every batch")
-    tokens_per_batch: Positive = Field(
-        default=16_384, description="token budget of one teacher forward, padding included"
-    )
-    trust_remote_code: bool = Field(
-        default=False, description="run code that comes with the model: only if you trust it"
+    actors: Positive = setting(
+        1, "teacher actors that share every batch, or the building of a cache", {"teacher.placement": "actor"},
+        affects_result=False,
+    )  # fmt: skip
+    tokens_per_batch: Positive = setting(16_384, "tokens per teacher forward, padding included", affects_result=False)
+    trust_remote_code: bool = setting(
+        False, "run code that the model brings; only if you trust it", affects_result=False
     )
 
 
 class RolloutSettings(Section):
-    engine: Literal["vllm", "transformers"] = Field(default="vllm", description="what generates")
-    placement: Literal["actor", "learner"] = Field(
-        default="actor",
-        description="actor: processes (and devices) of their own; learner: in the learner's, with its very weights "
-        "(rollout.engine=transformers)",
+    engine: Literal["vllm", "transformers"] = setting("vllm", "engine that generates rollouts")
+    placement: Literal["actor", "learner"] = setting(
+        "actor", "actor: in separate processes (and devices); learner: in the learner's process, with its weights "
+        "(rollout.engine=transformers)", affects_result=False,
+    )  # fmt: skip
+    actors: Positive = setting(1, "rollout actors that share every batch", affects_result=False)
+    tensor_parallel: Positive = setting(
+        1, "GPUs over which one engine splits the model", {"rollout.engine": "vllm"}, affects_result=False
     )
-    actors: Positive = Field(default=1, description="rollout actors that share every batch")
-    tensor_parallel: Positive = Field(default=1, description="vllm: devices that one engine's model is cut over")
-    n: Positive = Field(default=1, description="rollouts per prompt")
-    share: Annotated[float, Field(gt=0, lt=1)] = Field(
-        default=0.5, description="mode=mixed: share of each batch that is rollouts (GKD's lambda)"
+    n: Positive = setting(1, "rollouts per prompt")
+    share: Annotated[float, Field(gt=0, lt=1)] = setting(
+        0.5, "share of rollouts in each batch (GKD's lambda)", {"mode": "mixed"}
     )
-    max_tokens: Positive = Field(default=512, description="longest response, tokens")
-    temperature: Annotated[float, Field(gt=0)] = Field(default=1.0, description="sampling temperature")
-    top_p: Share = Field(default=1.0, description="nucleus of the sampling distribution")
-    dtype: Literal["auto", "float32", "bfloat16"] = Field(
-        default="auto", description="auto: bfloat16 on cuda, else float32"
+    max_tokens: Positive = setting(512, "longest response, tokens")
+    temperature: Annotated[float, Field(gt=0)] = setting(1.0, "sampling temperature")
+    top_p: Share = setting(1.0, "nucleus of the sampling distribution")
+    dtype: Literal["auto", "float32", "bfloat16"] = setting("auto", "auto: bfloat16 on cuda, else float32")
+    entropy: Literal["learner", "engine"] = setting(
+        "learner", "source of the student's entropy; engine: recorded while sampling, which saves the learner a pass"
     )
-    entropy: Literal["learner", "engine"] = Field(
-        default="learner",
-        description="who measures the student's entropy; engine: while it samples, which saves the learner a pass",
-    )
-    max_sequences: Positive = Field(default=256, description="sequences generated at the same time by one engine")
-    gpu_memory: Share = Field(default=0.85, description="share of a GPU that a vLLM engine takes; colocated: 0.3")
-    kv_cache_mib: Positive = Field(default=256, description="KV cache of a vLLM engine on CPU, MiB")
+    max_sequences: Positive = setting(256, "sequences that one engine generates at once", affects_result=False)
+    gpu_memory: Share = setting(
+        0.85, "fraction of the GPU memory that a vLLM engine takes; with cluster.topology=colocated 0.3",
+        affects_result=False,
+    )  # fmt: skip
+    kv_cache_mib: Positive = setting(256, "KV cache of a vLLM engine on CPU, MiB", affects_result=False)
+
+
+REFERENCES = {"mode": ("off_policy", "mixed")}
 
 
 class ReferenceSettings(Section):
-    source: Literal["answers", "file", "teacher"] = Field(
-        default="answers", description="the data's answers; references.file; or the teacher's own rollouts, made once"
+    source: Literal["answers", "file", "teacher"] = setting(
+        "answers", "answers: of the data; file: references.file; teacher: its rollouts, generated once", REFERENCES
     )
-    file: Path | None = Field(default=None, description="file: one JSON object a line, with question and answer")
-    annotations: Literal["keep", "strip"] = Field(default="keep", description="GSM8K's calculations, <<48/2=24>>")
-    supervise: Literal["response", "all"] = Field(
-        default="response", description="all: question tokens too, as the SE-KD paper's code does"
+    file: FilePath | None = setting(
+        None, "file with one JSON object per line, with question and answer",
+        REFERENCES | {"references.source": "file"}, resumable=True,
+    )  # fmt: skip
+    annotations: Literal["keep", "strip"] = setting(
+        "keep", "GSM8K's calculator annotations, <<48/2=24>>", REFERENCES | {"references.source": ("answers", "file")}
     )
-    samples: Positive = Field(default=1, description="teacher: its rollouts per prompt, used in turn")
-    temperature: Annotated[float, Field(ge=0)] = Field(default=1.0, description="teacher: 0 is greedy")
+    supervise: Literal["response", "all"] = setting(
+        "response", "tokens to supervise; all: the question's too, as in the SE-KD paper's code", REFERENCES
+    )
+    samples: Positive = setting(
+        1, "rollouts of the teacher per prompt, used alternately", REFERENCES | {"references.source": "teacher"}
+    )
+    temperature: Annotated[float, Field(ge=0)] = setting(
+        1.0, "sampling temperature of the teacher; 0: greedy", REFERENCES | {"references.source": "teacher"}
+    )
 
 
 class SampleSettings(Section):
-    metric: Literal["student_entropy", "kl", "ce_ratio", "random"] = Field(
-        default="student_entropy", description="what ranks samples; kl and ce_ratio cost a teacher forward of all"
+    metric: Literal["student_entropy", "kl", "ce_ratio", "random"] = setting(
+        "student_entropy", "score that ranks samples; kl and ce_ratio cost a teacher forward of all",
+        {"samples.keep": Below(1)},
+    )  # fmt: skip
+    keep: Share = setting(1.0, "share l of the samples to keep")
+    when: Literal["rollout", "prefilter"] = setting(
+        "rollout", "rollout: rank the rollouts of each step; prefilter: rank all prompts once, before training",
+        {"samples.keep": Below(1)},
+    )  # fmt: skip
+    prefilter_text: Literal["prompt", "prompt+answer", "rollout"] = setting(
+        "prompt+answer", "text whose score ranks a prompt", {"samples.when": "prefilter"}
     )
-    keep: Share = Field(default=1.0, description="share l of the samples that is kept")
-    when: Literal["rollout", "prefilter"] = Field(
-        default="rollout",
-        description="rollout: rank each step's rollouts; prefilter: rank all prompts once, before training",
+    truncated: Literal["drop", "keep"] = setting("drop", "responses without an end within rollout.max_tokens")
+    correctness: Literal["any", "right", "wrong"] = setting(
+        "any", "keep only rollouts with a right, or a wrong, answer (math-verify)", {"mode": "on_policy"}
     )
-    prefilter_text: Literal["prompt", "prompt+answer", "rollout"] = Field(
-        default="prompt+answer", description="text whose mean student entropy ranks a prompt"
-    )
-    truncated: Literal["drop", "keep"] = Field(
-        default="drop", description="responses without an end within rollout.max_tokens"
-    )
-    correctness: Literal["any", "right", "wrong"] = Field(
-        default="any", description="keep only rollouts whose answer is right, or wrong, by math-verify"
-    )
-    weight: Literal["uniform", "paced"] = Field(
-        default="uniform",
-        description="of a sample in the loss; paced: p(1-p), p its prompt's pass rate (rollout.n > 1)",
-    )
+    weight: Literal["uniform", "paced"] = setting(
+        "uniform", "weight of a sample in the loss; paced: p(1-p), p the pass rate of its prompt (rollout.n > 1)",
+        {"mode": "on_policy"},
+    )  # fmt: skip
+
+
+SAMPLED = {"positions.policy": SAMPLING_POLICIES}
+BANDIT = {"positions.policy": "bandit"}
 
 
 class PositionSettings(Section):
-    metric: Annotated[str, AfterValidator(BuiltinOrPlugin(PositionMetric))] = Field(
-        default="student_entropy", description="score u(t) of a position"
+    metric: Annotated[str, AfterValidator(BuiltinOrPlugin(PositionMetric))] = setting(
+        "student_entropy", "score u(t) of a position"
     )
-    policy: Annotated[str, AfterValidator(BuiltinOrPlugin(PositionPolicy))] = Field(
-        default="top_k", description="how scores become a selection"
+    policy: Annotated[str, AfterValidator(BuiltinOrPlugin(PositionPolicy))] = setting(
+        "top_k", "rule that turns scores into a selection"
     )
-    k: Share = Field(default=0.2, description="share of each response's positions that is supervised")
-    k_start: Share | None = Field(default=None, description="first value of k, which then grows over schedule_steps")
-    schedule_steps: Positive = Field(default=1_000, description="steps from k_start to k")
-    queue: Positive = Field(default=30_000, description="gls: scores whose quantile is the threshold")
-    curriculum_steps: Positive = Field(default=4_000, description="curriculum: steps from lowest to highest scores")
-    arms: list[PositionMetric] = Field(
-        default=["student_entropy", "reverse_kl", "random"], description="bandit: the metrics it chooses from"
+    k: Share = setting(0.2, "share of each response's positions to supervise")
+    k_start: Share | None = setting(None, "first value of k, which then grows over schedule_steps")
+    schedule_steps: Positive = setting(1_000, "steps from k_start to k")
+    queue: Positive = setting(30_000, "number of recent scores whose quantile is the threshold",
+                              {"positions.policy": "gls"})  # fmt: skip
+    curriculum_steps: Positive = setting(
+        4_000, "steps from the lowest to the highest scores", {"positions.policy": "curriculum"}
     )
-    bandit_gamma: Share = Field(default=0.1, description="bandit: share of its choices that is even over the arms")
-    bandit_probe: Positive = Field(default=8, description="bandit: samples of the first batch that measure progress")
-    smoothing: Annotated[float, Field(ge=1)] = Field(default=1.0, description="sampled*: draw by u^(1/smoothing)")
-    skip_first: NonNegative = Field(default=0, description="sampled*: never draw the first positions of a response")
-    clip: Annotated[float, Field(gt=0)] | None = Field(default=None, description="sampled*: largest score that counts")
-    coverage: Annotated[float, Field(ge=0, lt=1)] = Field(
-        default=0.0, description="sampled*: share of the budget that goes to the highest scores without a draw"
+    arms: list[PositionMetric] = setting(
+        ["student_entropy", "reverse_kl", "random"], "metrics that the bandit chooses from", BANDIT
     )
-
-    @model_validator(mode="after")
-    def _possible(self) -> PositionSettings:
-        pair = f"positions.metric={self.metric}, positions.policy={self.policy}: "
-        if self.metric == "prefix" and self.policy in (*DRAWING, "weighted"):
-            raise ValueError(pair + "-t is negative, so no probabilities or weights can be made of it; accepted: top_k")
-        if self.metric == "prefix" and self.policy == "gls":
-            raise ValueError(pair + "a threshold on -t is a fixed length, whatever the responses; accepted: top_k")
-        if self.metric == "tip_soft_or" and self.policy == "gls":
-            raise ValueError(
-                pair + "scores scaled within each batch cannot be compared with earlier batches; accepted: top_k"
-            )
-        if self.policy == "bandit" and self.metric != "student_entropy":
-            raise ValueError(pair + "a bandit chooses among positions.arms; leave positions.metric out")
-        if self.policy == "bandit" and len(set(self.arms)) < max(2, len(self.arms)):
-            raise ValueError(f"positions.arms={self.arms}: a bandit needs two or more different metrics")
-        if self.k_start is not None and (self.policy in ("full", "weighted") or self.k_start > self.k):
-            reason = f"positions.k={self.k} is less" if self.k_start > self.k else f"{self.policy} takes every position"
-            raise ValueError(f"positions.k_start={self.k_start}: {reason}; k grows from k_start to k")
-        return self
+    bandit_gamma: Share = setting(0.1, "share of the bandit's choices that is uniform over the arms", BANDIT)
+    bandit_probe: Positive = setting(8, "samples of the first batch that measure the bandit's progress", BANDIT)
+    smoothing: Annotated[float, Field(ge=1)] = setting(1.0, "sample positions by u^(1/smoothing)", SAMPLED)
+    skip_first: NonNegative = setting(0, "first positions of a response never to sample", SAMPLED)
+    clip: Annotated[float, Field(gt=0)] | None = setting(None, "upper bound of a score", SAMPLED)
+    coverage: Annotated[float, Field(ge=0, lt=1)] = setting(
+        0.0, "share of the budget for the highest scores, without sampling", SAMPLED
+    )
 
 
 class ClassSettings(Section):
     sampler: Literal[
         "none", "rs_kd", "top_k", "top_k_normalised", "top_p", "ghost_token", "naive_fix", "label_smoothing"
-    ] = Field(default="none", description="how the teacher's distribution is cut to a few classes; none: exact, whole")
-    draws: Positive = Field(default=64, description="rs_kd: draws U per position")
-    proposal: Annotated[float, Field(gt=0)] = Field(default=1.0, description="rs_kd: tau of the proposal p^tau")
-    k: Positive = Field(default=50, description="classes of the truncations; the most of top_p")
-    p: Share = Field(default=0.98, description="top_p: mass that is kept")
+    ] = setting("none", "rule that cuts the teacher's distribution to a few classes; none: all classes, exact")
+    draws: Positive = setting(64, "draws U per position", {"classes.sampler": "rs_kd"})
+    proposal: Annotated[float, Field(gt=0)] = setting(
+        1.0, "exponent tau of the proposal p^tau", {"classes.sampler": "rs_kd"}
+    )
+    k: Positive = setting(50, "classes to keep; with top_p at most so many", {"classes.sampler": TRUNCATIONS})
+    p: Share = setting(0.98, "probability mass to keep", {"classes.sampler": "top_p"})
+
+
+DECOUPLED, EGAD = {"alignment.variant": "decoupled_kd"}, {"alignment.variant": "egad"}
 
 
 class AlignmentSettings(Section):
-    variant: Literal["full_kd", "decoupled_kd", "at_kd", "egad"] = Field(
-        default="full_kd", description="what is done with the divergence at each position"
+    variant: Literal["full_kd", "decoupled_kd", "at_kd", "egad"] = setting(
+        "full_kd", "use of the divergence at each position: docs/method.md"
     )
-    divergence: Literal["reverse_kl", "forward_kl", "jsd"] = Field(
-        default="reverse_kl", description="what is minimised; the default off-policy is forward_kl"
+    divergence: Literal["reverse_kl", "forward_kl", "jsd"] = setting(
+        "reverse_kl", "divergence to minimize; the default with mode=off_policy is forward_kl"
     )
-    estimator: Literal["exact", "topk_tail", "sampled"] = Field(
-        default="exact",
-        description="exact; over the teacher's top_k classes and the rest; from the sampled token alone",
+    estimator: Literal["exact", "topk_tail", "sampled"] = setting(
+        "exact", "exact: all classes; topk_tail: the teacher's top_k classes and the rest; sampled: the sampled token"
     )
-    top_k: Positive = Field(default=64, description="topk_tail: the teacher's classes that are told apart")
-    target_weight: Annotated[float, Field(ge=0)] = Field(default=1.0, description="decoupled_kd: alpha, of the target")
-    other_weight: Annotated[float, Field(ge=0)] = Field(default=1.0, description="decoupled_kd: beta, of the others")
-    easy_weight: Annotated[float, Field(ge=0, le=1)] = Field(
-        default=0.2, description="at_kd: lambda; easy positions weigh lambda, hard ones 1 - lambda"
+    top_k: Positive = setting(64, "teacher's classes with an entry each", {"alignment.estimator": "topk_tail"})
+    target_weight: Annotated[float, Field(ge=0)] = setting(1.0, "weight alpha of the target class", DECOUPLED)
+    other_weight: Annotated[float, Field(ge=0)] = setting(1.0, "weight beta of the other classes", DECOUPLED)
+    easy_weight: Annotated[float, Field(ge=0, le=1)] = setting(
+        0.2, "lambda: weight of easy positions; hard ones have 1 - lambda", {"alignment.variant": "at_kd"}
     )
-    min_temperature: Annotated[float, Field(gt=0)] = Field(
-        default=1.0, description="egad: where the teacher is least sure"
+    min_temperature: Annotated[float, Field(gt=0)] = setting(
+        1.0, "temperature where the teacher is least certain", EGAD
     )
-    max_temperature: Annotated[float, Field(gt=0)] = Field(default=2.0, description="egad: where it is surest")
-    feature_weight: Annotated[float, Field(ge=0)] = Field(
-        default=0.1, description="egad: of the squared distance between projected student and teacher hidden states"
+    max_temperature: Annotated[float, Field(gt=0)] = setting(2.0, "temperature where the teacher is most certain", EGAD)
+    feature_weight: Annotated[float, Field(ge=0)] = setting(
+        0.1, "weight of the squared distance between projected student and teacher hidden states", EGAD
     )
-    feature_entropy: Annotated[float, Field(ge=0, le=1)] = Field(
-        default=0.05, description="egad: share of the largest entropy, log V, from which hidden states are compared"
+    feature_entropy: Annotated[float, Field(ge=0, le=1)] = setting(
+        0.05, "share of the largest entropy, log V, above which hidden states are compared", EGAD
     )
-    ema_weight: Annotated[float, Field(ge=0)] = Field(
-        default=0.0, description="of an added divergence to a moving average of the student; 0: none"
+    ema_weight: Annotated[float, Field(ge=0)] = setting(
+        0.0, "weight of an added divergence from a moving average of the student; 0: none"
     )
-    ema_decay: Annotated[float, Field(ge=0, lt=1)] = Field(default=0.999, description="of that average, per step")
-    beta: Annotated[float, Field(ge=0, le=1)] = Field(default=0.5, description="weight of the teacher in jsd's mixture")
-    temperature: Annotated[float, Field(gt=0)] = Field(
-        default=1.0, description="distillation temperature T of both models"
+    ema_decay: Annotated[float, Field(ge=0, lt=1)] = setting(
+        0.999, "decay of the moving average per step", {"alignment.ema_weight": Above(0)}
     )
-    kd_weight: Annotated[float, Field(ge=0, le=1)] = Field(
-        default=1.0,
-        description="lambda: loss = lambda * divergence + (1 - lambda) * cross-entropy of the sampled token",
+    beta: Annotated[float, Field(ge=0, le=1)] = setting(
+        0.5, "weight of the teacher in the mixture", {"alignment.divergence": "jsd"}
     )
-    compiled: bool = Field(
-        default=False,
-        description="exact divergences by torch.compile (a C++ compiler, on GPUs Triton) in place of our own passes",
+    temperature: Annotated[float, Field(gt=0)] = setting(1.0, "distillation temperature T of both models")
+    kd_weight: Annotated[float, Field(ge=0, le=1)] = setting(
+        1.0, "lambda: loss = lambda * divergence + (1 - lambda) * cross-entropy of the sampled token"
     )
-    chunk_rows: Positive | None = Field(
-        default=None, description="rows of logits that exist at once; empty: from V and memory"
+    compiled: bool = setting(
+        False, "compute exact divergences with torch.compile (needs a C++ compiler, on GPUs Triton)",
+        affects_result=False,
+    )  # fmt: skip
+    chunk_rows: Positive | None = setting(
+        None, "rows of logits in memory at once; empty: chosen from V and free memory", affects_result=False
     )
 
 
 class LearnerSettings(Section):
-    batch_size: Positive = Field(
-        default=16, description="trajectories of one optimizer step, after the sample filter's share"
+    batch_size: Positive = setting(16, "trajectories per optimizer step, after the sample filter")
+    tokens_per_micro_batch: Positive = setting(
+        8_192, "tokens per forward and backward, padding included", affects_result=False
     )
-    tokens_per_micro_batch: Positive = Field(default=8_192, description="token budget of one forward, padding included")
-    lr: Annotated[float, Field(gt=0)] = Field(default=1e-5, description="peak learning rate")
-    schedule: Literal["constant", "linear", "cosine"] = Field(
-        default="cosine", description="after warm-up, to min_lr_ratio"
+    lr: Annotated[float, Field(gt=0)] = setting(1e-5, "peak learning rate")
+    schedule: Literal["constant", "linear", "cosine"] = setting("cosine", "decay of the learning rate after warm-up")
+    warmup_steps: NonNegative = setting(10, "steps of linear warm-up")
+    min_lr_ratio: Annotated[float, Field(ge=0, le=1)] = setting(
+        0.1, "last learning rate over the peak", {"learner.schedule": ("linear", "cosine")}
     )
-    warmup_steps: NonNegative = Field(default=10, description="steps of linear warm-up")
-    min_lr_ratio: Annotated[float, Field(ge=0, le=1)] = Field(
-        default=0.1, description="last learning rate over the peak"
+    weight_decay: Annotated[float, Field(ge=0)] = setting(0.0, "decoupled weight decay of AdamW")
+    beta1: Annotated[float, Field(ge=0, lt=1)] = setting(0.9, "beta1 of AdamW")
+    beta2: Annotated[float, Field(ge=0, lt=1)] = setting(0.95, "beta2 of AdamW")
+    clip: Annotated[float, Field(gt=0)] = setting(1.0, "largest gradient norm")
+    compute_dtype: Literal["auto", "float32", "bfloat16"] = setting(
+        "auto", "dtype of the forward pass over float32 master weights; auto: bfloat16 on cuda, else float32"
     )
-    weight_decay: Annotated[float, Field(ge=0)] = Field(default=0.0, description="AdamW's decoupled weight decay")
-    beta1: Annotated[float, Field(ge=0, lt=1)] = Field(default=0.9, description="AdamW")
-    beta2: Annotated[float, Field(ge=0, lt=1)] = Field(default=0.95, description="AdamW")
-    clip: Annotated[float, Field(gt=0)] = Field(default=1.0, description="largest gradient norm")
-    compute_dtype: Literal["auto", "float32", "bfloat16"] = Field(
-        default="auto", description="of the forward; weights stay float32 masters; auto: bfloat16 on cuda, else float32"
+    max_skipped: NonNegative = setting(
+        5, "steps without a finite loss and gradient that are skipped before the run stops", affects_result=False
     )
-    max_skipped: NonNegative = Field(
-        default=5, description="steps skipped for a loss or gradient that is not finite, before the run stops"
+    threads: Positive | None = setting(
+        None, "CPU threads of each rank; empty: an equal share of all cores but one", affects_result=False
     )
-    threads: Positive | None = Field(
-        default=None, description="CPU threads of each rank; empty: its part of all cores but one"
-    )
-    ranks: Positive = Field(
-        default=1, description="processes (and devices) that share the student, its optimizer and each batch (FSDP2)"
-    )
+    ranks: Positive = setting(
+        1, "processes (and devices) that share the student, its optimizer and each batch (FSDP2)",
+        affects_result=False,
+    )  # fmt: skip
 
 
 class PipelineSettings(Section):
-    packing: bool = Field(
-        default=False,
-        description="learner and teacher read several responses in one row, kept apart by the attention mask, in place "
-        "of padding",
+    packing: bool = setting(
+        False, "pack several responses into a row, separated by the attention mask, instead of padding",
+        affects_result=False,
+    )  # fmt: skip
+    streaming: bool = setting(
+        False, "learn from rollouts as they finish, while the engines generate the others", affects_result=False
     )
-    streaming: bool = Field(
-        default=False,
-        description="the learner works on rollouts as they end, while the engines go on with the others",
-    )
-    max_staleness: Annotated[int, Field(ge=0, le=1)] = Field(
-        default=0,
-        description="0: strictly on-policy; 1: the next step's rollouts are made during this update, by weights that "
-        "are then one step old",
+    max_staleness: Annotated[int, Field(ge=0, le=1)] = setting(
+        0, "0: strictly on-policy; 1: generate the next step's rollouts during this update, with weights one step old"
     )
 
 
 class CacheSettings(Section):
-    path: Path | None = Field(
-        default=None,
-        description="folder of a cache made by onpolicy_skd.cache build: training reads it and loads no teacher",
-    )
-    positions_per_shard: Positive = Field(default=65_536, description="positions of one file of a new cache")
-    builders: Positive = Field(default=1, description="teacher actors that build a cache at the same time")
+    path: FilePath | None = setting(
+        None, "folder of a cache made by onpolicy_skd.cache build: training reads it and loads no teacher",
+        {"mode": "off_policy"},
+    )  # fmt: skip
+    positions_per_shard: Positive = setting(65_536, "positions per file of a new cache", affects_result=False)
 
 
 class SyncSettings(Section):
-    method: Literal["auto", "object_store", "broadcast", "ipc"] = Field(
-        default="auto",
-        description="how new weights reach the engines. object_store: through Ray, anywhere; broadcast: from rank 0 "
-        "straight to vLLM's workers, by NCCL (on CPU gloo); ipc: in the memory of the shared GPU, for "
-        "topology=colocated. auto: on GPUs broadcast or ipc where they are possible, else object_store",
+    method: Literal["auto", "object_store", "broadcast", "ipc"] = setting(
+        "auto",
+        "transport of new weights to the engines. object_store: through Ray, anywhere; broadcast: from rank 0 to "
+        "vLLM's workers, by NCCL (on CPU gloo); ipc: in the memory of the shared GPU (cluster.topology=colocated). "
+        "auto: on GPUs broadcast or ipc where possible, else object_store",
+        affects_result=False,
     )
-    max_gap: Annotated[float, Field(gt=0)] = Field(
-        default=0.1, description="largest mean |log-probability of sampler - of learner| on the sampled tokens, nats"
-    )
+    max_gap: Annotated[float, Field(gt=0)] = setting(
+        0.1, "largest mean |log-probability of sampler - of learner| of the sampled tokens, nats; above, the run stops",
+        affects_result=False,
+    )  # fmt: skip
 
 
 class EvalSettings(Section):
-    problems: NonNegative = Field(default=0, description="problems of an evaluation; 0: the whole split")
-    during: NonNegative = Field(default=200, description="problems of an evaluation during training; 0: eval.problems")
-    before: bool = Field(default=True, description="evaluate the student before training")
-    teacher: bool = Field(
-        default=True,
-        description="evaluate the teacher once (needs room for its engine); the default with a cache is false",
+    problems: NonNegative = setting(0, "problems per evaluation; 0: the full split", resumable=True)
+    during: NonNegative = setting(200, "problems per evaluation during training; 0: eval.problems", resumable=True)
+    before: bool = setting(True, "evaluate the student before training", resumable=True)
+    teacher: bool = setting(
+        True, "evaluate the teacher once (needs room for its engine); the default with cache.path is false",
+        resumable=True,
+    )  # fmt: skip
+    max_tokens: Positive | None = setting(
+        None, "longest response in evaluation, tokens; empty: rollout.max_tokens", resumable=True
     )
-    max_tokens: Positive | None = Field(
-        default=None, description="longest response in evaluation; empty: rollout.max_tokens"
-    )
-    divergence_prompts: NonNegative = Field(
-        default=0, description="held-out prompts on which each evaluation measures the divergence"
+    divergence_prompts: NonNegative = setting(
+        0, "held-out prompts on which each evaluation measures the divergence", resumable=True
     )
 
 
 class FaultSettings(Section):
-    restarts: NonNegative = Field(
-        default=5, description="failures of a role's actors within faults.window_hours that are mended; one more ends "
-        "the run, with a checkpoint"
+    restarts: NonNegative = setting(
+        5, "failures of a role's actors within an hour that a restart may repair; one more ends the run, with a "
+        "checkpoint", affects_result=False,
     )  # fmt: skip
-    window_hours: Annotated[float, Field(gt=0)] = Field(default=1.0, description="how long a failure counts")
-    backoff_seconds: Annotated[float, Field(ge=0)] = Field(
-        default=1.0, description="wait before a role's first restart; doubles with each that still counts, to a minute"
-    )
-    deadline_minutes: Annotated[float, Field(gt=0)] = Field(
-        default=60.0, description="longest that an actor may take to start or for its part of a step before it counts "
-        "as hung; for more work, as in an evaluation, more in proportion"
+    backoff_seconds: Annotated[float, Field(ge=0)] = setting(
+        1.0, "wait before a role's first restart; doubles with each further failure, up to a minute",
+        affects_result=False,
+    )  # fmt: skip
+    deadline_minutes: Annotated[float, Field(gt=0)] = setting(
+        60.0, "longest time for an actor to start, or for its work in one step, before it counts as hung; in "
+        "evaluations in proportion to the work", affects_result=False,
     )  # fmt: skip
 
     def timeout_s(self, size: float = 1.0) -> float:
-        """Seconds after which a call counts as hung; ``size``: its work over that of one step."""
+        """Return the seconds after which a call counts as hung; ``size`` is its work over that of one step."""
         return 60 * self.deadline_minutes * max(1.0, size)
 
 
 class ClusterSettings(Section):
-    address: str | None = Field(default=None, description="Ray address; empty: the running cluster, else a local one")
-    topology: Literal["split", "colocated"] = Field(
-        default="split",
-        description="split: actors on GPUs (or shares) of their own; colocated: every rank of the learner shares its "
-        "GPU with an engine, which sleeps while the learner works, and a teacher",
+    address: str | None = setting(
+        None, "Ray address; empty: the running cluster, else a local one", affects_result=False
     )
-    learner_gpus: Annotated[float, Field(ge=0)] | None = Field(
-        default=None, description="of each rank; empty: 1 on cuda, 0 on cpu; colocated: equal shares"
+    topology: Literal["split", "colocated"] = setting(
+        "split", "split: separate GPUs (or shares) per actor; colocated: each learner rank shares its GPU with an "
+        "engine, which sleeps while the learner works, and a teacher", affects_result=False,
+    )  # fmt: skip
+    learner_gpus: Annotated[float, Field(ge=0)] | None = setting(
+        None, "GPUs per rank; empty: 1 on cuda, 0 on cpu; colocated: equal shares", affects_result=False
     )
-    teacher_gpus: Annotated[float, Field(ge=0)] | None = Field(
-        default=None, description="of each teacher; empty: as for the learner"
+    teacher_gpus: Annotated[float, Field(ge=0)] | None = setting(
+        None, "GPUs per teacher actor; empty: as for the learner", affects_result=False
     )
-    rollout_gpus: Annotated[float, Field(ge=0)] | None = Field(
-        default=None, description="of each engine; empty: rollout.tensor_parallel on cuda; colocated: equal shares"
+    rollout_gpus: Annotated[float, Field(ge=0)] | None = setting(
+        None, "GPUs per engine; empty: rollout.tensor_parallel on cuda; colocated: equal shares", affects_result=False
     )
 
 
 class Settings(Section):
-    """Every setting of a run."""
+    """All settings of a run."""
 
-    mode: Literal["on_policy", "off_policy", "mixed"] = Field(
-        default="on_policy", description="where trajectories come from: the student itself, references.*, or both"
+    mode: Literal["on_policy", "off_policy", "mixed"] = setting(
+        "on_policy", "source of trajectories: the student (on_policy), references.* (off_policy), or both (mixed)"
     )
-    resume: Literal["never", "auto"] = Field(
-        default="never", description="auto: go on from the run's newest good checkpoint, if there is one"
+    resume: Literal["never", "auto"] = setting(
+        "never", "auto: continue from the run's newest good checkpoint, if there is one", affects_result=False
     )
+    resume_with: list[str] = setting(
+        [], "settings or sections that may differ from the resumed run although they affect the result, for example "
+        "[learner.lr, data]", {"resume": "auto"}, affects_result=False,
+    )  # fmt: skip
     run: RunSettings = RunSettings()
     data: DataSettings = DataSettings()
     student: StudentSettings = StudentSettings()
@@ -489,11 +588,11 @@ class Settings(Section):
     @model_validator(mode="before")
     @classmethod
     def _dependent_defaults(cls, tree: Any) -> Any:
-        """The defaults that depend on another setting."""
+        """Fill in the defaults that depend on another setting."""
 
         def section(name: str) -> dict[str, Any]:
-            found = tree.get(name) or {}
-            return found if isinstance(found, dict) else {}
+            given = tree.get(name)
+            return given if isinstance(given, dict) else {}
 
         defaults: dict[str, dict[str, Any]] = {}
         if tree.get("mode") == "off_policy":
@@ -502,33 +601,32 @@ class Settings(Section):
             defaults["eval"] = {"teacher": False}
         if section("cluster").get("topology") == "colocated":
             defaults["rollout"] = {"gpu_memory": 0.3}
-        given = {name: tree.get(name) for name in defaults}
         return tree | {
             name: default | section(name)
             for name, default in defaults.items()
-            if given[name] is None or isinstance(given[name], dict)
+            if tree.get(name) is None or isinstance(tree[name], dict)
         }
 
     @property
     def generates(self) -> bool:
-        """Whether anything is generated, in training or evaluation."""
+        """True if responses are generated, in training or evaluation."""
         return self.data.source != "text"
 
     @property
     def judges_rollouts(self) -> bool:
-        """Whether training needs to know which rollouts are right."""
+        """True if training needs to know which rollouts are right."""
         return self.samples.correctness != "any" or self.samples.weight == "paced"
 
     @property
     def max_sequence(self) -> int:
-        """Longest prompt plus longest response, or a stretch of text; tokens."""
+        """Tokens of the longest prompt plus the longest response, or of a sample of packed text."""
         if self.data.source == "text":
             return self.data.sequence_length
         return self.data.max_prompt_tokens + self.rollout.max_tokens
 
     @property
     def max_model_length(self) -> int:
-        """What an engine must have room for: ``max_sequence``, or longer responses in evaluation."""
+        """Longest sequence of an engine, tokens: ``max_sequence``, or more for longer responses in evaluation."""
         if not self.generates:
             return self.max_sequence
         return self.data.max_prompt_tokens + max(self.rollout.max_tokens, self.eval.max_tokens or 0)
@@ -541,15 +639,24 @@ class Settings(Section):
 
     @property
     def student_rollouts_per_step(self) -> int:
-        """Of these, how many the student generates; the others are references."""
+        """Number of these that the student generates; the others are references."""
         shares = {"on_policy": 1.0, "off_policy": 0.0, "mixed": self.rollout.share}
         return math.ceil(round(shares[self.mode] * self.rollouts_per_step, 9))
 
     @property
     def prompts_per_step(self) -> int:
-        """Prompts that are rolled out, ``rollout.n`` times each, and then prompts with references."""
+        """Prompts with ``rollout.n`` rollouts each plus prompts with references."""
         return (
             math.ceil(self.student_rollouts_per_step / self.rollout.n)
             + self.rollouts_per_step
             - self.student_rollouts_per_step
         )
+
+
+def walk(section: type[Section] = Settings, prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
+    """Yield each setting as (dotted key, pydantic field)."""
+    for name, field in section.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, Section):
+            yield from walk(field.annotation, f"{prefix}{name}.")
+        else:
+            yield prefix + name, field

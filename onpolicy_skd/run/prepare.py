@@ -33,7 +33,7 @@ from onpolicy_skd.types import Prompt, RolloutRequest, SamplingParams, Trajector
 RESUMABLE = ("resume", "run.dir", "run.name", "run.evaluate_every", "run.checkpoint_every", "run.keep_checkpoints",
              "run.keep_best", "run.timeline",
              "run.tensorboard", "run.max_hours", "learner.max_skipped", "eval.", "faults.", "cluster.",
-             "cache.builders", "cache.positions_per_shard", "learner.ranks", "learner.threads", "teacher.actors",
+             "cache.positions_per_shard", "learner.ranks", "learner.threads", "teacher.actors",
              "rollout.actors", "rollout.tensor_parallel", "sync.method", "pipeline.streaming")  # fmt: skip
 
 

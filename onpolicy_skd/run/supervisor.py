@@ -1,7 +1,7 @@
 """What becomes of a failed actor: a pure state machine with an injected clock; nothing of Ray.
 
 Every role has a history of failures.  A failure is answered by a restart after a wait that doubles with each failure
-still in the history, or, once ``faults.restarts`` of them lie within ``faults.window_hours``, by giving up.
+still in the history, or, once ``faults.restarts`` of them lie within an hour, by giving up.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from onpolicy_skd.config.schema import FaultSettings
 from onpolicy_skd.storage.checkpoint import Checkpoint
 
 LONGEST_WAIT = 60.0  # seconds
+WINDOW = 3600.0  # seconds that a failure counts
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,12 +46,12 @@ class Supervisor:
         now, own = self._clock(), self._settings
         for role, cause in failed.items():
             history = self._failures[role]
-            while history and now - history[0] >= 3600 * own.window_hours:
+            while history and now - history[0] >= WINDOW:
                 history.popleft()
             history.append(now)
             if len(history) > own.restarts:
                 return GiveUp(
-                    f"{role} failed {len(history)} times within faults.window_hours={own.window_hours:g}, "
+                    f"{role} failed {len(history)} times within an hour, "
                     f"faults.restarts={own.restarts}; the last time: {cause}"
                 )
         worst = max(len(self._failures[role]) for role in failed)

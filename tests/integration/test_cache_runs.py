@@ -44,7 +44,7 @@ def build(tmp_path, folder, *arguments):
 def whole(tmp_path_factory):
     """A cache built without interruption, by two builders."""
     folder = tmp_path_factory.mktemp("cache")
-    code, said = run(*build(folder, folder / "cache", "classes.sampler=rs_kd", "cache.builders=2"))
+    code, said = run(*build(folder, folder / "cache", "classes.sampler=rs_kd", "teacher.actors=2"))
     assert code == 0, said
     return folder / "cache"
 

@@ -6,10 +6,10 @@ from helpers import ROOT
 from hypothesis import given
 from hypothesis import strategies as st
 
-from onpolicy_skd.config import validation as compatibility
+from onpolicy_skd.config import validation
 from onpolicy_skd.config.errors import ConfigError
-from onpolicy_skd.config.loading import build_settings, describe, dump, load_settings, resolve, walk
-from onpolicy_skd.config.schema import Settings
+from onpolicy_skd.config.loading import build_settings, describe, dump, fields_by_key, load_settings, resolve, walk
+from onpolicy_skd.config.schema import Settings, rules_of
 from onpolicy_skd.selection import metrics
 
 CONFIGS = sorted(p for p in (ROOT / "configs").rglob("*.yaml") if "compare" not in p.name)
@@ -26,11 +26,21 @@ CONFIGS = sorted(p for p in (ROOT / "configs").rglob("*.yaml") if "compare" not 
         (["rollout.engine=tgi"], ["rollout.engine='tgi'", "'vllm' or 'transformers'"]),
         (["data.source=hub"], ["data.name"]),
         (["data.source=jsonl"], ["data.train_file"]),
-        (["data.plain=no placeholder"], ["data.plain", "{question}"]),
+        (["data.template=plain", "data.plain=no placeholder"], ["data.plain", "{question}"]),
         (["rollout.max_tokens=9000"], ["learner.tokens_per_micro_batch=8192", "9512"]),
         (["learner.lr=yes"], ["learner.lr=True", "truth value", "accepted: above 0"]),
         (["run.epochs=.inf"], ["run.epochs=inf", "finite"]),
-        (["data.source=demo", "data.path=x"], ["data.path: accepted for data.source=gsm8k only"]),
+        (["data.plain={question}"], ["data.plain={question}", "data.template=plain only, not chat"]),
+        (["data.template=plain", "data.system=Hi"], ["data.system=Hi", "data.template=chat only, not plain"]),
+        (["data.name=openai/gsm8k"], ["data.name=openai/gsm8k", "data.source=hub or text only, not gsm8k"]),
+        (["data.eval_file=a.jsonl"], ["data.eval_file=a.jsonl", "data.source=jsonl only, not gsm8k"]),
+        (["positions.schedule_steps=9"], ["positions.schedule_steps=9", "positions.k_start"]),
+        (["alignment.ema_decay=0.5"], ["alignment.ema_decay=0.5", "alignment.ema_weight above 0 only, not 0.0"]),
+        (["learner.schedule=constant", "learner.min_lr_ratio=0.5"], ["min_lr_ratio=0.5", "linear or cosine only"]),
+        (["samples.prefilter_text=prompt"], ["samples.prefilter_text=prompt", "samples.when=prefilter only"]),
+        (["resume_with=[learner.lr]"], ["resume_with=['learner.lr']", "resume=auto only, not never"]),
+        (["resume=auto", "resume_with=[learner.rate]"], ["'learner.rate' is no setting or section"]),
+        (["data.source=demo", "data.path=x"], ["data.path=x: accepted with data.source=gsm8k only, not demo"]),
         (
             ["positions.metric=entropy"],
             ["positions.metric='entropy'", "did you mean 'teacher_entropy'", "module:function"],
@@ -51,8 +61,8 @@ CONFIGS = sorted(p for p in (ROOT / "configs").rglob("*.yaml") if "compare" not 
         (["alignment.estimator=sampled", "samples.correctness=right"], ["samples.correctness=right", "biases"]),
         (["alignment.estimator=sampled", "positions.policy=bandit", "positions.arms=[kl, ce_ratio]"], ["ce_ratio"]),
         (["samples.weight=paced", "rollout.n=3"], ["samples.weight=paced", "divides the 16 rollouts", "not 3"]),
-        (["samples.metric=kl"], ["samples.keep=1.0", "below 1"]),
-        (["samples.when=prefilter"], ["samples.keep=1.0", "below 1"]),
+        (["samples.metric=kl"], ["samples.metric=kl", "samples.keep below 1 only, not 1.0"]),
+        (["samples.when=prefilter"], ["samples.when=prefilter", "samples.keep below 1 only, not 1.0"]),
         (["mode=off_policy", "rollout.n=4"], ["rollout.n=4", "nothing is rolled out"]),
         (["classes.sampler=rs_kd"], ["classes.sampler=rs_kd", "alignment.divergence=forward_kl"]),
         (["mode=off_policy", "classes.sampler=top_k", "alignment.variant=egad"], ["classes.sampler=top_k", "full_kd"]),
@@ -67,7 +77,10 @@ CONFIGS = sorted(p for p in (ROOT / "configs").rglob("*.yaml") if "compare" not 
         (["alignment.estimator=sampled", "mode=off_policy"], ["alignment.estimator=sampled", "mode=on_policy"]),
         (["samples.weight=paced"], ["samples.weight=paced", "rollout.n"]),
         (["samples.correctness=wrong", "mode=off_policy"], ["samples.correctness=wrong", "mode=on_policy"]),
-        (["references.annotations=strip"], ["references.*", "mode=on_policy"]),
+        (
+            ["references.annotations=strip"],
+            ["references.annotations=strip", "mode=off_policy or mixed only, not on_policy"],
+        ),
         (["mode=off_policy", "references.source=file"], ["references.file: needed"]),
         (["mode=off_policy", "references.samples=3"], ["references.samples=3", "teacher only, not answers"]),
         (["mode=off_policy", "references.source=teacher", "references.annotations=strip"], ["annotations=strip"]),
@@ -98,7 +111,7 @@ CONFIGS = sorted(p for p in (ROOT / "configs").rglob("*.yaml") if "compare" not 
         (["rollout.entropy=engine", "alignment.temperature=2"], ["rollout.entropy=engine", "alignment.temperature=1"]),
         (["mode=mixed", "samples.correctness=wrong"], ["samples.correctness=wrong", "mode=on_policy"]),
         (["learner.lr"], ["section.name=value"]),
-        (["run.name=[1"], ["not YAML"]),
+        (["learner.lr=[1"], ["not YAML"]),
     ],
 )
 def test_bad_settings_are_refused_with_their_name(argv, needles):
@@ -118,17 +131,119 @@ def test_bad_files_are_refused(tmp_path, text, needle):
         load_settings(["--config", str(file)])
 
 
+@pytest.mark.parametrize(
+    ("text", "needle"),
+    [
+        ("run: {seed: 1}\ndata: {}\nrun: {steps: 3}\n", r"line 3: 'run' is there twice, the first time in line 1"),
+        ("run:\n  steps: 1\n  seed: 2\n  'steps': 3\n", "line 4: 'steps' is there twice, the first time in line 2"),
+        ("run: {steps: 0100}", "YAML reads 0100 as the number 64; write 64, or quote"),
+        ("run: {steps: -0100}", "YAML reads -0100 as the number -64"),
+        ("run: {steps: 10:00}", "YAML reads 10:00 as the number 600"),
+        ("run: {max_hours: 1:30.5}", r"YAML reads 1:30\.5 as the number 90\.5"),
+        ("run: {steps: 1_}", "YAML reads 1_ as the number 1"),
+        ("learner: {lr: 010}", "YAML reads 010 as the number 8"),
+        ("data: {instruction: a: b}", r"not YAML.*quote text that holds ': ' or ' #'"),
+        (
+            "data:\n  instruction: End with #### ANSWER\n",
+            r"line 2: data.instruction: a comment starts at '#### ANSWER'",
+        ),
+        ("data:\n  system: #### ANSWER\n", r"line 2: data.system: a comment starts at '#### ANSWER'"),
+        ("run: {name: 2024-01-01}", r"run.name=.*quote what YAML reads as a number or date"),
+        ("run: {name: no}", "run.name=False: a truth value"),
+        ('data: {instruction: "\\0"}', "data.instruction=.*not text"),
+        ('data: {instruction: "\\ud800"}', "data.instruction=.*not text"),
+    ],
+)
+def test_yaml_that_reads_otherwise_than_it_looks_is_refused(tmp_path, text, needle):
+    file = tmp_path / "c.yaml"
+    file.write_text(text)
+    with pytest.raises(ConfigError, match=needle):
+        build_settings(file)
+
+
+def test_yaml_that_looks_alike_is_accepted(tmp_path):
+    file = tmp_path / "c.yaml"
+    file.write_text(
+        "\ufeff# comment\nrun: {steps: 1_000, name: '0100'}  # comment\nlearner: {lr: 1e-3, clip: 0.5}\n"
+        "data:\n  instruction: 'End with #### ANSWER'  # comment\n  system: |\n    a: b #c\n"
+        "student: {model: a}  # comment\n"
+    )
+    settings = build_settings(file)
+    assert (settings.run.steps, settings.run.name, settings.learner.clip) == (1000, "0100", 0.5)
+    assert (settings.data.instruction, settings.data.system) == ("End with #### ANSWER", "a: b #c\n")
+
+
+@pytest.mark.parametrize("value", ["0100", "10:00", "0o1_", "1__0"])
+def test_odd_numbers_are_refused_on_the_command_line(value):
+    with pytest.raises(ConfigError, match=r"run\.steps"):
+        load_settings([f"run.steps={value}"])
+
+
+@pytest.mark.parametrize(
+    "value", ["Put it after #### and nothing else", "\n Answer: number", "[a", "0100", "no", "{x}", "- a", "'a'", " "]
+)
+def test_text_on_the_command_line_is_taken_as_given(value):
+    settings = load_settings([f"data.instruction={value}", f"data.system={value}", "run.dir=0100"])
+    assert settings.data.instruction == settings.data.system == value
+    assert str(settings.run.dir) == "0100"
+    assert resolve(yaml.safe_load(dump(settings))) == settings
+
+
+def test_an_optional_text_may_be_left_empty():
+    assert load_settings(["data.system=", "data.path=null"]).data == Settings().data
+
+
+@pytest.mark.parametrize(
+    "name", ["../../escape", "a/b", ".", "..", ".hidden", "~", "", " ", "a\nb", "a\\b", "x" * 201, "/tmp/x", "-x"]
+)
+def test_a_run_has_a_plain_name(name):
+    with pytest.raises(ConfigError, match=r"run\.name=.*plain name"):
+        resolve({"run": {"name": name}})
+
+
+def test_a_home_directory_is_expanded(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/ann")
+    settings = load_settings(["run.dir=~/runs", "data.path=~/gsm8k", "student.model=~/m", "teacher.model=a/~b"])
+    assert (str(settings.run.dir), str(settings.data.path)) == ("/home/ann/runs", "/home/ann/gsm8k")
+    assert (settings.student.model, settings.teacher.model) == ("/home/ann/m", "a/~b")
+    with pytest.raises(ConfigError, match=r"run\.dir='~nobody-of-this-name/x'.*home directory that does not exist"):
+        load_settings(["run.dir=~nobody-of-this-name/x"])
+
+
+BOMB = "a0: &a0 [x, x, x, x, x, x, x, x, x]\n" + "".join(
+    f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]\n" for i in range(1, 12)
+)
+
+
+@pytest.mark.parametrize("text", [BOMB + "run: *a11\n", BOMB.replace("[", "{<<: [").replace("]", "]}"), BOMB])
+def test_aliases_cannot_blow_up_a_config(tmp_path, text):
+    (tmp_path / "bomb.yaml").write_text(text)
+    with pytest.raises(ConfigError, match=r"expand to more than 10000 values|not YAML") as error:
+        build_settings(tmp_path / "bomb.yaml")
+    assert len(str(error.value)) < 1000
+
+
+def test_errors_do_not_print_whole_inputs(tmp_path):
+    (tmp_path / "c.yaml").write_text(f"run: [{', '.join(['long'] * 5000)}]\n" + f"{'k' * 5000}: 1\n")
+    with pytest.raises(ConfigError) as error:
+        build_settings(tmp_path / "c.yaml")
+    assert len(str(error.value)) < 1000
+    with pytest.raises(ConfigError, match="and 4980 more") as error:
+        resolve({"positions": {"arms": ["nonsense"] * 5000}})
+    assert len(str(error.value)) < 20_000
+
+
 def test_override_beats_file_beats_parent_beats_default(tmp_path):
     (tmp_path / "base.yaml").write_text("learner: {lr: 1e-3, clip: 2.0}\nrun: {seed: 1}\n")
-    (tmp_path / "own.yaml").write_text("extends: base.yaml\nlearner: {clip: 3.0}\n")
-    settings = load_settings(["--config", str(tmp_path / "own.yaml"), "run.seed=7"])
+    (tmp_path / "child.yaml").write_text("extends: base.yaml\nlearner: {clip: 3.0}\n")
+    settings = load_settings(["--config", str(tmp_path / "child.yaml"), "run.seed=7"])
     assert (settings.learner.lr, settings.learner.clip, settings.run.seed) == (1e-3, 3.0, 7)
     assert settings.learner.beta1 == Settings().learner.beta1
 
 
 def test_metrics_that_look_at_the_whole_batch_are_the_same_in_both_places():
     """Settings are checked where torch is not imported."""
-    assert set(compatibility.WHOLE_BATCH) == metrics.WHOLE_BATCH
+    assert set(validation.WHOLE_BATCH) == metrics.WHOLE_BATCH
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.name)
@@ -171,6 +286,9 @@ def test_help_names_every_setting_and_every_setting_has_a_meaning(capsys):
     for key, field in walk():
         assert f"  {key}=" in text
         assert field.description, key
+        for other, condition in rules_of(field)["only_with"].items():
+            assert other in fields_by_key()
+            assert f"only with {other}{condition}" in text or f", {other}{condition}" in text
     with pytest.raises(SystemExit) as stop:
         load_settings(["--help"])
     assert stop.value.code == 0
@@ -196,10 +314,9 @@ def test_a_step_has_its_trajectories_whatever_their_source(batch, share, n, mode
     if mode == "mixed":
         tree["rollout"]["share"] = share
     settings = resolve(tree)
-    own = settings.student_rollouts_per_step
-    assert own == {"on_policy": batch, "off_policy": 0, "mixed": math.ceil(round(share * batch, 9))}[mode]
-    rolled_out = math.ceil(own / settings.rollout.n)
-    assert settings.prompts_per_step == rolled_out + batch - own
+    rollouts = settings.student_rollouts_per_step
+    assert rollouts == {"on_policy": batch, "off_policy": 0, "mixed": math.ceil(round(share * batch, 9))}[mode]
+    assert settings.prompts_per_step == math.ceil(rollouts / settings.rollout.n) + batch - rollouts
 
 
 def test_config_imports_without_torch_ray_or_vllm():

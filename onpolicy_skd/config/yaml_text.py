@@ -1,0 +1,76 @@
+"""YAML as settings need it: what YAML 1.1 reads otherwise than it looks is refused, and aliases stay small."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import yaml
+
+LARGEST = 10_000  # values of a document, aliases counted at each use
+FREE_TEXT = ("data.instruction", "data.system", "data.plain")  # settings whose text may well hold a "#"
+ODD_NUMBER = re.compile(r"[-+]?(0[0-9_]+|.*:.*|.*(__|_$|_\.|\._|_[eE]).*)")
+
+
+class RefusedYAML(yaml.YAMLError):
+    """YAML that another reader would take differently; the message says what to write."""
+
+
+def parse(text: str) -> Any:
+    """Return the value of a YAML document.  Raises yaml.YAMLError, and ValueError for dates that do not exist."""
+    loader = yaml.SafeLoader(text)
+    try:
+        node = loader.get_single_node()
+        if node is None:
+            return None
+        _size(node, "", {})
+        return loader.construct_document(node)
+    finally:
+        loader.dispose()
+
+
+def _size(node: yaml.Node, key: str, sizes: dict[int, int]) -> int:
+    """Check ``node`` and return the number of values that it stands for; ``sizes`` are those of nodes seen before."""
+    if id(node) in sizes:
+        if not sizes[id(node)]:
+            raise RefusedYAML(f"{key}: an alias of the mapping or list that contains it, so nested without end")
+        return sizes[id(node)]
+    sizes[id(node)] = size = 0
+    if isinstance(node, yaml.ScalarNode):
+        _check_scalar(node, key)
+    elif isinstance(node, yaml.MappingNode):
+        _check_keys(node)
+        size = sum(_size(value, f"{key}.{name.value}".lstrip("."), sizes) for name, value in node.value)
+    elif isinstance(node, yaml.SequenceNode):
+        size = sum(_size(item, f"{key}.{number}", sizes) for number, item in enumerate(node.value))
+    if size > LARGEST:
+        raise RefusedYAML(f"{key or 'the document'}: its aliases expand to more than {LARGEST} values")
+    sizes[id(node)] = size + 1
+    return size + 1
+
+
+def _check_keys(node: yaml.MappingNode) -> None:
+    lines: dict[tuple[str, str], int] = {}
+    for name, _ in node.value:
+        if isinstance(name, yaml.ScalarNode):
+            line = name.start_mark.line + 1
+            if (name.tag, name.value) in lines:
+                first = lines[name.tag, name.value]
+                raise RefusedYAML(
+                    f"line {line}: {name.value!r} is there twice, the first time in line {first}; merge them"
+                )
+            lines[name.tag, name.value] = line
+
+
+def _check_scalar(node: yaml.ScalarNode, key: str) -> None:
+    if node.style is not None:
+        return  # quoted or a block: as it looks
+    line = node.start_mark.line + 1
+    if node.tag in ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float") and ODD_NUMBER.fullmatch(node.value):
+        value = yaml.safe_load(node.value)
+        raise RefusedYAML(f"line {line}: YAML reads {node.value} as the number {value}; write {value}, or quote a text")
+    rest = (node.end_mark.buffer or "")[node.end_mark.pointer :].partition("\n")[0]
+    if key.endswith(FREE_TEXT) and rest.lstrip().startswith("#"):
+        raise RefusedYAML(
+            f"line {line}: {key}: a comment starts at {rest.strip()[:20]!r}; quote the text if it belongs to it"
+        )
