@@ -66,6 +66,7 @@ class SamplingParams:
     temperature: float = 1.0
     top_p: float = 1.0
     entropy: bool = False  # whether entropies are recorded
+    stop: tuple[str, ...] = ()  # texts that end a response
 
 
 @dataclass(frozen=True, slots=True)

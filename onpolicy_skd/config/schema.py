@@ -219,6 +219,9 @@ class DataSettings(Section):
         TEXT,
     )  # fmt: skip
     train_problems: Positive | None = setting(None, "use only the first N training problems")
+    shots: NonNegative = setting(
+        0, "few-shot examples in every prompt: the first N rows of the training split, which are not trained on"
+    )
     validation_problems: NonNegative = setting(
         0, "training problems to hold out for evaluations during training; their text alone decides which"
     )
@@ -280,6 +283,9 @@ class RolloutSettings(Section):
     max_tokens: Positive = setting(512, "longest response, tokens")
     temperature: Annotated[float, Field(gt=0)] = setting(1.0, "sampling temperature")
     top_p: Share = setting(1.0, "nucleus of the sampling distribution")
+    stop: list[Annotated[str, Field(min_length=1)]] = setting(
+        [], "texts that end a response, in evaluations too, e.g. ['Question:']"
+    )
     dtype: Literal["auto", "float32", "bfloat16"] = setting("auto", "auto: bfloat16 on cuda, else float32")
     entropy: Literal["learner", "engine"] = setting(
         "learner", "source of the student's entropy; engine: recorded while sampling, which saves the learner a pass"

@@ -287,6 +287,7 @@ def _text(settings: Settings) -> str | None:
     unused = {
         "samples.prefilter_text: whole samples are scored": samples.prefilter_text != type(samples)().prefilter_text,
         "data.train_problems: text has tokens, not problems; use data.tokens": data.train_problems is not None,
+        "data.shots: text has no answers": data.shots,
         "data.validation_problems: text has none; eval.divergence_prompts holds out samples": data.validation_problems,
     }
     for reason, changed in unused.items():
@@ -356,7 +357,7 @@ TRL_ONLY = {
     "mode": "on_policy", "positions.policy": "full", "samples.keep": 1.0, "samples.correctness": "any",
     "samples.truncated": "keep", "samples.weight": "uniform", "classes.sampler": "none", "alignment.variant": "full_kd",
     "alignment.estimator": "exact", "alignment.kd_weight": 1.0, "alignment.ema_weight": 0.0, "rollout.n": 1,
-    "student.lora_rank": 0,
+    "rollout.stop": [], "student.lora_rank": 0,
 }  # fmt: skip
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +43,7 @@ def load_questions(settings: DataSettings, split: str) -> Iterator[tuple[str, st
     else:
         spec = GSM8K if settings.source == "gsm8k" else dict(name=settings.name, subset=settings.subset)
         rows, where = read_hub(str(spec["name"]), spec["subset"], name), f"{spec['name']}:{name}"
-    limit = settings.train_problems if training else None
+    limit = settings.train_problems + settings.shots if training and settings.train_problems else None
     columns = (settings.question_column, settings.answer_column)
     for number, row in enumerate(itertools.islice(rows, limit), 1):
         for column in columns:
@@ -92,16 +92,46 @@ def read_hub(name: str, subset: str | None, split: str, streaming: bool = False)
         ) from error
 
 
-def render(question: str, tokenizer: Any, settings: DataSettings) -> list[int]:
-    """Prompt token ids of ``question``.  Raises DataError if a chat template is asked for but missing."""
+def load_shots(settings: DataSettings) -> list[tuple[str, str]]:
+    """Return (question, answer) of the first ``data.shots`` rows of the training split: the examples of every prompt.
+
+    Raise DataError if the split has fewer rows, or none to read.
+    """
+    if not settings.shots:
+        return []
+    rows = list(itertools.islice(load_questions(settings, "train"), settings.shots))
+    if len(rows) < settings.shots:
+        raise DataError(f"data.shots={settings.shots}: the training split has {len(rows)} rows; accepted: fewer")
+    for key, _, answer in rows:
+        if not answer.strip():
+            raise DataError(f"{key}: an example of data.shots={settings.shots} without an answer; accepted: 0 shots")
+    return [(question, answer) for _, question, answer in rows]
+
+
+def render(question: str, tokenizer: Any, settings: DataSettings, shots: Sequence[tuple[str, str]] = ()) -> list[int]:
+    """Return the prompt token ids of ``question``, after the examples ``shots``.
+
+    Examples are user and assistant turns of a chat template; in plain text, lm-eval's format: a space before an answer
+    and an empty line after it.  Raise DataError if a chat template is asked for but missing.
+    """
     text = question + settings.instruction
     if settings.template == "plain":
-        return tokenizer(settings.plain.replace("{question}", text))["input_ids"]
+        gap = "" if settings.plain[-1:].isspace() else " "
+        prompt = settings.plain.replace("{question}", text)
+        examples = [
+            settings.plain.replace("{question}", q + settings.instruction) + f"{gap}{answer}\n\n" for q, answer in shots
+        ]
+        return tokenizer("".join([*examples, prompt]))["input_ids"]
     if not tokenizer.chat_template:
         raise DataError("data.template=chat: the student's tokenizer has no chat template; use data.template=plain")
     system = [{"role": "system", "content": settings.system}] if settings.system is not None else []
+    turns = [
+        turn
+        for q, answer in shots
+        for turn in ({"role": "user", "content": q + settings.instruction}, {"role": "assistant", "content": answer})
+    ]
     return tokenizer.apply_chat_template(
-        [*system, {"role": "user", "content": text}],
+        [*system, *turns, {"role": "user", "content": text}],
         add_generation_prompt=True,
         enable_thinking=settings.thinking,
         return_dict=False,
@@ -116,20 +146,24 @@ def answer_ids(answer: str, tokenizer: Any) -> list[int]:
 def load_prompts(settings: DataSettings, tokenizer: Any, split: str, limit: int | None = None) -> list[Prompt]:
     """The (first ``limit``) prompts of ``split``; over-long ones are dropped and counted, if so configured.
 
+    Problems that are examples of ``data.shots`` are left out.
     Raises DataError, also for a prompt over ``data.max_prompt_tokens``.
     """
-    prompts, dropped = [], 0
+    prompts, dropped, shots = [], 0, load_shots(settings)
+    example_questions = {question for question, _ in shots}
     for key, question, answer in load_questions(settings, split):
         if len(prompts) == limit:
             break
-        ids = render(question, tokenizer, settings)
+        if question in example_questions:
+            continue
+        ids = render(question, tokenizer, settings, shots)
         if len(ids) > settings.max_prompt_tokens:
             if settings.overlong == "drop":
                 dropped += 1
                 continue
             raise DataError(
                 f"{key}: the prompt has {len(ids)} tokens, data.max_prompt_tokens={settings.max_prompt_tokens}; "
-                "raise the limit or set data.overlong=drop"
+                f"raise the limit{', lower data.shots' if shots else ''} or set data.overlong=drop"
             )
         prompts.append(Prompt(key, ids, question, answer))
     if dropped:

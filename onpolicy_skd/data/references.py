@@ -166,7 +166,7 @@ def _fingerprint(settings: Settings, prompts: Sequence[Prompt]) -> str:
         json.dumps(
             [
                 weights_digest(settings.teacher.model), settings.run.seed, own.samples, own.temperature,
-                rollout.max_tokens, rollout.top_p, rollout.engine, rollout.dtype,
+                rollout.max_tokens, rollout.top_p, rollout.engine, rollout.dtype, *rollout.stop,
             ]
         ).encode()
     )  # fmt: skip

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import json
+import math
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from onpolicy_skd.evaluation.exact_match import score, wilson
+from onpolicy_skd.evaluation.stop_texts import before_stop
 from onpolicy_skd.storage.files import write_text
 from onpolicy_skd.types import Prompt, RolloutRequest, SamplingParams, Trajectory, seed_of
 
-Generate = Callable[[Sequence[RolloutRequest], SamplingParams], list[Trajectory]]
+Generate = Callable[[Sequence[RolloutRequest], SamplingParams], Iterable[Trajectory]]
+RULES = ("match", "strict")
+Z = 1.959964  # of the two-sided 95 % interval
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,46 +47,82 @@ def evaluate(
     sampling: SamplingParams,
     samples: int = 1,
     seed: int = 0,
+    known: Iterable[dict[str, Any]] = (),
+    on_record: Callable[[dict[str, Any]], None] = lambda _: None,
 ) -> Evaluation:
-    """Generate ``samples`` answers to every prompt and judge them by both rules."""
+    """Generate ``samples`` answers to every prompt and judge them by both rules.
+
+    ``known`` are records of an earlier evaluation: their answers are not generated again.  ``on_record`` receives each
+    new record when its answer is complete.
+    """
+    prompt_of = {f"{p.key}/{i}": p for p in prompts for i in range(samples)}
+    records = {r["key"]: r for r in known}
     requests = [
-        RolloutRequest(f"{p.key}/{i}", p.token_ids, seed_of(seed, "evaluation", p.key, i))
-        for p in prompts
-        for i in range(samples)
+        RolloutRequest(key, p.token_ids, seed_of(seed, "evaluation", key))
+        for key, p in prompt_of.items()
+        if key not in records
     ]
-    answers = {t.key: t for t in generate(requests, sampling)}
-    records = []
-    for prompt in prompts:
-        for i in range(samples):
-            trajectory = answers[f"{prompt.key}/{i}"]
-            output = tokenizer.decode(trajectory.response_ids.tolist(), skip_special_tokens=True)
-            records.append(
-                {
-                    "key": trajectory.key,
-                    "question": prompt.question,
-                    "reference": prompt.answer,
-                    "output": output,
-                    "finish_reason": trajectory.finish_reason,
-                    "tokens": len(trajectory.response_ids),
-                    **asdict(score(output, prompt.answer)),
-                }
-            )
-    result = {
-        "problems": len(prompts),
-        "samples": samples,
-        "match": _rate([r["match"] for r in records], samples),
-        "strict": _rate([r["strict"] for r in records], samples),
+    for trajectory in generate(requests, sampling) if requests else ():
+        record = _record(trajectory, prompt_of[trajectory.key], tokenizer, sampling.stop)
+        records[trajectory.key] = record
+        on_record(record)
+    ordered = [records[key] for key in prompt_of]
+    return Evaluation(summarize(ordered, samples), ordered)
+
+
+def _record(trajectory: Trajectory, prompt: Prompt, tokenizer: Any, stop: Sequence[str]) -> dict[str, Any]:
+    output = before_stop(tokenizer.decode(trajectory.response_ids.tolist(), skip_special_tokens=True), stop)
+    return {
+        "key": trajectory.key,
+        "question": prompt.question,
+        "reference": prompt.answer,
+        "output": output,
+        "finish_reason": trajectory.finish_reason,
+        "tokens": len(trajectory.response_ids),
+        **asdict(score(output, prompt.answer)),
+    }
+
+
+def summarize(records: Sequence[dict[str, Any]], samples: int) -> dict[str, Any]:
+    """Compute the figures of ``records``, which hold ``samples`` answers in a row per problem.
+
+    ``share`` of a rule is the mean over all answers (avg@samples); ``pass_at`` is there for several samples.
+    """
+    counts = {
+        rule: [sum(r[rule] for r in records[i : i + samples]) for i in range(0, len(records), samples)]
+        for rule in RULES
+    }
+    result: dict[str, Any] = {"problems": len(records) // samples, "samples": samples}
+    for rule in RULES:
+        right = counts[rule]
+        result[rule] = (
+            {"share": right.count(1) / len(right), "interval": wilson(right.count(1), len(right))}
+            if samples == 1
+            else _mean([c / samples for c in right])
+        )
+    if samples > 1:
+        ks = [2**i for i in range(samples.bit_length())]
+        result["pass_at"] = {
+            rule: {str(k): _mean([pass_at_k(c, samples, k) for c in counts[rule]]) for k in ks} for rule in RULES
+        }
+    return result | {
         "truncated": sum(r["finish_reason"] == "length" for r in records) / len(records),
         "response_tokens": sum(r["tokens"] for r in records) / len(records),
     }
-    return Evaluation(result, records)
 
 
-def _rate(correct: list[bool], samples: int) -> dict[str, Any]:
-    """Return the share of right answers with its 95 % interval; problems, not samples, are independent."""
-    share = sum(correct) / len(correct)
-    if samples == 1:
-        return {"share": share, "interval": wilson(sum(correct), len(correct))}
-    means = [sum(correct[i : i + samples]) / samples for i in range(0, len(correct), samples)]
-    half = 1.959964 * statistics.stdev(means) / len(means) ** 0.5 if len(means) > 1 else 1.0
-    return {"share": share, "interval": (max(0.0, share - half), min(1.0, share + half))}
+def pass_at_k(correct: int, samples: int, k: int) -> float:
+    """Return the unbiased estimate of pass@k: 1 - C(samples - correct, k) / C(samples, k).
+
+    Chen et al., Evaluating Large Language Models Trained on Code, 2021 (arXiv:2107.03374), Eq. 1.
+    """
+    return 1.0 - math.comb(samples - correct, k) / math.comb(samples, k)
+
+
+def _mean(values: Sequence[float]) -> dict[str, Any]:
+    """Return the mean over problems with its 95 % interval; problems, not samples, are independent."""
+    mean, spread = statistics.fmean(values), statistics.pstdev(values)
+    if not spread:  # equal values do not mean certainty
+        return {"share": mean, "interval": wilson(mean * len(values), len(values))}
+    half = Z * statistics.stdev(values) / len(values) ** 0.5
+    return {"share": mean, "interval": (max(0.0, mean - half), min(1.0, mean + half))}

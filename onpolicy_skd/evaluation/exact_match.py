@@ -22,6 +22,7 @@ from typing import Any
 
 from math_verify import parse, verify
 
+from onpolicy_skd.evaluation.stop_texts import before_stop
 from onpolicy_skd.types import RolloutRequest, Trajectory
 
 ANSWER_TAIL = 4_000  # characters from the end that may hold the final answer
@@ -76,13 +77,16 @@ def score(output: str, answer: str) -> Score:
 
 
 def with_correctness(
-    trajectories: Sequence[Trajectory], requests: Sequence[RolloutRequest], tokenizer: Any
+    trajectories: Sequence[Trajectory], requests: Sequence[RolloutRequest], tokenizer: Any, stop: Sequence[str] = ()
 ) -> list[Trajectory]:
-    """``trajectories`` (one per request) with ``correct`` set where the request brings the reference answer along."""
+    """``trajectories`` (one per request) with ``correct`` set where the request brings the reference answer along.
+
+    What follows one of the ``stop`` texts is not judged.
+    """
     found = []
     for t, request in zip(trajectories, requests, strict=True):
         if request.answer is not None:
-            output = tokenizer.decode(t.response_ids.tolist(), skip_special_tokens=True)
+            output = before_stop(tokenizer.decode(t.response_ids.tolist(), skip_special_tokens=True), stop)
             t = dataclasses.replace(t, correct=score(output, request.answer).match)  # noqa: PLW2901
         found.append(t)
     return found
@@ -145,7 +149,7 @@ def _braced(text: str) -> str | None:
     return None
 
 
-def wilson(right: int, total: int, z: float = 1.959964) -> tuple[float, float]:
+def wilson(right: float, total: int, z: float = 1.959964) -> tuple[float, float]:
     """95 % interval of a share (Wilson, 1927): holds near 0 and 1, where the normal one does not."""
     if total == 0:
         return (0.0, 1.0)

@@ -66,11 +66,12 @@ class Run:
     @property
     def sampling(self) -> SamplingParams:
         own = self.settings.rollout
-        return SamplingParams(own.max_tokens, own.temperature, own.top_p, own.entropy == "engine")
+        return SamplingParams(own.max_tokens, own.temperature, own.top_p, own.entropy == "engine", tuple(own.stop))
 
     @property
     def greedy(self) -> SamplingParams:
-        return SamplingParams(self.settings.eval.max_tokens or self.settings.rollout.max_tokens, 0.0)
+        max_tokens = self.settings.eval.max_tokens or self.settings.rollout.max_tokens
+        return SamplingParams(max_tokens, 0.0, stop=tuple(self.settings.rollout.stop))
 
     @property
     def samples_student(self) -> bool:

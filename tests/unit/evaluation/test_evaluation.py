@@ -1,9 +1,12 @@
+import itertools
 import json
 import time
 
 import numpy as np
 import pytest
 from helpers import tiny_settings
+from hypothesis import given
+from hypothesis import strategies as st
 
 from eval import gsm8k as evaluation
 from onpolicy_skd.data.prompts import load_questions
@@ -152,6 +155,61 @@ def test_evaluation_counts_and_records(tmp_path):
     assert sampled.result["match"]["share"] == 0.5
     low, high = sampled.result["match"]["interval"]
     assert low <= 0.5 <= high
+
+
+@pytest.mark.parametrize("samples", [1, 2, 5, 8])
+def test_pass_at_k_is_the_mean_over_all_subsets_of_the_answers(samples):
+    for right in range(samples + 1):
+        answers = [i < right for i in range(samples)]
+        for k in range(1, samples + 1):
+            exact = np.mean([any(chosen) for chosen in itertools.combinations(answers, k)], dtype=np.float64)
+            assert evaluate.pass_at_k(right, samples, k) == pytest.approx(exact, abs=1e-15)
+
+
+@given(st.integers(1, 400), st.data())
+def test_pass_at_k_is_the_product_of_its_paper(samples, data):
+    right, k = data.draw(st.integers(0, samples)), data.draw(st.integers(1, samples))
+    wrong = samples - right
+    product = 1.0 if wrong < k else 1.0 - np.prod(1.0 - k / np.arange(wrong + 1, samples + 1, dtype=np.float64))
+    assert evaluate.pass_at_k(right, samples, k) == pytest.approx(product, abs=1e-12)
+
+
+def test_several_samples_have_avg_and_pass_at_powers_of_two():
+    rows = [[True, False, False, True, False], [False] * 5, [True] * 5]
+    records = [{"match": m, "strict": False, "finish_reason": "stop", "tokens": 4} for samples in rows for m in samples]
+    result = evaluate.summarize(records, 5)
+    assert (result["problems"], result["samples"]) == (3, 5)
+    assert result["match"]["share"] == pytest.approx((0.4 + 0 + 1) / 3)
+    assert list(result["pass_at"]["match"]) == ["1", "2", "4"]
+    assert result["pass_at"]["match"]["2"]["share"] == pytest.approx((0.7 + 0 + 1) / 3)
+    half = 1.959964 * np.std([0.7, 0, 1], ddof=1) / 3**0.5
+    low, high = result["pass_at"]["match"]["2"]["interval"]
+    assert (low, high) == (pytest.approx(max(0, 1.7 / 3 - half)), pytest.approx(min(1, 1.7 / 3 + half)))
+    assert result["strict"]["interval"] == wilson(0, 3)  # three equal values are no certainty
+
+
+def test_records_of_an_earlier_evaluation_are_kept_and_new_ones_handed_over():
+    tokenizer = load_tokenizer("bundled:demo_student")
+    prompts = [Prompt(f"p{i}", [5, 6], f"q{i}", "#### 7") for i in range(4)]
+    generate = fake_generate(tokenizer, ["#### 7"])
+    first = evaluate.evaluate(generate, prompts[:3], tokenizer, SamplingParams(8, 0.0))
+    known = [r | {"output": "kept"} for r in first.records[1:]]
+    new: list = []
+    second = evaluate.evaluate(generate, prompts, tokenizer, SamplingParams(8, 0.0), known=known, on_record=new.append)
+    assert {r["key"] for r in new} == {"p0/0", "p3/0"}
+    assert [r["output"] for r in second.records] == ["#### 7", "kept", "kept", "#### 7"]
+    complete = evaluate.evaluate(None, prompts, tokenizer, SamplingParams(8, 0.0), known=second.records)
+    assert complete.records == second.records
+
+
+def test_a_stop_text_is_no_part_of_the_judged_answer():
+    tokenizer = load_tokenizer("bundled:demo_student")
+    prompts = [Prompt("p", [5, 6], "q", "#### 7")]
+    generate = fake_generate(tokenizer, ["#### 7\nQuestion: 8"])
+    [record] = evaluate.evaluate(generate, prompts, tokenizer, SamplingParams(8, 0.0, stop=("Question:",))).records
+    assert (record["output"], record["match"]) == ("#### 7\n", True)
+    [record] = evaluate.evaluate(generate, prompts, tokenizer, SamplingParams(8, 0.0)).records
+    assert record["output"] == "#### 7\nQuestion: 8"
 
 
 @pytest.mark.parametrize("engine", ["vllm", "transformers"])
