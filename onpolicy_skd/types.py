@@ -86,6 +86,8 @@ class FilterReport:
     kept: list[str]  # trajectory keys
     generated: int
     dropped: dict[str, int] = field(default_factory=dict)  # count per reason
+    student_rollouts: int = 0  # trajectories that the student sampled, among those generated
+    truncated: int = 0  # student rollouts that reached the token limit, kept or not
 
     def count(self, reason: str, dropped: int) -> None:
         if dropped:
@@ -95,6 +97,8 @@ class FilterReport:
         """Of another part of the same batch."""
         self.kept += other.kept
         self.generated += other.generated
+        self.student_rollouts += other.student_rollouts
+        self.truncated += other.truncated
         for reason, dropped in other.dropped.items():
             self.count(reason, dropped)
 

@@ -336,10 +336,7 @@ class Learner:
         own = [t for t in trajectories if t.policy_version is not None]
         if not own:
             return {}
-        found = {
-            "truncated": sum(t.finish_reason == "length" for t in own) / len(own),
-            "repetition": sum(repetition(t.response_ids) for t in own) / len(own),
-        }
+        found = {"repetition": sum(repetition(t.response_ids) for t in own) / len(own)}
         ended = {t.key for t in [t for t in own if t.finish_reason == "stop"][:ENDINGS]}
         if ended and self.version % ENDINGS_EVERY == 0:
             endings = self._ranks.gather(self._endings([t for t in mine if t.key in ended]))

@@ -1,7 +1,8 @@
-"""Warnings of training that goes wrong without an error, from the metrics of its steps.
+"""Warnings about training that goes wrong without an error, from the metrics of its steps.
 
-Each guard looks at the mean of a reading over the last ``WINDOW`` steps, some beside the mean of the first ones.  It
-speaks when that goes wrong, and again only after it has been right in between.
+Each guard compares the mean of a metric over its last readings with a limit, which may depend on the mean of the first
+readings.  It warns when the limit is crossed, at once where the first readings leave no doubt, and warns again only
+after the mean has been clearly on the right side.
 """
 
 from __future__ import annotations
@@ -13,82 +14,89 @@ from typing import Any
 
 import numpy as np
 
-WINDOW = 10  # steps
+WINDOW = 10  # readings: one per step, but for metrics that are measured less often
+RECOVERY = 0.8  # a guard is ready again when its mean is below this share of the limit
 Record = Mapping[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
 class Guard:
     name: str
-    reading: Callable[[Record], float | None]  # of one step's metrics; None if they do not tell
-    wrong: Callable[[float, float], bool]  # of its mean now, and at the start
-    says: str  # with {now} and {start}
+    metric: str  # key in the record of a step
+    limit: Callable[[float], float]  # given the mean of the first readings
+    text: str  # with {now}, the current mean, and {start}, the first one
+    below: bool = False  # warn below the limit, not above it
+    clear: float | None = None  # a mean beyond it needs no full window
 
+    def crossed(self, mean: float, limit: float) -> bool:
+        return mean < limit if self.below else mean > limit
 
-def _truncated(r: Record) -> float | None:
-    if "truncated" not in r:
-        return None
-    return (r["dropped"].get("truncated", 0) + r["truncated"] * r["samples"]) / r["generated"]
+    def recovered(self, mean: float, limit: float) -> bool:
+        return mean > limit / RECOVERY if self.below else mean < limit * RECOVERY
 
 
 def guards(max_gap: float) -> tuple[Guard, ...]:
-    """All of them; ``max_gap``: ``sync.max_gap``."""
+    """Return all guards; ``max_gap`` is ``sync.max_gap``."""
     return (
         Guard(
-            "length", lambda r: r.get("response_tokens"), lambda now, start: now > max(2 * start, 32),
+            "length", "response_tokens", lambda start: max(2 * start, 32),
             "responses have {now:.0f} tokens, {start:.0f} at the start; if truncation follows, lower learner.lr",
         ),
         Guard(
-            "repetition", lambda r: r.get("repetition"), lambda now, start: now > max(0.25, 2 * start),
-            "{now:.0%} of the responses' tokens repeat what they said before, {start:.0%} at the start; reverse KL can "
-            "fall that way: look at the rollouts, lower learner.lr or set alignment.divergence=forward_kl",
+            "repetition", "repetition", lambda start: max(0.25, 2 * start),
+            "{now:.0%} of the tokens of responses repeat earlier ones, {start:.0%} at the start; reverse KL can fall "
+            "that way: look at the rollouts, lower learner.lr or set alignment.divergence=forward_kl",
         ),
         Guard(
-            "truncated", _truncated, lambda now, start: now > 0.5,
-            "{now:.0%} of the responses have no end within the limit; raise rollout.max_tokens",
+            "truncated", "truncated", lambda start: 0.5,
+            "{now:.0%} of the responses reach the token limit before they end; raise rollout.max_tokens",
+            clear=0.9,
         ),
         Guard(
-            "entropy", lambda r: r.get("entropy"), lambda now, start: now < 0.1 * start,
+            "entropy", "entropy", lambda start: 0.1 * start,
             "the student's entropy is {now:.4f} nats, {start:.4f} at the start: it hardly explores any more; lower "
             "learner.lr or raise rollout.temperature",
+            below=True,
         ),
         Guard(
-            "gap", lambda r: r.get("sampler_gap"), lambda now, start: now > 0.5 * max_gap,
-            "sampler and learner differ by {now:.4f} nats a token, more than half of sync.max_gap; use one dtype for "
-            "rollout.dtype and learner.compute_dtype",
+            "gap", "sampler_gap", lambda start: 0.5 * max_gap,
+            "sampler and learner differ by {now:.4f} nats per token, more than half of sync.max_gap; use the same "
+            "dtype for rollout.dtype and learner.compute_dtype",
         ),
         Guard(
-            "ending", lambda r: r.get("teacher_ending"), lambda now, start: now < 0.1,
-            "the teacher gives the student's ends of sequence a probability of {now:.3f}; check that both end answers "
-            "with the same token (chat template, generation_config.json)",
+            "ending", "teacher_ending", lambda start: 0.1,
+            "the teacher gives the end-of-sequence tokens of the student's responses a probability of {now:.3f}; check "
+            "that both models end answers with the same token (chat template, generation_config.json)",
+            below=True, clear=0.05,
         ),
     )  # fmt: skip
 
 
 @dataclass
 class HealthMonitor:
-    """``for name, text in watch.see(record): ...`` after every step."""
+    """``for name, text in monitor.check(record): ...`` after each step."""
 
     max_gap: float
-    _start: defaultdict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
+    _first: defaultdict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
     _last: defaultdict[str, deque[float]] = field(default_factory=lambda: defaultdict(lambda: deque(maxlen=WINDOW)))
-    _wrong: set[str] = field(default_factory=set)
+    _warned: set[str] = field(default_factory=set)
 
-    def see(self, record: Record) -> Iterator[tuple[str, str]]:
-        """Name and words of each guard that speaks after this step."""
+    def check(self, record: Record) -> Iterator[tuple[str, str]]:
+        """Yield name and text of each guard that warns after this step."""
         for guard in guards(self.max_gap):
-            value = guard.reading(record)
+            value = record.get(guard.metric)
             if value is None:
                 continue
-            start, last = self._start[guard.name], self._last[guard.name]
-            if len(start) < WINDOW:
-                start.append(value)
+            first, last = self._first[guard.name], self._last[guard.name]
+            if len(first) < WINDOW:
+                first.append(value)
             last.append(value)
-            if len(last) < WINDOW:
-                continue
-            now, then = float(np.mean(last)), float(np.mean(start))
-            if not guard.wrong(now, then):
-                self._wrong.discard(guard.name)
-            elif guard.name not in self._wrong:
-                self._wrong.add(guard.name)
-                yield guard.name, guard.says.format(now=now, start=then)
+            now, start = float(np.mean(last)), float(np.mean(first))
+            limit = guard.limit(start)
+            clear = guard.clear is not None and guard.crossed(now, guard.clear)
+            if guard.name in self._warned:
+                if len(last) == WINDOW and guard.recovered(now, limit):
+                    self._warned.discard(guard.name)
+            elif clear or (len(last) == WINDOW and guard.crossed(now, limit)):
+                self._warned.add(guard.name)
+                yield guard.name, guard.text.format(now=now, start=start)

@@ -31,7 +31,8 @@ def validity(
             reasons["right" if t.correct else "wrong"] += 1
         else:
             kept.append(t.key)
-    return FilterReport(kept, len(trajectories), dict(reasons))
+    finish_reasons = [t.finish_reason for t in trajectories if t.policy_version is not None]
+    return FilterReport(kept, len(trajectories), dict(reasons), len(finish_reasons), finish_reasons.count("length"))
 
 
 def top_share(scores: Sequence[float], share: float) -> list[int]:

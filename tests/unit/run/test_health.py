@@ -7,21 +7,21 @@ from onpolicy_skd.evaluation.diagnostics import NGRAM, repetition
 from onpolicy_skd.run.health import WINDOW, HealthMonitor, guards
 
 HEALTHY = {
-    "response_tokens": 60.0, "repetition": 0.05, "truncated": 0.0, "samples": 8.0, "generated": 8, "dropped": {},
-    "entropy": 0.4, "sampler_gap": 1e-3, "teacher_ending": 0.9,
+    "response_tokens": 60.0, "repetition": 0.05, "truncated": 0.0, "entropy": 0.4, "sampler_gap": 1e-3,
+    "teacher_ending": 0.9,
 }  # fmt: skip
 ILL = {
     "length": {"response_tokens": 150.0},
     "repetition": {"repetition": 0.6},
-    "truncated": {"dropped": {"truncated": 7}},
+    "truncated": {"truncated": 0.8},
     "entropy": {"entropy": 0.01},
     "gap": {"sampler_gap": 0.08},
     "ending": {"teacher_ending": 0.02},
 }
 
 
-def spoken(watch, record, times=1):
-    return [name for _ in range(times) for name, _ in watch.see(record)]
+def warnings(monitor, record, times=1):
+    return [name for _ in range(times) for name, _ in monitor.check(record)]
 
 
 def test_every_guard_is_shown_here():
@@ -29,27 +29,46 @@ def test_every_guard_is_shown_here():
 
 
 @pytest.mark.parametrize("name", ILL)
-def test_a_guard_speaks_once_until_things_were_right_again(name):
-    watch, ill = HealthMonitor(0.1), HEALTHY | ILL[name]
-    assert spoken(watch, HEALTHY, 2 * WINDOW) == []
-    assert spoken(watch, ill, 3 * WINDOW) == [name]
-    assert spoken(watch, HEALTHY, WINDOW) == []
-    assert spoken(watch, ill, WINDOW) == [name]
+def test_a_guard_warns_once_until_things_were_right_again(name):
+    monitor, ill = HealthMonitor(0.1), HEALTHY | ILL[name]
+    assert warnings(monitor, HEALTHY, 2 * WINDOW) == []
+    assert warnings(monitor, ill, 3 * WINDOW) == [name]
+    assert warnings(monitor, HEALTHY, WINDOW) == []
+    assert warnings(monitor, ill, WINDOW) == [name]
 
 
-def test_it_says_figures_and_what_to_do():
-    watch = HealthMonitor(0.1)
-    said = [text for r in [HEALTHY] * 20 + [HEALTHY | ILL["length"]] * 20 for _, text in watch.see(r)]
-    assert len(said) == 1
-    assert "60 at the start" in said[0]
-    assert "learner.lr" in said[0]
+def test_a_warning_has_figures_and_advice():
+    monitor = HealthMonitor(0.1)
+    texts = [text for r in [HEALTHY] * 20 + [HEALTHY | ILL["length"]] * 20 for _, text in monitor.check(r)]
+    assert len(texts) == 1
+    assert "60 at the start" in texts[0]
+    assert "learner.lr" in texts[0]
 
 
-def test_steps_that_do_not_tell_are_passed_over():
-    watch = HealthMonitor(0.1)
-    assert spoken(watch, {"step": 3, "event": "fault"}, 30) == []  # off-policy steps and events have no such keys
-    assert spoken(watch, {"entropy": 0.4}, WINDOW) == []
-    assert spoken(watch, {"entropy": 0.01}, WINDOW) == ["entropy"]
+@pytest.mark.parametrize(("metric", "middle", "swing"), [("truncated", 0.5, 0.06), ("teacher_ending", 0.1, 0.01)])
+def test_a_mean_that_swings_around_the_limit_warns_once(metric, middle, swing):
+    monitor = HealthMonitor(0.1)
+    series = middle + swing * np.sin(np.arange(150) / 4)
+    assert len([name for value in series for name in warnings(monitor, HEALTHY | {metric: value})]) == 1
+
+
+@pytest.mark.parametrize(("metric", "value"), [("truncated", 0.97), ("teacher_ending", 0.01)])
+def test_what_the_first_step_leaves_no_doubt_about_is_said_at_once(metric, value):
+    assert len(warnings(HealthMonitor(0.1), HEALTHY | {metric: value})) == 1
+
+
+@pytest.mark.parametrize(("metric", "value"), [("truncated", 0.6), ("teacher_ending", 0.08)])
+def test_what_the_first_step_leaves_in_doubt_needs_a_full_window(metric, value):
+    monitor = HealthMonitor(0.1)
+    assert warnings(monitor, HEALTHY | {metric: value}, WINDOW - 1) == []
+    assert len(warnings(monitor, HEALTHY | {metric: value})) == 1
+
+
+def test_records_without_a_metric_are_skipped():
+    monitor = HealthMonitor(0.1)
+    assert warnings(monitor, {"step": 3, "event": "fault"}, 30) == []  # off-policy steps and events lack these keys
+    assert warnings(monitor, {"entropy": 0.4}, WINDOW) == []
+    assert warnings(monitor, {"entropy": 0.01}, WINDOW) == ["entropy"]
 
 
 def slow_repetition(ids):
