@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import functools
+import ipaddress
 import logging
 import math
 import os
 import socket
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import ray
-from ray._private import ray_constants
+from ray._private import ray_constants, services
 from ray.exceptions import GetTimeoutError
 
 from actors.faults import Place
@@ -120,9 +123,38 @@ def _join_or_start(address: str | None) -> None:
 
 
 def _init(address: str, **options: Any) -> None:
-    """``ray.init``; a Ray of our own listens on loopback alone, which ray.init has no public way to log."""
-    ray_constants.ENABLE_RAY_CLUSTER = address != "local"
-    ray.init(address=address, logging_level=logging.WARNING, log_to_driver=False, **options)
+    """Call ``ray.init``; dial loopback addresses as they are, and start a private Ray on loopback alone.
+
+    ray.init has no public option for either: it would replace a loopback address by the host's, where nothing listens.
+    """
+    private = address == "local"
+    ray_constants.ENABLE_RAY_CLUSTER = not (private or is_loopback(address))
+    with _separate_session() if private else nullcontext():
+        ray.init(address=address, logging_level=logging.WARNING, log_to_driver=False, **options)
+
+
+@contextmanager
+def _separate_session() -> Iterator[None]:
+    """Start Ray's processes in a separate session: a signal to the driver's process group does not reach them.
+
+    Ctrl-C in a terminal, ``timeout`` and schedulers signal the whole group, but a checkpoint needs the actors.
+    """
+    popen = services.ConsolePopen
+    if sys.platform == "linux":  # elsewhere Ray ends its processes through the driver's process group
+        services.ConsolePopen = functools.partial(popen, start_new_session=True)
+    try:
+        yield
+    finally:
+        services.ConsolePopen = popen
+
+
+def is_loopback(address: str) -> bool:
+    """Return whether ``host:port`` names this machine's loopback interface."""
+    host = address.rpartition(":")[0].strip("[]")
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
 
 
 def running_here() -> str | None:
