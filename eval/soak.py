@@ -1,7 +1,7 @@
-"""``python -m eval.soak --out runs/soak``: the demo's loop for thousands of steps, and whether anything grows.
+"""``python -m eval.soak --out runs/soak``: the demo for thousands of steps, to see whether anything grows.
 
-Watches the processes of a run from outside: the memory each has to itself (unique set size), their number, their open
-files, and the objects in Ray's store.
+Measures the processes of a run from outside: the memory of each (unique set size), their number, their open files, and
+the objects in Ray's store.
 """
 
 from __future__ import annotations
@@ -21,31 +21,31 @@ from typing import Any
 import psutil
 
 from eval.faults.processes import Lab, kill_tree
-from onpolicy_skd.report import metrics_log as metrics
+from onpolicy_skd.report import metrics_log
 from onpolicy_skd.report.summary import versions
 from onpolicy_skd.storage.files import write_text
 
 LONG = ["run.checkpoint_every=100", "run.evaluate_every=200", "eval.during=32", "learner.lr=1e-4", "resume=never"]
-EVERY = 5.0  # seconds between looks
+INTERVAL_S = 5.0  # seconds between samples
 NAMES = ("LearnerActor", "TeacherActor", "RolloutActor", "raylet", "gcs_server")
 
 
-def look(driver: psutil.Process) -> dict[str, dict[str, float]]:
-    """MiB of its own and open files of each process of a run, by what it is."""
-    found = {}
+def measure(driver: psutil.Process) -> dict[str, dict[str, float]]:
+    """Return memory in MiB and open files of each process of a run, by its kind."""
+    sample = {}
     for process in [driver, *driver.children(recursive=True)]:
         with contextlib.suppress(psutil.NoSuchProcess, psutil.AccessDenied, IndexError):
             line = " ".join(process.cmdline())
             name = "driver" if process == driver else next((n for n in NAMES if n in line[:200]), None)
             if name:
-                own = process.memory_full_info().uss / 2**20
-                found[name] = {"mib": own, "files": process.num_fds(), "pid": process.pid}
-    found["all"] = {"processes": len(driver.children(recursive=True)), "store_mib": _store(driver)}
-    return found
+                mib = process.memory_full_info().uss / 2**20
+                sample[name] = {"mib": mib, "files": process.num_fds(), "pid": process.pid}
+    sample["all"] = {"processes": len(driver.children(recursive=True)), "store_mib": _store(driver)}
+    return sample
 
 
 def _store(driver: psutil.Process) -> float:
-    """MiB of Ray's object store that this machine holds, as shared memory of the raylet."""
+    """Return the MiB of Ray's object store on this machine, the shared memory of the raylet."""
     for process in driver.children(recursive=True):
         with contextlib.suppress(psutil.NoSuchProcess, psutil.AccessDenied):
             if "raylet" in process.name():
@@ -54,7 +54,7 @@ def _store(driver: psutil.Process) -> float:
 
 
 def drift(series: Sequence[float]) -> float:
-    """Mean of the last tenth over the mean of the second tenth (after warm-up), minus 1."""
+    """Return the mean of the last tenth over the mean of the second tenth (after warm-up), minus 1."""
     tenth = max(1, len(series) // 10)
     return statistics.fmean(series[-tenth:]) / statistics.fmean(series[tenth : 2 * tenth]) - 1.0
 
@@ -69,55 +69,55 @@ def main(argv: Sequence[str] | None = None) -> int:
     out = args.out.absolute()
     lab = Lab(out, args.engine, random.Random(0))
     process = lab.start(lab.command("run", args.steps, *LONG, *args.overrides), "run")
-    driver, looks = psutil.Process(process.pid), []
-    started = time.monotonic()
+    driver, samples = psutil.Process(process.pid), []
+    start = time.monotonic()
     try:
         while process.poll() is None:
-            time.sleep(EVERY)
+            time.sleep(INTERVAL_S)
             with contextlib.suppress(psutil.NoSuchProcess):
-                steps = len([r for r in metrics.read(out / "run" / metrics.FILE) if "loss" in r])
+                steps = len([r for r in metrics_log.read(out / "run" / metrics_log.FILE) if "loss" in r])
                 if 0 < steps < args.steps:
-                    looks.append({"step": steps, "seconds": time.monotonic() - started, **look(driver)})
+                    samples.append({"step": steps, "seconds": time.monotonic() - start, **measure(driver)})
     finally:
         kill_tree(process.pid)
-    report = conclude(looks, args.steps, process.returncode, time.monotonic() - started)
-    write_text(out / "soak.json", json.dumps(report | {"looks": looks}, indent=1) + "\n")
-    plot(out / "soak.png", looks)
+    report = conclude(samples, args.steps, process.returncode, time.monotonic() - start)
+    write_text(out / "soak.json", json.dumps(report | {"samples": samples}, indent=1) + "\n")
+    plot(out / "soak.png", samples)
     print(json.dumps(report, indent=2))
     return int(not report["flat"])
 
 
-def conclude(looks: Sequence[dict[str, Any]], steps: int, code: int | None, seconds: float) -> dict[str, Any]:
-    """What grew between the second and the last tenth of the looks; flat: no process by more than 5 %."""
+def conclude(samples: Sequence[dict[str, Any]], steps: int, code: int | None, seconds: float) -> dict[str, Any]:
+    """Return the growth between the second and the last tenth of ``samples``; flat means at most 5 % each."""
     series: defaultdict[str, list[float]] = defaultdict(list)
     pids: defaultdict[str, set[float]] = defaultdict(set)
-    for one in looks:
+    for sample in samples:
         for name in ("driver", *NAMES):
-            if name in one:
-                series[f"{name} MiB"].append(one[name]["mib"])
-                series[f"{name} files"].append(one[name]["files"])
-                pids[name].add(one[name]["pid"])
-        series["processes"].append(one["all"]["processes"])
-        series["object store MiB"].append(one["all"]["store_mib"])
+            if name in sample:
+                series[f"{name} MiB"].append(sample[name]["mib"])
+                series[f"{name} files"].append(sample[name]["files"])
+                pids[name].add(sample[name]["pid"])
+        series["processes"].append(sample["all"]["processes"])
+        series["object store MiB"].append(sample["all"]["store_mib"])
     grown = {name: round(drift(values), 4) for name, values in series.items() if len(values) >= 20}
     last = {name: round(values[-1], 1) for name, values in series.items()}
     flat = bool(grown) and all(change <= 0.05 for name, change in grown.items())
-    restarts = {name: len(own) - 1 for name, own in pids.items() if len(own) > 1}
-    head = {"steps": steps, "exit": code, "seconds": round(seconds), "looks": len(looks)}
+    restarts = {name: len(distinct) - 1 for name, distinct in pids.items() if len(distinct) > 1}
+    head = {"steps": steps, "exit": code, "seconds": round(seconds), "samples": len(samples)}
     return {**head, "flat": flat and code == 0, "grown": grown, "last": last, "restarts": restarts,
             "versions": versions()}  # fmt: skip
 
 
-def plot(path: Path, looks: Sequence[dict[str, Any]]) -> None:
+def plot(path: Path, samples: Sequence[dict[str, Any]]) -> None:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axis = figure.subplots()
     for name in ("driver", *NAMES):
-        points = [(one["step"], one[name]["mib"]) for one in looks if name in one]
+        points = [(s["step"], s[name]["mib"]) for s in samples if name in s]
         if points:
             axis.plot(*zip(*points, strict=True), label=name, linewidth=1.2)
-    axis.set(xlabel="step", ylabel="memory of its own, MiB", ylim=(0, None))
+    axis.set(xlabel="step", ylabel="unique set size, MiB", ylim=(0, None))
     axis.legend(fontsize="small")
     axis.grid(alpha=0.3)
     figure.savefig(path, dpi=110)

@@ -1,4 +1,4 @@
-"""``python -m eval.faults --out runs/faults``: injects faults and says what became of each; ``make faults``."""
+"""``python -m eval.faults --out runs/faults``: injects faults and counts their outcomes; ``make faults``."""
 
 from __future__ import annotations
 
@@ -25,22 +25,22 @@ Scenario = Callable[[Lab, Path, random.Random], Tally]
 
 
 def scenarios(count: int) -> dict[str, Scenario]:
-    """By name; ``count``: kills of each kind of process."""
+    """Return the scenarios by name, with ``count`` kills of each kind of process."""
     few = max(1, count // 4)
 
     def kills(kind: str) -> Scenario:
         return lambda lab, _, __: processes.killed_actors(lab, kind, count)
 
     return {
-        "damaged-checkpoints": lambda _, folder, draw: damage.damaged_checkpoints(folder, draw, 10 * count),
-        "damaged-caches": lambda _, folder, draw: damage.damaged_caches(folder, draw, 10 * count),
-        "damaged-data": lambda _, folder, draw: damage.damaged_data(folder, draw, 10 * count),
-        "fuzzed-settings": lambda _, folder, draw: damage.fuzzed_settings(folder, draw, 250 * count),
-        "fuzzed-data": lambda _, folder, draw: damage.fuzzed_data(folder, draw, 200 * count),
-        "fuzzed-caches": lambda _, folder, draw: damage.fuzzed_caches(folder, draw, 100 * count),
+        "damaged-checkpoints": lambda _, folder, rng: damage.damaged_checkpoints(folder, rng, 10 * count),
+        "damaged-caches": lambda _, folder, rng: damage.damaged_caches(folder, rng, 10 * count),
+        "damaged-data": lambda _, folder, rng: damage.damaged_data(folder, rng, 10 * count),
+        "fuzzed-settings": lambda _, folder, rng: damage.fuzzed_settings(folder, rng, 250 * count),
+        "fuzzed-data": lambda _, folder, rng: damage.fuzzed_data(folder, rng, 200 * count),
+        "fuzzed-caches": lambda _, folder, rng: damage.fuzzed_caches(folder, rng, 100 * count),
         **{f"killed-{kind.lower()}": kills(kind) for kind in processes.KINDS},
         "killed-any": lambda lab, _, __: processes.killed_actors(
-            lab, processes.ANY, count, signal.SIGKILL, *processes.WATCHED
+            lab, processes.ANY, count, signal.SIGKILL, *processes.WITH_EVALUATIONS
         ),
         "killed-driver": lambda lab, _, __: processes.killed_driver(lab, count),
         "stopped-while-saving": lambda lab, _, __: processes.stopped_while_saving(lab, few),
@@ -54,36 +54,36 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m eval.faults", description=(__doc__ or "").split(":", 1)[1])
     parser.add_argument("--out", type=Path, default=Path("runs/faults"))
     parser.add_argument("--count", type=int, default=20, help="kills of each kind of process (default: 20)")
-    parser.add_argument("--only", nargs="+", choices=scenarios(1), help="scenarios (default: all)")
-    parser.add_argument("--engine", choices=("vllm", "transformers"), default="transformers", help="what generates")
-    parser.add_argument("--seed", type=int, default=0, help="of the moments and places")
+    parser.add_argument("--only", nargs="+", choices=scenarios(1), help="names of scenarios (default: all)")
+    parser.add_argument("--engine", choices=("vllm", "transformers"), default="transformers", help="rollout engine")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the times and places of faults")
     args = parser.parse_args(argv)
     out: Path = args.out.absolute()
-    found = _earlier(out / "summary.json")
+    outcomes = _earlier_outcomes(out / "summary.json")
     for name, scenario in scenarios(args.count).items():
         if args.only and name not in args.only:
             continue
-        started, draw = time.monotonic(), random.Random(f"{args.seed}/{name}")
+        start, rng = time.monotonic(), random.Random(f"{args.seed}/{name}")
         shutil.rmtree(out / name, ignore_errors=True)
         with tempfile.TemporaryDirectory() as scratch:
-            lab = Lab(out / name, args.engine, draw)
-            own = logging.getLogger("onpolicy_skd")
-            level = own.level
-            own.setLevel(logging.ERROR)  # every damaged checkpoint is warned of
-            tally = processes.result_of(scenario, lab, Path(scratch), draw)
-            own.setLevel(level)
-        found[name] = asdict(tally) | {"seconds": round(time.monotonic() - started)}
-        found[name]["notes"] = sorted(set(tally.notes))[:10]
+            lab = Lab(out / name, args.engine, rng)
+            logger = logging.getLogger("onpolicy_skd")
+            level = logger.level
+            logger.setLevel(logging.ERROR)  # without the warning for each damaged checkpoint
+            tally = processes.result_of(scenario, lab, Path(scratch), rng)
+            logger.setLevel(level)
+        outcomes[name] = asdict(tally) | {"seconds": round(time.monotonic() - start)}
+        outcomes[name]["notes"] = sorted(set(tally.notes))[:10]
         print(f"{name}: " + ", ".join(f"{getattr(tally, key)} {key}" for key in COUNTS), *tally.notes[:3], flush=True)
-        totals = {key: sum(f[key] for f in found.values()) for key in COUNTS}
-        summary = {**totals, "engine": args.engine, "seed": args.seed, "versions": versions(), "scenarios": found}
+        totals = {key: sum(outcome[key] for outcome in outcomes.values()) for key in COUNTS}
+        summary = {**totals, "engine": args.engine, "seed": args.seed, "versions": versions(), "scenarios": outcomes}
         out.mkdir(parents=True, exist_ok=True)
         write_text(out / "summary.json", json.dumps(summary, indent=2) + "\n")
-    return int(any(f["wrong"] or f["lost"] for f in found.values()))
+    return int(any(outcome["wrong"] or outcome["lost"] for outcome in outcomes.values()))
 
 
-def _earlier(file: Path) -> dict[str, dict]:
-    """What other scenarios found before, if ``--only`` asked for some."""
+def _earlier_outcomes(file: Path) -> dict[str, dict]:
+    """Return the outcomes of an earlier call, which ``--only`` completes."""
     return json.loads(file.read_text(encoding="utf-8"))["scenarios"] if file.exists() else {}
 
 

@@ -1,4 +1,4 @@
-"""Bytes that change on disk, and input that nobody meant: readers must answer right or refuse in words."""
+"""Damaged files and fuzzed input: readers must return the right content or raise a clear error."""
 
 from __future__ import annotations
 
@@ -29,35 +29,35 @@ from onpolicy_skd.types import Trajectory
 SLOW = 10.0  # seconds after which a reader counts as hung
 
 
-def flipped(content: bytes, draw: random.Random) -> bytes:
-    """``content`` with one byte changed."""
-    at = draw.randrange(len(content))
-    return content[:at] + bytes([content[at] ^ draw.randrange(1, 256)]) + content[at + 1 :]
+def flipped(content: bytes, rng: random.Random) -> bytes:
+    """Return ``content`` with a changed byte."""
+    at = rng.randrange(len(content))
+    return content[:at] + bytes([content[at] ^ rng.randrange(1, 256)]) + content[at + 1 :]
 
 
-def mutated(content: bytes, draw: random.Random) -> bytes:
-    """``content`` cut, doubled, spliced, or with bytes, digits or words of it changed, a few times over."""
+def mutated(content: bytes, rng: random.Random) -> bytes:
+    """Return ``content`` after a few random cuts, repetitions, splices and replacements."""
     words = [b"null", b"true", b"-1", b"1e999", b"[]", b"{}", b'""', b"\xff\xfe", b"\x00", b"nan", b"&a *a", b"!!x y",
              b"9" * 400, b"[" * 2000, "\u202e".encode(), b"\n", b": ", b"- "]  # fmt: skip
-    for _ in range(draw.randrange(1, 6)):
+    for _ in range(rng.randrange(1, 6)):
         size = len(content)
-        first, last = sorted(draw.randrange(size + 1) for _ in range(2))
-        part = content[first:last]
-        content = draw.choice((
-            lambda c, a, b, p: flipped(c, draw) if c else c,
+        first, last = sorted(rng.randrange(size + 1) for _ in range(2))
+        span = content[first:last]
+        content = rng.choice((
+            lambda c, a, b, p: flipped(c, rng) if c else c,
             lambda c, a, b, p: c[:a],
             lambda c, a, b, p: c[:a] + c[b:],
             lambda c, a, b, p: c[:b] + p + c[b:],
-            lambda c, a, b, p: c[:a] + draw.choice(words) + c[a:],
-            lambda c, a, b, p: c[:a] + draw.choice(words) + c[b:] if b - a < 40 else c,
-            lambda c, a, b, p: c[:a] + draw.randbytes(draw.randrange(1, 9)) + c[a:],
-        ))(content, first, last, part)  # fmt: skip
+            lambda c, a, b, p: c[:a] + rng.choice(words) + c[a:],
+            lambda c, a, b, p: c[:a] + rng.choice(words) + c[b:] if b - a < 40 else c,
+            lambda c, a, b, p: c[:a] + rng.randbytes(rng.randrange(1, 9)) + c[a:],
+        ))(content, first, last, span)  # fmt: skip
     return content
 
 
 def tried(tally: Tally, what: str, action: Callable[[], bool]) -> None:
-    """Counts ``action``: true, it ended right; a ConfigError of one line, it refused; anything else is wrong."""
-    started = time.monotonic()
+    """Count the outcome of ``action``: True is right, a ConfigError with text is clear, anything else is wrong."""
+    start = time.monotonic()
     try:
         right = action()
     except ConfigError as error:
@@ -65,37 +65,37 @@ def tried(tally: Tally, what: str, action: Callable[[], bool]) -> None:
     except Exception as error:
         outcome, note = "wrong", f"{what}: {type(error).__name__}: {str(error)[:200]}"
     else:
-        outcome, note = ("ended_right", "") if right else ("wrong", f"{what}: wrong content was taken for good")
-    if time.monotonic() - started > SLOW:
-        outcome, note = "wrong", f"{what}: took {time.monotonic() - started:.0f} s"
+        outcome, note = ("ended_right", "") if right else ("wrong", f"{what}: wrong content was accepted")
+    if time.monotonic() - start > SLOW:
+        outcome, note = "wrong", f"{what}: took {time.monotonic() - start:.0f} s"
     tally.add(outcome, 1, note)
 
 
 # -- damage --------------------------------------------------------------------------------------------------------
 
 
-def damaged_checkpoints(folder: Path, draw: random.Random, count: int) -> Tally:
-    """A byte of the newest checkpoint changes: it, or the one before, must come back whole."""
+def damaged_checkpoints(folder: Path, rng: random.Random, count: int) -> Tally:
+    """Change a byte of the newest checkpoint: it, or the one before, must be read without damage."""
     tally = Tally()
     for number in range(count):
-        own = folder / f"checkpoint-{number}"
+        checkpoints = folder / f"checkpoint-{number}"
         tensors = {"weight": torch.randn(64, 32), "optimizer/exp_avg/weight": torch.randn(64, 32)}
         for step in (1, 2):
-            made = checkpoint.save(own, step, {"step": step, "words": "a b"}, tensors, keep=2)
-        file = draw.choice(sorted(made.iterdir(), key=lambda f: f.name))
-        file.write_bytes(flipped(file.read_bytes(), draw))
+            saved = checkpoint.save(checkpoints, step, {"step": step, "words": "a b"}, tensors, keep=2)
+        file = rng.choice(sorted(saved.iterdir(), key=lambda f: f.name))
+        file.write_bytes(flipped(file.read_bytes(), rng))
 
-        def right(own: Path = own, tensors: dict[str, torch.Tensor] = tensors) -> bool:
-            found = checkpoint.newest(own)
-            same = found is not None and all(torch.equal(found.tensors[n], t) for n, t in tensors.items())
-            return found is not None and same and found.state == {"step": found.step, "words": "a b"}
+        def right(checkpoints: Path = checkpoints, tensors: dict[str, torch.Tensor] = tensors) -> bool:
+            loaded = checkpoint.newest(checkpoints)
+            same = loaded is not None and all(torch.equal(loaded.tensors[n], t) for n, t in tensors.items())
+            return loaded is not None and same and loaded.state == {"step": loaded.step, "words": "a b"}
 
         tried(tally, f"checkpoint {file.name}", right)
     return tally
 
 
 def small_cache(folder: Path) -> tuple[Path, list[Trajectory], list[torch.Tensor]]:
-    """A cache of the bundled teacher on a few demo texts, and what it holds."""
+    """Return the folder of a small cache, its trajectories, and their class probabilities."""
     settings = command_line.resolve(
         {
             "mode": "off_policy", "data": {"source": "demo"}, "classes": {"sampler": "rs_kd", "draws": 16},
@@ -105,16 +105,16 @@ def small_cache(folder: Path) -> tuple[Path, list[Trajectory], list[torch.Tensor
     model = load_model("bundled:demo_student", torch.float32, "cpu")
     vocabulary = model.config.vocab_size
     teacher = Teacher(SplitModel(model, vocabulary), 4096, 0)
-    draw = np.random.default_rng(0)
+    rng = np.random.default_rng(0)
     texts = [
-        Trajectory(f"t{i}", draw.integers(2, vocabulary, 5), draw.integers(2, vocabulary, 9 + i), np.zeros(9 + i),
+        Trajectory(f"t{i}", rng.integers(2, vocabulary, 5), rng.integers(2, vocabulary, 9 + i), np.zeros(9 + i),
                    "stop", None) for i in range(12)
     ]  # fmt: skip
     folder.mkdir(parents=True)
     cut = caches.cut([len(t.response_ids) for t in texts], 60)
     shards = [
-        caches.write_shard(folder, i, [texts[j] for j in part], teacher, settings, vocabulary)
-        for i, part in enumerate(cut)
+        caches.write_shard(folder, i, [texts[j] for j in indices], teacher, settings, vocabulary)
+        for i, indices in enumerate(cut)
     ]
     plan = caches.plan_of([t.digest for t in texts], cut)
     caches.finish(folder, Manifest({}, Layout.of(settings, vocabulary), plan, None, shards))
@@ -123,37 +123,37 @@ def small_cache(folder: Path) -> tuple[Path, list[Trajectory], list[torch.Tensor
 
 
 def damaged_caches(
-    folder: Path, draw: random.Random, count: int, change: Callable[[bytes, random.Random], bytes] = flipped
+    folder: Path, rng: random.Random, count: int, change: Callable[[bytes, random.Random], bytes] = flipped
 ) -> Tally:
-    """A file of a cache changes: what is read is as before, or refused."""
+    """Change a file of a cache: it is read as before, or refused."""
     tally = Tally()
-    own, texts, expected = small_cache(folder / "cache")
-    files = sorted(f for f in own.iterdir() if f.is_file() and f.stat().st_size)
-    whole = {f: f.read_bytes() for f in files}
+    cache_folder, texts, expected = small_cache(folder / "cache")
+    files = sorted(f for f in cache_folder.iterdir() if f.is_file() and f.stat().st_size)
+    originals = {f: f.read_bytes() for f in files}
     for _ in range(count):
-        file = draw.choice(files)
-        file.write_bytes(change(whole[file], draw))
+        file = rng.choice(files)
+        file.write_bytes(change(originals[file], rng))
 
         def right() -> bool:
-            cache = TeacherCache(own)
+            cache = TeacherCache(cache_folder)
             return all(torch.equal(cache.classes(t).probs_NC, e) for t, e in zip(texts, expected, strict=True))
 
         tried(tally, f"cache {file.name}", right)
-        file.write_bytes(whole[file])
+        file.write_bytes(originals[file])
     return tally
 
 
 def damaged_data(
-    folder: Path, draw: random.Random, count: int, change: Callable[[bytes, random.Random], bytes] = flipped
+    folder: Path, rng: random.Random, count: int, change: Callable[[bytes, random.Random], bytes] = flipped
 ) -> Tally:
-    """A byte of a data file changes: rows come back as other text, or the file and line are named."""
+    """Change a data file: rows are read as other text, or the error names file and line."""
     tally, file = Tally(), folder / "rows.jsonl"
     folder.mkdir(parents=True, exist_ok=True)
     rows = [row for row, _ in zip(demo_task.problems("train"), range(20), strict=False)]
-    whole = "".join(json.dumps({"question": r["question"], "answer": r["answer"]}) + "\n" for r in rows).encode()
+    original = "".join(json.dumps({"question": r["question"], "answer": r["answer"]}) + "\n" for r in rows).encode()
     settings = DataSettings(source="jsonl", train_file=file)
     for _ in range(count):
-        file.write_bytes(change(whole, draw))
+        file.write_bytes(change(original, rng))
         tried(tally, "data rows.jsonl", lambda: all(q.strip() for _, q, _ in load_questions(settings, "train")))
     return tally
 
@@ -161,31 +161,31 @@ def damaged_data(
 # -- fuzzing -------------------------------------------------------------------------------------------------------
 
 
-def fuzzed_settings(folder: Path, draw: random.Random, count: int) -> Tally:
-    """Configuration files and overrides that nobody meant."""
+def fuzzed_settings(folder: Path, rng: random.Random, count: int) -> Tally:
+    """Build settings from mutated configuration files and random overrides."""
     tally, file = Tally(), folder / "config.yaml"
     folder.mkdir(parents=True, exist_ok=True)
-    whole = [f.read_bytes() for f in sorted((ROOT / "configs").rglob("*.yaml")) if "compare" not in f.name]
+    configs = [f.read_bytes() for f in sorted((ROOT / "configs").rglob("*.yaml")) if "compare" not in f.name]
     keys = [key for key, _ in command_line.walk()]
     values = ["null", "-1", "0", "1e400", ".nan", "yes", "[1, 2]", "{a: 1}", "x" * 300, "'", "\x00", "../..", "1.5", ""]
     for number in range(count):
         if number % 2:
-            file.write_bytes(mutated(draw.choice(whole), draw))
+            file.write_bytes(mutated(rng.choice(configs), rng))
             overrides: list[str] = []
         else:
-            file.write_bytes(whole[0])
-            overrides = [f"{draw.choice(keys)}={draw.choice(values)}" for _ in range(draw.randrange(1, 4))]
+            file.write_bytes(configs[0])
+            overrides = [f"{rng.choice(keys)}={rng.choice(values)}" for _ in range(rng.randrange(1, 4))]
 
-        def right(own: Sequence[str] = overrides) -> bool:
-            return bool(command_line.build_settings(file, [command_line.parse_override(text) for text in own]))
+        def right(overrides: Sequence[str] = overrides) -> bool:
+            return bool(command_line.build_settings(file, [command_line.parse_override(text) for text in overrides]))
 
         tried(tally, f"settings {overrides or file.read_bytes()[:80]!r}", right)
     return tally
 
 
-def fuzzed_data(folder: Path, draw: random.Random, count: int) -> Tally:
-    return damaged_data(folder, draw, count, mutated)
+def fuzzed_data(folder: Path, rng: random.Random, count: int) -> Tally:
+    return damaged_data(folder, rng, count, mutated)
 
 
-def fuzzed_caches(folder: Path, draw: random.Random, count: int) -> Tally:
-    return damaged_caches(folder, draw, count, mutated)
+def fuzzed_caches(folder: Path, rng: random.Random, count: int) -> Tally:
+    return damaged_caches(folder, rng, count, mutated)

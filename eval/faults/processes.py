@@ -1,4 +1,4 @@
-"""Real runs of the bundled pair as processes, and what befalls them."""
+"""Runs of the bundled pair as real processes, with injected faults."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ from typing import Any
 
 import psutil
 
-from onpolicy_skd.report import metrics_log as metrics
+from onpolicy_skd.report import metrics_log
+from onpolicy_skd.report.metrics_log import Event
 
 ROOT = Path(__file__).parents[2]
 SMALL = [
@@ -27,22 +28,28 @@ SMALL = [
     "run.evaluate_every=0", "run.checkpoint_every=1", "eval.problems=4", "eval.teacher=false", "eval.before=false",
     "faults.restarts=1000", "faults.backoff_seconds=0", "faults.deadline_minutes=1", "resume=auto",
 ]  # fmt: skip
-COMPARED = ("loss", "grad_norm", "entropy", "positions", "lr")  # of every step, bit for bit
+COMPARED = ("loss", "grad_norm", "entropy", "positions", "lr")  # metrics of each step that must be equal bit for bit
 ANY = "any"  # kind of actor
-WATCHED = ["run.checkpoint_every=3", "run.evaluate_every=3", "eval.before=true", "eval.during=4", "rollout.actors=2"]
+WITH_EVALUATIONS = [
+    "run.checkpoint_every=3",
+    "run.evaluate_every=3",
+    "eval.before=true",
+    "eval.during=4",
+    "rollout.actors=2",
+]
 KINDS = ("Rollout", "Teacher", "Learner")
 TIMEOUT_S = 900.0  # seconds after which a run counts as hung
 
 
 @dataclass
 class Tally:
-    """What became of the faults of one scenario."""
+    """Outcomes of the faults of a scenario."""
 
     injected: int = 0
     ended_right: int = 0
     clear_error: int = 0
     wrong: int = 0
-    lost: int = 0  # something earned before the fault was gone after it
+    lost: int = 0  # a checkpoint from before the fault was gone after it
     notes: list[str] = field(default_factory=list)
 
     def add(self, outcome: str, count: int = 1, note: str = "") -> None:
@@ -54,54 +61,59 @@ class Tally:
 
 @dataclass
 class Lab:
-    """Where runs of ``steps`` steps with ``engine`` leave their folders; ``draw`` times the faults."""
+    """Folder, engine and random generator for the runs of a scenario."""
 
     folder: Path
     engine: str
-    draw: random.Random
+    rng: random.Random
     log: Callable[[str], None] = print
 
     def command(self, name: str, steps: int, *overrides: str, folder: Path | None = None) -> list[str]:
-        own = [f"run.dir={folder or self.folder}", f"run.name={name}", f"run.steps={steps}", *overrides]
-        return [sys.executable, "-m", "onpolicy_skd.train", *SMALL, f"rollout.engine={self.engine}", *own]
+        identity = [f"run.dir={folder or self.folder}", f"run.name={name}", f"run.steps={steps}"]
+        return [
+            *(sys.executable, "-m", "onpolicy_skd.train", *SMALL, f"rollout.engine={self.engine}"),
+            *identity,
+            *overrides,
+        ]
 
     def start(self, command: list[str], log: str, **environment: str) -> subprocess.Popen[bytes]:
         self.folder.mkdir(parents=True, exist_ok=True)
-        own = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"} | {"PYTHONUNBUFFERED": "1"} | environment
+        inherited = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}
+        env = inherited | {"PYTHONUNBUFFERED": "1"} | environment
         with (self.folder / f"{log}.log").open("ab") as out:
             return subprocess.Popen(
-                command, cwd=ROOT, env=own, stdout=out, stderr=subprocess.STDOUT, start_new_session=True
+                command, cwd=ROOT, env=env, stdout=out, stderr=subprocess.STDOUT, start_new_session=True
             )
 
-    def finish(self, command: list[str], log: str, **environment: str) -> int:
-        """Runs ``command`` to its end; its exit code, or -1 if it hung."""
-        return ended(self.start(command, log, **environment))
+    def run(self, command: list[str], log: str, **environment: str) -> int:
+        """Run ``command``; return its exit code, or -1 if it hung."""
+        return exit_code(self.start(command, log, **environment))
 
     def log_text(self, name: str) -> str:
         return (self.folder / f"{name}.log").read_text(encoding="utf-8", errors="replace")
 
     def steps(self, name: str, folder: Path | None = None) -> dict[int, tuple[float, ...]]:
-        """What is compared: the metrics of each step and, at -1 - step, of each evaluation."""
-        found: dict[int, tuple[float, ...]] = {}
-        for r in metrics.read((folder or self.folder) / name / metrics.FILE):
+        """Return the compared metrics of each step and, at -1 - step, of each evaluation."""
+        values: dict[int, tuple[float, ...]] = {}
+        for r in metrics_log.read((folder or self.folder) / name / metrics_log.FILE):
             if "loss" in r:
-                found[r["step"]] = tuple(r[k] for k in COMPARED)
-            elif r.get("event") == "evaluation" and r["name"] == "during":
-                found[-1 - r["step"]] = (r["match"]["share"], r["response_tokens"])
-        return found
+                values[r["step"]] = tuple(r[k] for k in COMPARED)
+            elif r.get("event") == Event.EVALUATION and r["name"] == "during":
+                values[-1 - r["step"]] = (r["match"]["share"], r["response_tokens"])
+        return values
 
     def reference(self, steps: int, *overrides: str) -> dict[int, tuple[float, ...]]:
-        """The undisturbed run of so many steps; made once."""
+        """Return the metrics of an undisturbed run of ``steps`` steps, which is made once."""
         name = f"reference-{steps}"
         if not (self.folder / name / "final").exists():
             shutil.rmtree(self.folder / name, ignore_errors=True)
-            if self.finish(self.command(name, steps, *overrides), name) != 0:
+            if self.run(self.command(name, steps, *overrides), name) != 0:
                 raise RuntimeError(f"the undisturbed run failed: {self.folder / name}.log")
         return self.steps(name)
 
 
-def ended(process: subprocess.Popen[bytes]) -> int:
-    """The exit code of a run, or -1 if it hung."""
+def exit_code(process: subprocess.Popen[bytes]) -> int:
+    """Wait for a run; return its exit code, or -1 if it hung."""
     try:
         return process.wait(TIMEOUT_S)
     except subprocess.TimeoutExpired:
@@ -110,7 +122,7 @@ def ended(process: subprocess.Popen[bytes]) -> int:
 
 
 def kill_tree(pid: int) -> None:
-    """Kills a process that was started here and everything it started."""
+    """Kill a process that was started here and all its descendants."""
     with contextlib.suppress(psutil.NoSuchProcess):
         process = psutil.Process(pid)
         family = [*process.children(recursive=True), process]
@@ -121,25 +133,25 @@ def kill_tree(pid: int) -> None:
 
 
 def actors(driver: int, kind: str) -> list[psutil.Process]:
-    """Processes of the ``kind`` of actor that the Ray of process ``driver`` runs."""
-    found = []
+    """Return the processes of the ``kind`` of actor in the private Ray of process ``driver``."""
+    processes = []
     with contextlib.suppress(psutil.NoSuchProcess):
         for process in psutil.Process(driver).children(recursive=True):
             with contextlib.suppress(psutil.NoSuchProcess, IndexError):
                 if process.cmdline()[0].startswith(f"ray::{kind}Actor"):
-                    found.append(process)
-    return found
+                    processes.append(process)
+    return processes
 
 
 def verdict(lab: Lab, tally: Tally, name: str, steps: int, code: int, count: int) -> None:
-    """Counts ``count`` faults of a run that must have ended with the losses of the undisturbed one."""
-    expected, found = lab.reference(steps), lab.steps(name)
-    if code == 0 and found == expected and (lab.folder / name / "final" / "model.safetensors").exists():
+    """Count ``count`` faults of a run that must end with the losses of the undisturbed run."""
+    expected, actual = lab.reference(steps), lab.steps(name)
+    if code == 0 and actual == expected and (lab.folder / name / "final" / "model.safetensors").exists():
         tally.add("ended_right", count)
     elif code not in (0, -1) and one_error(lab.log_text(name)):
         tally.add("clear_error", count, f"{name}: exit {code}")
     else:
-        different = sorted(s for s in expected if found.get(s) != expected[s])
+        different = sorted(s for s in expected if actual.get(s) != expected[s])
         tally.add("wrong", count, f"{name}: exit {code}, {len(different)} steps differ, the first {different[:1]}")
 
 
@@ -148,28 +160,28 @@ def one_error(text: str) -> bool:
 
 
 def killed_actors(lab: Lab, kind: str, count: int, signal_number: int = signal.SIGKILL, *overrides: str) -> Tally:
-    """One run in which actors of ``kind`` are killed ``count`` times, at random moments, starting up included."""
+    """Kill actors of ``kind`` in a run ``count`` times, at random moments, also while they start."""
     tally, steps, name = Tally(), 8 * count, f"killed-{kind.lower()}"
     lab.reference(steps, *overrides)
     process = lab.start(lab.command(name, steps, *overrides), name)
     done = 0
     while done < count and process.poll() is None:
-        time.sleep(lab.draw.uniform(0.2, 6.0 if lab.engine == "transformers" else 12.0))
+        time.sleep(lab.rng.uniform(0.2, 6.0 if lab.engine == "transformers" else 12.0))
         deadline = time.monotonic() + 120
         while process.poll() is None and time.monotonic() < deadline:
-            if found := actors(process.pid, lab.draw.choice(KINDS) if kind == ANY else kind):
+            if candidates := actors(process.pid, lab.rng.choice(KINDS) if kind == ANY else kind):
                 with contextlib.suppress(psutil.NoSuchProcess):
-                    lab.draw.choice(found).send_signal(signal_number)
+                    lab.rng.choice(candidates).send_signal(signal_number)
                     done += 1
                     break
             time.sleep(0.02)
-    code = ended(process)
+    code = exit_code(process)
     verdict(lab, tally, name, steps, code, done)
     return tally
 
 
 def killed_driver(lab: Lab, count: int, steps: int = 60) -> Tally:
-    """One run whose driver is killed ``count`` times and started again; no checkpoint may be lost on the way."""
+    """Kill the driver of a run ``count`` times and resume it; no checkpoint may be lost."""
     tally, name = Tally(), "killed-driver"
     lab.reference(steps)
     lost = done = 0
@@ -178,7 +190,7 @@ def killed_driver(lab: Lab, count: int, steps: int = 60) -> Tally:
         before = newest_step(lab.folder / name)
         process = lab.start(lab.command(name, steps), name)
         try:
-            code = process.wait(lab.draw.uniform(1.0, 25.0))
+            code = process.wait(lab.rng.uniform(1.0, 25.0))
         except subprocess.TimeoutExpired:
             process.kill()
             kill_tree(process.pid)
@@ -188,7 +200,7 @@ def killed_driver(lab: Lab, count: int, steps: int = 60) -> Tally:
         else:
             break
     if code is None or code != 0:
-        code = lab.finish(lab.command(name, steps), name)
+        code = lab.run(lab.command(name, steps), name)
     verdict(lab, tally, name, steps, code, done - lost)
     if lost:
         tally.add("lost", lost, f"{name}: a checkpoint was gone after a kill")
@@ -196,13 +208,13 @@ def killed_driver(lab: Lab, count: int, steps: int = 60) -> Tally:
 
 
 def newest_step(run: Path) -> int:
-    """Of the checkpoints that resuming would look at, a folder under replacement included; -1 if there is none."""
+    """Return the step of the newest checkpoint, a folder under replacement included; -1 if there is none."""
     names = [p.name.removeprefix(".").removesuffix(".old") for p in (run / "checkpoints").glob("*step-*")]
     return max((int(n.removeprefix("step-")) for n in names if n.removeprefix("step-").isdigit()), default=-1)
 
 
 def stopped_while_saving(lab: Lab, count: int, steps: int = 30) -> Tally:
-    """SIGTERM at the moment a checkpoint is being written, ``count`` times; each end is orderly, and resumed."""
+    """Send SIGTERM while a checkpoint is written, ``count`` times; each stop is orderly, and the run is resumed."""
     tally, name = Tally(), "stopped-while-saving"
     lab.reference(steps)
     codes = []
@@ -216,27 +228,27 @@ def stopped_while_saving(lab: Lab, count: int, steps: int = 30) -> Tally:
                 process.send_signal(signal.SIGTERM)
                 break
             time.sleep(0.0005)
-        codes.append(ended(process))
-    verdict(lab, tally, name, steps, lab.finish(lab.command(name, steps), name), len(codes))
+        codes.append(exit_code(process))
+    verdict(lab, tally, name, steps, lab.run(lab.command(name, steps), name), len(codes))
     if wrong := [c for c in codes if c != 3]:
-        tally.add("wrong", len(wrong), f"{name}: exits {wrong}, 3 was promised")
+        tally.add("wrong", len(wrong), f"{name}: exit codes {wrong}, expected 3")
     return tally
 
 
 def full_disk(lab: Lab, count: int, steps: int = 14) -> Tally:
-    """A file system of a few MiB that fills up during the run; after room was made, the run goes on."""
+    """Fill a small file system during the run; after space is freed, the run is resumed."""
     tally, mount = Tally(), lab.folder / "disk"
     mount.mkdir(parents=True, exist_ok=True)
     inside = ["unshare", "-rm", "sh", "-c"]
     if subprocess.run([*inside, f"mount -t tmpfs none {mount}"], capture_output=True, check=False).returncode:
-        tally.notes.append("not injected: this machine lets nobody mount a small file system")
+        tally.notes.append("not injected: no permission to mount a small file system")
         return tally
     lab.reference(steps)
     for number in range(count):
-        name, left = f"full-disk-{number}", lab.draw.choice((0, 40, 400, 2000))
-        when = lab.draw.randrange(2, steps - 3)
+        name, left = f"full-disk-{number}", lab.rng.choice((0, 40, 400, 2000))
+        when = lab.rng.randrange(2, steps - 3)
         train = " ".join(lab.command("r", steps, folder=mount))
-        # Beside the run: as soon as a checkpoint is there, everything but a little is filled.
+        # A background process fills the disk, but for a little, as soon as a checkpoint exists.
         script = f"""
             mount -t tmpfs -o size=24m none {mount}
             ( while [ ! -d {mount}/r/checkpoints/step-{when:08d} ]; do sleep 0.02; done
@@ -247,7 +259,7 @@ def full_disk(lab: Lab, count: int, steps: int = 14) -> Tally:
             {train}; code=$?
             cp -r {mount}/r {lab.folder}/{name}; exit $code
         """
-        code = lab.finish([*inside, script], name)
+        code = lab.run([*inside, script], name)
         log = lab.log_text(name)
         kept = (lab.folder / f"{name}.kept").read_text().split() if (lab.folder / f"{name}.kept").exists() else []
         if not any(k.startswith("step-") for k in kept):
@@ -259,22 +271,22 @@ def full_disk(lab: Lab, count: int, steps: int = 14) -> Tally:
     return tally
 
 
-# -- clusters of their own -----------------------------------------------------------------------------------------
+# -- separate clusters ----------------------------------------------------------------------------------------------
 
 
 @contextlib.contextmanager
 def cluster(cpus: float, *options: str) -> Iterator[tuple[str, Callable[[], subprocess.Popen[bytes]], dict[str, str]]]:
-    """A Ray head with ``cpus``: its address, what adds a node of one CPU, and the environment that has its token."""
+    """Start a Ray head; yield its address, a function that adds a node of 1 CPU, and an environment with its token."""
     environment = os.environ | {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
     ray, port = str(Path(sys.executable).parent / "ray"), free_port()
-    started: list[subprocess.Popen[bytes]] = []
+    nodes: list[subprocess.Popen[bytes]] = []
 
     def start(*arguments: str) -> subprocess.Popen[bytes]:
         process = subprocess.Popen(
             [ray, "start", "--block", "--node-ip-address", "127.0.0.1", *arguments, *options], env=environment,
             stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
         )  # fmt: skip
-        started.append(process)
+        nodes.append(process)
         return process
 
     start("--head", "--port", str(port), "--include-dashboard=false", f"--num-cpus={cpus:g}")
@@ -288,7 +300,7 @@ def cluster(cpus: float, *options: str) -> Iterator[tuple[str, Callable[[], subp
         token = {name: environment[name] for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN")}
         yield f"127.0.0.1:{port}", lambda: start(f"--address=127.0.0.1:{port}", "--num-cpus=1"), token
     finally:
-        for process in reversed(started):
+        for process in reversed(nodes):
             kill_tree(process.pid)
 
 
@@ -304,23 +316,23 @@ def _listens(port: int) -> bool:
 
 
 def lost_node(lab: Lab, count: int) -> Tally:
-    """A head without room for actors and one node at a time, which is killed with all on it, ``count`` times."""
+    """Kill the only node with room for actors ``count`` times, each time after another one has joined."""
     tally, steps, name = Tally(), 8 * count + 8, "lost-node"
     lab.reference(steps)
     with cluster(0) as (address, add_node, token):
         node = add_node()
-        lab.finish([sys.executable, "-c", AWAIT_CPU, address], "await", **token)
+        lab.run([sys.executable, "-c", AWAIT_CPU, address], "await", **token)
         process = lab.start(lab.command(name, steps, f"cluster.address={address}"), name, **token)
         for _ in range(count):
-            wait_for(process, lambda own=node: bool(actors(own.pid, "Learner")))
+            wait_for(process, lambda node=node: bool(actors(node.pid, "Learner")))
             first = newest_step(lab.folder / name)
             wait_for(process, lambda before=first: newest_step(lab.folder / name) > before)
-            time.sleep(lab.draw.uniform(0.0, 2.0))
+            time.sleep(lab.rng.uniform(0.0, 2.0))
             spare = add_node()
-            time.sleep(10)  # until it can take over; if that is too soon, the run waits for it
+            time.sleep(10)  # until it has joined; if that is too soon, the run waits for it
             kill_tree(node.pid)
             node = spare
-        code = ended(process)
+        code = exit_code(process)
     verdict(lab, tally, name, steps, code, count)
     return tally
 
@@ -350,19 +362,19 @@ time.sleep(600)
 
 
 def full_object_store(lab: Lab, steps: int = 40) -> Tally:
-    """Another driver of the same Ray holds five times what its object store has room for."""
+    """Let another driver of the same Ray hold five times the size of its object store."""
     tally, name = Tally(), "full-object-store"
     lab.reference(steps)
     with cluster(2, "--object-store-memory=80000000") as (address, _, token):
         hog = lab.start([sys.executable, "-c", HOG, address], "hog", **token)
-        code = lab.finish(lab.command(name, steps, f"cluster.address={address}"), name, **token)
+        code = lab.run(lab.command(name, steps, f"cluster.address={address}"), name, **token)
         kill_tree(hog.pid)
     verdict(lab, tally, name, steps, code, 1)
     return tally
 
 
 def result_of(scenario: Callable[..., Tally], *arguments: Any) -> Tally:
-    """``scenario``, whose own failure is a wrong outcome and not the end of the others."""
+    """Return the outcome of ``scenario``; an exception of it counts as wrong, so that the others still run."""
     try:
         return scenario(*arguments)
     except Exception as error:
