@@ -1,4 +1,4 @@
-"""Whole training runs as Ray tasks: each is a process of its own that joins the same cluster."""
+"""Training runs as Ray tasks: each is a separate process that joins the same cluster."""
 
 from __future__ import annotations
 
@@ -27,20 +27,20 @@ DIES_WITH_PARENT = 1  # prctl's PR_SET_PDEATHSIG
 
 @dataclass(frozen=True, slots=True)
 class Command(Generic[Name]):
-    """A run as ``python -m`` with ``arguments``, its output in ``log``."""
+    """A run as ``python -m`` with ``arguments``, with its output in ``log``."""
 
     name: Name
     arguments: list[str]
     log: Path
-    owns_device: bool = False  # computes in its own process, and so needs a GPU of its own where there are any
+    owns_device: bool = False  # computes in the process of the command, which needs a GPU where the cluster has any
 
 
 @ray.remote(num_cpus=0, max_retries=0)
 def run_command(arguments: list[str], log: Path, address: str, folder: Path) -> int:
-    """The exit code of ``python -m`` with ``arguments`` in ``folder``, whose output goes to ``log``."""
+    """Run ``python -m`` with ``arguments`` in ``folder``, with its output in ``log``; return the exit code."""
     log.parent.mkdir(parents=True, exist_ok=True)
     environment = os.environ | {"RAY_ADDRESS": address}
-    environment.pop("OMP_NUM_THREADS", None)  # which Ray sets for a task of no processors
+    environment.pop("OMP_NUM_THREADS", None)  # which Ray sets for a task of 0 CPUs
     with log.open("ab") as out:
         process = subprocess.Popen(
             [sys.executable, "-m", *arguments],
@@ -54,29 +54,32 @@ def run_command(arguments: list[str], log: Path, address: str, folder: Path) -> 
 
 
 def _stop_with_parent() -> None:
-    """A run whose comparison was killed stops with a checkpoint (Linux only; elsewhere it runs on to its end)."""
+    """Let a run whose comparison is killed stop with a checkpoint (Linux only; elsewhere it runs to its end)."""
     if LIBC is not None:
         LIBC.prctl(DIES_WITH_PARENT, signal.SIGTERM)
 
 
-def at_once(settings: Settings, limit: int | None = None) -> int:
-    """How many runs like ``settings`` the connected cluster has room for, at most ``limit``.
+def parallel_runs(settings: Settings, limit: int | None = None) -> int:
+    """Return how many runs like ``settings`` fit into the connected cluster at a time, at most ``limit``.
 
-    Raises ConfigError if there is room for none.
+    Raises ConfigError if none fits.
     """
     total = ray.cluster_resources()
     bundles = plan(settings, total.get("GPU", 0.0)).bundles()
     cpus, gpus = (sum(bundle.get(kind, 0.0) for bundle in bundles) for kind in ("CPU", "GPU"))
-    room = int(total.get("CPU", 0.0) // cpus)
+    count = int(total.get("CPU", 0.0) // cpus)
     if gpus:
-        room = min(room, int((total.get("GPU", 0.0) + 1e-9) // gpus))
-    if not room:
-        raise ConfigError(f"the cluster has {total.get('CPU', 0.0):g} CPUs, one run asks for {cpus:g}")
-    return min(room, limit) if limit else room
+        count = min(count, int((total.get("GPU", 0.0) + 1e-9) // gpus))
+    if not count:
+        raise ConfigError(
+            f"the cluster has {total.get('CPU', 0.0):g} CPUs and {total.get('GPU', 0.0):g} GPUs, a run asks for "
+            f"{cpus:g} and {gpus:g}"
+        )
+    return min(count, limit) if limit else count
 
 
 def run_all(work: Iterable[Command[Name]], count: int) -> Iterator[tuple[Name, int]]:
-    """Runs every command, ``count`` at a time; yields names with exit codes as they end."""
+    """Run all commands, ``count`` at a time; yield names with exit codes as they end."""
     address, gpus = ray.get_runtime_context().gcs_address, ray.cluster_resources().get("GPU", 0.0)
     waiting: dict[ray.ObjectRef, Name] = {}
     left = iter(work)
@@ -90,7 +93,7 @@ def run_all(work: Iterable[Command[Name]], count: int) -> Iterator[tuple[Name, i
         name = waiting.pop(done)
         try:
             code: int = ray.get(done)
-        except RayError as error:  # its worker died: this run has failed, the others go on
+        except RayError as error:  # its worker died: this run has failed, the others continue
             print(f"{cause_of(error)}", file=sys.stderr)
             code = EXIT_FAILED
         yield name, code

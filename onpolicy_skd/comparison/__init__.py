@@ -1,1 +1,1 @@
-"""Comparison runs: the grid, results, page, figures."""
+"""Many runs compared: the grid, results, report page, figures."""

@@ -1,4 +1,4 @@
-"""Figures of a comparison, as SVG that takes the page's colours, and as PNG."""
+"""Figures of a comparison, as SVG in the colors of the page, and as PNG."""
 
 from __future__ import annotations
 
@@ -17,39 +17,40 @@ from matplotlib.ticker import EngFormatter, MaxNLocator
 
 from onpolicy_skd.comparison.grid import Comparison, Mode, PlannedRun, Row
 from onpolicy_skd.comparison.results import MODES, RowResult
-from onpolicy_skd.report import metrics_log as metrics
+from onpolicy_skd.report import metrics_log
+from onpolicy_skd.report.metrics_log import Event, events_of, steps_of
 from onpolicy_skd.storage.files import replacing
 
-INK = "#010203"  # stands for the page's text colour
+INK = "#010203"  # stands for the page's text color
 STYLE: dict[Any, Any] = {
     "svg.fonttype": "none", "font.size": 9, "text.color": INK, "axes.labelcolor": INK, "axes.edgecolor": INK,
     "xtick.color": INK, "ytick.color": INK, "axes.grid": True, "grid.alpha": 0.2, "grid.color": INK,
     "axes.spines.top": False, "axes.spines.right": False, "lines.linewidth": 1.4, "legend.frameon": False,
     "text.parse_math": False,
 }  # fmt: skip
-# Colours that can be told apart by most people (Okabe and Ito, 2008), then the same again with other lines.
-COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#7A7A7A")
+# Colors that most people can tell apart (Okabe and Ito, 2008); after the last, the same with other lines.
+COLORS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#7A7A7A")
 LINES = ("-", "--", ":")
 MARKERS = ("o", "s", "D")
 Curve = tuple[list[float], list[float]]
 
 
 def figures(comparison: Comparison, rows: Sequence[RowResult]) -> dict[str, Figure]:
-    """By name; those for which nothing was recorded are left out."""
+    """Return the figures by name, without those for which nothing was recorded."""
     with rc_context(STYLE):
-        made = {
+        figures = {
             "learning_curves": _curves(comparison, "exact match on held-out problems, %", _exact_match),
             "accuracy_and_cost": _costs(rows),
-            "entropy_of_positions": _two_kinds(comparison, "entropy", "student entropy, nats"),
-            "divergence_of_positions": _two_kinds(comparison, "divergence", "divergence, nats per token"),
+            "entropy_of_positions": _selected_and_not(comparison, "entropy", "student entropy, nats"),
+            "divergence_of_positions": _selected_and_not(comparison, "divergence", "divergence, nats per token"),
             "response_length": _curves(comparison, "response length, tokens", _series("response_tokens")),
             "truncation": _curves(comparison, "truncated rollouts, %", _truncation),
         }
-    return {name: figure for name, figure in made.items() if figure is not None}
+    return {name: figure for name, figure in figures.items() if figure is not None}
 
 
 def svg(figure: Figure) -> str:
-    """The figure as an SVG element whose text and axes have the page's colour."""
+    """Return the figure as an SVG element whose text and axes have the color of the page."""
     out = io.StringIO()
     with rc_context(STYLE):
         figure.savefig(out, format="svg", transparent=True, metadata={"Date": None})
@@ -58,18 +59,18 @@ def svg(figure: Figure) -> str:
 
 
 def png(figure: Figure, path: Path) -> None:
-    with rc_context(STYLE), replacing(path) as beside:
-        figure.savefig(beside, format="png", dpi=110, facecolor="white")
+    with rc_context(STYLE), replacing(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=110, facecolor="white")
 
 
 @lru_cache(maxsize=256)
-def _read(file: Path, changed: int) -> list[dict[str, Any]]:
-    return metrics.read(file)
+def _read(file: Path, modified_ns: int) -> list[dict[str, Any]]:
+    return metrics_log.read(file)
 
 
 def _records(run: PlannedRun) -> list[dict[str, Any]]:
-    """The run's metrics, read once for all figures."""
-    file = run.folder / metrics.FILE
+    """Return the metrics of the run, read once for all figures."""
+    file = run.folder / metrics_log.FILE
     return _read(file, file.stat().st_mtime_ns) if file.exists() else []
 
 
@@ -79,72 +80,74 @@ def _exact_match(run: PlannedRun) -> Curve:
 
 def _evaluated(key: str, value: Callable[[Any], float] = float) -> Callable[[PlannedRun], Curve]:
     def read(run: PlannedRun) -> Curve:
-        found = [r for r in _records(run) if r.get("event") == "evaluation" and r.get(key) is not None]
-        return [r["step"] for r in found], [value(r[key]) for r in found]
+        records = [r for r in events_of(_records(run), Event.EVALUATION) if r.get(key) is not None]
+        return [r["step"] for r in records], [value(r[key]) for r in records]
 
     return read
 
 
 def _series(key: str) -> Callable[[PlannedRun], Curve]:
     def read(run: PlannedRun) -> Curve:
-        steps = [r for r in _records(run) if "loss" in r]
+        steps = steps_of(_records(run))
         return _smoothed([r["step"] for r in steps], [r[key] for r in steps])
 
     return read
 
 
 def _truncation(run: PlannedRun) -> Curve:
-    steps = [r for r in _records(run) if "truncated" in r or "dropped" in r]
-    # What is kept for training is no longer among what was dropped, so a run that keeps it says how much there was.
-    shares = [r["truncated"] if "truncated" in r else r["dropped"].get("truncated", 0) / r["generated"] for r in steps]
-    return _smoothed([r["step"] for r in steps], [100 * share for share in shares])
+    """Return the share of the student's rollouts that reach the token limit, of steps with an empty batch too."""
+    steps = [r for r in _records(run) if "truncated" in r and r.get("event") in (None, Event.EMPTY_BATCH)]
+    return _smoothed([r["step"] for r in steps], [100 * r["truncated"] for r in steps])
 
 
 def _smoothed(x: list[float], y: list[float], points: int = 40) -> Curve:
-    """Means over equal stretches of steps, at most ``points`` of them; each stands at the middle of its stretch."""
+    """Return means over at most ``points`` bins of equal width, each at the middle of its bin."""
     if not x:
         return [], []
     width = max(1, math.ceil((max(x) + 1) / points))
-    parts: defaultdict[int, list[float]] = defaultdict(list)
+    bins: defaultdict[int, list[float]] = defaultdict(list)
     for step, value in zip(x, y, strict=True):
-        parts[int(step // width)].append(value)
-    return [(part + 0.5) * width - 0.5 for part in sorted(parts)], [sum(v) / len(v) for _, v in sorted(parts.items())]
+        bins[int(step // width)].append(value)
+    return [(i + 0.5) * width - 0.5 for i in sorted(bins)], [sum(v) / len(v) for _, v in sorted(bins.items())]
 
 
 def _mean_curve(runs: Sequence[PlannedRun], read: Callable[[PlannedRun], Curve]) -> Curve:
-    """The mean over runs at every x that all of them have."""
+    """Return the mean over runs at each x that all of them have."""
     values: defaultdict[float, list[float]] = defaultdict(list)
     for run in runs:
         for x, y in zip(*read(run), strict=True):
             values[x].append(y)
-    shared = sorted(x for x, several in values.items() if len(several) == len(runs))
+    shared = sorted(x for x, of_runs in values.items() if len(of_runs) == len(runs))
     return shared, [sum(values[x]) / len(runs) for x in shared]
 
 
 def _finished(comparison: Comparison, mode: Mode) -> list[tuple[int, Row, list[PlannedRun]]]:
-    """Each row with its place in the grid, by which it looks the same in every panel."""
-    found = [
+    """Return each row that has finished runs, with its place in the grid: the place decides color and line."""
+    rows = [
         (place, row, [r for r in comparison.of(row, mode) if r.status == "finished"])
         for place, row in enumerate(comparison.grid.rows)
         if mode in row.modes
     ]
-    return [one for one in found if one[2]]
+    return [(place, row, runs) for place, row, runs in rows if runs]
 
 
 def _look(place: int) -> dict[str, Any]:
-    return {"color": COLOURS[place % len(COLOURS)], "linestyle": LINES[place // len(COLOURS) % len(LINES)]}
+    return {"color": COLORS[place % len(COLORS)], "linestyle": LINES[place // len(COLORS) % len(LINES)]}
 
 
 def _panels(
-    comparison: Comparison, title: str, draw: Callable[[Axes, int, Row, list[PlannedRun]], None], shared: bool = True
+    comparison: Comparison,
+    title: str,
+    plot_row: Callable[[Axes, int, Row, list[PlannedRun]], None],
+    shared: bool = True,
 ) -> Figure | None:
-    """One panel a mode, in which ``draw`` adds each row; None if nothing was drawn."""
+    """Return a figure with a panel per mode, to which ``plot_row`` adds each row; None if nothing was plotted."""
     figure = Figure(figsize=(11, 4), layout="constrained")
     axes = figure.subplots(1, len(MODES), sharey=shared)
     legend: dict[str, Any] = {}
     for axis, (mode, name) in zip(axes, MODES.items(), strict=True):
         for place, row, runs in _finished(comparison, mode):
-            draw(axis, place, row, runs)
+            plot_row(axis, place, row, runs)
         axis.set(title=f"{name}: {title}", xlabel="step")
         handles, labels = axis.get_legend_handles_labels()
         legend |= dict(zip(labels, handles, strict=True))
@@ -158,18 +161,18 @@ def _panels(
 
 
 def _curves(comparison: Comparison, title: str, read: Callable[[PlannedRun], Curve]) -> Figure | None:
-    """One line a row: the mean over seeds."""
+    """Return a figure with a line per row: the mean over seeds."""
 
-    def draw(axis: Axes, place: int, row: Row, runs: list[PlannedRun]) -> None:
+    def plot_row(axis: Axes, place: int, row: Row, runs: list[PlannedRun]) -> None:
         x, y = _mean_curve(runs, read)
         if x:
             axis.plot(x, y, label=row.name, **_look(place), marker="." if len(x) < 12 else None)
 
-    return _panels(comparison, title, draw)
+    return _panels(comparison, title, plot_row)
 
 
 def _costs(rows: Sequence[RowResult]) -> Figure | None:
-    """Exact match over four kinds of cost, a point for each row and mode."""
+    """Plot exact match over four kinds of cost, a point for each row and mode."""
     kinds = {
         "teacher_tokens": "teacher tokens", "positions_supervised": "positions supervised",
         "train_seconds": "seconds of training", "learner_memory_mib": "learner's peak memory, MiB",
@@ -181,12 +184,12 @@ def _costs(rows: Sequence[RowResult]) -> Figure | None:
     for axis, (key, title) in zip(figure.subplots(2, 2).flat, kinds.items(), strict=True):
         for r in rows:
             place, filled = names.index(r.row), r.mode == "on_policy"
-            colour = COLOURS[place % len(COLOURS)]
-            face = colour if filled else "none"
+            color = COLORS[place % len(COLORS)]
+            face = color if filled else "none"
             label = r.row if filled or all(other.row != r.row for other in rows if other.mode == "on_policy") else None
-            marker = MARKERS[place // len(COLOURS) % len(MARKERS)]
+            marker = MARKERS[place // len(COLORS) % len(MARKERS)]
             axis.scatter(
-                r.cost[key], r.exact_match.mean, s=36, edgecolors=colour, facecolors=face, marker=marker, label=label
+                r.cost[key], r.exact_match.mean, s=36, edgecolors=color, facecolors=face, marker=marker, label=label
             )
         axis.set(xlabel=title, ylabel="exact match, %")
         axis.xaxis.set_major_locator(MaxNLocator(5))
@@ -197,17 +200,17 @@ def _costs(rows: Sequence[RowResult]) -> Figure | None:
     return figure
 
 
-def _two_kinds(comparison: Comparison, quantity: str, title: str) -> Figure | None:
-    """Of the positions that training would select and of the others, on held-out rollouts."""
+def _selected_and_not(comparison: Comparison, quantity: str, title: str) -> Figure | None:
+    """Plot ``quantity`` of the positions that training would select, and of the others, on held-out rollouts."""
 
-    def draw(axis: Axes, place: int, row: Row, runs: list[PlannedRun]) -> None:
+    def plot_row(axis: Axes, place: int, row: Row, runs: list[PlannedRun]) -> None:
         if runs[0].settings.positions.policy == "full":
             return
-        colour, marker = COLOURS[place % len(COLOURS)], MARKERS[place // len(COLOURS) % len(MARKERS)]
+        color, marker = COLORS[place % len(COLORS)], MARKERS[place // len(COLORS) % len(MARKERS)]
         for kind, line in (("selected", "-"), ("unselected", ":")):
             x, y = _mean_curve(runs, _evaluated(f"{quantity}_{kind}"))
             if y:
                 label = row.name if kind == "selected" else None
-                axis.plot(x, y, line, color=colour, label=label, marker=marker, markersize=4)
+                axis.plot(x, y, line, color=color, label=label, marker=marker, markersize=4)
 
-    return _panels(comparison, f"{title}\n(solid: selected, dotted: not)", draw, shared=False)
+    return _panels(comparison, f"{title}\n(solid: selected, dotted: not)", plot_row, shared=False)

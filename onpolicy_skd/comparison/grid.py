@@ -1,11 +1,11 @@
-"""A grid of runs that differ in their method alone: ``onpolicy_skd.compare`` reads it from a YAML file.
+"""A grid of runs that differ only in their method, as ``onpolicy_skd.compare`` reads it from a YAML file.
 
 base: demo.yaml                 settings shared by all runs, relative to the file
 dir: runs/compare_demo          where the runs and the report go
 seeds: [1340, 1341, 1342]
 baseline: Full KD               the row that the others are compared with
-settings: {...}                 laid over the base
-modes: {off_policy: {...}, on_policy: {...}}    laid over that, by mode
+settings: {...}                 override the base
+modes: {off_policy: {...}, on_policy: {...}}    override these, by mode
 rows:
   - name: SE-KD
     modes: [off_policy, on_policy]
@@ -31,23 +31,23 @@ from onpolicy_skd.config.schema import NonNegative, Section, Settings
 from onpolicy_skd.config.validation import check_trl
 from onpolicy_skd.run.prepare import RESUMABLE
 
-# Settings of a finished run that may since have changed: they touch neither what was trained nor how it was evaluated.
+# Settings that may have changed since a run finished: they affect neither training nor evaluation.
 HARMLESS = tuple(k for k in RESUMABLE if not k.startswith("eval") and k != "run.evaluate_every")
 Mode = Literal["off_policy", "on_policy"]
-Trainer = Literal["own", "trl"]
-MODULES: dict[Trainer, str] = {"own": "onpolicy_skd.train", "trl": "eval.trl_baseline"}  # the command of a run
+Trainer = Literal["skd", "trl"]
+MODULES: dict[Trainer, str] = {"skd": "onpolicy_skd.train", "trl": "eval.trl_baseline"}  # the command of a run
 METHOD = ("positions", "samples", "classes", "alignment", "cache")  # sections in which rows of one mode may differ
-OWN = ("run.name", "eval.teacher")  # what else may differ: the second one's default depends on a cache
+ALSO = ("run.name", "eval.teacher")  # may differ too; the default of eval.teacher depends on the cache
 Status = Literal["finished", "failed", "started", "waiting"]
 
 
 class Row(Section):
-    name: str = Field(description="as it stands in the report")
-    modes: list[Mode] = Field(default=["off_policy", "on_policy"], description="modes it is run in")
-    trainer: Trainer = Field(default="own", description="own, or trl: TRL's DistillationTrainer (eval.trl_baseline)")
-    settings: dict[str, Any] = Field(default={}, description="what makes the method")
+    name: str = Field(description="name in the report")
+    modes: list[Mode] = Field(default=["off_policy", "on_policy"], description="modes in which it is run")
+    trainer: Trainer = Field(default="skd", description="skd, or trl: TRL's DistillationTrainer (eval.trl_baseline)")
+    settings: dict[str, Any] = Field(default={}, description="settings of the method")
     published: dict[Mode, tuple[float, float]] = Field(
-        default={}, description="exact match and standard deviation in percent, as printed elsewhere"
+        default={}, description="exact match and standard deviation in percent, as published"
     )
 
 
@@ -57,10 +57,10 @@ UNTRAINED = Row(name="Untrained", modes=["on_policy"])
 class Grid(Section):
     base: Path = Field(description="settings shared by all runs, relative to the grid's own file")
     dir: Path = Field(description="where the runs and the report go")
-    seeds: list[NonNegative] = Field(description="every row is run once with each")
+    seeds: list[NonNegative] = Field(description="each row is run once per seed")
     baseline: str = Field(description="the row that the others are compared with")
-    settings: dict[str, Any] = Field(default={}, description="laid over the base")
-    modes: dict[Mode, dict[str, Any]] = Field(default={}, description="laid over that, by mode")
+    settings: dict[str, Any] = Field(default={}, description="override the base")
+    modes: dict[Mode, dict[str, Any]] = Field(default={}, description="override these, by mode")
     rows: list[Row]
 
 
@@ -85,24 +85,26 @@ class PlannedRun:
 
     @property
     def answers_file(self) -> Path:
-        """Every judged answer of the trained student."""
-        found = sorted((self.folder / "evaluations").glob("after-*.jsonl"))
-        return found[-1] if found else self.folder / "evaluations" / "after.jsonl"
+        """File with every judged answer of the trained student."""
+        files = sorted((self.folder / "evaluations").glob("after-*.jsonl"))
+        return files[-1] if files else self.folder / "evaluations" / "after.jsonl"
 
     @property
     def status(self) -> Status:
-        """``finished`` runs are kept; ``failed`` ones wait to be asked for; ``started`` ones go on where they were."""
-        said = self.summary.get("status")
-        if said == "failed" or (said == "finished" and (self.answers_file.exists() or self.settings.run.steps == 0)):
-            return said
+        """``finished`` runs are kept, ``failed`` ones need --retry, ``started`` ones are resumed."""
+        status = self.summary.get("status")
+        if status == "failed" or (
+            status == "finished" and (self.answers_file.exists() or self.settings.run.steps == 0)
+        ):
+            return status
         return "started" if (self.folder / "config.yaml").exists() else "waiting"
 
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
     grid: Grid
-    untrained: PlannedRun  # no step: student and teacher are evaluated as they come
-    trained: list[PlannedRun]  # seed by seed, so that a comparison cut short has whole rounds
+    untrained: PlannedRun  # no step: evaluates student and teacher before training
+    trained: list[PlannedRun]  # seed by seed, so that an interrupted comparison has complete seeds
 
     @property
     def runs(self) -> list[PlannedRun]:
@@ -113,10 +115,10 @@ class Comparison:
 
 
 def load(path: Path, overrides: dict[str, Any] | None = None) -> Comparison:
-    """Every run of the grid in ``path``, its settings resolved.
+    """Return the runs of the grid in ``path``, with resolved settings.
 
     Raises ConfigError naming the row for impossible settings, for rows of one mode that differ in more than their
-    method, and for finished runs in the folder that were made with other settings.
+    method, and for finished runs in the folder with other settings.
     """
     try:
         grid = Grid.model_validate(merge(read_yaml(path), overrides or {}))
@@ -143,24 +145,26 @@ def load(path: Path, overrides: dict[str, Any] | None = None) -> Comparison:
         for mode in row.modes
     ]
     _check_fair(path, runs)
-    found = Comparison(grid, PlannedRun(UNTRAINED, "on_policy", _untrained(path, grid)), runs)
-    for run in found.runs:
+    comparison = Comparison(grid, PlannedRun(UNTRAINED, "on_policy", _untrained(path, grid)), runs)
+    for run in comparison.runs:
         _check_unchanged(run)
-    return found
+    return comparison
 
 
 def slug(name: str) -> str:
-    """``name`` as part of a file's name."""
+    """Return ``name`` in letters, digits and underscores, for file names."""
     return re.sub(r"[^a-z0-9]+", "_", name.lower().replace("*", " star").replace("%", "")).strip("_")
 
 
 def _settings(path: Path, grid: Grid, row: Row, mode: Mode, seed: int) -> Settings:
-    own = {
+    identity = {
         "run": {"name": f"{slug(row.name)}-{mode}-{seed}", "dir": str(grid.dir / "runs"), "seed": seed},
         "mode": mode,
     }
     try:
-        settings = build_settings(path.parent / grid.base, [grid.settings, grid.modes.get(mode, {}), row.settings, own])
+        settings = build_settings(
+            path.parent / grid.base, [grid.settings, grid.modes.get(mode, {}), row.settings, identity]
+        )
         if row.trainer == "trl":
             check_trl(settings)
         _check_answers(settings)
@@ -170,31 +174,31 @@ def _settings(path: Path, grid: Grid, row: Row, mode: Mode, seed: int) -> Settin
 
 
 def _check_answers(settings: Settings) -> None:
-    own = settings.data
-    if own.source == "text" or (own.source == "jsonl" and not (own.eval_file or own.path)):
-        more = "" if own.source == "text" else " without data.eval_file"
+    data = settings.data
+    if data.source == "text" or (data.source == "jsonl" and not (data.eval_file or data.path)):
+        condition = "" if data.source == "text" else " without data.eval_file"
         raise ConfigError(
-            f"data.source={own.source}{more}: has no problems to answer, and a comparison is of exact match"
+            f"data.source={data.source}{condition}: has no problems to answer; a comparison needs exact match"
         )
 
 
 def _untrained(path: Path, grid: Grid) -> Settings:
-    own = {
+    untrained = {
         "run": {"name": "untrained", "dir": str(grid.dir / "runs"), "steps": 0},
         "eval": {"before": True, "teacher": True},
     }
-    return build_settings(path.parent / grid.base, [grid.settings, grid.modes.get("on_policy", {}), own])
+    return build_settings(path.parent / grid.base, [grid.settings, grid.modes.get("on_policy", {}), untrained])
 
 
 def _check_fair(path: Path, runs: list[PlannedRun]) -> None:
-    """Same student, data, passes over the prompts, optimizer and evaluation for all rows of one mode and seed.
+    """Raise ConfigError unless all rows of a mode and seed share student, data, epochs, optimizer and evaluation.
 
-    A method that drops prompts beforehand takes its passes over what it keeps, so fewer steps.
+    A method that drops prompts before training makes its epochs over the kept ones, so it has fewer steps.
     """
     first: dict[tuple[Mode, int], PlannedRun] = {}
     for run in runs:
         other = first.setdefault((run.mode, run.seed), run)
-        ours, theirs = (_but_method(r.settings) for r in (run, other))
+        ours, theirs = (_without_method(r.settings) for r in (run, other))
         changed = [k for k in ours if ours[k] != theirs.get(k)]
         if changed:
             raise ConfigError(
@@ -204,9 +208,9 @@ def _check_fair(path: Path, runs: list[PlannedRun]) -> None:
             )
 
 
-def _but_method(settings: Settings) -> dict[str, Any]:
+def _without_method(settings: Settings) -> dict[str, Any]:
     leaves = flat(settings.model_dump(mode="json"))
-    return {k: v for k, v in leaves.items() if k.split(".")[0] not in METHOD and k not in OWN}
+    return {k: v for k, v in leaves.items() if k.split(".")[0] not in METHOD and k not in ALSO}
 
 
 def _check_unchanged(run: PlannedRun) -> None:
@@ -215,10 +219,10 @@ def _check_unchanged(run: PlannedRun) -> None:
         return
     before = flat(resolve(yaml.safe_load(saved.read_text(encoding="utf-8"))).model_dump(mode="json"))
     now = flat(yaml.safe_load(dump(run.settings)))
-    made = run.summary.get("trainer", "own")
-    if made != run.row.trainer:
+    trainer = run.summary.get("trainer", "skd")
+    if trainer != run.row.trainer:
         raise ConfigError(
-            f"{run.folder}: finished by trainer {made}, the row now says {run.row.trainer}; remove the folder"
+            f"{run.folder}: finished by trainer {trainer}, the row now says {run.row.trainer}; remove the folder"
         )
     changed = [k for k in now if before.get(k) != now[k] and not k.startswith(HARMLESS)]
     if changed:

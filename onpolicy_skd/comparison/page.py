@@ -1,4 +1,4 @@
-"""``report.html`` of a comparison: one file, no network; whatever a model wrote is shown as text."""
+"""``report.html`` of a comparison: a single file without network access; model output is shown as text."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from onpolicy_skd.comparison.grid import Comparison, PlannedRun
 from onpolicy_skd.comparison.results import MODES, ModeDifference, RowResult
 
 VIEWS = 4  # rollouts shown token by token for each of the rows shown
-FULL_COLOUR = 2.0  # nats of student entropy at which a token's colour is full
+FULL_COLOR = 2.0  # nats of student entropy at which a token's color is full
 STYLE = """
 :root { color-scheme: light dark; --ink: #1b1f24; --paper: #ffffff; --soft: #6a737d; --line: #d8dee4; --band: #f3f5f7;
   --hot: 213, 94, 0; --mark: #0072b2; }
@@ -52,40 +52,41 @@ figcaption { color: var(--soft); font-size: .9rem; }
 def page(
     comparison: Comparison, rows: Sequence[RowResult], across: Sequence[ModeDifference], figures: dict[str, Figure]
 ) -> str:
-    """The whole document."""
-    grid, own = comparison.grid, comparison.untrained.settings
+    """Return the HTML document."""
+    grid, settings = comparison.grid, comparison.untrained.settings
     known = report.untrained(comparison)
     title = f"Comparison: {grid.dir.name}"
-    parts = [
+    sections = [
         f"<h1>{escape(title)}</h1>",
-        f"<p>Student <code>{escape(own.student.model)}</code>, teacher <code>{escape(own.teacher.model)}</code>, seeds "
-        f"{', '.join(map(str, grid.seeds))}. Exact match in percent on the same held-out problems. Untrained student "
+        f"<p>Student <code>{escape(settings.student.model)}</code>, teacher "
+        f"<code>{escape(settings.teacher.model)}</code>, seeds {', '.join(map(str, grid.seeds))}. Exact match in "
+        f"percent on the same held-out problems. Untrained student "
         f"{report.shown_percent(known['student'])}, teacher {report.shown_percent(known['teacher'])}.</p>",
         '<p class="soft">Mean ± standard deviation over seeds; 95 % interval of the mean (Student\'s t). Differences: '
         "bootstrap over problems and seeds, paired by problem. <b>Bold</b> only where a difference is more than noise "
         "after Holm's correction within the mode.</p>",
     ]
-    parts += [f'<p class="soft">{escape(line)}</p>' for line in report.notes(comparison)]
+    sections += [f'<p class="soft">{escape(line)}</p>' for line in report.notes(comparison)]
     for mode, name in MODES.items():
-        found = [r for r in rows if r.mode == mode]
-        if found:
-            parts += [f"<h2>{name}</h2>", _table(found, grid.baseline)]
-            parts.append(_list(report.sentence(r, grid.baseline) for r in found))
-            orderings = [o for r in found if (o := report.ordering(r, found, grid.baseline))]
+        of_mode = [r for r in rows if r.mode == mode]
+        if of_mode:
+            sections += [f"<h2>{name}</h2>", _table(of_mode, grid.baseline)]
+            sections.append(_list(report.sentence(r, grid.baseline) for r in of_mode))
+            orderings = [o for r in of_mode if (o := report.ordering(r, of_mode, grid.baseline))]
             if orderings:
-                parts += ["<h3>Published orderings</h3>", _list(orderings)]
+                sections += ["<h3>Published orderings</h3>", _list(orderings)]
     if across:
-        parts += [f"<h2>{report.ACROSS}</h2>", _list(map(report.mode_sentence, across))]
+        sections += [f"<h2>{report.ACROSS}</h2>", _list(map(report.mode_sentence, across))]
     if figures:
-        parts.append("<h2>Figures</h2>")
+        sections.append("<h2>Figures</h2>")
     for name, figure in figures.items():
-        parts.append(f"<figure>{svg(figure)}<figcaption>{report.CAPTIONS[name]}</figcaption></figure>")
-    parts += _token_views(comparison)
+        sections.append(f"<figure>{svg(figure)}<figcaption>{report.CAPTIONS[name]}</figcaption></figure>")
+    sections += _token_views(comparison)
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         f"<title>{escape(title)}</title><style>{STYLE}</style></head>\n<body>\n"
-        + "\n".join(parts)
+        + "\n".join(sections)
         + "\n</body></html>\n"
     )
 
@@ -111,7 +112,7 @@ def _list(lines: Any) -> str:
 
 
 def _token_views(comparison: Comparison) -> Iterator[str]:
-    """Rollouts of the first seed's trained students, where they were recorded."""
+    """Yield the recorded rollouts of the trained students of the first seed."""
     shown = [
         r for r in comparison.trained if r.seed == comparison.grid.seeds[0] and r.status == "finished" and _views(r)
     ]
@@ -119,11 +120,11 @@ def _token_views(comparison: Comparison) -> Iterator[str]:
         return
     yield "<h2>Tokens</h2>"
     yield (
-        "<p>Held-out rollouts of the trained students. The stronger the colour, the higher the student's entropy "
-        f"(full at {FULL_COLOUR:g} nats); outlined: positions that training would supervise. Point at a token for its "
+        "<p>Held-out rollouts of the trained students. The stronger the color, the higher the student's entropy "
+        f"(full at {FULL_COLOR:g} nats); outlined: positions that training would select. Point at a token for its "
         "numbers.</p>"
     )
-    shown.sort(key=lambda run: run.settings.positions.policy == "full")  # where nothing is selected comes last
+    shown.sort(key=lambda run: run.settings.positions.policy == "full")  # runs that select all positions come last
     for place, run in enumerate(shown):
         views = "".join(_rollout(view) for view in _views(run)[:VIEWS])
         opened = " open" if place == 0 else ""
@@ -140,7 +141,7 @@ def _rollout(view: dict[str, Any]) -> str:
     for text, entropy, divergence, selected in zip(
         view["tokens"], view["entropy"], view["divergence"], view["selected"], strict=True
     ):
-        strength = min(1.0, max(0.0, entropy) / FULL_COLOUR)
+        strength = min(1.0, max(0.0, entropy) / FULL_COLOR)
         about = f"entropy {entropy:.3f} nats, divergence {divergence:.3f} nats, {'' if selected else 'not '}selected"
         kind = "t s" if selected else "t"
         spans.append(

@@ -50,15 +50,15 @@ def table(folder):
     return [{k: r[k] for k in ("row", "mode", "seeds", "exact_match", "strict", "difference")} for r in record["rows"]]
 
 
-def test_a_killed_comparison_goes_on_and_ends_with_the_same_table(tmp_path):
-    whole, broken = tmp_path / "whole", tmp_path / "broken"
-    for folder in (whole, broken):
+def test_a_killed_comparison_continues_and_ends_with_the_same_table(tmp_path):
+    undisturbed, killed = tmp_path / "undisturbed", tmp_path / "killed"
+    for folder in (undisturbed, killed):
         folder.mkdir()
-    code, said = compare(write_grid(whole))
+    code, said = compare(write_grid(undisturbed))
     assert code == 0, said
     assert "9 of 9 runs to do" in said
     process = subprocess.Popen(
-        command(write_grid(broken)), stdout=subprocess.PIPE, text=True, cwd=ROOT, env=ENVIRONMENT
+        command(write_grid(killed)), stdout=subprocess.PIPE, text=True, cwd=ROOT, env=ENVIRONMENT
     )
     for line in process.stdout:
         if line.startswith("2/9"):
@@ -66,18 +66,18 @@ def test_a_killed_comparison_goes_on_and_ends_with_the_same_table(tmp_path):
     time.sleep(5)  # in the middle of the next ones
     process.kill()
     process.communicate()
-    time.sleep(20)  # what it had started stops with a checkpoint, or has ended
+    time.sleep(20)  # its runs stop with a checkpoint, or have ended
     kept = [
-        p for p in (broken / "out" / "runs").glob("*/summary.json") if json.loads(p.read_text())["status"] == "finished"
+        p for p in (killed / "out" / "runs").glob("*/summary.json") if json.loads(p.read_text())["status"] == "finished"
     ]
     times = {p: p.stat().st_mtime_ns for p in kept}
     assert 2 <= len(kept) < 9
-    code, said = compare(write_grid(broken))
+    code, said = compare(write_grid(killed))
     assert code == 0, said
     assert f"{9 - len(kept)} of 9 runs to do" in said
     assert {p: p.stat().st_mtime_ns for p in kept} == times  # finished runs are not repeated
-    assert table(broken) == table(whole)
-    page = (whole / "out" / "report.md").read_text()
+    assert table(killed) == table(undisturbed)
+    page = (undisturbed / "out" / "report.md").read_text()
     assert "Untrained student" in page
     assert "teacher 100.0" in page
 

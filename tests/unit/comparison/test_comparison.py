@@ -7,15 +7,15 @@ import math
 import numpy as np
 import pytest
 import yaml
-from helpers import ROOT
+from helpers import ROOT, make_trajectories
 
 from onpolicy_skd import compare
-from onpolicy_skd.comparison import figures
-from onpolicy_skd.comparison import grid as comparison
-from onpolicy_skd.comparison import results as report
+from onpolicy_skd.comparison import figures, grid, results
 from onpolicy_skd.config.errors import ConfigError
 from onpolicy_skd.config.loading import dump
 from onpolicy_skd.evaluation.statistics import estimate, paired_difference, significant
+from onpolicy_skd.run.logger import step_counts
+from onpolicy_skd.selection import samples
 
 CONFIGS = ROOT / "configs"
 
@@ -24,10 +24,12 @@ CONFIGS = ROOT / "configs"
 
 
 def test_the_interval_of_a_mean_is_students():
-    found = estimate([69.0, 70.0, 74.0])
-    assert found.mean == pytest.approx(71.0)
-    assert found.std == pytest.approx(math.sqrt(7.0))
-    assert found.high - found.mean == pytest.approx(4.302653 * math.sqrt(7.0 / 3))  # t at 0.975, 2 degrees of freedom
+    interval = estimate([69.0, 70.0, 74.0])
+    assert interval.mean == pytest.approx(71.0)
+    assert interval.std == pytest.approx(math.sqrt(7.0))
+    assert interval.high - interval.mean == pytest.approx(
+        4.302653 * math.sqrt(7.0 / 3)
+    )  # t at 0.975, 2 degrees of freedom
     assert estimate([5.0]) == dataclasses.replace(estimate([5.0]), std=None, low=None, high=None, count=1)
     with pytest.raises(ValueError, match="at least one"):
         estimate([])
@@ -35,14 +37,14 @@ def test_the_interval_of_a_mean_is_students():
 
 def test_the_paired_difference_has_the_spread_of_theory():
     """One seed each and independent problems: the bootstrap's interval is the normal one of the mean difference."""
-    draw = np.random.default_rng(0)
-    one, other = draw.random((1, 4_000)) < 0.5, draw.random((1, 4_000)) < 0.45
-    found = paired_difference(one, other, draws=4_000)
-    gaps = one[0].astype(float) - other[0]
-    assert found.mean == pytest.approx(gaps.mean())
+    rng = np.random.default_rng(0)
+    first, second = rng.random((1, 4_000)) < 0.5, rng.random((1, 4_000)) < 0.45
+    difference = paired_difference(first, second, draws=4_000)
+    gaps = first[0].astype(float) - second[0]
+    assert difference.mean == pytest.approx(gaps.mean())
     half = 1.96 * gaps.std() / math.sqrt(4_000)
-    assert found.high - found.mean == pytest.approx(half, rel=0.06)
-    assert found.mean - found.low == pytest.approx(half, rel=0.06)
+    assert difference.high - difference.mean == pytest.approx(half, rel=0.06)
+    assert difference.mean - difference.low == pytest.approx(half, rel=0.06)
 
 
 def test_pairing_sees_what_separate_intervals_cannot():
@@ -50,15 +52,15 @@ def test_pairing_sees_what_separate_intervals_cannot():
     base = np.random.default_rng(1).random(1_000) < 0.5
     better = base.copy()
     better[np.flatnonzero(~base)[:20]] = True
-    found = paired_difference(np.stack([better] * 3), np.stack([base] * 3), draws=2_000)
-    assert found.mean == pytest.approx(0.02)
-    assert found.low > 0
-    assert found.p < 0.01
+    difference = paired_difference(np.stack([better] * 3), np.stack([base] * 3), draws=2_000)
+    assert difference.mean == pytest.approx(0.02)
+    assert difference.low > 0
+    assert difference.p < 0.01
 
 
 def test_the_same_method_does_not_differ_and_seeds_count_as_noise():
-    draw = np.random.default_rng(2)
-    same = draw.random((3, 300)) < 0.6
+    rng = np.random.default_rng(2)
+    same = rng.random((3, 300)) < 0.6
     assert paired_difference(same, same, draws=500).mean == 0
     assert paired_difference(same, same, draws=500).p == 1.0
     wild = np.stack([np.ones(300), np.zeros(300), np.ones(300)])  # a method whose seeds disagree entirely
@@ -69,11 +71,11 @@ def test_the_same_method_does_not_differ_and_seeds_count_as_noise():
 
 def test_noise_is_called_a_difference_as_seldom_as_promised():
     """Two methods that do not differ, whose seeds do by 10 points: without widening 15 to 20 % would be called one."""
-    draw = np.random.default_rng(3)
+    rng = np.random.default_rng(3)
 
     def method():
-        shares = 0.5 + draw.normal(0, 0.1, 3)
-        return draw.random((3, 400)) < shares[:, None]
+        shares = 0.5 + rng.normal(0, 0.1, 3)
+        return rng.random((3, 400)) < shares[:, None]
 
     p = [paired_difference(method(), method(), draws=200, seed=i).p for i in range(200)]
     assert 1 <= sum(x <= 0.05 for x in p) <= 16  # 10 expected, if the level is kept exactly
@@ -105,15 +107,15 @@ def write_grid(folder, **changes):
 
 
 def test_every_row_mode_and_seed_is_a_run_of_its_own(tmp_path):
-    found = comparison.load(write_grid(tmp_path))
-    assert len(found.trained) == 2 * (2 + 2 + 1)
-    assert len({r.settings.run.name for r in found.runs}) == len(found.runs)
-    assert [r.seed for r in found.trained] == [1] * 5 + [2] * 5  # seed by seed
-    assert {r.settings.mode for r in found.trained if "off_policy" in r.settings.run.name} == {"off_policy"}
-    assert found.untrained.settings.run.steps == 0
-    assert found.untrained.settings.eval.teacher
-    assert all(r.status == "waiting" for r in found.runs)
-    fewer = comparison.load(write_grid(tmp_path), {"seeds": [7]})
+    comparison = grid.load(write_grid(tmp_path))
+    assert len(comparison.trained) == 2 * (2 + 2 + 1)
+    assert len({r.settings.run.name for r in comparison.runs}) == len(comparison.runs)
+    assert [r.seed for r in comparison.trained] == [1] * 5 + [2] * 5  # seed by seed
+    assert {r.settings.mode for r in comparison.trained if "off_policy" in r.settings.run.name} == {"off_policy"}
+    assert comparison.untrained.settings.run.steps == 0
+    assert comparison.untrained.settings.eval.teacher
+    assert all(r.status == "waiting" for r in comparison.runs)
+    fewer = grid.load(write_grid(tmp_path), {"seeds": [7]})
     assert {r.seed for r in fewer.trained} == {7}
 
 
@@ -138,18 +140,18 @@ def test_every_row_mode_and_seed_is_a_run_of_its_own(tmp_path):
 )
 def test_an_unfair_or_broken_grid_is_refused_by_row(changes, match, tmp_path):
     with pytest.raises(ConfigError, match=match):
-        comparison.load(write_grid(tmp_path, **changes))
+        grid.load(write_grid(tmp_path, **changes))
 
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("compare_*.yaml")), ids=lambda p: p.name)
 def test_bundled_grids_resolve(path):
-    found = comparison.load(path)
-    published = {(r.name, mode) for r in found.grid.rows for mode in r.published}
+    comparison = grid.load(path)
+    published = {(r.name, mode) for r in comparison.grid.rows for mode in r.published}
     assert len(published) == 15  # the rows of the SE-KD paper's Table 5
-    assert {r.seed for r in found.trained} == {1340, 1341, 1342}
+    assert {r.seed for r in comparison.trained} == {1340, 1341, 1342}
 
 
-def finish(run, right, **cost):
+def write_finished_run(run, right, **cost):
     """What a finished run leaves behind."""
     folder = run.folder
     (folder / "evaluations").mkdir(parents=True)
@@ -166,18 +168,18 @@ def finish(run, right, **cost):
 
 
 def test_the_report_says_what_is_more_than_noise_and_which_orderings_hold(tmp_path):
-    found, draw = comparison.load(write_grid(tmp_path)), np.random.default_rng(0)
-    base = draw.random(400) < 0.5
-    worse = base & (draw.random(400) < 0.7)
-    for run in found.trained:
-        finish(run, worse if run.row.name == "SE-KD" else base)
-    rows = {(r.row, r.mode): r for r in report.results(found)}
+    comparison, rng = grid.load(write_grid(tmp_path)), np.random.default_rng(0)
+    base = rng.random(400) < 0.5
+    worse = base & (rng.random(400) < 0.7)
+    for run in comparison.trained:
+        write_finished_run(run, worse if run.row.name == "SE-KD" else base)
+    rows = {(r.row, r.mode): r for r in results.results(comparison)}
     assert rows["SE-KD", "on_policy"].significant
     assert not rows["Forward", "on_policy"].significant
     assert rows["Full KD", "on_policy"].difference is None
     assert rows["SE-KD", "on_policy"].exact_match.mean == pytest.approx(100 * worse.mean())
     assert rows["SE-KD", "on_policy"].cost["teacher_tokens"] == 500
-    page = report.page(found, list(rows.values()), report.between_modes(found))
+    page = results.page(comparison, list(rows.values()), results.between_modes(comparison))
     assert "1 of 11 runs have not finished" in page  # the untrained models
     assert "- SE-KD below Full KD (70.0 v 70.6): holds" in page
     assert "- Forward: +0.0 points (95 % +0.0 to +0.0): within noise." in page
@@ -186,18 +188,18 @@ def test_the_report_says_what_is_more_than_noise_and_which_orderings_hold(tmp_pa
     assert " 20 (20 %) " in line  # positions supervised
     assert "## Off-policy minus on-policy" in page
     assert "- SE-KD: +0.0 points (95 % +0.0 to +0.0): not more than noise." in page  # the same answers in both modes
-    record = json.loads(report.record(found, list(rows.values()), report.between_modes(found)))
+    record = json.loads(results.record(comparison, list(rows.values()), results.between_modes(comparison)))
     assert [m["row"] for m in record["off_minus_on"]] == ["Full KD", "SE-KD"]
     assert len(record["runs"]) == 11
     assert {r["status"] for r in record["runs"]} == {"finished", "waiting"}
 
 
 def test_finished_runs_with_other_settings_are_refused(tmp_path):
-    found = comparison.load(write_grid(tmp_path))
-    finish(found.trained[0], [True, False])
-    assert comparison.load(write_grid(tmp_path)).trained[0].status == "finished"
+    comparison = grid.load(write_grid(tmp_path))
+    write_finished_run(comparison.trained[0], [True, False])
+    assert grid.load(write_grid(tmp_path)).trained[0].status == "finished"
     with pytest.raises(ConfigError, match=r"finished with run.steps=2, the comparison now asks for 3"):
-        comparison.load(write_grid(tmp_path, settings={"run": {"steps": 3}}))
+        grid.load(write_grid(tmp_path, settings={"run": {"steps": 3}}))
 
 
 def test_a_dry_run_lists_every_run_with_its_cost(tmp_path, capsys):
@@ -213,14 +215,14 @@ SCRIPT = "<script>alert(1)</script> & <b>"
 
 
 def recorded(run, at=(0, 2)):
-    """Adds evaluations and a token view to what ``finish`` left behind."""
+    """Adds evaluations and a token view to what ``write_finished_run`` left behind."""
     lines = []
     for step in at:
         lines.append({"step": step, "event": "evaluation", "name": "during", "match": {"share": 0.1 * (step + 1)},
                       "entropy_selected": 1.0, "entropy_unselected": 0.2, "divergence_selected": 0.5,
                       "divergence_unselected": 0.1})  # fmt: skip
     steps = [{"step": s, "loss": 1.0, "train_tokens": 50, "positions": 10, "positions_selected": 2, "generated": 4,
-              "dropped": {"truncated": 1}, "entropy_selected": 9.0, "response_tokens": 20.0 + s,
+              "truncated": 0.25, "entropy_selected": 9.0, "response_tokens": 20.0 + s,
               "seconds": {"step": 2.0}, "learner_memory_mib": 300.0} for s in range(3)]  # fmt: skip
     (run.folder / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in [*lines, *steps]))
     view = {"key": "a", "prompt": f"Q {SCRIPT}", "finish_reason": "length", "tokens": ["4", SCRIPT, "\n"],
@@ -229,17 +231,17 @@ def recorded(run, at=(0, 2)):
 
 
 def test_the_page_is_one_file_and_shows_what_a_model_wrote_as_text(tmp_path):
-    found, draw = comparison.load(write_grid(tmp_path)), np.random.default_rng(0)
-    for run in found.trained:
-        finish(run, draw.random(50) < 0.5)
+    comparison, rng = grid.load(write_grid(tmp_path)), np.random.default_rng(0)
+    for run in comparison.trained:
+        write_finished_run(run, rng.random(50) < 0.5)
         recorded(run)
-    page = compare.write_report(found, tmp_path / "out").read_text()
+    page = compare.write_report(comparison, tmp_path / "out").read_text()
     for name in ("learning_curves", "accuracy_and_cost", "entropy_of_positions", "divergence_of_positions",
                  "response_length", "truncation"):  # fmt: skip
         assert (tmp_path / "out" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
         assert f"]({name}.png)" in (tmp_path / "out" / "report.md").read_text()
     assert page.count("<svg") == 6
-    made = figures.figures(found, report.results(found))["entropy_of_positions"]
+    made = figures.figures(comparison, results.results(comparison))["entropy_of_positions"]
     drawn = [line.get_ydata().max() for axis in made.axes for line in axis.lines]
     assert drawn  # evaluations alone: 9.0 is of a training batch
     assert max(drawn) == 1.0
@@ -256,7 +258,29 @@ def test_the_page_is_one_file_and_shows_what_a_model_wrote_as_text(tmp_path):
     assert "#010203" not in page
 
 
+def truncation(tmp_path, **record):
+    comparison = grid.load(write_grid(tmp_path))
+    for run in comparison.trained:
+        write_finished_run(run, [True, False], response_tokens=3.0)
+        step = json.loads((run.folder / "metrics.jsonl").read_text())
+        empty = {"step": 1, "event": "empty_batch", "generated": 4, "dropped": {"truncated": 4}, "truncated": 1.0}
+        (run.folder / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in (step | record, empty)))
+    axes = figures.figures(comparison, results.results(comparison))["truncation"].axes
+    return {tuple(line.get_ydata()) for axis in axes for line in axis.lines}
+
+
+def test_the_truncation_figure_shows_rollouts_that_the_filter_dropped(tmp_path):
+    """``truncated`` is a share of the student's rollouts before the filter; all kept samples are complete here."""
+    report = samples.validity(make_trajectories([(2, 3)] * 4), 97)
+    assert report.dropped == {}
+    cut = [dataclasses.replace(t, finish_reason="length") for t in make_trajectories([(2, 3)])]
+    report.add(samples.validity(cut, 97))
+    counts = step_counts(report)
+    assert counts == {"generated": 5, "dropped": {"truncated": 1}, "truncated": 0.2}
+    assert truncation(tmp_path, **counts) == {(20.0, 100.0)}
+
+
 def test_a_page_of_nothing_finished_says_so(tmp_path):
-    page = compare.write_report(comparison.load(write_grid(tmp_path)), tmp_path / "new").read_text()
+    page = compare.write_report(grid.load(write_grid(tmp_path)), tmp_path / "new").read_text()
     assert "11 of 11 runs have not finished" in page
     assert "<svg" not in page
