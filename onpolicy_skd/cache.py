@@ -1,7 +1,7 @@
-"""A teacher's outputs on disk: ``python -m onpolicy_skd.cache build --config FILE cache.path=DIR``, info, verify.
+"""Teacher outputs on disk: ``python -m onpolicy_skd.cache build --config FILE cache.path=DIR``, info, verify.
 
-build takes the settings of the training run that will use the cache.  What is done stays done: the same command goes on
-after a kill, and ends with the same bytes.
+build takes the settings of the training run that will use the cache.  After a kill the same command continues with the
+missing shards; the cache has the same bytes as an uninterrupted build.
 """
 
 from __future__ import annotations
@@ -32,25 +32,25 @@ from onpolicy_skd.teacher import cache_reader
 from onpolicy_skd.teacher.cache_format import CacheError, Layout, Manifest, Shard
 from onpolicy_skd.types import Prompt, Trajectory
 
-say_now = functools.partial(print, flush=True)
+print_now = functools.partial(print, flush=True)
 USAGE = "usage: python -m onpolicy_skd.cache build --config FILE [a.b=value ...] | info DIR | verify DIR"
 
 
-def build(settings: Settings, log: Log = say_now) -> None:
-    """From prompts to a complete cache in ``cache.path``.  Raises ConfigError."""
+def build(settings: Settings, log: Log = print_now) -> None:
+    """Build a complete cache of the run's texts in ``cache.path``.  Raises ConfigError."""
     folder = settings.cache.path
     if folder is None:
-        raise ConfigError("cache.path: needed to build a cache; give the folder it shall have")
+        raise ConfigError("cache.path: needed to build a cache; give the folder for it")
     if (folder / caches.MANIFEST).exists():
         if (folder / caches.PLAN).exists():
             caches.clean(folder)
         raise ConfigError(f"cache.path={folder}: already holds a cache; give another folder, or remove it")
     teaching = settings.model_copy(update={"cache": settings.cache.model_copy(update={"path": None})})
-    ranks, own = settings.samples.when == "prefilter", settings.samples
-    rolls = ranks and own.prefilter_text == "rollout"
-    run = prepare(teaching, log, generates=rolls or settings.references.source == "teacher")
-    # What is there at the same time: a ranking learner asks a builder where the metric needs a teacher.
-    counts = Counts(int(ranks), settings.teacher.actors, int(rolls))
+    prefilters = settings.samples.when == "prefilter"
+    rolls_out = prefilters and settings.samples.prefilter_text == "rollout"
+    run = prepare(teaching, log, generates=rolls_out or settings.references.source == "teacher")
+    # Actors that exist at the same time: the scoring learner asks a builder where the metric needs a teacher.
+    counts = Counts(int(prefilters), settings.teacher.actors, int(rolls_out))
     with caches.locked(folder), connect(teaching, counts) as resources, ExitStack() as stack:
         add_teacher_references(run, resources, log)
         pad_id = run.tokenizer.pad_token_id
@@ -59,54 +59,54 @@ def build(settings: Settings, log: Log = say_now) -> None:
 
 
 def selected(run: Run, resources: Resources, builders: CacheBuilders, log: Log) -> Sequence[Prompt]:
-    """The prompts to cache; what scores them is started when the first score is missing on disk."""
+    """Return the prompts to cache; the actors that score them start when the first score is missing on disk."""
     with ExitStack() as stack:
         ranking = functools.cache(lambda: stack.enter_context(builders.ranking()))
         rollouts = functools.cache(lambda: stack.enter_context(engine(run, resources, "student")))
 
-        def rank(trajectories: Sequence[Trajectory]) -> list[float]:
+        def score_samples(trajectories: Sequence[Trajectory]) -> list[float]:
             return ranking()(trajectories)
 
-        return selected_prompts(run, rank, rollouts, log)
+        return selected_prompts(run, score_samples, rollouts, log)
 
 
 class Samples:
-    """All that a run on ``prompts`` may train on, made when asked for; their digests and sizes are known."""
+    """The samples that a run on ``prompts`` may train on, made on request; their digests and sizes are kept."""
 
     def __init__(self, run: Run, prompts: Sequence[Prompt]) -> None:
         self._run = run
         self._prompts = prompts
         self.digests: list[bytes] = []
         self.positions: list[int] = []
-        self._first: list[int] = []  # sample of each prompt
+        self._first: list[int] = []  # index of each prompt's first sample
         for prompt in prompts:
             self._first.append(len(self.digests))
             for t in run.every_reference([prompt]):
                 self.digests.append(t.digest)
                 self.positions.append(len(t.response_ids))
 
-    def of(self, part: range) -> list[Trajectory]:
-        first = bisect_right(self._first, part.start) - 1
-        last = bisect_right(self._first, part.stop - 1) - 1
-        found = list(self._run.every_reference([self._prompts[i] for i in range(first, last + 1)]))
-        return found[part.start - self._first[first] :][: len(part)]
+    def of(self, indices: range) -> list[Trajectory]:
+        first = bisect_right(self._first, indices.start) - 1
+        last = bisect_right(self._first, indices.stop - 1) - 1
+        trajectories = list(self._run.every_reference([self._prompts[i] for i in range(first, last + 1)]))
+        return trajectories[indices.start - self._first[first] :][: len(indices)]
 
 
 def write(run: Run, samples: Samples, builders: CacheBuilders, folder: Path, log: Log) -> None:
-    """Writes what is missing of the cache of ``samples``.  Raises CacheError if ``folder`` holds part of another."""
+    """Write the missing shards of the cache of ``samples``.  Raises CacheError if ``folder`` holds another cache."""
     cut = caches.cut(samples.positions, run.settings.cache.positions_per_shard)
     layout = Layout.of(run.settings, run.vocabulary)
     plan = Manifest(provenance.provenance(run.settings, run.tokenizer), layout, caches.plan_of(samples.digests, cut))
     _open_folder(folder, plan, log)
     done: dict[int, Shard] = {}
     for number in range(len(cut)):
-        if found := caches.finished_shard(folder, number):
-            done[number] = found
+        if shard := caches.finished_shard(folder, number):
+            done[number] = shard
     if done:
-        log(f"cache: {len(done)} of {len(cut)} shards are there already")
+        log(f"cache: {len(done)} of {len(cut)} shards exist already")
 
     def missing() -> Iterator[Work]:
-        return ((number, samples.of(part)) for number, part in enumerate(cut) if number not in done)
+        return ((number, samples.of(indices)) for number, indices in enumerate(cut) if number not in done)
 
     for number, shard in builders.write(folder, missing()):
         done[number] = shard
@@ -124,23 +124,23 @@ def _open_folder(folder: Path, plan: Manifest, log: Log) -> None:
     begun = Manifest.read(folder, caches.PLAN)
     if not provenance.same_outputs(begun, plan):
         raise CacheError(
-            f"cache.path={folder}: holds part of another cache ({provenance.differing(begun, plan)}); build with its "
-            "settings, give another folder, or remove it"
+            f"cache.path={folder}: holds another, unfinished cache ({provenance.differing(begun, plan)}); build with "
+            "its settings, give another folder, or remove it"
         )
 
 
-def info(folder: Path, log: Log = say_now) -> None:
-    """Says what a cache holds and what it was made from.  Raises CacheError."""
-    found = Manifest.read(folder)
-    size, information = sum(s.bytes for s in found.shards), found.information_bits / 8
-    log(f"{folder}: {found.layout.content} in {len(found.shards)} shards, {found.samples} samples")
-    log(f"{found.positions} positions, {size / found.positions:.2f} bytes each, {size} in all; "
-        f"records with lengths would be {information / found.positions:.2f} bytes a position")  # fmt: skip
-    log(json.dumps({"layout": found.layout.described(), "provenance": found.provenance}, indent=2))
+def info(folder: Path, log: Log = print_now) -> None:
+    """Log the contents and the provenance of a cache.  Raises CacheError."""
+    manifest = Manifest.read(folder)
+    size, information = sum(s.bytes for s in manifest.shards), manifest.information_bits / 8
+    log(f"{folder}: {manifest.layout.content} in {len(manifest.shards)} shards, {manifest.samples} samples")
+    log(f"{manifest.positions} positions, {size / manifest.positions:.2f} bytes each, {size} in total; "
+        f"records with lengths would be {information / manifest.positions:.2f} bytes a position")  # fmt: skip
+    log(json.dumps({"layout": manifest.layout.described(), "provenance": manifest.provenance}, indent=2))
 
 
-def verify(folder: Path, log: Log = say_now) -> bool:
-    """Compares every file with its checksum; returns whether all are good."""
+def verify(folder: Path, log: Log = print_now) -> bool:
+    """Compare each file with its checksum; return whether all are good."""
     problems = [problem for _, problem in cache_reader.verify(folder)]
     for problem in filter(None, problems):
         log(problem)
@@ -152,7 +152,7 @@ def verify(folder: Path, log: Log = say_now) -> bool:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command line; returns the exit code: 0 done, 1 failed or damaged, 2 bad input."""
+    """Run the command line; return the exit code: 0 done, 1 failed or damaged, 2 bad input."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     given = list(sys.argv[1:] if argv is None else argv)
     return run_cli(lambda: _run(*given), RayError)

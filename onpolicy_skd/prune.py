@@ -1,4 +1,4 @@
-"""A smaller student from a model: some layers removed, everything else kept.
+"""Make a smaller student from a model: remove some layers, keep everything else.
 
     python -m onpolicy_skd.prune --model HuggingFaceTB/SmolLM2-135M-Instruct --every 2 --out models/smollm2-pruned
 
@@ -20,15 +20,15 @@ from onpolicy_skd.config.errors import ConfigError
 from onpolicy_skd.models.loading import ModelError, load_tokenizer, resolve_path
 
 
-def prune_layers(model: Any, every: int = 1, without: Sequence[int] = ()) -> Any:
-    """A copy of ``model`` with layers 0, every, 2 * every, ... of its backbone, but for those in ``without``.
+def prune_layers(model: Any, stride: int = 1, without: Sequence[int] = ()) -> Any:
+    """Return a copy of ``model`` with layers 0, stride, 2 * stride, ... of its backbone, except those in ``without``.
 
-    Raises ModelError if it lists no layers, or none would be left.
+    Raises ModelError if it has no list of layers, or if none would be left.
     """
     layers = getattr(model.base_model, "layers", None)
     if layers is None:
         raise ModelError(f"{type(model).__name__}: its backbone has no list of layers to prune")
-    kept = [i for i in range(0, len(layers), every) if i not in without]
+    kept = [i for i in range(0, len(layers), stride) if i not in without]
     if not kept:
         raise ModelError(f"{type(model).__name__}: none of its {len(layers)} layers would be left")
     config = type(model.config).from_dict(_without_quantization(model.config.to_dict()))
@@ -39,13 +39,13 @@ def prune_layers(model: Any, every: int = 1, without: Sequence[int] = ()) -> Any
     pruned = type(model)(config).float()
     state = {}
     for name, tensor in model.state_dict().items():
-        head, found, tail = name.partition(".layers.")
-        if not found:
+        prefix, separator, suffix = name.partition(".layers.")
+        if not separator:
             state[name] = tensor
         else:
-            number, _, rest = tail.partition(".")
+            number, _, parameter = suffix.partition(".")
             if int(number) in kept:
-                state[f"{head}.layers.{kept.index(int(number))}.{rest}"] = tensor
+                state[f"{prefix}.layers.{kept.index(int(number))}.{parameter}"] = tensor
     pruned.load_state_dict(state)
     pruned.generation_config = model.generation_config
     return pruned
@@ -61,20 +61,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--model", required=True, help="hub name or folder")
     parser.add_argument("--gguf-file", help="a GGUF file within --model (needs the package gguf)")
-    parser.add_argument("--every", type=int, default=2, help="keep layers 0, N, 2N, ... (default: 2)")
-    parser.add_argument("--without", type=int, nargs="+", default=(), metavar="N", help="and leave out these layers")
+    parser.add_argument(
+        "--every", dest="stride", metavar="N", type=int, default=2, help="keep layers 0, N, 2N, ... (default: 2)"
+    )
+    parser.add_argument("--without", type=int, nargs="+", default=(), metavar="N", help="leave out these layers too")
     parser.add_argument("--out", type=Path, required=True, help="folder of the new checkpoint")
     args = parser.parse_args(argv)
     try:
-        if args.every < 1:
-            raise ConfigError("--every must be at least 1")
+        if args.stride < 1:
+            raise ConfigError(f"--every {args.stride}: accepted: at least 1")
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
         options = {"gguf_file": args.gguf_file} if args.gguf_file else {}
         folder = args.model if args.gguf_file else resolve_path(args.model)
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **options)
         tokenizer = AutoTokenizer.from_pretrained(folder, **options) if options else load_tokenizer(args.model)
-        pruned = prune_layers(model, args.every, args.without)
+        pruned = prune_layers(model, args.stride, args.without)
     except (ConfigError, OSError, ImportError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -68,10 +68,10 @@ def test_killed_at_a_random_moment_a_build_goes_on_and_ends_with_the_same_bytes(
     assert "is not complete: the same build goes on with it" in said
     code, said = run(*build(tmp_path, folder, "classes.sampler=rs_kd", "classes.draws=5"))
     assert code == 2
-    assert "holds part of another cache (classes.draws: 64 then, 5 now)" in said
+    assert "holds another, unfinished cache (classes.draws: 64 then, 5 now)" in said
     code, said = run(*build(tmp_path, folder, "classes.sampler=rs_kd"))
     assert code == 0, said
-    assert "shards are there already" in said
+    assert "shards exist already" in said
     assert contents(folder) == contents(whole)
     code, said = run(*build(tmp_path, folder, "classes.sampler=rs_kd"))
     assert code == 2
