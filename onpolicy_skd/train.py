@@ -32,6 +32,7 @@ from onpolicy_skd.run.logger import PhaseTimer, RunLogger
 from onpolicy_skd.run.prepare import Run, open_folder, prepare
 from onpolicy_skd.run.stop import Stopped, StopSignal
 from onpolicy_skd.selection.prefilter import as_text
+from onpolicy_skd.storage.checkpoint import Checkpoint
 from onpolicy_skd.types import FilterReport, Prompt, RolloutRequest, seed_of
 
 T = TypeVar("T")
@@ -42,140 +43,149 @@ def train(
     run: Run,
     workers: Workers,
     prompts: Sequence[Prompt],
-    book: RunLogger,
+    logger: RunLogger,
     step: int,
     stop: StopSignal,
-    ahead: Sequence[ray.ObjectRef] = (),
+    prefetched_rollouts: Refs | None = None,
 ) -> None:
-    """From ``step``, whose rollouts may have been made ``ahead``, to the end or to a stop signal; leaves a checkpoint.
+    """Train from ``step`` to the end of the run or to a stop signal, and save a checkpoint.
 
-    After a fault the loop goes on where the learner stands: with the step that failed, or from the newest checkpoint.
+    ``prefetched_rollouts`` are the rollouts of ``step``, if a checkpoint held them.  After a fault the loop continues
+    where the learner stands: with the step that failed, or from the newest checkpoint.
     """
-    own, saved = run.settings.run, step
-    started = {step: list(ahead)} if ahead else {}  # rollouts by step
+    run_cfg, saved_step = run.settings.run, step
+    pending_rollouts = {step: prefetched_rollouts} if prefetched_rollouts else {}  # rollout refs by step
     while True:
         try:
-            ending = step >= run.steps or stop.requested
-            if run.validation_prompts and not ending and _due(own.evaluate_every, step) and book.last_eval_step < step:
-                done = student_evaluation(run, workers, run.validation_prompts)
-                if own.keep_best and book.is_best(done):
-                    book.save_best(workers)
-                book.evaluation("during", step, done)
-            if ending or (_due(own.checkpoint_every, step) and saved != step):
-                book.save(workers, step, ending, started.get(step, []))
-                saved = step
+            last = step >= run.steps or stop.requested
+            if run.validation_prompts and not last and _is_due(run_cfg.evaluate_every, step, logger.last_eval_step):
+                evaluation = student_evaluation(run, workers, run.validation_prompts)
+                logger.validated(workers, step, evaluation)
+            if last or _is_due(run_cfg.checkpoint_every, step, saved_step):
+                logger.save(workers, step, last, pending_rollouts.get(step, []))
+                saved_step = step
             if step >= run.steps:
                 workers.save_pretrained(run.folder / "final")
-                book.finished = True
-            if ending:
+                logger.finished = True
+            if last:
                 return
-            clock = update(run, workers, prompts, book, step, started)
-            step += 1  # before anything else that may fail
-            if step - 1 == own.timeline:
-                book.timeline(workers, step - 1, clock)
+            timer = update(run, workers, prompts, logger, step, pending_rollouts)
+            step += 1  # first of all: what follows may fail
+            if step - 1 == run_cfg.timeline:
+                logger.timeline(workers, step - 1, timer)
         except RayError as error:
-            mended = workers.recover(error, book.checkpoints, book.log)
-            step = book.recovered(step, mended)
-            if mended.rolled_back:
-                saved, started = step, {step: mended.ahead} if mended.ahead else {}
+            recovery = workers.recover(error, logger.checkpoints, logger.log)
+            step = logger.recovered(step, recovery)
+            if recovery.rolled_back:
+                saved_step = step
+                pending_rollouts = {step: recovery.prefetched_rollouts} if recovery.prefetched_rollouts else {}
             else:
-                started = surviving_rollouts(started)
+                pending_rollouts = surviving_rollouts(pending_rollouts)
 
 
 def update(
-    run: Run, workers: Workers, prompts: Sequence[Prompt], book: RunLogger, step: int, started: dict[int, Refs]
+    run: Run,
+    workers: Workers,
+    prompts: Sequence[Prompt],
+    logger: RunLogger,
+    step: int,
+    pending_rollouts: dict[int, Refs],
 ) -> PhaseTimer:
-    """The optimizer step ``step``; none if no sample is left or the loss is not finite.
+    """Make the optimizer step ``step``; skip it if no sample is left or the loss is not finite.
 
-    ``started`` holds the rollouts of this step if they were begun during the last one, and then those of the next.
+    ``pending_rollouts`` holds the rollouts of this step if they were started during the last one, and afterwards those
+    of the next.
     """
-    clock = PhaseTimer()
-    if step not in started:
+    timer = PhaseTimer()
+    if step not in pending_rollouts:
         if run.samples_student:
             workers.push_weights()
-        clock.lap("sync")
-        started[step] = trajectories(run, workers, prompts, step)
-    parts = started[step]
+        timer.record("sync")
+        pending_rollouts[step] = start_rollouts(run, workers, prompts, step)
+    rollout_refs = pending_rollouts[step]
     if run.settings.pipeline.streaming:
-        update_as_they_come(run, workers, book, step, parts, clock)
-        del started[step]
-        return clock
-    workers.finish(parts)
-    clock.lap("rollout")
-    if run.settings.pipeline.max_staleness and step + 1 < run.steps and step + 1 not in started:
+        update_streaming(workers, logger, step, rollout_refs, timer)
+        del pending_rollouts[step]
+        return timer
+    workers.finish(rollout_refs)
+    timer.record("rollout")
+    if run.settings.pipeline.max_staleness and step + 1 < run.steps and step + 1 not in pending_rollouts:
         workers.push_weights()
-        started[step + 1] = trajectories(run, workers, prompts, step + 1)  # the engines work during this update
-        clock.lap("sync")
-    report, kept = workers.filter(parts)
-    clock.lap("filter")
+        pending_rollouts[step + 1] = start_rollouts(run, workers, prompts, step + 1)  # generated during this update
+        timer.record("sync")
+    report, kept = workers.filter(rollout_refs)
+    timer.record("filter")
     if not report.kept:
-        book.empty_batch(step, report)
+        logger.empty_batch(step, report)
     else:
-        encoded = workers.encode(kept)  # the teacher works while the learner runs its own backbone
+        encoded = workers.encode(kept)  # the teacher's forward runs at the same time as the learner's
         try:
-            found = workers.step(kept, encoded, report)
-        except NonFiniteLossError as problem:
-            book.skipped(step, report, problem)
+            metrics = workers.step(kept, encoded, report)
+        except NonFiniteLossError as error:
+            logger.skipped(step, report, error)
         else:
-            clock.lap("learn")
-            book.step(step, report, found, clock)
-    del started[step]
-    return clock
+            timer.record("learn")
+            logger.step(step, report, metrics, timer)
+    del pending_rollouts[step]
+    return timer
 
 
-def update_as_they_come(run: Run, workers: Workers, book: RunLogger, step: int, parts: Refs, clock: PhaseTimer) -> None:
-    """As ``update``, on ``parts`` while others are still being generated."""
+def update_streaming(workers: Workers, logger: RunLogger, step: int, rollout_refs: Refs, timer: PhaseTimer) -> None:
+    """Make the optimizer step ``step`` on rollouts as they end, while the engines generate the others."""
     report = FilterReport([], 0)
     try:
-        found = workers.streamed_step(parts, report)
-    except NonFiniteLossError as problem:
-        book.skipped(step, report, problem)
+        metrics = workers.streamed_step(rollout_refs, report)
+    except NonFiniteLossError as error:
+        logger.skipped(step, report, error)
         return
-    clock.lap("learn")
-    if found is None:
-        book.empty_batch(step, report)
+    timer.record("learn")
+    if metrics is None:
+        logger.empty_batch(step, report)
     else:
-        book.step(step, report, found, clock)
+        logger.step(step, report, metrics, timer)
 
 
-def surviving_rollouts(started: dict[int, Refs]) -> dict[int, Refs]:
-    """Those rollouts that a fault has left or left under way; the others are made again, by the weights of now."""
-    kept = {}
-    for step, parts in started.items():
-        if any(isinstance(part, ray.ObjectRefGenerator) for part in parts):
-            continue  # some of it was taken
+def surviving_rollouts(pending_rollouts: dict[int, Refs]) -> dict[int, Refs]:
+    """Return the steps whose rollouts a fault spared; those of the others are generated again, by current weights."""
+    surviving = {}
+    for step, refs in pending_rollouts.items():
+        if any(isinstance(ref, ray.ObjectRefGenerator) for ref in refs):
+            continue  # a stream that was consumed in part
         try:
-            ray.get(parts, timeout=0)
+            ray.get(refs, timeout=0)
         except GetTimeoutError:
             pass
         except RayError:
             continue
-        kept[step] = parts
-    return kept
+        surviving[step] = refs
+    return surviving
 
 
-def _due(every: int, step: int) -> bool:
-    return bool(every) and step > 0 and step % every == 0
+def _is_due(interval: int, step: int, done_at: int) -> bool:
+    """Return whether ``step`` is a multiple of ``interval`` (0: never) at which it was not ``done_at`` before."""
+    return interval > 0 and 0 < step != done_at and step % interval == 0
 
 
-def retry_on_fault(action: Callable[[], T], workers: Workers, book: RunLogger, trained: bool = True) -> T:
-    """``action``, which trains nothing, again after each fault that could be mended; ``trained``: by the newest
-    checkpoint's student, not the initial one."""
+def retry_on_fault(action: Callable[[], T], workers: Workers, logger: RunLogger, trained: bool = True) -> T:
+    """Return what ``action`` returns, repeated after each fault that the workers recover from.
+
+    ``action`` trains nothing.  A new learner gets the newest checkpoint or, unless ``trained``, the initial student.
+    """
     while True:
         try:
             return action()
         except RayError as error:
-            book.mended(workers.recover(error, book.checkpoints if trained else None, book.log))
+            logger.fault(workers.recover(error, logger.checkpoints if trained else None, logger.log))
 
 
-def trajectories(run: Run, workers: Workers, prompts: Sequence[Prompt], step: int) -> Refs:
-    """Refs to the trajectories of ``step``: the student's own rollouts, references, or some of both."""
+def start_rollouts(run: Run, workers: Workers, prompts: Sequence[Prompt], step: int) -> Refs:
+    """Start the rollouts of ``step``; return refs to its trajectories, references among them if the mode has them."""
     requests, references = run.requests(prompts, step), run.references(prompts, step)
     return workers.generate(requests, run.sampling) + ([ray.put(references)] if references else [])
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command line; returns the exit code: 0 finished, 1 failed, 2 bad input, 3 stopped with a checkpoint."""
+    """Run the command line; return the exit code: 0 finished, 1 failed, 2 bad input, 3 stopped with a checkpoint."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     try:
         about = (__doc__ or "").splitlines()[0]
@@ -188,94 +198,92 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def run_settings(settings: Settings) -> int:
-    """One run from settings to summary.json."""
+    """Make one run, from settings to summary.json; return the exit code."""
     run = prepare(settings)
     if run.knows_its_texts:
         run.check_cached(run.train)  # before a folder exists or a model loads
-    with (
-        connect(settings) as resources,
-        StopSignal(settings.run.max_hours) as stop,
-    ):  # what the cluster lacks is said before a folder exists
-        loaded = open_folder(settings)
-        first_step = loaded.step if loaded else 0
-        with RunLogger(run, first_step, loaded.state if loaded else {}) as book:
-            book.log(f"run folder: {run.folder.absolute()}")
-            run.save_validation()
-            if run.validation:
-                book.log(f"{len(run.validation)} training problems are held out for validation")
-            book.log(f"{len(run.train)} prompts, {run.steps} steps of {settings.rollouts_per_step} trajectories")
-            if loaded:
-                book.log(f"resuming after step {first_step}")
-            wants_teacher = settings.eval.teacher and settings.generates and run.held_out
-            if wants_teacher and "teacher" not in book.evaluations:
-                book.evaluation("teacher", 0, teacher_evaluation(run, resources, book.log))
-            add_teacher_references(run, resources, book.log)
-            book.log("starting " + ", ".join(f"{r.count} x {r.name}" for r in resources.roles if r.count))
+    with connect(settings) as resources, StopSignal(settings.run.max_hours) as stop:
+        checkpoint = open_folder(settings)  # after the cluster was found to have room
+        first_step = checkpoint.step if checkpoint else 0
+        with RunLogger(run, first_step, checkpoint.state if checkpoint else {}) as logger:
+            logger.start(resources.roles)
+            if settings.eval.teacher and settings.generates and run.held_out and "teacher" not in logger.evaluations:
+                logger.evaluation("teacher", 0, teacher_evaluation(run, resources, logger.log))
+            add_teacher_references(run, resources, logger.log)
             workers = Workers(settings, resources, run.vocabulary, run.tokenizer.pad_token_id, run.steps)
             with ExitStack() as stack:
                 stack.callback(workers.close)
-                stack.push(book.on_failure(workers, RayError))
-                retry_on_fault(lambda: workers.wait_ready(book.log), workers, book, trained=False)
+                stack.push(logger.on_failure(workers, RayError))
+                run_workers(run, workers, logger, checkpoint, stop)
+        logger.conclude("finished" if logger.finished else "stopped")
+        return EXIT_OK if logger.finished else EXIT_STOPPED
 
-                def select() -> Sequence[Prompt]:
-                    return selected_prompts(run, workers.score_samples, workers.engines, book.log)
 
-                prompts = retry_on_fault(
-                    select, workers, book, trained=False
-                )  # by the initial student: before a checkpoint is loaded
-                if not run.knows_its_texts:
-                    run.check_cached(prompts)
-                ahead = retry_on_fault(lambda: workers.restore(loaded.path), workers, book) if loaded else []
-                if settings.eval.before and run.held_out and "before" not in book.evaluations:
-                    book.evaluation(
-                        "before", 0, retry_on_fault(lambda: student_evaluation(run, workers), workers, book)
-                    )
-                with stop.orderly():
-                    train(run, workers, prompts, book, first_step, stop, ahead)
-                if book.finished and run.held_out:
-                    book.evaluation(
-                        "after", run.steps, retry_on_fault(lambda: student_evaluation(run, workers), workers, book)
-                    )
-        book.conclude("finished" if book.finished else "stopped")
-        return EXIT_OK if book.finished else EXIT_STOPPED
+def run_workers(run: Run, workers: Workers, logger: RunLogger, checkpoint: Checkpoint | None, stop: StopSignal) -> None:
+    """Select the prompts by the initial student's scores, restore the checkpoint, evaluate, train, evaluate again."""
+
+    def select() -> Sequence[Prompt]:
+        return selected_prompts(run, workers.score_samples, workers.engines, logger.log)
+
+    def evaluate_student(name: str, step: int) -> None:
+        evaluation = retry_on_fault(lambda: student_evaluation(run, workers), workers, logger)
+        logger.evaluation(name, step, evaluation)
+
+    retry_on_fault(lambda: workers.wait_ready(logger.log), workers, logger, trained=False)
+    prompts = retry_on_fault(select, workers, logger, trained=False)
+    if not run.knows_its_texts:
+        run.check_cached(prompts)
+    prefetched_rollouts: Refs = []
+    if checkpoint:
+        prefetched_rollouts = retry_on_fault(lambda: workers.restore(checkpoint.path), workers, logger)
+    if run.settings.eval.before and run.held_out and "before" not in logger.evaluations:
+        evaluate_student("before", 0)
+    with stop.orderly():
+        train(run, workers, prompts, logger, checkpoint.step if checkpoint else 0, stop, prefetched_rollouts)
+    if logger.finished and run.held_out:
+        evaluate_student("after", run.steps)
 
 
 def student_evaluation(run: Run, workers: Workers, prompts: Sequence[Prompt] = ()) -> Evaluation:
-    """Greedy exact match of the current student; if asked, how far it is from the teacher on held-out prompts.
+    """Score the current student by greedy exact match and, if the settings ask for it, measure its divergence.
 
-    ``divergence`` is over the student's own rollouts, ``divergence_reference`` over the reference answers: a student
-    that falls into repetition lowers the first but not the second.  Of packed text there is only the second.
+    ``divergence`` is that of the student's rollouts of held-out prompts, ``divergence_reference`` that of their
+    reference answers: a student that falls into repetition lowers the first but not the second.  Packed text has only
+    the second.
     """
     if not run.settings.generates:
-        few = [as_text(p, "prompt", run.tokenizer) for p in run.held_out]
-        return Evaluation(
-            {"problems": 0, "divergence_reference": means(workers.diagnose_positions(few))["divergence"]}, []
-        )
+        samples = [as_text(p, "prompt", run.tokenizer) for p in run.held_out]
+        divergence = means(workers.diagnose_positions(samples))["divergence"]
+        return Evaluation({"problems": 0, "divergence_reference": divergence}, [])
     prompts = prompts or run.held_out[: run.settings.eval.problems or None]
-    done = evaluate(workers.engines().gather, prompts, run.tokenizer, run.greedy)
-    if run.settings.eval.divergence_prompts:
-        few = (run.validation or run.held_out)[: run.settings.eval.divergence_prompts]
-        seed = run.settings.run.seed
-        requests = [RolloutRequest(p.key, p.token_ids, seed_of(seed, "divergence", p.key)) for p in few]
-        rollouts = workers.engines().gather(requests, run.sampling)
-        inspected = {i.key: i for i in workers.diagnose_positions(rollouts)}
-        done.result.update(means(list(inspected.values())))
-        shown = [t for t in rollouts if t.key in inspected][:TOKEN_VIEWS]
-        done.views.extend(tokens(t, inspected[t.key], run.tokenizer) for t in shown)
-        answers = [as_text(p, "prompt+answer", run.tokenizer) for p in few]
-        done.result["divergence_reference"] = means(workers.diagnose_positions(answers))["divergence"]
-    return done
+    evaluation = evaluate(workers.engines().gather, prompts, run.tokenizer, run.greedy)
+    if count := run.settings.eval.divergence_prompts:
+        add_divergences(run, workers, (run.validation or run.held_out)[:count], evaluation)
+    return evaluation
+
+
+def add_divergences(run: Run, workers: Workers, prompts: Sequence[Prompt], evaluation: Evaluation) -> None:
+    """Add the student's divergence from the teacher on ``prompts``, and token views, to ``evaluation``."""
+    seed = run.settings.run.seed
+    requests = [RolloutRequest(p.key, p.token_ids, seed_of(seed, "divergence", p.key)) for p in prompts]
+    rollouts = workers.engines().gather(requests, run.sampling)
+    diagnostics = {d.key: d for d in workers.diagnose_positions(rollouts)}
+    evaluation.result.update(means(list(diagnostics.values())))
+    shown = [t for t in rollouts if t.key in diagnostics][:TOKEN_VIEWS]
+    evaluation.views.extend(tokens(t, diagnostics[t.key], run.tokenizer) for t in shown)
+    answers = [as_text(p, "prompt+answer", run.tokenizer) for p in prompts]
+    evaluation.result["divergence_reference"] = means(workers.diagnose_positions(answers))["divergence"]
 
 
 def teacher_evaluation(run: Run, resources: Resources, log: Callable[[str], None]) -> Evaluation:
-    """Greedy exact match of the teacher."""
+    """Score the teacher by greedy exact match."""
     prompts = run.held_out[: run.settings.eval.problems or None]
 
-    def once() -> Evaluation:
+    def action() -> Evaluation:
         with engine(run, resources, "teacher") as group:
             return evaluate(group.gather, prompts, run.tokenizer, run.greedy)
 
-    return retry_engine_on_fault(run.settings, "teacher engine", once, log)
+    return retry_engine_on_fault(run.settings, "teacher engine", action, log)
 
 
 if __name__ == "__main__":

@@ -332,7 +332,17 @@ def _resume_with(settings: Settings) -> str | None:
     return None
 
 
+def _keep_best(settings: Settings) -> str | None:
+    if settings.run.keep_best and settings.generates and not settings.data.validation_problems:
+        return (
+            "run.keep_best=true: evaluations during training would choose the student by the test problems; set "
+            "data.validation_problems, for example to 200"
+        )
+    return None
+
+
 RULES = (
+    _keep_best,
     _unused,
     _data,
     _positions,

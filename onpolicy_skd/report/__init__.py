@@ -1,1 +1,1 @@
-"""What a run leaves to read: metrics.jsonl, TensorBoard events, summary.json, report.md and a plot."""
+"""Files and lines about one run: metrics.jsonl, TensorBoard events, summary.json, report.md, plots, the console."""

@@ -5,6 +5,8 @@ from __future__ import annotations
 import errno
 import json
 import os
+from collections.abc import Iterable
+from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
@@ -13,22 +15,36 @@ from onpolicy_skd.storage.files import write_text
 FILE = "metrics.jsonl"
 
 
+class Event(StrEnum):
+    """``event`` of a record; the record of an optimizer step has none, but a ``loss``."""
+
+    EVALUATION = "evaluation"
+    EMPTY_BATCH = "empty_batch"
+    SKIPPED = "skipped"
+    WARNING = "warning"
+    FAULT = "fault"
+    UNSAVED = "unsaved"
+
+
 class MetricsLog:
-    """Appends records to ``metrics.jsonl``; on resume, forgets those of steps that will be done again."""
+    """Appends records to ``metrics.jsonl``; on resume, drops those of steps that will be repeated."""
 
     def __init__(
         self, folder: Path, first_step: int = 0, tensorboard: bool = False, resumed: bool | None = None
     ) -> None:
-        """``resumed``: whether what is there belongs to this run; default: if it has a first step."""
+        """``resumed`` tells whether the existing records belong to this run; by default if ``first_step`` is not 0."""
         self.path = folder / FILE
         resumed = bool(first_step) if resumed is None else resumed
-        kept = [r for r in read(self.path) if _stays(r, first_step)] if resumed else []
+        kept = [r for r in read(self.path) if _is_kept(r, first_step)] if resumed else []
         write_text(self.path, "".join(json.dumps(r) + "\n" for r in kept))
         self._file = self.path.open("ab", buffering=0)
         self._tracker = _tensorboard(folder, first_step) if tensorboard else None
 
     def write(self, record: dict[str, Any]) -> None:
-        """``record`` must hold ``step``; nested numbers reach TensorBoard as ``outer/inner``.  Raises OSError."""
+        """Append ``record``, which must hold ``step``; TensorBoard gets nested numbers as ``outer/inner``.
+
+        Raises OSError.
+        """
         line = (json.dumps(record) + "\n").encode()
         end = self._file.seek(0, os.SEEK_END)
         if self._file.write(line) < len(line):
@@ -43,17 +59,17 @@ class MetricsLog:
             self._tracker.finish()
 
 
-def _stays(record: dict[str, Any], first_step: int) -> bool:
-    """Whether resuming before ``first_step`` leaves ``record`` as it is; evaluations count the steps *done*."""
-    if record.get("event") == "fault":
+def _is_kept(record: dict[str, Any], first_step: int) -> bool:
+    """Return whether resuming at ``first_step`` keeps ``record``; the step of an evaluation counts the steps *done*."""
+    if record.get("event") == Event.FAULT:
         return True
-    if record.get("event") == "evaluation":
+    if record.get("event") == Event.EVALUATION:
         return record["step"] <= first_step and record["name"] != "after"
     return record["step"] < first_step
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    """The records of a metrics file; a last line torn by a kill is left out."""
+    """Return the records of a metrics file, without a last line that a kill cut off."""
     records = []
     lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
     for line in lines:
@@ -63,6 +79,15 @@ def read(path: Path) -> list[dict[str, Any]]:
             if line is not lines[-1]:
                 raise
     return records
+
+
+def steps_of(records: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the records of optimizer steps."""
+    return [r for r in records if "loss" in r]
+
+
+def events_of(records: Iterable[dict[str, Any]], event: Event) -> list[dict[str, Any]]:
+    return [r for r in records if r.get("event") == event]
 
 
 def _flat(record: dict[str, Any], prefix: str = "") -> dict[str, float]:
@@ -79,7 +104,7 @@ def _tensorboard(folder: Path, first_step: int) -> Any:
     from accelerate import PartialState
     from accelerate.tracking import TensorBoardTracker
 
-    PartialState(cpu=True)  # the tracker asks it whether this is the main process; the driver owns no device
+    PartialState(cpu=True)  # which the tracker reads; the driver owns no device
     tracker = TensorBoardTracker("tensorboard", logging_dir=str(folder), purge_step=first_step)
     tracker.start()
     return tracker

@@ -1,1 +1,1 @@
-"""One run: preparation, logging, supervision, health, stopping."""
+"""One run: checks before it starts, preparation, logging, supervision, health, stopping."""

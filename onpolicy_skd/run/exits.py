@@ -1,4 +1,4 @@
-"""How a driver ends: its exit codes, and what it prints of an error."""
+"""Exit codes of the drivers, and the line they print for an error."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ EXIT_OK, EXIT_BAD_INPUT, EXIT_FAILED, EXIT_STOPPED = 0, 2, 1, 3
 
 
 class RunError(RuntimeError):
-    """A run that cannot go on; the message says why."""
+    """A run that cannot continue; the message says why."""
 
 
 def run_cli(action: Callable[[], int], *failures: type[Exception]) -> int:
-    """The exit code of ``action``; of bad input or a failed actor one line on stderr, without a traceback."""
+    """Return the exit code of ``action``; print bad input and ``failures`` as one line, without a traceback."""
     try:
         return action()
     except (ConfigError, RunError, OSError, *failures) as error:
@@ -29,5 +29,5 @@ def first_line(error: object) -> str:
 
 
 def cause_of(error: Exception) -> Exception:
-    """What an actor raised, without Ray's wrapping and its traceback."""
+    """Return the exception that an actor raised, without Ray's wrapper and traceback."""
     return getattr(error, "cause", None) or error

@@ -1,8 +1,9 @@
-"""What a run has found out: shown, written to metrics.jsonl, and carried in checkpoints."""
+"""The progress of a run: on the console, in metrics.jsonl, in checkpoints and in summary.json."""
 
 from __future__ import annotations
 
 import contextlib
+import json
 import math
 import time
 from collections import Counter, deque
@@ -14,16 +15,18 @@ from onpolicy_skd.evaluation.evaluate import Evaluation
 from onpolicy_skd.learner.learner import NonFiniteLossError
 from onpolicy_skd.report import summary
 from onpolicy_skd.report.console import Display
-from onpolicy_skd.report.metrics_log import MetricsLog, read
+from onpolicy_skd.report.metrics_log import Event, MetricsLog, events_of, read, steps_of
 from onpolicy_skd.report.timeline import write_timeline
 from onpolicy_skd.run.exits import RunError, cause_of, first_line
 from onpolicy_skd.run.health import HealthMonitor
 from onpolicy_skd.run.prepare import Run
 from onpolicy_skd.run.stop import Stopped
 from onpolicy_skd.run.supervisor import Recovery
-from onpolicy_skd.storage.files import SaveError
+from onpolicy_skd.storage.files import SaveError, write_text
 from onpolicy_skd.tracing import Span, within
+from onpolicy_skd.types import FilterReport
 
+BEST = "best.json"  # step and value of the evaluation whose student is in best/
 EMPTY_BATCH_ADVICE = {
     "no_pace": "raise rollout.n: every prompt was always right or always wrong",
     "right": "raise learner.batch_size or set samples.correctness=any",
@@ -32,7 +35,7 @@ EMPTY_BATCH_ADVICE = {
 
 
 def evaluation_value(result: dict[str, Any]) -> float:
-    """What the best evaluation has most of: exact match or, where nothing is answered, nearness to the teacher."""
+    """Return the figure that the best evaluation has most of: exact match or, on packed text, minus the divergence."""
     return result["match"]["share"] if "match" in result else -result["divergence_reference"]
 
 
@@ -40,7 +43,14 @@ class TrainingWorkers(Protocol):
     """The methods of ``actors.workers.Workers`` that a logger calls."""
 
     def save(
-        self, folder: Path, step: int, version: int, state: dict[str, Any], keep: int, ahead: Sequence[Any] = ()
+        self,
+        folder: Path,
+        step: int,
+        version: int,
+        state: dict[str, Any],
+        keep: int,
+        rollout_refs: Sequence[Any] = (),
+        /,
     ) -> Path: ...
 
     def save_pretrained(self, folder: Path) -> None: ...
@@ -55,7 +65,8 @@ class PhaseTimer:
         self.seconds: dict[str, float] = dict.fromkeys(("rollout", "filter", "learn", "sync"), 0.0)
         self._last = time.perf_counter()
 
-    def lap(self, phase: str) -> None:
+    def record(self, phase: str) -> None:
+        """Add the seconds since the last call to ``phase``."""
         now = time.perf_counter()
         self.seconds[phase] += now - self._last
         self._last = now
@@ -66,188 +77,221 @@ class PhaseTimer:
 
 
 class RunLogger:
-    """What the run has found out: shown, written to metrics.jsonl, and carried in checkpoints."""
+    """Shows the progress of a run, writes its metrics, checkpoints and summary, and resumes them."""
 
     def __init__(self, run: Run, first_step: int, state: dict[str, Any]) -> None:
         self.evaluations: dict[str, Any] = dict(state.get("evaluations", {}))
         self.finished = False
-        self._run = run
-        self._seconds_before = state.get("seconds", 0.0)
         self.checkpoints = run.folder / "checkpoints"
-        self.last_eval_step = 0  # step of the last evaluation during training
-        self.best_step: int | None = None  # of the best one
-        self._best = -math.inf
-        self._saved = bool(state)
-        self._version = self._skipped = 0
-        self._load(state)
-        self._started = time.monotonic()
-        self._open(first_step, bool(state))
-        self._display = Display(run.steps, first_step)
+        self._run = run
+        self._resumed = bool(state)
+        self._has_checkpoint = bool(state)
+        self._seconds_before = state.get("seconds", 0.0)
+        self._start_time = time.monotonic()
+        self._open(first_step, state, bool(state))
+        self._display = Display(run.steps, first_step, run.settings.alignment.divergence)
 
     def __enter__(self) -> RunLogger:
         self._display.__enter__()
         return self
 
-    def __exit__(self, *problem: Any) -> None:
-        self._display.__exit__(*problem)
-        if isinstance(problem[1], Stopped):
-            self.conclude("stopped", f"{problem[1]} outside the steps")
+    def __exit__(self, *error: Any) -> None:
+        self._display.__exit__(*error)
+        if isinstance(error[1], Stopped):
+            self.conclude("stopped", f"{error[1]} outside the steps")
         self._metrics.close()
 
     def log(self, text: str) -> None:
         self._display.log(text)
 
-    def _open(self, first_step: int, resumed: bool) -> None:
-        """The metrics as they were before ``first_step``."""
+    def start(self, roles: Sequence[Any]) -> None:
+        """Log what the run is about to do; save which problems are held out for validation."""
+        run = self._run
+        self.log(f"run folder: {run.folder.absolute()}")
+        run.save_validation()
+        if run.validation:
+            self.log(f"{len(run.validation)} training problems are held out for validation")
+        self.log(f"{len(run.train)} prompts, {run.steps} steps of {run.settings.rollouts_per_step} trajectories")
+        if self._resumed:
+            self.log(f"resuming after step {self._steps}")
+        self.log("starting " + ", ".join(f"{role.count} x {role.name}" for role in roles if role.count))
+
+    def _open(self, first_step: int, state: dict[str, Any], resumed: bool) -> None:
+        """Take the run up at ``first_step``: its metrics up to there, and the ``state`` of the checkpoint."""
         self._steps = first_step
+        self._version = state.get("version", 0)  # of the learner after these steps
+        self._skipped = state.get("skipped", 0)
+        self.last_eval_step = state.get("last_eval_step", 0)  # of the last evaluation during training
         self._metrics = MetricsLog(self._run.folder, first_step, self._run.settings.run.tensorboard, resumed)
+        records = read(self._metrics.path)
         self._health = HealthMonitor(self._run.settings.sync.max_gap)
-        self._restarts: Counter[str] = Counter()
-        for record in read(self._metrics.path):
-            if "loss" in record:
-                deque(self._health.see(record), maxlen=0)  # what there was to say has been said
-            self._restarts.update(record.get("restarted", ()))
+        for record in steps_of(records):
+            deque(self._health.check(record), maxlen=0)  # its warnings are in the metrics already
+        self._restarts = Counter(role for r in events_of(records, Event.FAULT) for role in r["restarted"])
+        self.best_step, self._best_value = self._read_best(records, resumed)
+
+    def _read_best(self, records: Sequence[dict[str, Any]], resumed: bool) -> tuple[int | None, float]:
+        """Return step and value of the best evaluation during training so far.
+
+        With ``run.keep_best`` that is the one whose student is in ``best/``, even if the run has since been rolled back
+        to a checkpoint from before it.
+        """
+        if self._run.settings.run.keep_best:
+            file = self._run.folder / BEST
+            best = json.loads(file.read_text(encoding="utf-8")) if resumed and file.exists() else {}
+            return best.get("step"), best.get("value", -math.inf)
+        during = [r for r in events_of(records, Event.EVALUATION) if r["name"] == "during"]
+        best = max(during, key=evaluation_value, default=None)
+        return (best["step"], evaluation_value(best)) if best else (None, -math.inf)
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint keeps of the logbook."""
+        """Return what a checkpoint keeps of this logger."""
         return {
             "evaluations": self.evaluations,
             "seconds": self._seconds(),
             "skipped": self._skipped,
             "last_eval_step": self.last_eval_step,
-            "best": [self.best_step, self._best] if self.best_step is not None else None,
         }
 
-    def _load(self, state: dict[str, Any]) -> None:
-        self._version = state.get("version", 0)  # of the learner after the steps so far
-        self._skipped = state.get("skipped", 0)
-        self.last_eval_step = state.get("last_eval_step", 0)
-        self.best_step, self._best = state.get("best") or (None, -math.inf)
-
-    def save(self, workers: TrainingWorkers, step: int, must: bool, ahead: Sequence[Any] = ()) -> None:
-        """A checkpoint.  One that cannot be written ends the run if it ``must`` be; else the one before has to do."""
+    def save(self, workers: TrainingWorkers, step: int, required: bool, rollout_refs: Sequence[Any] = ()) -> None:
+        """Save a checkpoint.  If that fails, end the run where the checkpoint is ``required``, else log it."""
         try:
-            self._save(workers, step, ahead)
-            self._saved = True
+            self._save(workers, step, rollout_refs)
+            self._has_checkpoint = True
         except SaveError as error:
-            problem = str(cause_of(error))
-            if must:
-                raise RunError(f"{problem}; make room and use resume=auto") from None
-            self.log(f"{problem}; going on, with the checkpoint before it")
+            reason = str(cause_of(error))
+            if required:
+                raise RunError(f"{reason}; make room and use resume=auto") from None
+            self.log(f"{reason}; continuing with the checkpoint before it")
             with contextlib.suppress(OSError):  # the same disk
-                self._metrics.write({"step": step, "event": "unsaved", "reason": problem})
+                self._metrics.write({"step": step, "event": Event.UNSAVED, "reason": reason})
 
-    def _save(self, workers: TrainingWorkers, step: int, ahead: Sequence[Any] = ()) -> None:
+    def _save(self, workers: TrainingWorkers, step: int, rollout_refs: Sequence[Any] = ()) -> None:
         keep = self._run.settings.run.keep_checkpoints
-        workers.save(self.checkpoints, step, self._version, self.state(), keep, ahead)
+        workers.save(self.checkpoints, step, self._version, self.state(), keep, rollout_refs)
 
-    def is_best(self, done: Evaluation) -> bool:
-        """Of the evaluations during training so far."""
-        return evaluation_value(done.result) > self._best
+    def validated(self, workers: TrainingWorkers, step: int, evaluation: Evaluation) -> None:
+        """Log an evaluation during training; with ``run.keep_best`` save the student of the best one as best/."""
+        value = evaluation_value(evaluation.result)
+        keep_best = self._run.settings.run.keep_best
+        if value > self._best_value and (not keep_best or self._save_best(workers, step, value)):
+            self.best_step, self._best_value = step, value
+        self.last_eval_step = step
+        self.evaluation("during", step, evaluation)
 
-    def save_best(self, workers: TrainingWorkers) -> None:
+    def _save_best(self, workers: TrainingWorkers, step: int, value: float) -> bool:
+        """Return whether best/ was saved.  Without its record, after a kill, the next evaluation counts as the best."""
+        folder = self._run.folder
+        (folder / BEST).unlink(missing_ok=True)
         try:
-            workers.save_pretrained(self._run.folder / "best")
+            workers.save_pretrained(folder / "best")
         except SaveError as error:
-            self.log(f"{cause_of(error)}; going on with the best student of before")
+            self.log(f"{cause_of(error)}; best/ is not updated")
+            if self.best_step is not None:
+                self._write_best(self.best_step, self._best_value)
+            return False
+        self._write_best(step, value)
+        return True
 
-    def recovered(self, step: int, done: Recovery) -> int:
-        """The step to go on with after a fault in ``step``."""
-        if done.rolled_back and done.checkpoint is None and self._saved:
-            raise RunError(f"{done.cause}; and none of the checkpoints in {self.checkpoints} can be read")
-        back = (done.checkpoint.step if done.checkpoint else 0) if done.rolled_back else step
-        if done.rolled_back:  # as a resumed run would
-            self._load(done.checkpoint.state if done.checkpoint else {})
+    def _write_best(self, step: int, value: float) -> None:
+        write_text(self._run.folder / BEST, json.dumps({"step": step, "value": value}) + "\n")
+
+    def recovered(self, step: int, recovery: Recovery) -> int:
+        """Return the step to continue with after a fault in ``step``."""
+        if recovery.rolled_back and recovery.checkpoint is None and self._has_checkpoint:
+            raise RunError(f"{recovery.cause}; and none of the checkpoints in {self.checkpoints} can be read")
+        if recovery.rolled_back:  # as a resumed run would
+            checkpoint = recovery.checkpoint
+            step = checkpoint.step if checkpoint else 0
             self._metrics.close()
-            self._open(back, True)
-        self.mended(done, back)
-        self.log(f"going on with step {back}" + (" from the newest checkpoint" if done.rolled_back else ""))
-        return back
+            self._open(step, checkpoint.state if checkpoint else {}, True)
+        self.fault(recovery, step)
+        origin = " from the newest checkpoint" if recovery.rolled_back else ""
+        self.log(f"continuing with step {step + 1}{origin}")
+        return step
 
-    def mended(self, done: Recovery, step: int = 0) -> None:
-        self._restarts.update(done.restarted)
-        record = {"restarted": done.restarted, "cause": done.cause, "down_seconds": round(done.seconds, 1)}
-        self._metrics.write({"step": step, "event": "fault", **record})
+    def fault(self, recovery: Recovery, step: int = 0) -> None:
+        """Record a fault that the workers recovered from."""
+        self._restarts.update(recovery.restarted)
+        seconds = round(recovery.seconds, 1)
+        record = {"restarted": recovery.restarted, "cause": recovery.cause, "down_seconds": seconds}
+        self._metrics.write({"step": step, "event": Event.FAULT, **record})
 
-    def step(self, step: int, report: Any, found: dict[str, float], clock: PhaseTimer) -> None:
-        total = clock.total
+    def step(self, step: int, report: FilterReport, metrics: dict[str, float], timer: PhaseTimer) -> None:
         record = {
             "step": step,
-            "generated": report.generated,
-            "dropped": report.dropped,
-            **found,
-            "seconds": clock.seconds | {"step": total},
-            "tokens_per_second": found["train_tokens"] / total,
+            **step_counts(report),
+            **metrics,
+            "seconds": timer.seconds | {"step": timer.total},
+            "tokens_per_second": metrics["train_tokens"] / timer.total,
         }
         self._metrics.write(record)
-        self._steps, self._version = step + 1, int(found["version"])  # not before the record is safe
+        self._steps, self._version = step + 1, int(metrics["version"])  # not before the record is safe
         self._display.step(record)
-        for guard, text in self._health.see(record):
-            self._metrics.write({"step": step, "event": "warning", "guard": guard, "text": text})
+        for guard, text in self._health.check(record):
+            self._metrics.write({"step": step, "event": Event.WARNING, "guard": guard, "text": text})
             self.log(f"warning ({guard}): {text}")
 
-    def timeline(self, workers: TrainingWorkers, step: int, clock: PhaseTimer) -> None:
-        """Who was busy when, in a step that has just ended."""
+    def timeline(self, workers: TrainingWorkers, step: int, timer: PhaseTimer) -> None:
+        """Write which process was busy when, in a step that has just ended."""
         now = time.time()
         try:
-            write_timeline(self._run.folder, within(workers.spans(), now - clock.total, now), step)
+            write_timeline(self._run.folder, within(workers.spans(), now - timer.total, now), step)
         except OSError as error:
             self.log(f"no timeline: {error}")
 
-    def empty_batch(self, step: int, report: Any) -> None:
+    def empty_batch(self, step: int, report: FilterReport) -> None:
+        """Record a step without an update because the filter kept no sample."""
         self._steps = step + 1
-        self._metrics.write(
-            {"step": step, "event": "empty_batch", "generated": report.generated, "dropped": report.dropped}
-        )
+        self._metrics.write({"step": step, "event": Event.EMPTY_BATCH, **step_counts(report)})
         reasons = ", ".join(f"{count} {reason}" for reason, count in report.dropped.items())
-        worst = max(report.dropped, key=lambda reason: report.dropped[reason])
-        advice = EMPTY_BATCH_ADVICE.get(worst, "raise rollout.max_tokens or set samples.truncated=keep")
-        self.log(f"step {step}: no sample left of {report.generated} ({reasons}); no update. If this goes on, {advice}")
+        most = max(report.dropped, key=lambda reason: report.dropped[reason])
+        advice = EMPTY_BATCH_ADVICE.get(most, "raise rollout.max_tokens or set samples.truncated=keep")
+        self.log(
+            f"step {step + 1}: no update, no sample left of {report.generated} ({reasons}). If this repeats, {advice}"
+        )
 
-    def skipped(self, step: int, report: Any, problem: NonFiniteLossError) -> None:
-        """A step without an update.  Raises RunError after more than ``learner.max_skipped`` of them."""
+    def skipped(self, step: int, report: FilterReport, error: NonFiniteLossError) -> None:
+        """Record a step without an update.  Raises RunError after more than ``learner.max_skipped`` of them."""
         self._steps = step + 1
         self._skipped += 1
         bound = self._run.settings.learner.max_skipped
-        why = {"reason": str(problem), "samples": problem.samples}
-        self._metrics.write({"step": step, "event": "skipped", "generated": report.generated} | why)
-        self.log(f"step {step}: no update, {self._skipped} so far (learner.max_skipped={bound}): {problem}")
+        reason = {"reason": str(error), "samples": error.samples}
+        self._metrics.write({"step": step, "event": Event.SKIPPED, "generated": report.generated} | reason)
+        self.log(f"step {step + 1}: no update, {self._skipped} so far (learner.max_skipped={bound}): {error}")
         if self._skipped > bound:
             raise RunError(
                 f"{self._skipped} steps had a loss or gradient that is not finite, learner.max_skipped={bound}; the "
-                f"last: {problem}. The samples of each are in {self._metrics.path}"
+                f"last: {error}. The samples of each are in {self._metrics.path}"
             )
 
-    def evaluation(self, name: str, step: int, done: Evaluation) -> None:
-        self.evaluations[name] = done.result
-        if name == "during":
-            self.last_eval_step = step
-            if self.is_best(done):
-                self.best_step, self._best = step, evaluation_value(done.result)
-        if done.records:
-            done.write_records(self._run.folder / "evaluations" / f"{name}-{step:06d}.jsonl")
+    def evaluation(self, name: str, step: int, evaluation: Evaluation) -> None:
+        """Log an evaluation; ``name`` is before, during, after or teacher."""
+        result = self.evaluations[name] = evaluation.result
+        if evaluation.records:
+            evaluation.write_records(self._run.folder / "evaluations" / f"{name}-{step:06d}.jsonl")
         if name != "teacher":
-            self._metrics.write({"step": step, "event": "evaluation", "name": name, **done.result})
-        parts = []
-        if "match" in done.result:
-            match, strict = done.result["match"], done.result["strict"]
+            self._metrics.write({"step": step, "event": Event.EVALUATION, "name": name, **result})
+        figures = []
+        if "match" in result:
+            match, strict = result["match"], result["strict"]
             share = summary.percent(match["share"], match["interval"])
-            parts = [f"exact match {share} of {done.result['problems']}", f"strict {summary.percent(strict['share'])}"]
-        for key, where in (("divergence", "its rollouts"), ("divergence_reference", "reference texts")):
-            if done.result.get(key) is not None:
-                parts.append(f"divergence {done.result[key]:.4f} nats per token on {where}")
-        self.log(f"{name}: " + ", ".join(parts))
+            figures = [f"exact match {share} of {result['problems']}", f"strict {summary.percent(strict['share'])}"]
+        for key, text in (("divergence", "its rollouts"), ("divergence_reference", "reference texts")):
+            if result.get(key) is not None:
+                figures.append(f"divergence {result[key]:.4f} nats per token on {text}")
+        self.log(f"{name}: " + ", ".join(figures))
 
     def on_failure(self, workers: TrainingWorkers, *failures: type[Exception]) -> Callable[..., bool]:
-        """An exit callback that keeps what was earned when a run breaks: a checkpoint, if the learner lives, and the
-        summary with the reason."""
+        """Return an exit callback for a run that fails: it saves a checkpoint, if the learner lives, and the summary
+        with the reason."""
 
         def leave(_: type | None, error: BaseException | None, __: Any) -> bool:
             if isinstance(error, (RunError, OSError, *failures)):
                 try:
                     self._save(workers, self._steps)
-                except failures as lost:
-                    self.log(f"no checkpoint of this moment: {first_line(cause_of(lost))}")
+                except failures as unsaved:
+                    self.log(f"no checkpoint of this moment: {first_line(cause_of(unsaved))}")
                 try:
                     self.conclude("failed", str(cause_of(error)))
                 except OSError as full:
@@ -257,18 +301,26 @@ class RunLogger:
         return leave
 
     def conclude(self, status: str, reason: str | None = None) -> None:
-        """summary.json, report.md and the closing lines."""
+        """Write summary.json and report.md; log the closing lines."""
         settings = self._run.settings
-        built = summary.build(settings, self.evaluations, status, self._steps, self._seconds(), reason)
-        built |= {"restarts": self._restarts, "best_step": self.best_step}
-        report = summary.write(self._run.folder, built, settings)
-        shares, intervals = built["exact_match"], built["exact_match_interval"]
-        for name in summary.WHEN:
+        result = summary.build(settings, self.evaluations, status, self._steps, self._seconds(), reason)
+        result |= {"restarts": self._restarts, "best_step": self.best_step}
+        report = summary.write(self._run.folder, result, settings)
+        shares, intervals = result["exact_match"], result["exact_match_interval"]
+        for name in summary.EVALUATIONS:
             if shares[name] is not None:
                 self.log(f"exact match {name:>7}: {summary.percent(shares[name], intervals[name])}")
-        self.log(f"{status} after {self._steps} steps, {built['seconds']:.0f} s; report: {report}")
+        self.log(f"{status} after {self._steps} steps, {result['seconds']:.0f} s; report: {report}")
         if status == "stopped":
-            self.log("the same command with resume=auto goes on from the last checkpoint")
+            self.log("the same command with resume=auto continues from the last checkpoint")
 
     def _seconds(self) -> float:
-        return self._seconds_before + time.monotonic() - self._started
+        return self._seconds_before + time.monotonic() - self._start_time
+
+
+def step_counts(report: FilterReport) -> dict[str, Any]:
+    """Return what became of a step's trajectories; ``truncated`` is a share of the student's rollouts."""
+    counts: dict[str, Any] = {"generated": report.generated, "dropped": report.dropped}
+    if report.student_rollouts:
+        counts["truncated"] = report.truncated / report.student_rollouts
+    return counts

@@ -1,8 +1,8 @@
-"""Ending a run from outside, by a signal or by the clock.
+"""Stopping a run from outside, by a signal or by the clock.
 
-During its steps, the first signal asks for an orderly end with a checkpoint and the second ends at once; so does a
-deadline ask.  Before and after the steps (engines starting, evaluation) there is nothing to save: the first signal ends
-the run by raising ``Stopped``.
+During the steps the first signal requests a stop with a checkpoint, as the deadline does; the second signal exits at
+once.  Before and after the steps (engines starting, evaluation) there is nothing to save: the first signal ends the run
+by raising ``Stopped``.
 """
 
 from __future__ import annotations
@@ -10,24 +10,24 @@ from __future__ import annotations
 import math
 import os
 import signal
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
+STDERR = 2  # file descriptor
 
 
 class Stopped(BaseException):
-    """A signal outside the steps; like KeyboardInterrupt, no ``except Exception`` swallows it."""
+    """A signal outside the steps; like KeyboardInterrupt, no ``except Exception`` catches it."""
 
 
 class StopSignal:
     """``with StopSignal() as stop: ... with stop.orderly(): while not stop.requested: ...``
 
-    Handlers are put back on leaving.  Enter it after Ray is connected: Ray sets handlers of its own.
-    ``hours``: from now, after which ``requested`` becomes true by itself.
+    Enter it after Ray is connected, because Ray sets handlers too; the previous handlers return on exit.  ``hours``
+    from now, ``requested`` becomes true by itself.
     """
 
     def __init__(self, hours: float | None = None, clock: Callable[[], float] = time.monotonic) -> None:
@@ -36,14 +36,14 @@ class StopSignal:
         self._hours = hours
         self._clock = clock
         self._deadline = math.inf if hours is None else clock() + 3600 * hours
-        self._before: dict[int, object] = {}
+        self._previous_handlers: dict[int, object] = {}
 
     def __enter__(self) -> StopSignal:
-        self._before = {number: signal.signal(number, self._on_signal) for number in SIGNALS}
+        self._previous_handlers = {number: signal.signal(number, self._on_signal) for number in SIGNALS}
         return self
 
     def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
+        for number, handler in self._previous_handlers.items():
             signal.signal(number, handler)  # type: ignore[arg-type]
 
     @property
@@ -52,14 +52,17 @@ class StopSignal:
             self.request(f"run.max_hours={self._hours:g}")
         return self._requested
 
-    def request(self, why: str, more: str = "") -> None:
-        """Asks for an orderly end."""
+    def request(self, reason: str, hint: str = "") -> None:
+        """Request a stop with a checkpoint.
+
+        Writes to the file descriptor: a signal handler that prints may interrupt a print, which raises RuntimeError.
+        """
         self._requested = True
-        print(f"{why}: ending after this step, with a checkpoint{more}", file=sys.stderr, flush=True)
+        os.write(STDERR, f"{reason}: ending after this step, with a checkpoint{hint}\n".encode())
 
     @contextmanager
     def orderly(self) -> Iterator[None]:
-        """Within it, the first signal only sets ``requested``."""
+        """Within this context the first signal only sets ``requested``."""
         self._orderly = True
         try:
             yield
@@ -74,4 +77,4 @@ class StopSignal:
         if not self._orderly:
             self._requested = True
             raise Stopped(name)
-        self.request(name, "; once more ends at once")
+        self.request(name, "; a second signal exits at once")

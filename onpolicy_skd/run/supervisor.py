@@ -1,7 +1,7 @@
-"""What becomes of a failed actor: a pure state machine with an injected clock; nothing of Ray.
+"""The decision about failed actors, restart or give up: a pure state machine with an injected clock, without Ray.
 
-Every role has a history of failures.  A failure is answered by a restart after a wait that doubles with each failure
-still in the history, or, once ``faults.restarts`` of them lie within an hour, by giving up.
+Each role has a history of failures.  A failure leads to a restart, after a wait that doubles with each failure still in
+the history.  More than ``faults.restarts`` failures within an hour end the run.
 """
 
 from __future__ import annotations
@@ -16,25 +16,25 @@ from onpolicy_skd.config.schema import FaultSettings
 from onpolicy_skd.storage.checkpoint import Checkpoint
 
 LONGEST_WAIT = 60.0  # seconds
-WINDOW = 3600.0  # seconds that a failure counts
+WINDOW = 3600.0  # seconds for which a failure counts
 
 
 @dataclass(frozen=True, slots=True)
 class Restart:
-    """Start the failed actors again after ``seconds``."""
+    """Restart the failed actors after ``seconds``."""
 
     seconds: float
 
 
 @dataclass(frozen=True, slots=True)
 class GiveUp:
-    """End the run, for ``reason``."""
+    """End the run for ``reason``."""
 
     reason: str
 
 
 class Supervisor:
-    """``decide`` is asked once for each fault."""
+    """Failure history of each role; call ``decide`` once for each fault."""
 
     def __init__(self, settings: FaultSettings, clock: Callable[[], float] = time.monotonic) -> None:
         self._settings = settings
@@ -42,29 +42,29 @@ class Supervisor:
         self._failures: defaultdict[str, deque[float]] = defaultdict(deque)
 
     def decide(self, failed: Mapping[str, str]) -> Restart | GiveUp:
-        """``failed``: causes by role.  One fault may take several roles along; the worst-off one decides."""
-        now, own = self._clock(), self._settings
+        """Return what to do about ``failed``, causes by role.  With several roles the most frequent failure decides."""
+        now, faults_cfg = self._clock(), self._settings
         for role, cause in failed.items():
             history = self._failures[role]
             while history and now - history[0] >= WINDOW:
                 history.popleft()
             history.append(now)
-            if len(history) > own.restarts:
+            if len(history) > faults_cfg.restarts:
                 return GiveUp(
                     f"{role} failed {len(history)} times within an hour, "
-                    f"faults.restarts={own.restarts}; the last time: {cause}"
+                    f"faults.restarts={faults_cfg.restarts}; the last time: {cause}"
                 )
         worst = max(len(self._failures[role]) for role in failed)
-        return Restart(min(LONGEST_WAIT, own.backoff_seconds * 2.0 ** (worst - 1)))
+        return Restart(min(LONGEST_WAIT, faults_cfg.backoff_seconds * 2.0 ** (worst - 1)))
 
 
 @dataclass(frozen=True, slots=True)
 class Recovery:
-    """What was done about a fault."""
+    """Result of ``Workers.recover``."""
 
     cause: str
-    restarted: list[str]  # roles, one entry an actor
-    rolled_back: bool  # the learner is new; it stands where its newest checkpoint, or its model, does
+    restarted: list[str]  # role of each restarted actor
+    rolled_back: bool  # the learner is new: at its newest checkpoint, or at the initial student
     checkpoint: Checkpoint | None
-    ahead: list[Any]  # refs to rollouts of the step to continue with, from that checkpoint
+    prefetched_rollouts: list[Any]  # refs, from that checkpoint, of the step to continue with
     seconds: float

@@ -1,6 +1,5 @@
 """What crosses Ray: resources, tensors on the wire, and the teacher as an actor."""
 
-import io
 import os
 import socket
 import time
@@ -13,7 +12,6 @@ import torch
 from helpers import tiny_settings
 from ray.cluster_utils import Cluster
 from ray.exceptions import ActorDiedError
-from rich.console import Console
 
 from actors.cluster import connect, running_here
 from actors.placement import ClusterError, Placement, fitted, plan
@@ -23,7 +21,6 @@ from actors.weight_sync import SharedMemorySync, all_of, sync_method
 from actors.workers import Workers
 from onpolicy_skd.config.schema import ClassSettings
 from onpolicy_skd.models.loading import load_tokenizer
-from onpolicy_skd.report.console import Display
 from onpolicy_skd.types import Trajectory
 
 
@@ -286,28 +283,3 @@ def test_teacher_actors_give_what_the_plain_teacher_gives(local_ray, count):
         remote.rows([("t3", [0])])
     for actor in actors:
         ray.kill(actor)
-
-
-RECORD = {
-    "step": 4, "loss": 1.25, "entropy": 0.5, "positions_selected": 10, "positions": 50, "samples": 3, "generated": 4,
-    "response_tokens": 17.0, "sampler_gap": 1e-7, "grad_norm": 2.0,
-    "seconds": {"rollout": 1.0, "filter": 0.0, "learn": 2.0, "sync": 0.1},
-}  # fmt: skip
-
-
-def test_plain_lines_where_there_is_no_terminal():
-    out = io.StringIO()
-    with Display(10, console=Console(file=out, force_terminal=False, soft_wrap=True)) as display:
-        display.step(RECORD)
-        display.log("[bold]words[/bold] stay as they are")
-    first, second = out.getvalue().splitlines()
-    assert first.startswith("step 4  loss 1.2500  entropy 0.500  selected 10/50  kept 3/4")
-    assert second == "[bold]words[/bold] stay as they are"
-
-
-def test_a_live_table_on_a_terminal():
-    out = io.StringIO()
-    with Display(10, console=Console(file=out, force_terminal=True, width=140)) as display:
-        display.step(RECORD)
-    assert "1.2500" in out.getvalue()
-    assert "5/10" in out.getvalue()

@@ -181,14 +181,14 @@ def test_a_run_that_cannot_be_mended_ends_with_a_checkpoint_and_the_cause(tmp_pa
     """No restart is allowed, and a rollout actor is killed."""
     own = lab(tmp_path)
     process = own.start(own.command("r", 500, "faults.restarts=0", "run.checkpoint_every=0"), "r")
-    processes.wait_for(process, lambda: (tmp_path / "r.log").exists() and "step 2 " in own.log("r"))
+    processes.wait_for(process, lambda: (tmp_path / "r.log").exists() and "step 3/" in own.log_text("r"))
     processes.actors(process.pid, "Rollout")[0].kill()
     assert process.wait(120) == 1
     summary = json.loads((tmp_path / "r" / "summary.json").read_text())
     assert summary["status"] == "failed"
     assert "rollout failed 1 times" in summary["reason"]
     assert "faults.restarts=0" in summary["reason"]
-    assert processes.one_error(own.log("r"))
+    assert processes.one_error(own.log_text("r"))
     assert (tmp_path / "r" / "checkpoints" / f"step-{summary['steps']:08d}").is_dir()
 
 

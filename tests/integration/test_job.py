@@ -29,7 +29,7 @@ def free_port() -> int:
 
 @pytest.fixture(scope="module")
 def cluster():
-    """A Ray head of this test's own; yields a function that runs `ray job ...` against it."""
+    """Start a Ray head for this module; yield a function that runs `ray job ...` against it."""
     dashboard = free_port()
     environment = os.environ | {
         "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32), "RAY_JOB_STOP_WAIT_TIME_S": "120",
@@ -79,7 +79,7 @@ def test_job_stop_leaves_a_checkpoint_that_resumes(cluster, tmp_path):
     folder = tmp_path / "stopped"
     assert submit(cluster, folder, "run.steps=300", wait=False).returncode == 0
     deadline = time.monotonic() + 200
-    while "step 1 " not in cluster("logs", "stopped").stdout:
+    while "step 2/" not in cluster("logs", "stopped").stdout:
         assert time.monotonic() < deadline, cluster("logs", "stopped").stdout
         time.sleep(2)
     assert cluster("stop", "stopped").returncode == 0

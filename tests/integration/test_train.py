@@ -23,6 +23,7 @@ from onpolicy_skd.types import RolloutRequest, SamplingParams, Trajectory
 BASE = [
     "--config", str(ROOT / "configs" / "demo.yaml"), "learner.batch_size=8", "run.tensorboard=false",
     "run.evaluate_every=0", "run.checkpoint_every=2", "eval.problems=16", "eval.teacher=false", "eval.before=false",
+    "data.validation_problems=16",
 ]  # fmt: skip
 TRANSFORMERS = ["rollout.engine=transformers"]  # starts in half the time of vLLM
 SECRETS = dict.fromkeys(("HF_TOKEN", "WANDB_API_KEY", "AWS_SECRET_ACCESS_KEY"), "nobody-should-read-this")
@@ -53,17 +54,17 @@ def losses(folder, keys=LOSSES):
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory):
+def finished_run(tmp_path_factory):
     """One uninterrupted run of five steps with vLLM and everything on."""
-    folder = tmp_path_factory.mktemp("whole")
+    folder = tmp_path_factory.mktemp("finished")
     done = run(folder, "run.steps=5", "eval.teacher=true", "eval.before=true", "eval.divergence_prompts=8",
                "run.evaluate_every=3", "run.tensorboard=true", "run.keep_best=true", "run.name=r")  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     return folder / "r", done.stdout
 
 
-def test_a_run_leaves_everything_it_promises(whole):
-    folder, printed = whole
+def test_a_run_leaves_everything_it_promises(finished_run):
+    folder, printed = finished_run
     summary = json.loads((folder / "summary.json").read_text())
     assert summary["status"] == "finished"
     assert summary["steps"] == 5
@@ -74,7 +75,7 @@ def test_a_run_leaves_everything_it_promises(whole):
     assert summary["divergence"]["before"] > 0
     assert {"torch", "ray", "transformers"} <= set(summary["versions"])
     assert summary["seconds"] > 0
-    assert summary["best_step"] == 3
+    assert summary["best_step"] == json.loads((folder / "best.json").read_text())["step"] == 3
     assert summary["restarts"] == {}
     for name in ("config.yaml", "metrics.jsonl", "report.md", "curves.png", "final/model.safetensors",
                  "best/model.safetensors", "best/tokenizer.json", "timeline.json", "timeline.png"):  # fmt: skip
@@ -87,8 +88,8 @@ def test_a_run_leaves_everything_it_promises(whole):
         assert text in printed
 
 
-def test_secrets_of_the_environment_are_nowhere_in_what_a_run_leaves(whole):
-    folder, printed = whole
+def test_secrets_of_the_environment_are_nowhere_in_what_a_run_leaves(finished_run):
+    folder, printed = finished_run
     files = [f for f in folder.parent.rglob("*") if f.is_file()]
     assert len(files) > 12
     secret = SECRETS["HF_TOKEN"]
@@ -96,15 +97,15 @@ def test_secrets_of_the_environment_are_nowhere_in_what_a_run_leaves(whole):
     assert secret not in printed
 
 
-def test_the_sampler_agrees_with_the_learner_at_every_step(whole):
-    steps = [r for r in read(whole[0] / "metrics.jsonl") if "loss" in r]
+def test_the_sampler_agrees_with_the_learner_at_every_step(finished_run):
+    steps = [r for r in read(finished_run[0] / "metrics.jsonl") if "loss" in r]
     assert [r["step"] for r in steps] == [0, 1, 2, 3, 4]
     assert all(r["sampler_gap"] < GAP for r in steps)
     assert all(r["version"] == r["step"] + 1 for r in steps)
 
 
-def test_the_final_model_is_a_plain_checkpoint_that_evaluates_alike(whole):
-    folder, _ = whole
+def test_the_final_model_is_a_plain_checkpoint_that_evaluates_alike(finished_run):
+    folder, _ = finished_run
     done = subprocess.run(
         [sys.executable, "-m", "eval.gsm8k", "--model", str(folder / "final"), "--out", str(folder / "again"),
          "rollout.engine=transformers"], capture_output=True, text=True, cwd=ROOT, check=True)  # fmt: skip
@@ -113,24 +114,24 @@ def test_the_final_model_is_a_plain_checkpoint_that_evaluates_alike(whole):
     assert again["match"]["share"] == json.loads((folder / "summary.json").read_text())["exact_match"]["after"]
 
 
-def test_every_process_killed_in_turn_and_the_losses_are_those_of_an_undisturbed_run(whole, tmp_path):
+def test_each_process_is_killed_once_and_the_losses_are_those_of_an_undisturbed_run(finished_run, tmp_path):
     """Rollout, teacher and learner are killed and replaced; then the driver, and the run is resumed.  Bit for bit."""
     common = ["run.steps=5", "run.name=r", "faults.backoff_seconds=0", "eval.before=true", "run.evaluate_every=3"]
     process = subprocess.Popen(command(tmp_path, *common), cwd=ROOT, stdout=subprocess.PIPE, text=True)
-    victims = {"step 0 ": "Rollout", "step 1 ": "Teacher", "step 2 ": "Learner"}
+    victims = {"step 1/": "Rollout", "step 2/": "Teacher", "step 3/": "Learner"}
     printed = ""
     for line in process.stdout:
         printed += line
         if (kind := victims.pop(line[:7], None)) is not None:
             actors(process.pid, kind)[0].kill()
-        elif line.startswith("step 2 "):  # done again, from the checkpoint of the second step
+        elif line.startswith("step 3/"):  # repeated, from the checkpoint of the second step
             process.kill()
             kill_tree(process.pid)
             break
     process.wait()
     folder = tmp_path / "r"
     assert printed.count("fault: its process ended") == 3, printed
-    assert "going on with step 2 from the newest checkpoint" in printed
+    assert "continuing with step 3 from the newest checkpoint" in printed
     assert not (folder / "summary.json").exists()
     done = run(tmp_path, *common, "resume=auto")
     assert done.returncode == 0, done.stdout + done.stderr
@@ -139,8 +140,8 @@ def test_every_process_killed_in_turn_and_the_losses_are_those_of_an_undisturbed
     events = [(r["event"], r["step"]) for r in read(folder / "metrics.jsonl") if "event" in r]
     assert [e for e in events if e[0] == "evaluation"] == [("evaluation", 0), ("evaluation", 3), ("evaluation", 5)]
     assert sum(name == "fault" for name, _ in events) == 3
-    for found, expected in zip(losses(folder), losses(whole[0]), strict=True):
-        assert found == (pytest.approx(expected, rel=0.05) if ON_GPU else expected)
+    for actual, expected in zip(losses(folder), losses(finished_run[0]), strict=True):
+        assert actual == (pytest.approx(expected, rel=0.05) if ON_GPU else expected)
 
 
 def test_ctrl_c_ends_with_a_checkpoint(tmp_path):
@@ -150,7 +151,7 @@ def test_ctrl_c_ends_with_a_checkpoint(tmp_path):
         stderr=subprocess.PIPE, text=True, start_new_session=True,
     )  # fmt: skip
     for line in process.stdout:
-        if line.startswith("step 1 "):
+        if line.startswith("step 2/"):
             os.killpg(process.pid, signal.SIGINT)
             break
     out, err = process.communicate(timeout=120)
@@ -181,11 +182,11 @@ def test_a_signal_outside_the_steps_ends_the_run_at_once(tmp_path):
 
 @pytest.mark.slow
 def test_a_run_does_not_lean_on_the_private_ray_of_another(tmp_path):
-    """The first run is killed, and its Ray with it, while the second goes on."""
+    """The first run is killed, and its Ray with it, while the second continues."""
     options = [*TRANSFORMERS, "learner.batch_size=4"]
     first = subprocess.Popen(command(tmp_path, *options, "run.name=first"), cwd=ROOT, stdout=subprocess.PIPE, text=True)
     for line in first.stdout:
-        if line.startswith("step 0 "):
+        if line.startswith("step 1/"):
             break
     second = subprocess.Popen(
         command(tmp_path, *options, "run.steps=4", "run.name=second"), cwd=ROOT, stdout=subprocess.PIPE, text=True
@@ -199,7 +200,7 @@ def test_a_run_does_not_lean_on_the_private_ray_of_another(tmp_path):
     assert "finished after 4 steps" in out
 
 
-def test_two_actors_of_every_role_do_what_one_does(whole, tmp_path):
+def test_two_actors_of_every_role_do_what_one_does(finished_run, tmp_path):
     """Rollouts that agree with the learner at every step show that weights arrive whole, in time and in place."""
     two = ["rollout.actors=2", "teacher.actors=2", "learner.ranks=2", "sync.method=broadcast"]
     done = run(tmp_path, *two, "run.steps=3", "run.name=r", "run.timeline=1")
@@ -215,8 +216,8 @@ def test_two_actors_of_every_role_do_what_one_does(whole, tmp_path):
         e["name"] for e in trace
     }
     assert (tmp_path / "r" / "timeline.png").read_bytes().startswith(b"\x89PNG")
-    for found, expected in zip(losses(tmp_path / "r"), losses(whole[0])[:3], strict=True):
-        assert found == pytest.approx(expected | {"lr": found["lr"]}, rel=1e-3)
+    for actual, expected in zip(losses(tmp_path / "r"), losses(finished_run[0])[:3], strict=True):
+        assert actual == pytest.approx(expected | {"lr": actual["lr"]}, rel=1e-3)
 
 
 @pytest.mark.slow
@@ -225,30 +226,30 @@ def test_two_actors_of_every_role_do_what_one_does(whole, tmp_path):
     [("vllm", "Rollout", 1), ("transformers", "Rollout", 1), ("transformers", "Teacher", 2)],
 )
 def test_rollouts_that_are_learned_from_as_they_come_train_the_same(tmp_path, engine, victim, ranks):
-    """From two engines, whose parts come in any order; the step of a killed actor is done again."""
+    """From two engines, whose rollouts come in any order; the step of a killed actor is repeated."""
     common = [f"rollout.engine={engine}", "run.steps=4", "learner.batch_size=16", "faults.backoff_seconds=0"]
-    assert run(tmp_path, *common, "run.name=whole").returncode == 0
+    assert run(tmp_path, *common, "run.name=undisturbed").returncode == 0
     streaming = ["run.name=r", "pipeline.streaming=true", "rollout.actors=2", f"learner.ranks={ranks}"]
     process = subprocess.Popen(command(tmp_path, *common, *streaming), cwd=ROOT, stdout=subprocess.PIPE, text=True)
     printed = ""
     for line in process.stdout:
         printed += line
-        if line.startswith("step 1 "):
+        if line.startswith("step 2/"):
             actors(process.pid, victim)[0].kill()
     assert process.wait() == 0, printed
     assert printed.count("fault: its process ended") == 1
-    for found, expected in zip(losses(tmp_path / "r"), losses(tmp_path / "whole"), strict=True):
-        assert found == pytest.approx(expected, rel=1e-3)
+    for actual, expected in zip(losses(tmp_path / "r"), losses(tmp_path / "undisturbed"), strict=True):
+        assert actual == pytest.approx(expected, rel=1e-3)
 
 
 @pytest.mark.slow
 def test_a_run_with_overlap_resumes_with_the_losses_of_an_undisturbed_one(tmp_path):
-    """The rollouts that were made ahead, by weights that are gone, are in the checkpoint."""
+    """The prefetched rollouts, by weights that are gone, are in the checkpoint."""
     common = [*TRANSFORMERS, "pipeline.max_staleness=1", "run.steps=6", "run.checkpoint_every=3"]
-    assert run(tmp_path, *common, "run.name=whole").returncode == 0
+    assert run(tmp_path, *common, "run.name=undisturbed").returncode == 0
     process = subprocess.Popen(command(tmp_path, *common, "run.name=r"), cwd=ROOT, stdout=subprocess.PIPE, text=True)
     for line in process.stdout:
-        if line.startswith("step 4 "):
+        if line.startswith("step 5/"):
             process.kill()
             break
     done = run(tmp_path, *common, "run.name=r", "resume=auto")
@@ -257,18 +258,18 @@ def test_a_run_with_overlap_resumes_with_the_losses_of_an_undisturbed_one(tmp_pa
     assert [r["staleness"] for r in steps] == [0, 1, 1, 1, 1, 1]
     assert steps[0]["sampler_gap"] < GAP
     assert all("sampler_gap" not in r and 0 < r["policy_gap"] < 0.5 for r in steps[1:])
-    assert losses(tmp_path / "r") == losses(tmp_path / "whole")
+    assert losses(tmp_path / "r") == losses(tmp_path / "undisturbed")
 
 
 @pytest.mark.slow
-def test_the_teacher_in_the_learners_process_trains_the_same(whole, tmp_path):
+def test_the_teacher_in_the_learners_process_trains_the_same(finished_run, tmp_path):
     done = run(tmp_path, "teacher.placement=learner", "run.steps=5", "run.name=r")
     assert done.returncode == 0, done.stdout + done.stderr
-    for found, expected in zip(losses(tmp_path / "r"), losses(whole[0]), strict=True):
-        assert found == pytest.approx(expected, rel=1e-4)
+    for actual, expected in zip(losses(tmp_path / "r"), losses(finished_run[0]), strict=True):
+        assert actual == pytest.approx(expected, rel=1e-4)
 
 
-def test_what_several_actors_generate_comes_back_in_the_order_asked(monkeypatch):
+def test_rollouts_of_two_actors_come_back_in_the_order_of_the_requests(monkeypatch):
     class Two(RolloutGroup):
         def __init__(self):
             self._faults, self._step = FaultSettings(), 1
@@ -293,9 +294,9 @@ def test_prefilter_scores_once_and_spends_nothing_on_what_it_drops(tmp_path):
 
 
 def test_each_steps_rollouts_are_ranked_and_dropped_ones_counted(tmp_path):
-    """By entropies that the engine recorded, which lives in the learner's process."""
-    own = ["rollout.placement=learner", "rollout.entropy=engine"]
-    done = run(tmp_path, *TRANSFORMERS, *own, "samples.keep=0.25", "run.steps=2", "run.name=r",
+    """By entropies that the engine in the learner's process recorded."""
+    placement = ["rollout.placement=learner", "rollout.entropy=engine"]
+    done = run(tmp_path, *TRANSFORMERS, *placement, "samples.keep=0.25", "run.steps=2", "run.name=r",
                "teacher.placement=learner")  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     steps = [r for r in read(tmp_path / "r" / "metrics.jsonl") if "loss" in r]
@@ -356,7 +357,7 @@ def test_bad_input_is_one_clear_error_and_a_non_zero_exit(tmp_path):
         ("run.device=cuda", "cluster.learner_gpus=50", "cluster.rollout_gpus=8", "rollout.actors=2"):
             "asks for 66.3 GPUs (learner 1 x 50 + teacher 1 x 0.3 + rollout 2 x 8) but the cluster has",
         ("run.name=used",): "already holds a run",
-        (f"student.model={without_weights(tmp_path / 'empty')}",): "cannot be loaded",  # found by an actor
+        (f"student.model={without_weights(tmp_path / 'empty')}",): "cannot be loaded",  # which an actor notices
     }  # fmt: skip
     processes = {
         overrides: subprocess.Popen(command(tmp_path, *overrides), cwd=ROOT, stderr=subprocess.PIPE, text=True)
@@ -390,24 +391,24 @@ def test_the_worked_example_of_the_docs_runs(tmp_path):
     module = page.split("```python\n")[1].split("```")[0]
     (tmp_path / "surprise.py").write_text(module)
     line = next(text for text in page.splitlines() if "positions.metric=surprise" in text)
-    own = [word for word in line.split() if word.startswith("positions.")]
-    done = run(tmp_path, *TRANSFORMERS, *own, "run.steps=2", "run.name=r", paths=[tmp_path])
+    overrides = [word for word in line.split() if word.startswith("positions.")]
+    done = run(tmp_path, *TRANSFORMERS, *overrides, "run.steps=2", "run.name=r", paths=[tmp_path])
     assert done.returncode == 0, done.stdout + done.stderr
     for record in losses(tmp_path / "r", ("positions_selected", "positions", "entropy")):
         assert 0 < record["positions_selected"] < record["positions"]
-    refused = run(tmp_path, *TRANSFORMERS, *own, "run.steps=2", "run.name=s")
+    refused = run(tmp_path, *TRANSFORMERS, *overrides, "run.steps=2", "run.name=s")
     assert refused.returncode == 2
     assert "positions.policy=surprise:above_mean: cannot be imported" in refused.stderr
 
 
 def test_steps_whose_loss_is_not_finite_are_skipped_and_then_end_the_run(tmp_path):
-    """A policy of the user's own gives weights that are no numbers, in real actors."""
+    """A user's policy returns NaN weights, in real actors."""
     (tmp_path / "broken.py").write_text(
         "from onpolicy_skd.selection.positions import top_k\n"
         "def weights(scores, counts, context):\n"
-        "    found = top_k(scores, counts, context)\n"
-        "    found.weights_K[0] = float('nan')\n"
-        "    return found\n"
+        "    selection = top_k(scores, counts, context)\n"
+        "    selection.weights_K[0] = float('nan')\n"
+        "    return selection\n"
     )
     done = run(tmp_path, *TRANSFORMERS, "positions.policy=broken:weights", "run.steps=5", "learner.max_skipped=1",
                "run.name=r", paths=[tmp_path])  # fmt: skip
@@ -452,7 +453,7 @@ def test_half_of_a_batch_may_be_the_teachers_own_answers(tmp_path):
 
 
 def test_the_teacher_ranks_and_math_verify_judges(tmp_path):
-    """Samples and positions by KL with the teacher in an actor of its own, on wrong answers, weighted by pass rates."""
+    """Samples and positions by KL with the teacher in its actor, on wrong answers, weighted by pass rates."""
     done = run(tmp_path, *TRANSFORMERS, "samples.metric=kl", "samples.keep=0.5", "samples.correctness=wrong",
                "samples.weight=paced", "rollout.n=4", "learner.batch_size=32", "positions.metric=kl", "run.steps=2",
                "run.name=r")  # fmt: skip
@@ -463,8 +464,8 @@ def test_the_teacher_ranks_and_math_verify_judges(tmp_path):
         assert dropped["no_pace"] > 0
 
 
-def test_resuming_with_other_settings_is_refused_by_name(whole):
-    done = run(whole[0].parent, "run.name=r", "resume=auto", "run.steps=5", "learner.lr=0.5",
+def test_resuming_with_other_settings_is_refused_by_name(finished_run):
+    done = run(finished_run[0].parent, "run.name=r", "resume=auto", "run.steps=5", "learner.lr=0.5",
                "eval.divergence_prompts=9")  # fmt: skip
     assert done.returncode == 2
     assert "learner.lr: 0.001 then, 0.5 now" in done.stderr
@@ -473,10 +474,10 @@ def test_resuming_with_other_settings_is_refused_by_name(whole):
 
 def test_the_demo_pair_learns(tmp_path):
     """The learning test: on-policy, a fifth of the positions, and exact match rises clearly."""
-    started = time.monotonic()
+    start = time.monotonic()
     done = run(tmp_path, "learner.batch_size=64", "run.steps=150", "eval.before=true", "eval.problems=300",
                "run.name=r", "run.checkpoint_every=0", "teacher.placement=learner", timeout=900)  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     match = json.loads((tmp_path / "r" / "summary.json").read_text())["exact_match"]
-    print(f"{match} in {time.monotonic() - started:.0f} s")
+    print(f"{match} in {time.monotonic() - start:.0f} s")
     assert match["after"] >= match["before"] + 0.10

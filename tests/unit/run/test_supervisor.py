@@ -6,7 +6,7 @@ from onpolicy_skd.config.schema import FaultSettings
 from onpolicy_skd.run.supervisor import LONGEST_WAIT, GiveUp, Restart, Supervisor
 
 
-class PhaseTimer:
+class FakeClock:
     def __init__(self):
         self.now = 1000.0
 
@@ -15,7 +15,7 @@ class PhaseTimer:
 
 
 def make(**settings):
-    clock = PhaseTimer()
+    clock = FakeClock()
     return Supervisor(FaultSettings(**settings), clock), clock
 
 
@@ -43,7 +43,7 @@ def test_failures_are_forgotten_after_the_window():
         clock.now += 3600
 
 
-def test_roles_have_histories_of_their_own():
+def test_each_role_has_its_history():
     supervisor, _ = make(restarts=1)
     assert isinstance(supervisor.decide({"teacher": "x"}), Restart)
     assert isinstance(supervisor.decide({"rollout": "x"}), Restart)
@@ -66,9 +66,9 @@ def test_never_more_restarts_within_a_window_than_set(events, restarts):
             assert len(recent) <= restarts
 
 
-def test_patience_grows_with_the_work():
-    own = FaultSettings(deadline_minutes=2)
-    assert own.timeout_s() == own.timeout_s(0.1) == 120
-    assert own.timeout_s(10) == 1200
+def test_the_timeout_grows_with_the_work():
+    faults_cfg = FaultSettings(deadline_minutes=2)
+    assert faults_cfg.timeout_s() == faults_cfg.timeout_s(0.1) == 120
+    assert faults_cfg.timeout_s(10) == 1200
     with pytest.raises(ValueError, match="deadline_minutes"):
         FaultSettings(deadline_minutes=0)
