@@ -21,6 +21,7 @@ from ray.exceptions import GetTimeoutError
 
 from actors.faults import Place
 from actors.placement import PRIVATE, TIMEOUT_S, ClusterError, Counts, Resources, fitted, plan
+from onpolicy_skd import siblings
 from onpolicy_skd.config.errors import ConfigError
 from onpolicy_skd.config.schema import Settings
 
@@ -126,7 +127,10 @@ def _init(address: str, **options: Any) -> None:
     """Call ``ray.init``; dial loopback addresses as they are, and start a private Ray on loopback alone.
 
     ray.init has no public option for either: it would replace a loopback address by the host's, where nothing listens.
+    Workers import this project's ``actors`` and ``eval`` also where the working directory holds others.
     """
+    if siblings.hidden_in(Path.cwd()):
+        options["runtime_env"] = {"worker_process_setup_hook": siblings.worker_setup()}
     private = address == "local"
     ray_constants.ENABLE_RAY_CLUSTER = not (private or is_loopback(address))
     with _separate_session() if private else nullcontext():

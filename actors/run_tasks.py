@@ -27,7 +27,7 @@ DIES_WITH_PARENT = 1  # prctl's PR_SET_PDEATHSIG
 
 @dataclass(frozen=True, slots=True)
 class Command(Generic[Name]):
-    """A run as ``python -m`` with ``arguments``, with its output in ``log``."""
+    """A run as ``skd`` with ``arguments``, with its output in ``log``."""
 
     name: Name
     arguments: list[str]
@@ -37,13 +37,13 @@ class Command(Generic[Name]):
 
 @ray.remote(num_cpus=0, max_retries=0)
 def run_command(arguments: list[str], log: Path, address: str, folder: Path) -> int:
-    """Run ``python -m`` with ``arguments`` in ``folder``, with its output in ``log``; return the exit code."""
+    """Run ``skd`` with ``arguments`` in ``folder``, with its output in ``log``; return the exit code."""
     log.parent.mkdir(parents=True, exist_ok=True)
     environment = os.environ | {"RAY_ADDRESS": address}
     environment.pop("OMP_NUM_THREADS", None)  # which Ray sets for a task of 0 CPUs
     with log.open("ab") as out:
         process = subprocess.Popen(
-            [sys.executable, "-m", *arguments],
+            [sys.executable, "-m", "onpolicy_skd.cli", *arguments],
             cwd=folder,
             stdout=out,
             stderr=out,

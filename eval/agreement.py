@@ -1,4 +1,4 @@
-"""Our two rules beside lm-eval's on the same answers, one by one: ``python -m eval.agreement RECORDS.jsonl ...``.
+"""Our two rules compared with lm-eval's on the same answers, answer by answer.
 
 Records are those of ``eval.gsm8k --out`` or of a run's ``evaluations/``.  ``strict`` must be lm-eval's strict-match on
 every answer; ``match`` and its flexible-extract are different rules, and every answer that they judge differently is
@@ -103,10 +103,10 @@ def read(files: Iterable[Path]) -> list[dict[str, str]]:
     return records
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None, prog: str = "python -m eval.agreement") -> int:
     """Runs the command line; returns the exit code: 0 strict agrees everywhere, 1 it does not, 2 bad input."""
     parser = argparse.ArgumentParser(
-        prog="python -m eval.agreement", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog=prog, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("records", type=Path, nargs="+", help="records.jsonl, or evaluations/*.jsonl of a run")
     return run_cli(lambda: _run(parser.parse_args(argv).records))

@@ -1,7 +1,7 @@
 """Gradients of each class sampler compared with the exact gradient of full KD: their angle and their length.
 
-``python -m eval.gradients --config configs/smollm2_cpu.yaml data.path=FOLDER`` takes one batch of reference answers,
-forward KL at every position, and all parameters of the student (RS-KD paper, arXiv 2503.16870, Table 3).
+Takes one batch of reference answers, forward KL at every position, and all parameters of the student (RS-KD paper,
+arXiv 2503.16870, Table 3).
 """
 
 from __future__ import annotations
@@ -106,12 +106,12 @@ def _draws_for(unique_classes: Callable[[ClassSettings], float]) -> int:
     return low
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m eval.gradients", description=__doc__)
+def main(argv: Sequence[str] | None = None, prog: str = "python -m eval.gradients") -> int:
+    parser = argparse.ArgumentParser(prog=prog, description=__doc__)
     parser.add_argument("--config", type=Path, help="settings of the pair and its data")
     parser.add_argument("--samples", type=int, default=16, help="reference answers in the batch (default: 16)")
     parser.add_argument("--json", type=Path, help="file for all figures")
-    parser.add_argument("overrides", nargs="*", metavar="a.b=value", help="settings, as for onpolicy_skd.train")
+    parser.add_argument("overrides", nargs="*", metavar="a.b=value", help="settings, as for skd train")
     args = parser.parse_args(argv)
     forced = [f"learner.batch_size={args.samples}", "mode=off_policy", "positions.policy=full", "samples.keep=1",
               "alignment.divergence=forward_kl", "alignment.variant=full_kd", "alignment.estimator=exact",

@@ -1,4 +1,4 @@
-"""Measure exact match on GSM8K or data with its answer format: ``python -m eval.gsm8k --model MODEL``.
+"""Measure exact match on GSM8K or data with its answer format.
 
 With ``--out FOLDER`` answers are written as they come, and the same command continues after a kill.
 """
@@ -35,10 +35,10 @@ def settings_for(model: str, config: Path | None, overrides: Sequence[str]) -> S
     return build_settings(file, [parse_override(text) for text in [*overrides, f"student.model={model}"]])
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None, prog: str = "python -m eval.gsm8k") -> int:
     """Run the command line and return the exit code: 0 for success, 2 for bad input."""
     parser = argparse.ArgumentParser(
-        prog="python -m eval.gsm8k", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog=prog, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--model", required=True, help="folder (runs/NAME/final), hub name, or bundled:NAME")
     parser.add_argument("--config", type=Path, help="settings file (default: config.yaml next to the model)")
@@ -48,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--temperature", type=float, default=None, help="default: 0 for one sample, else 1")
     parser.add_argument("--out", type=Path, help="folder for records.jsonl and result.json; continues what it holds")
-    parser.add_argument("overrides", nargs="*", metavar="a.b=value", help="settings, as for onpolicy_skd.train")
+    parser.add_argument("overrides", nargs="*", metavar="a.b=value", help="settings, as for skd train")
     args = parser.parse_args(argv)
     try:
         if args.samples < 1 or args.problems < 0:

@@ -1,4 +1,4 @@
-"""``python -m eval.soak --out runs/soak``: the demo for thousands of steps, to see whether anything grows.
+"""Run the demo for thousands of steps to see whether anything grows.
 
 Measures the processes of a run from outside: the memory of each (unique set size), their number, their open files, and
 the objects in Ray's store.
@@ -59,8 +59,8 @@ def drift(series: Sequence[float]) -> float:
     return statistics.fmean(series[-tenth:]) / statistics.fmean(series[tenth : 2 * tenth]) - 1.0
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m eval.soak", description=(__doc__ or "").split(":", 1)[1])
+def main(argv: Sequence[str] | None = None, prog: str = "python -m eval.soak") -> int:
+    parser = argparse.ArgumentParser(prog=prog, description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("runs/soak"))
     parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--engine", choices=("vllm", "transformers"), default="vllm")

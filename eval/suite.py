@@ -1,4 +1,4 @@
-"""Run lm-eval's tasks: ``python -m eval.suite --model MODEL --out DIR``.
+"""Run lm-eval's tasks.
 
 GSM8K (strict and flexible), ARC-Easy, HellaSwag, PIQA, LAMBADA (accuracy and perplexity) and IFEval, with calibration.
 Tasks come from the hub, or from ``--data FOLDER`` with FOLDER/TASK/SPLIT.jsonl in the hub's columns.
@@ -266,10 +266,10 @@ def show(result: Mapping[str, Any]) -> None:
         print(f"{'mean accuracy':>15} {percent(result['mean_accuracy'])}")
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None, prog: str = "python -m eval.suite") -> int:
     """Run the command line and return the exit code: 0 for success, 2 for bad input."""
     parser = argparse.ArgumentParser(
-        prog="python -m eval.suite", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog=prog, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--model", required=True, help="folder (runs/NAME/final), hub name, or bundled:NAME")
     parser.add_argument("--out", type=Path, required=True, help="folder for suite.json, reliability.png and samples/")

@@ -1,9 +1,9 @@
 """Full KD by TRL's ``DistillationTrainer`` from a run's settings: an external baseline for comparisons.
 
-``python -m eval.trl_baseline --config RUN.yaml [a.b=value ...]`` trains the same student on the same prompts in the
-same order with the same optimizer, and writes a run folder like ``onpolicy_skd.train``'s.  TRL's choices stay as they
-are: it averages the loss over a batch's tokens (``onpolicy_skd`` over its sequences) and trains on truncated answers.
-It runs in one process on one device, without Ray; evaluations generate with transformers and measure exact match only.
+Trains the same student on the same prompts in the same order with the same optimizer, and writes a run folder like
+``onpolicy_skd.train``'s.  TRL's choices stay as they are: it averages the loss over a batch's tokens (``onpolicy_skd``
+over its sequences) and trains on truncated answers.  It runs in one process on one device, without Ray; evaluations
+generate with transformers and measure exact match only.
 """
 
 from __future__ import annotations
@@ -220,10 +220,10 @@ def train(settings: Settings) -> int:
     return EXIT_OK if status == "finished" else EXIT_STOPPED
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None, prog: str = "python -m eval.trl_baseline") -> int:
     """Run the command line and return the exit code, as ``onpolicy_skd.train`` does."""
     about = (__doc__ or "").splitlines()[0]
-    return run_cli(lambda: train(load_settings(sys.argv[1:] if argv is None else argv, about=about)))
+    return run_cli(lambda: train(load_settings(sys.argv[1:] if argv is None else argv, prog, about)))
 
 
 if __name__ == "__main__":

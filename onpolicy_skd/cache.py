@@ -1,4 +1,4 @@
-"""Teacher outputs on disk: ``python -m onpolicy_skd.cache build --config FILE cache.path=DIR``, info, verify.
+"""Store a teacher's outputs on disk: build, info, verify.
 
 build takes the settings of the training run that will use the cache.  After a kill the same command continues with the
 missing shards; the cache has the same bytes as an uninterrupted build.
@@ -33,7 +33,7 @@ from onpolicy_skd.teacher.cache_format import CacheError, Layout, Manifest, Shar
 from onpolicy_skd.types import Prompt, Trajectory
 
 print_now = functools.partial(print, flush=True)
-USAGE = "usage: python -m onpolicy_skd.cache build --config FILE [a.b=value ...] | info DIR | verify DIR"
+USAGE = "usage: {} build --config FILE cache.path=DIR [a.b=value ...] | info DIR | verify DIR"
 
 
 def build(settings: Settings, log: Log = print_now) -> None:
@@ -151,16 +151,16 @@ def verify(folder: Path, log: Log = print_now) -> bool:
     return not bad
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None, prog: str = "python -m onpolicy_skd.cache") -> int:
     """Run the command line; return the exit code: 0 done, 1 failed or damaged, 2 bad input."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     given = list(sys.argv[1:] if argv is None else argv)
-    return run_cli(lambda: _run(*given), RayError)
+    return run_cli(lambda: _run(prog, *given), RayError)
 
 
-def _run(command: str = "", *rest: str) -> int:
+def _run(prog: str, command: str = "", *rest: str) -> int:
     if command == "build":
-        build(load_settings(rest, "onpolicy_skd.cache build", "Writes a teacher's outputs on a run's texts."))
+        build(load_settings(rest, f"{prog} build", "Write a teacher's outputs on a run's texts."))
         return EXIT_OK
     if command == "verify" and len(rest) == 1:
         return EXIT_OK if verify(Path(rest[0])) else EXIT_FAILED
@@ -168,7 +168,7 @@ def _run(command: str = "", *rest: str) -> int:
         info(Path(rest[0]))
         return EXIT_OK
     asked = command in ("-h", "--help")
-    print(USAGE, file=sys.stdout if asked else sys.stderr)
+    print(USAGE.format(prog), file=sys.stdout if asked else sys.stderr)
     return EXIT_OK if asked else EXIT_BAD_INPUT
 
 

@@ -1,4 +1,4 @@
-"""Comparison runs: ``python -m onpolicy_skd.compare --config configs/compare_demo.yaml [--dry-run] [--retry]``.
+"""Run a grid of methods, modes and seeds, and report it.
 
 Runs each row, mode and seed of a grid (``comparison/grid.py``), as many at a time as the cluster has room for, and
 writes ``results.json``, ``report.md`` and ``report.html``.  After a kill, the same command continues: finished runs are
@@ -19,7 +19,7 @@ from ray.exceptions import RayError
 from actors.cluster import connect
 from actors.run_tasks import Command, parallel_runs, run_all
 from onpolicy_skd.comparison import figures, grid, page, results
-from onpolicy_skd.comparison.grid import MODULES, Comparison, PlannedRun
+from onpolicy_skd.comparison.grid import VERBS, Comparison, PlannedRun
 from onpolicy_skd.config.errors import ConfigError
 from onpolicy_skd.config.loading import dump, merge, parse_override
 from onpolicy_skd.run.exits import EXIT_FAILED, EXIT_OK, EXIT_STOPPED, run_cli
@@ -78,7 +78,7 @@ def _commands(runs: Sequence[PlannedRun], folder: Path) -> Iterator[Command[Plan
             (run.folder / "summary.json").unlink()
         config = folder / "configs" / f"{run.settings.run.name}.yaml"
         write_text(config, dump(run.settings))
-        arguments = [MODULES[run.row.trainer], "--config", str(config.absolute()), "resume=auto"]
+        arguments = [VERBS[run.row.trainer], "--config", str(config.absolute()), "resume=auto"]
         owns_device = (
             run.row.trainer == "trl" and run.settings.run.device != "cpu"
         )  # the actors of other runs ask for theirs
@@ -103,12 +103,14 @@ def dry_run(comparison: Comparison) -> None:
     print(f"{len(comparison.runs)} runs" + (f", about {total:.0f} s left, one after another" if total else ""))
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None, prog: str = "python -m onpolicy_skd.compare") -> int:
     """Run the command line; return the exit code: 0 all finished, 1 some failed, 2 bad input."""
     parser = argparse.ArgumentParser(
-        prog="python -m onpolicy_skd.compare", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog=prog, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--config", type=Path, required=True, help="YAML file with the grid: see comparison/grid.py")
+    parser.add_argument(
+        "--config", type=Path, required=True, help="YAML file with the grid, or the name of a shipped one"
+    )
     parser.add_argument("--dry-run", action="store_true", help="list the runs with their cost and run nothing")
     parser.add_argument("--retry", action="store_true", help="also run those that have failed")
     parser.add_argument("--report", type=Path, metavar="FOLDER", help="folder of the report (default: dir of the grid)")

@@ -1,7 +1,6 @@
 """Make a smaller student from a model: remove some layers, keep everything else.
 
-    python -m onpolicy_skd.prune --model HuggingFaceTB/SmolLM2-135M-Instruct --every 2 --out models/smollm2-pruned
-
+``--model HuggingFaceTB/SmolLM2-135M-Instruct --every 2 --out models/smollm2-pruned`` keeps each second layer,
 ``--every 1 --without 12 13`` removes just these.  ``--every 1`` alone keeps all layers: with ``--gguf-file`` it turns a
 GGUF file (32-bit weights after dequantisation) into an ordinary transformers checkpoint.
 """
@@ -55,9 +54,9 @@ def _without_quantization(config: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in config.items() if name != "quantization_config"}
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None, prog: str = "python -m onpolicy_skd.prune") -> int:
     parser = argparse.ArgumentParser(
-        prog="python -m onpolicy_skd.prune", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog=prog, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--model", required=True, help="hub name or folder")
     parser.add_argument("--gguf-file", help="a GGUF file within --model (needs the package gguf)")

@@ -1,4 +1,4 @@
-"""On-policy selective distillation: ``python -m onpolicy_skd.train --config configs/demo.yaml [a.b=value ...]``.
+"""Train a student on its rollouts or on references, under a frozen teacher: one run from settings to report.
 
 ``train`` below is the whole schedule of a run.  One step, as data:
 
@@ -184,14 +184,13 @@ def start_rollouts(run: Run, workers: Workers, prompts: Sequence[Prompt], step: 
     return workers.generate(requests, run.sampling) + ([ray.put(references)] if references else [])
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None, prog: str = "python -m onpolicy_skd.train") -> int:
     """Run the command line; return the exit code: 0 finished, 1 failed, 2 bad input, 3 stopped with a checkpoint."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     try:
         about = (__doc__ or "").splitlines()[0]
-        return run_cli(
-            lambda: run_settings(load_settings(sys.argv[1:] if argv is None else argv, about=about)), RayError
-        )
+        given = sys.argv[1:] if argv is None else argv
+        return run_cli(lambda: run_settings(load_settings(given, prog, about)), RayError)
     except Stopped as signal:
         print(f"{signal}: stopped outside the steps", file=sys.stderr)
         return EXIT_STOPPED

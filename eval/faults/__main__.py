@@ -1,4 +1,4 @@
-"""``python -m eval.faults --out runs/faults``: injects faults and counts their outcomes; ``make faults``."""
+"""Inject faults into runs and count their outcomes; ``make faults``."""
 
 from __future__ import annotations
 
@@ -50,8 +50,8 @@ def scenarios(count: int) -> dict[str, Scenario]:
     }
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m eval.faults", description=(__doc__ or "").split(":", 1)[1])
+def main(argv: Sequence[str] | None = None, prog: str = "python -m eval.faults") -> int:
+    parser = argparse.ArgumentParser(prog=prog, description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("runs/faults"))
     parser.add_argument("--count", type=int, default=20, help="kills of each kind of process (default: 20)")
     parser.add_argument("--only", nargs="+", choices=scenarios(1), help="names of scenarios (default: all)")

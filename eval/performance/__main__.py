@@ -1,4 +1,4 @@
-"""``python -m eval.performance loss|step|end-to-end|curves|overlap --json FILE``: time and memory against TRL's."""
+"""Measure the time and memory of the loss, a step and whole runs, compared with TRL in the same run."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ HELP = {
 }
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m eval.performance", description=(__doc__ or "").splitlines()[0])
+def main(argv: Sequence[str] | None = None, prog: str = "python -m eval.performance") -> int:
+    parser = argparse.ArgumentParser(prog=prog, description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     for name, module in BENCHMARKS.items():
         command = commands.add_parser(name, help=HELP[name])

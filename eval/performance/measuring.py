@@ -52,7 +52,7 @@ def run_alternately(benchmark: str, variants: Sequence[str], arguments: Sequence
     runs: Runs = {v: [] for v in variants}
     for number in range(rounds):
         for variant in variants:
-            command = [sys.executable, "-m", "eval.performance", "measure", benchmark, variant, *arguments]
+            command = [sys.executable, "-m", "onpolicy_skd.cli", "perf", "measure", benchmark, variant, *arguments]
             process = subprocess.run(command, capture_output=True, text=True, check=False)
             if process.returncode:
                 raise RuntimeError(f"{benchmark} {variant} failed:\n{process.stderr}")

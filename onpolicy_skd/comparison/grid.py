@@ -25,6 +25,7 @@ from typing import Any, Literal
 import yaml
 from pydantic import Field, ValidationError
 
+from onpolicy_skd.config import shipped
 from onpolicy_skd.config.errors import ConfigError
 from onpolicy_skd.config.loading import build_settings, dump, flat, merge, read_yaml, resolve
 from onpolicy_skd.config.schema import NonNegative, Section, Settings
@@ -35,7 +36,7 @@ from onpolicy_skd.run.prepare import RESUMABLE
 HARMLESS = tuple(k for k in RESUMABLE if not k.startswith("eval") and k != "run.evaluate_every")
 Mode = Literal["off_policy", "on_policy"]
 Trainer = Literal["skd", "trl"]
-MODULES: dict[Trainer, str] = {"skd": "onpolicy_skd.train", "trl": "eval.trl_baseline"}  # the command of a run
+VERBS: dict[Trainer, str] = {"skd": "train", "trl": "trl"}  # of the command skd
 METHOD = ("positions", "samples", "classes", "alignment", "cache")  # sections in which rows of one mode may differ
 ALSO = ("run.name", "eval.teacher")  # may differ too; the default of eval.teacher depends on the cache
 Status = Literal["finished", "failed", "started", "waiting"]
@@ -120,6 +121,7 @@ def load(path: Path, overrides: dict[str, Any] | None = None) -> Comparison:
     Raises ConfigError naming the row for impossible settings, for rows of one mode that differ in more than their
     method, and for finished runs in the folder with other settings.
     """
+    path = shipped.find(path)
     try:
         grid = Grid.model_validate(merge(read_yaml(path), overrides or {}))
     except ValidationError as error:

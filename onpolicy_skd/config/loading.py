@@ -20,7 +20,7 @@ from pydantic import AfterValidator, ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
-from onpolicy_skd.config import validation, yaml_text
+from onpolicy_skd.config import shipped, validation, yaml_text
 from onpolicy_skd.config.errors import ConfigError
 from onpolicy_skd.config.plugins import BuiltinOrPlugin
 from onpolicy_skd.config.schema import Settings, is_text, walk
@@ -158,27 +158,34 @@ def _parse_value(text: str, value: str) -> Any:
         raise ConfigError(f"{_repr.repr(text)}: the value is not YAML") from None
 
 
-def load_settings(argv: Sequence[str], program: str = "onpolicy_skd.train", about: str = "") -> Settings:
-    """Return the settings of a command line: ``--config FILE`` and ``a.b=value`` overrides.
+def load_settings(argv: Sequence[str], prog: str = "python -m onpolicy_skd.train", about: str = "") -> Settings:
+    """Return the settings of a command line: ``--config FILE-OR-NAME`` and ``a.b=value`` overrides.
 
     ``--help`` prints all settings and exits.  Raises ConfigError.
     """
     parser = argparse.ArgumentParser(
-        prog=f"python -m {program}",
+        prog=prog,
         description=about,
         epilog="settings (name=default, what is accepted, meaning):\n" + describe().replace("%", "%%"),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--config", type=Path, help="a YAML file with any of the settings below")
+    parser.add_argument(
+        "--config",
+        type=Path,
+        help="a YAML file with any of the settings below, or the name of a shipped one (skd configs)",
+    )
     parser.add_argument("overrides", nargs="*", metavar="a.b=value", help="settings that win over the file's")
     args = parser.parse_args(argv)
     return build_settings(args.config, [parse_override(text) for text in args.overrides])
 
 
 def build_settings(file: Path | None, overrides: Sequence[dict[str, Any]] = ()) -> Settings:
-    """Return the settings of a YAML file, merged with each of ``overrides`` in order.  Raises ConfigError."""
+    """Return the settings of a YAML file or a shipped config, merged with each of ``overrides`` in order.
+
+    Raises ConfigError.
+    """
     try:
-        return resolve(functools.reduce(merge, overrides, read_yaml(file.expanduser()) if file else {}))
+        return resolve(functools.reduce(merge, overrides, read_yaml(shipped.find(file.expanduser())) if file else {}))
     except RecursionError:
         raise ConfigError(f"--config {file}: nested without end; accepted: sections of settings") from None
 

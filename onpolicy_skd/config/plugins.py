@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import os
 import re
+import sys
 from collections.abc import Mapping
 from typing import Any, get_args
 
@@ -31,6 +33,8 @@ def find(name: str, known: Mapping[str, Any], setting: str) -> Any:
     if name in known:
         return known[name]
     module, _, attribute = name.partition(":")
+    if os.getcwd() not in sys.path:  # skd leaves out the working directory, which Ray gives to its workers
+        sys.path.append(os.getcwd())
     accepted = f"accepted: {', '.join(known)}, or module:function"
     try:
         function = getattr(importlib.import_module(module), attribute)

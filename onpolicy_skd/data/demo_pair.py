@@ -1,4 +1,4 @@
-"""The recipe of the bundled tiny pair: ``python -m onpolicy_skd.data.demo_pair --out DIR``.
+"""The recipe of the bundled tiny pair.
 
 Trains, from nothing and on the demo task alone, a byte-level BPE tokenizer with single-digit tokens, a teacher
 (Qwen3 architecture, about 0.9M parameters) and a smaller student that is stopped long before it has learned the
@@ -11,6 +11,8 @@ import argparse
 import itertools
 import math
 import random
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -127,13 +129,15 @@ def train(model, tokenizer, steps: int, batch: int, lr: float, stop_at: float = 
     return match
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(argv: Sequence[str] | None = None, prog: str = "python -m onpolicy_skd.data.demo_pair") -> int:
+    parser = argparse.ArgumentParser(
+        prog=prog, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--out", type=Path, required=True, help="folder that receives teacher/ and student/")
     parser.add_argument("--only", choices=("teacher", "student"), help="train one of the two")
     parser.add_argument("--steps", type=int, default=1000, help="steps of the learning-rate schedule (default: 1000)")
     parser.add_argument("--lr", type=float, default=3e-3)
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     tokenizer = train_tokenizer()
     for name, shape, stop_at in (("teacher", TEACHER, 1.0), ("student", STUDENT, 0.05)):
         if args.only in (None, name):
@@ -142,7 +146,8 @@ def main() -> None:
             train(model, tokenizer, args.steps, 128, args.lr, stop_at)
             model.save_pretrained(args.out / name)
             tokenizer.save_pretrained(args.out / name)
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

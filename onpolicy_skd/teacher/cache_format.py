@@ -141,7 +141,7 @@ class Manifest:
         except FileNotFoundError:
             building = (folder / PLAN).exists()
             why = "is not complete: the same build goes on with it" if building else f"has no {name}, so it is no cache"
-            raise CacheError(f"cache.path={folder}: {why} (python -m onpolicy_skd.cache build)") from None
+            raise CacheError(f"cache.path={folder}: {why} (skd cache build)") from None
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             if isinstance(error, CacheError):
                 raise

@@ -68,7 +68,7 @@ def check(manifest: Manifest, settings: Settings, tokenizer: Any, student_classe
     if found:
         raise CacheError(
             f"cache.path={settings.cache.path}: made for another run ({'; '.join(found)}); take its settings, which "
-            "`python -m onpolicy_skd.cache info` shows, or build another cache"
+            "`skd cache info` shows, or build another cache"
         )
 
 

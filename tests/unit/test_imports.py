@@ -23,7 +23,7 @@ FLOORS = (  # from the top; a room imports only rooms of lower floors
     ("loss", "data", "distributed"),
     ("models", "evaluation", "report"),
     ("storage",),
-    ("types", "tracing", "config"),
+    ("types", "tracing", "config", "siblings"),
 )
 DRIVERS = FLOORS[2]
 FLOOR_OF = {room: len(FLOORS) - number for number, rooms in enumerate(FLOORS) for room in rooms}
