@@ -11,10 +11,14 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 UV := $(VENV)/bin/uv
 READY := $(VENV)/ready-$(BACKEND)
-LOCK := requirements-$(BACKEND).lock
+# requirements-BACKEND.lock was resolved for Python 3.11; another Python has a lock where its pins must differ.
+VERSIONS := 3.11 3.12 3.13
+VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])')
+LOCK := $(firstword $(wildcard requirements-$(BACKEND)-$(VERSION).lock) requirements-$(BACKEND).lock)
+TORCH_PIN := $(shell grep '^torch==' requirements-gpu.lock)
 # The CUDA-only companions of torch that the CPU lock must not have; torch itself is installed apart.
 EXCLUDED := torch torchvision torchaudio torchcodec triton
-COMPILE := $(UV) pip compile --python-version 3.11 --no-header --no-annotate --no-emit-package onpolicy-skd -q
+COMPILE := $(UV) pip compile --no-header --no-annotate --no-emit-package onpolicy-skd -q
 
 unexport PYTHONDONTWRITEBYTECODE
 export HF_HUB_DISABLE_TELEMETRY := 1
@@ -52,7 +56,7 @@ lint: $(READY)
 
 setup: $(READY)
 
-$(READY): $(LOCK) pyproject.toml
+$(READY): $(LOCK) pyproject.toml setup.py
 	rm -rf $(VENV)
 	$(PYTHON) -m venv $(VENV)
 	$(RUN) -m pip install -q uv==0.13.9
@@ -60,18 +64,28 @@ $(READY): $(LOCK) pyproject.toml
 		|| $(RUN) -m pip install -q --no-deps -r $(LOCK)
 ifeq ($(BACKEND),cpu)
 # The bare wheel first: it is all that a CPU build needs. A CUDA build will not import without its libraries.
-	$(RUN) -m pip install -q --no-deps $(TORCH) torch==2.13.0
-	$(RUN) -c "import torch" 2>/dev/null || $(RUN) -m pip install -q $(TORCH) torch==2.13.0
+	$(RUN) -m pip install -q --no-deps $(TORCH) $(TORCH_PIN)
+	$(RUN) -c "import torch" 2>/dev/null || $(RUN) -m pip install -q $(TORCH) $(TORCH_PIN)
 endif
 	$(RUN) -m pip install -q --no-deps --no-build-isolation -e .
 	touch $(READY)
 
-# The pins: resolved from pyproject.toml. networkx is torch's, which the CPU lock leaves out.
+# The pins: resolved from pyproject.toml, those there are kept where they fit. networkx is torch's, which the CPU lock
+# leaves out. A lock for 3.12 or 3.13 stays only if it differs from the one for 3.11.
 lock:
 	test -x $(UV) || ($(PYTHON) -m venv $(VENV) && $(RUN) -m pip install -q uv==0.13.9)
 	for name in $(EXCLUDED); do echo "$$name ; sys_platform == 'never'"; done > .overrides.txt
-	printf 'networkx\nsetuptools\nwheel\n' | $(COMPILE) pyproject.toml - --extra cpu --extra dev --override .overrides.txt -o requirements-cpu.lock
-	printf 'setuptools\nwheel\n' | $(COMPILE) pyproject.toml - --extra gpu --extra dev -o requirements-gpu.lock
+	set -e; for v in $(VERSIONS); do \
+		for b in cpu gpu; do test -f requirements-$$b-$$v.lock || cp requirements-$$b.lock requirements-$$b-$$v.lock; done; \
+		printf 'networkx\nsetuptools\nwheel\n' | $(COMPILE) --python-version $$v pyproject.toml - --extra cpu --extra dev \
+			--override .overrides.txt -o requirements-cpu-$$v.lock; \
+		printf 'setuptools\nwheel\n' | $(COMPILE) --python-version $$v pyproject.toml - --extra gpu --extra dev \
+			-o requirements-gpu-$$v.lock; \
+	done
+	set -e; for b in cpu gpu; do \
+		mv requirements-$$b-3.11.lock requirements-$$b.lock; \
+		for lock in requirements-$$b-*.lock; do cmp -s $$lock requirements-$$b.lock && rm $$lock || true; done; \
+	done
 	rm -f .overrides.txt
 
 clean:
