@@ -25,6 +25,7 @@ from onpolicy_skd.config.errors import ConfigError
 from onpolicy_skd.config.loading import load_settings
 from onpolicy_skd.config.schema import Settings
 from onpolicy_skd.run.exits import EXIT_BAD_INPUT, EXIT_FAILED, EXIT_OK, run_cli
+from onpolicy_skd.run.preflight import preflight
 from onpolicy_skd.run.prepare import Run, prepare
 from onpolicy_skd.teacher import cache_format as caches
 from onpolicy_skd.teacher import cache_provenance as provenance
@@ -48,6 +49,7 @@ def build(settings: Settings, log: Log = print_now) -> None:
     teaching = settings.model_copy(update={"cache": settings.cache.model_copy(update={"path": None})})
     prefilters = settings.samples.when == "prefilter"
     rolls_out = prefilters and settings.samples.prefilter_text == "rollout"
+    preflight(teaching)
     run = prepare(teaching, log, generates=rolls_out or settings.references.source == "teacher")
     # Actors that exist at the same time: the scoring learner asks a builder where the metric needs a teacher.
     counts = Counts(int(prefilters), settings.teacher.actors, int(rolls_out))

@@ -29,6 +29,7 @@ from onpolicy_skd.evaluation.evaluate import Evaluation, evaluate
 from onpolicy_skd.learner.learner import NonFiniteLossError
 from onpolicy_skd.run.exits import EXIT_OK, EXIT_STOPPED, run_cli
 from onpolicy_skd.run.logger import PhaseTimer, RunLogger
+from onpolicy_skd.run.preflight import preflight
 from onpolicy_skd.run.prepare import Run, open_folder, prepare
 from onpolicy_skd.run.stop import Stopped, StopSignal
 from onpolicy_skd.selection.prefilter import as_text
@@ -198,6 +199,7 @@ def main(argv: Sequence[str] | None = None, prog: str = "python -m onpolicy_skd.
 
 def run_settings(settings: Settings) -> int:
     """Make one run, from settings to summary.json; return the exit code."""
+    preflight(settings)
     run = prepare(settings)
     if run.knows_its_texts:
         run.check_cached(run.train)  # before a folder exists or a model loads

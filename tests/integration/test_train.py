@@ -331,7 +331,8 @@ def other_tokenizer(folder: Path) -> str:
     tokenizer = load_tokenizer("bundled:demo_teacher")
     tokenizer.add_tokens(["<|extra|>"])
     tokenizer.save_pretrained(folder)
-    (folder / "config.json").write_text((Path(resolve_path("bundled:demo_teacher")) / "config.json").read_text())
+    for name in ("config.json", "model.safetensors"):
+        shutil.copy(Path(resolve_path("bundled:demo_teacher")) / name, folder / name)
     return str(folder)
 
 
@@ -357,7 +358,7 @@ def test_bad_input_is_one_clear_error_and_a_non_zero_exit(tmp_path):
         ("run.device=cuda", "cluster.learner_gpus=50", "cluster.rollout_gpus=8", "rollout.actors=2"):
             "asks for 66.3 GPUs (learner 1 x 50 + teacher 1 x 0.3 + rollout 2 x 8) but the cluster has",
         ("run.name=used",): "already holds a run",
-        (f"student.model={without_weights(tmp_path / 'empty')}",): "cannot be loaded",  # which an actor notices
+        (f"student.model={without_weights(tmp_path / 'empty')}",): "the folder has no *.safetensors file",
     }  # fmt: skip
     processes = {
         overrides: subprocess.Popen(command(tmp_path, *overrides), cwd=ROOT, stderr=subprocess.PIPE, text=True)

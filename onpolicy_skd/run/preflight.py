@@ -1,0 +1,177 @@
+"""Checks before Ray starts: everything that can be known without weights, in seconds, with one line for a refusal."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+from onpolicy_skd.config.errors import ConfigError
+from onpolicy_skd.config.schema import DataSettings, Settings
+from onpolicy_skd.data.prompts import DataError, load_questions, render
+from onpolicy_skd.models import loading
+from onpolicy_skd.models.generation_config import savable_generation_config
+from onpolicy_skd.models.loading import ModelError
+from onpolicy_skd.run.exits import first_line
+
+T = TypeVar("T")
+TEMPLATE_TIMEOUT_S = 3.0  # a template renders a row in milliseconds
+
+
+def preflight(settings: Settings) -> None:
+    """Check the run folder, the checkpoints of student and teacher, the tokenizer, and the template on a row.
+
+    Raises ConfigError.
+    """
+    check_folder(settings.run.folder)
+    student, teacher = settings.student, settings.teacher
+    tokenizer = loading.load_tokenizer(student.model, student.trust_remote_code)
+    check_tokenizer(tokenizer, student.model)
+    if settings.generates:
+        check_template(settings.data, tokenizer)
+    check_checkpoint(student.model, student.trust_remote_code)
+    check_generation_config(student.model)
+    if settings.cache.path is None:
+        check_checkpoint(teacher.model, teacher.trust_remote_code)
+
+
+def check_folder(folder: Path) -> None:
+    """Raise ConfigError unless ``folder`` can be created and its files can be written."""
+    parent = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not parent.is_dir():
+        raise ConfigError(f"run.dir, run.name: {folder} cannot be created, because {parent} is a file")
+    files = [path for path in folder.glob("*") if path.is_file()] if folder.exists() else []
+    for path in (parent, *files):
+        if not os.access(path, os.W_OK):
+            raise ConfigError(f"run.dir, run.name: {path} cannot be written; give another folder, or change its mode")
+
+
+def check_tokenizer(tokenizer: Any, model: str) -> None:
+    """Raise ModelError unless ``tokenizer`` has an end-of-sequence token, which ends responses and pads batches."""
+    if tokenizer.eos_token_id is None:
+        raise ModelError(
+            f"student.model={model}: its tokenizer has no end-of-sequence token, so no response could end; set "
+            "eos_token in tokenizer_config.json"
+        )
+
+
+def check_template(data: DataSettings, tokenizer: Any) -> None:
+    """Render the first training row within a time limit.  Raises DataError."""
+    key, question, *_ = next(iter(load_questions(data, "train")), (None, ""))
+    if key is None:
+        return  # which prepare refuses by the name of the split
+    setting = f"data.template={data.template}"
+    try:
+        ids = _with_timeout(lambda: render(question, tokenizer, data))
+    except ConfigError:
+        raise
+    except TimeoutError:
+        raise DataError(
+            f"{setting}: rendering {key} took more than {TEMPLATE_TIMEOUT_S:g} s; look for a loop in the chat template"
+        ) from None
+    except Exception as error:  # a template is a program: jinja2, and what its expressions raise
+        hint = " (data.system is set; some templates accept no system message)" if data.system is not None else ""
+        raise DataError(
+            f"{setting}: the template fails on {key}: {type(error).__name__}: {first_line(error)}{hint}; correct the "
+            "chat template of the student's tokenizer, or use data.template=plain"
+        ) from None
+    if not ids:
+        raise DataError(f"{setting}: the prompt of {key} has no tokens; a template must render the question")
+
+
+def _with_timeout(action: Callable[[], T]) -> T:
+    """Return what ``action`` returns; raise TimeoutError after ``TEMPLATE_TIMEOUT_S``.
+
+    The thread of an action that never returns ends with the process.
+    """
+    outcome: dict[str, Any] = {}
+
+    def target() -> None:
+        try:
+            outcome["value"] = action()
+        except BaseException as error:
+            outcome["error"] = error
+
+    thread = threading.Thread(target=target, daemon=True)
+    thread.start()
+    thread.join(TEMPLATE_TIMEOUT_S)
+    if thread.is_alive():
+        raise TimeoutError
+    if "error" in outcome:
+        raise outcome["error"]
+    return outcome["value"]
+
+
+def check_checkpoint(model: str, trust_remote_code: bool) -> None:
+    """Raise ModelError unless ``model`` is a causal language model with readable safetensors.
+
+    Files of a hub model are not looked at, for they may have to be downloaded first.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    config = loading.load_config(model, trust_remote_code)
+    folder = Path(loading.resolve_path(model))
+    if folder.is_dir():
+        check_weights(folder, model)
+    if trust_remote_code:
+        return  # its code may not build without weights
+    try:
+        with torch.device("meta"):
+            built = AutoModelForCausalLM.from_config(config)
+    except Exception as error:  # a configuration can be wrong in many ways
+        raise ModelError(
+            f"model {model!r}: its config.json describes no causal language model that transformers knows: "
+            f"{type(error).__name__}: {first_line(error)}"
+        ) from None
+    if built.get_output_embeddings() is None or built.base_model is built:
+        raise ModelError(
+            f"model {model!r}: {type(built).__name__} has no backbone and LM head that can be told apart; use a causal "
+            "language model with output embeddings"
+        )
+
+
+def check_weights(folder: Path, model: str) -> None:
+    """Raise ModelError unless ``folder`` has all its safetensors files, with readable headers."""
+    from safetensors import SafetensorError, safe_open
+
+    index = folder / "model.safetensors.index.json"
+    try:
+        if index.exists():
+            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        else:
+            names = sorted(path.name for path in folder.glob("*.safetensors"))
+        if not names:
+            raise ModelError(
+                f"model {model!r}: the folder has no *.safetensors file; pickled weights (pytorch_model.bin) are not "
+                "loaded: convert them with save_pretrained"
+            )
+        for name in names:
+            with safe_open(folder / name, framework="pt"):
+                pass
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        if isinstance(error, ModelError):
+            raise
+        raise ModelError(f"model {model!r}: its weights cannot be read: {first_line(error)}") from None
+
+
+def check_generation_config(model: str) -> None:
+    """Save the generation settings of ``model`` once, as the end of the run will.  Raises ModelError."""
+    from transformers import GenerationConfig
+
+    folder = Path(loading.resolve_path(model))
+    if not (folder / "generation_config.json").exists():
+        return
+    try:
+        config = savable_generation_config(GenerationConfig.from_pretrained(folder))
+        with tempfile.TemporaryDirectory() as scratch:
+            config.save_pretrained(scratch)
+    except (OSError, ValueError, TypeError) as error:
+        raise ModelError(
+            f"model {model!r}: its generation_config.json cannot be used: {first_line(error)}; correct or "
+            "remove the file"
+        ) from None

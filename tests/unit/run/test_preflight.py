@@ -1,0 +1,126 @@
+"""What is refused before Ray starts, each with one line that names setting, file or row."""
+
+import json
+import shutil
+import time
+from pathlib import Path
+
+import pytest
+from helpers import tiny_settings
+
+from onpolicy_skd.config.errors import ConfigError
+from onpolicy_skd.models.generation_config import savable_generation_config
+from onpolicy_skd.models.loading import resolve_path
+from onpolicy_skd.run import preflight as checks
+from onpolicy_skd.run.preflight import preflight
+
+
+@pytest.fixture
+def student(tmp_path):
+    return Path(shutil.copytree(resolve_path("bundled:demo_student"), tmp_path / "student"))
+
+
+def set_json(file, **values):
+    tree = json.loads(file.read_text()) if file.exists() else {}
+    file.write_text(json.dumps({k: v for k, v in (tree | values).items() if v is not None}))
+
+
+def set_template(folder, text):
+    (folder / "chat_template.jinja").unlink(missing_ok=True)
+    set_json(folder / "tokenizer_config.json", chat_template=text)
+
+
+def refusal(student, tmp_path, **sections):
+    settings = tiny_settings(run={"dir": tmp_path / "runs"}, student={"model": str(student)}, **sections)
+    start = time.monotonic()
+    with pytest.raises(ConfigError) as error:
+        preflight(settings)
+    assert time.monotonic() - start < 30  # five seconds on a machine that does nothing else
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def test_a_run_that_can_start_is_not_refused(student, tmp_path):
+    preflight(tiny_settings(run={"dir": tmp_path / "runs"}, student={"model": str(student)}))
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("template", "data", "needle"),
+    [
+        ("{{ raise_exception('no system role') }}", {"system": "Be brief."}, "no system role (data.system is set"),
+        ("{{ raise_exception('roles must alternate') }}", {}, "TemplateError: roles must alternate"),
+        ("{% for message in messages %}{{ message.content }}", {}, "TemplateSyntaxError"),
+        ("{{ messages[0].content + 1 }}", {}, "TypeError"),
+        ("{{ messages[7].content.strip() }}", {}, "UndefinedError"),
+        ("{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}", {}, "took more than 0.5 s"),
+        ("{% if false %}{{ messages }}{% endif %}", {}, "has no tokens"),
+    ],
+)
+def test_a_template_is_tried_on_a_row(student, tmp_path, monkeypatch, template, data, needle):
+    monkeypatch.setattr(checks, "TEMPLATE_TIMEOUT_S", 0.5 if "took" in needle else 60)
+    set_template(student, template)
+    text = refusal(student, tmp_path, data=data)
+    assert needle in text
+    assert "data.template=chat" in text
+    assert "demo:train#1" in text
+
+
+def test_a_tokenizer_without_an_end_is_refused(student, tmp_path):
+    set_json(student / "tokenizer_config.json", eos_token=None, pad_token=None)
+    (student / "special_tokens_map.json").unlink(missing_ok=True)
+    assert "no end-of-sequence token" in refusal(student, tmp_path)
+
+
+def test_weights_are_looked_at_by_their_headers(student, tmp_path):
+    weights = student / "model.safetensors"
+    content = weights.read_bytes()
+    weights.write_bytes(content[: len(content) // 2])
+    assert "its weights cannot be read" in refusal(student, tmp_path)
+    set_json(student / "model.safetensors.index.json", weight_map={"a": "model-00001-of-00002.safetensors"})
+    assert "model-00001-of-00002.safetensors" in refusal(student, tmp_path)
+    (student / "model.safetensors.index.json").unlink()
+    weights.rename(student / "pytorch_model.bin")
+    assert "pickled weights (pytorch_model.bin) are not loaded" in refusal(student, tmp_path)
+
+
+@pytest.mark.parametrize(
+    "changes", [{"architectures": ["BertModel"], "model_type": "t5"}, {"num_attention_heads": "many"}]
+)
+def test_the_architecture_is_built_without_weights(student, tmp_path, changes):
+    set_json(student / "config.json", **changes)
+    text = refusal(student, tmp_path)
+    assert str(student) in text
+
+
+def test_a_folder_that_cannot_be_written_is_refused(student, tmp_path):
+    (tmp_path / "runs").write_text("a file")
+    assert "runs is a file" in refusal(student, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("values", "kept"),
+    [
+        ({"do_sample": False, "temperature": 0.6, "top_p": 0.9}, {"temperature": 1.0, "top_p": 1.0}),
+        ({"do_sample": True, "temperature": 0.6, "num_return_sequences": 2}, {"temperature": 0.6}),
+        ({"do_sample": False, "top_k": 20, "repetition_penalty": 1.1, "eos_token_id": [1, 2]},
+         {"repetition_penalty": 1.1, "eos_token_id": [1, 2]}),
+        ({"do_sample": False, "temperature": 0.6, "early_stopping": True}, {"early_stopping": None}),
+    ],
+)  # fmt: skip
+def test_generation_settings_that_contradict_each_other_can_be_saved(student, tmp_path, values, kept):
+    from transformers import GenerationConfig
+
+    (student / "generation_config.json").unlink(missing_ok=True)
+    set_json(student / "generation_config.json", **values)
+    preflight(tiny_settings(run={"dir": tmp_path / "runs"}, student={"model": str(student)}))
+    config = savable_generation_config(GenerationConfig.from_pretrained(student))
+    config.save_pretrained(tmp_path / "saved")
+    saved = GenerationConfig.from_pretrained(tmp_path / "saved")
+    for key, value in kept.items():
+        assert getattr(saved, key) == value or (value == 1.0 and getattr(saved, key) is None)
+
+
+def test_generation_settings_that_cannot_be_loaded_are_refused(student, tmp_path):
+    set_json(student / "generation_config.json", do_sample=False, temperature=None, num_return_sequences=3)
+    assert "its generation_config.json cannot be used" in refusal(student, tmp_path)
