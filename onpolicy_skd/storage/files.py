@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import shutil
+import stat
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,7 +21,9 @@ class SaveError(RuntimeError):
 def replace_folder(final: Path, beside: Path) -> None:
     """Makes ``beside``, a whole folder, ``final``.  A kill in between leaves the one before as ``.NAME.old``."""
     replaced = final.with_name(f".{final.name}.old")
+    mode = new_file_mode(beside)
     for file in beside.iterdir():
+        file.chmod(mode)
         sync(file)
     sync(beside)
     shutil.rmtree(replaced, ignore_errors=True)
@@ -43,11 +46,22 @@ def replacing(path: Path) -> Iterator[Path]:
     durably; after an error nothing of it is left."""
     beside = path.with_name(f".{path.name}.{os.getpid()}-{uuid.uuid4().hex[:8]}.tmp")
     try:
+        mode = new_file_mode(path.parent)
         yield beside
+        beside.chmod(mode)
         sync(beside)
         beside.replace(path)
     finally:
         beside.unlink(missing_ok=True)
+
+
+def new_file_mode(folder: Path) -> int:
+    """Return the mode of a new file in ``folder``, as the umask gives it; safetensors writes files as 0600."""
+    probe = folder / f".mode.{os.getpid()}-{uuid.uuid4().hex[:8]}.tmp"
+    probe.touch()
+    mode = stat.S_IMODE(probe.stat().st_mode)
+    probe.unlink()
+    return mode
 
 
 def sha256(path: Path) -> str:

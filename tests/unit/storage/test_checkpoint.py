@@ -1,14 +1,17 @@
 import json
 import logging
+import os
+import stat
 
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from safetensors.torch import save_file
 
 from onpolicy_skd.learner.optimizer import load_optimizer_tensors, optimizer_tensors
 from onpolicy_skd.report.metrics_log import MetricsLog, read
-from onpolicy_skd.storage import checkpoint
+from onpolicy_skd.storage import checkpoint, files
 from onpolicy_skd.storage.checkpoint import CheckpointError
 from onpolicy_skd.storage.files import SaveError
 
@@ -171,3 +174,19 @@ def test_a_record_that_does_not_fit_on_the_disk_leaves_no_half_line(tmp_path):
         log.write({"step": 1, "loss": 2.0})
     assert (tmp_path / "metrics.jsonl").read_text().count("\n") == 1
     assert [r["step"] for r in read(tmp_path / "metrics.jsonl")] == [0]
+
+
+@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o027, 0o640), (0o077, 0o600)])
+def test_all_files_have_the_mode_of_the_umask(tmp_path, umask, mode):
+    """Checkpoints, caches and text alike, whatever mode a library writes its files with."""
+    before = os.umask(umask)
+    try:
+        saved = checkpoint.save(tmp_path / "checkpoints", 1, {}, {"weight": torch.zeros(2)}, keep=2)
+        with files.replacing(tmp_path / "shard.safetensors") as temporary:
+            save_file({"weight": torch.zeros(2)}, temporary)
+        files.write_text(tmp_path / "summary.json", "{}")
+    finally:
+        os.umask(before)
+    written = [*saved.iterdir(), tmp_path / "shard.safetensors", tmp_path / "summary.json"]
+    assert {oct(stat.S_IMODE(file.stat().st_mode)) for file in written} == {oct(mode)}
+    assert not list(tmp_path.glob(".mode*"))
