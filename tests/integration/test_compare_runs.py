@@ -10,7 +10,8 @@ import pytest
 import yaml
 from helpers import ROOT
 
-pytestmark = pytest.mark.slow
+from actors.cluster import is_loopback
+
 ENVIRONMENT = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}
 
 
@@ -39,9 +40,16 @@ def command(path, *arguments):
     return [sys.executable, "-m", "onpolicy_skd.compare", "--config", str(path), *arguments]
 
 
-def compare(path, *arguments):
-    done = subprocess.run(command(path, *arguments), capture_output=True, text=True, cwd=ROOT, env=ENVIRONMENT,
-                          timeout=900, check=False)  # fmt: skip
+def compare(path, *arguments, timeout=900):
+    done = subprocess.run(
+        command(path, *arguments),
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env=ENVIRONMENT,
+        timeout=timeout,
+        check=False,
+    )
     return done.returncode, done.stdout + done.stderr
 
 
@@ -50,6 +58,34 @@ def table(folder):
     return [{k: r[k] for k in ("row", "mode", "seeds", "exact_match", "strict", "difference")} for r in record["rows"]]
 
 
+def test_the_command_of_the_readme_runs_where_no_ray_is_running(tmp_path):
+    """The child joins the private Ray of the comparison, also on a host with a network address."""
+    tree = yaml.safe_load((ROOT / "configs" / "compare_demo.yaml").read_text())
+    settings = tree["settings"] | {"data": {"train_problems": 64, "validation_problems": 4}}
+    settings["eval"] |= {"problems": 4, "divergence_prompts": 2}
+    row = tree["rows"][0] | {"modes": ["on_policy"]}
+    path = tmp_path / "grid.yaml"
+    base = str(ROOT / "configs" / tree["base"])
+    path.write_text(yaml.safe_dump(tree | {"base": base, "settings": settings, "rows": [row]}))
+    code, printed = compare(
+        path, "--parallel", "1", "seeds=[1340]", "settings.run.steps=3", f"dir={tmp_path / 'out'}", timeout=300
+    )
+    assert code == 0, printed
+    assert "2 of 2 runs to do, 1 at a time" in printed
+    assert "2/2 full_kd-on_policy-1340: exact match" in printed
+    assert "have not finished" not in (tmp_path / "out" / "report.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("address", "loopback"),
+    [("127.0.0.1:6379", True), ("localhost:6379", True), ("[::1]:6379", True), ("127.8.0.1:1", True),
+     ("10.0.0.7:6379", False), ("head:6379", False), ("auto", False), ("ray://head:10001", False)],
+)  # fmt: skip
+def test_a_loopback_address_is_dialed_as_it_is(address, loopback):
+    assert is_loopback(address) == loopback
+
+
+@pytest.mark.slow
 def test_a_killed_comparison_continues_and_ends_with_the_same_table(tmp_path):
     undisturbed, killed = tmp_path / "undisturbed", tmp_path / "killed"
     for folder in (undisturbed, killed):
@@ -82,6 +118,7 @@ def test_a_killed_comparison_continues_and_ends_with_the_same_table(tmp_path):
     assert "teacher 100.0" in page
 
 
+@pytest.mark.slow
 def test_a_failed_run_is_reported_and_tried_again_when_asked(tmp_path):
     path = write_grid(tmp_path, seeds=[1], rows=[{"name": "Full KD", "modes": ["off_policy"]}])
     blocked = tmp_path / "out" / "runs" / "full_kd-off_policy-1"
