@@ -16,6 +16,7 @@ import torch
 from onpolicy_skd.models.batch import collate, micro_batches
 from onpolicy_skd.models.lm_head import Projector, blocks, chunk_size, chunks, shift_exp
 from onpolicy_skd.models.split_model import SplitModel
+from onpolicy_skd.report.progress import ProgressReporter
 from onpolicy_skd.storage.files import replacing
 from onpolicy_skd.types import Trajectory
 
@@ -89,11 +90,13 @@ def next_token_calibration(
         for i, (context, rest) in enumerate(pairs)
     ]
     predictions: dict[int, np.ndarray] = {}
-    for group in micro_batches([t.length for t in texts], TOKENS_PER_BATCH):
-        batch = collate([texts[i] for i in group], pad_id, model.device)
-        rows_N3 = _predictions(model.hidden(batch), model.head_VH, batch.targets).cpu()
-        for i, rows in zip(group, rows_N3.split(batch.counts), strict=True):
-            predictions[i] = rows.numpy()
+    with ProgressReporter("calibration", len(texts)) as progress:
+        for group in micro_batches([t.length for t in texts], TOKENS_PER_BATCH):
+            batch = collate([texts[i] for i in group], pad_id, model.device)
+            rows_N3 = _predictions(model.hidden(batch), model.head_VH, batch.targets).cpu()
+            for i, rows in zip(group, rows_N3.split(batch.counts), strict=True):
+                predictions[i] = rows.numpy()
+            progress.advance(len(group))
     ordered = [predictions[i] for i in range(len(texts))]
     all_N3 = np.concatenate(ordered) if ordered else np.zeros((0, 3))
     return calibration(all_N3[:, 0], all_N3[:, 1] > 0), [float(rows[:, 2].sum()) for rows in ordered]

@@ -68,7 +68,9 @@ def measure(settings: Settings, samples: int) -> dict[str, Any]:
     def records() -> Iterator[dict[str, Any]]:
         exact = gradient(ClassSettings())
         draws = _draws_for(unique_classes)
-        for sampler_cfg in [{"sampler": "rs_kd", "draws": draws}, {"sampler": "rs_kd", "draws": 64}, *TRUNCATIONS]:
+        samplers = [{"sampler": "rs_kd", "draws": draws}, {"sampler": "rs_kd", "draws": 64}, *TRUNCATIONS]
+        for number, sampler_cfg in enumerate(samplers, 1):
+            print(f"gradient {number}/{len(samplers)}: {sampler_cfg}", file=sys.stderr, flush=True)
             classes_cfg = ClassSettings(**sampler_cfg)
             sampled = gradient(classes_cfg)
             cosine = _dot(sampled, exact) / math.sqrt(_dot(sampled, sampled) * _dot(exact, exact))

@@ -135,6 +135,7 @@ def _build(name: str, config: dict[str, Any], splits: Sequence[str], folder: Pat
 
 def language_model(args: argparse.Namespace) -> Any:
     """Return lm-eval's wrapper of the model on the chosen backend.  Raise ConfigError if vLLM cannot run it."""
+    print(f"loading {args.model} into {args.backend}", flush=True)
     path, device = models.resolve_path(args.model), models.pick_device(args.device)
     dtype = "bfloat16" if models.pick_dtype(args.dtype, device) == torch.bfloat16 else "float32"
     shared: dict[str, Any] = dict(

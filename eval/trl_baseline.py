@@ -30,6 +30,7 @@ from onpolicy_skd.learner.optimizer import adamw, learner_threads, learning_rate
 from onpolicy_skd.models import loading as models
 from onpolicy_skd.report import summary
 from onpolicy_skd.report.metrics_log import MetricsLog, read
+from onpolicy_skd.report.progress import ProgressReporter
 from onpolicy_skd.rollout.transformers_engine import TransformersEngine
 from onpolicy_skd.run.exits import EXIT_OK, EXIT_STOPPED, run_cli
 from onpolicy_skd.run.prepare import Run, open_folder, prepare
@@ -109,7 +110,11 @@ class Recorder(TrainerCallback):
             self._engine = TransformersEngine(settings.student.model, settings, settings.student.trust_remote_code)
         weights: Iterable[Any] = self._student.named_parameters()
         self._engine.load_weights(weights, step)
-        evaluation = evaluate(self._engine.generate, prompts, self._run.tokenizer, self._run.greedy)
+        with ProgressReporter("evaluation", len(prompts)) as progress:
+            evaluation = evaluate(
+                self._engine.stream, prompts, self._run.tokenizer, self._run.greedy,
+                on_record=lambda _: progress.advance(),
+            )  # fmt: skip
         self.evaluations[name] = evaluation.result
         evaluation.write_records(self._run.folder / "evaluations" / f"{name}-{step:06d}.jsonl")
         self._metrics.write({"step": step, "event": "evaluation", "name": name, **evaluation.result})

@@ -24,6 +24,7 @@ from actors.training_set import Log, add_teacher_references, engine, selected_pr
 from onpolicy_skd.config.errors import ConfigError
 from onpolicy_skd.config.loading import load_settings
 from onpolicy_skd.config.schema import Settings
+from onpolicy_skd.report.progress import ProgressReporter
 from onpolicy_skd.run.exits import EXIT_BAD_INPUT, EXIT_FAILED, EXIT_OK, run_cli
 from onpolicy_skd.run.preflight import preflight
 from onpolicy_skd.run.prepare import Run, prepare
@@ -110,9 +111,11 @@ def write(run: Run, samples: Samples, builders: CacheBuilders, folder: Path, log
     def missing() -> Iterator[Work]:
         return ((number, samples.of(indices)) for number, indices in enumerate(cut) if number not in done)
 
-    for number, shard in builders.write(folder, missing()):
-        done[number] = shard
-        log(f"cache: {len(done)}/{len(cut)} shards, {sum(s.positions for s in done.values())} positions")
+    with ProgressReporter("cache shards", len(cut), log, completed=len(done)) as progress:
+        for number, shard in builders.write(folder, missing()):
+            done[number] = shard
+            progress.advance()
+    log(f"cache: {len(done)}/{len(cut)} shards, {sum(s.positions for s in done.values())} positions")
     head = caches.write_head(folder, builders.head()) if layout.content == "hidden" else None
     shards = [done[number] for number in range(len(cut))]
     caches.finish(folder, Manifest(plan.provenance, layout, plan.plan, head, shards))

@@ -25,8 +25,9 @@ from actors.workers import Refs, Workers
 from onpolicy_skd.config.loading import load_settings
 from onpolicy_skd.config.schema import Settings
 from onpolicy_skd.evaluation.diagnostics import means, tokens
-from onpolicy_skd.evaluation.evaluate import Evaluation, evaluate
+from onpolicy_skd.evaluation.evaluate import Evaluation, Generate, evaluate
 from onpolicy_skd.learner.learner import NonFiniteLossError
+from onpolicy_skd.report.progress import ProgressReporter
 from onpolicy_skd.run.exits import EXIT_OK, EXIT_STOPPED, run_cli
 from onpolicy_skd.run.logger import PhaseTimer, RunLogger
 from onpolicy_skd.run.preflight import preflight
@@ -257,10 +258,16 @@ def student_evaluation(run: Run, workers: Workers, prompts: Sequence[Prompt] = (
         divergence = means(workers.diagnose_positions(samples))["divergence"]
         return Evaluation({"problems": 0, "divergence_reference": divergence}, [])
     prompts = prompts or run.held_out[: run.settings.eval.problems or None]
-    evaluation = evaluate(workers.engines().gather, prompts, run.tokenizer, run.greedy)
+    evaluation = evaluate_with_progress(run, workers.engines().gather, prompts, "evaluation")
     if count := run.settings.eval.divergence_prompts:
         add_divergences(run, workers, (run.validation or run.held_out)[:count], evaluation)
     return evaluation
+
+
+def evaluate_with_progress(run: Run, generate: Generate, prompts: Sequence[Prompt], label: str) -> Evaluation:
+    """Score greedy answers to ``prompts`` and report progress."""
+    with ProgressReporter(label, len(prompts)) as progress:
+        return evaluate(generate, prompts, run.tokenizer, run.greedy, on_record=lambda _: progress.advance())
 
 
 def add_divergences(run: Run, workers: Workers, prompts: Sequence[Prompt], evaluation: Evaluation) -> None:
@@ -282,7 +289,7 @@ def teacher_evaluation(run: Run, resources: Resources, log: Callable[[str], None
 
     def action() -> Evaluation:
         with engine(run, resources, "teacher") as group:
-            return evaluate(group.gather, prompts, run.tokenizer, run.greedy)
+            return evaluate_with_progress(run, group.gather, prompts, "evaluation of the teacher")
 
     return retry_engine_on_fault(run.settings, "teacher engine", action, log)
 

@@ -20,6 +20,7 @@ from onpolicy_skd.config.errors import ConfigError
 from onpolicy_skd.config.schema import Settings
 from onpolicy_skd.data.prompts import answer_ids, read_jsonl
 from onpolicy_skd.models.loading import weights_digest
+from onpolicy_skd.report.progress import ProgressReporter
 from onpolicy_skd.storage.files import write_text
 from onpolicy_skd.types import FinishReason, Prompt, RolloutRequest, Trajectory, seed_of
 
@@ -115,12 +116,14 @@ def teacher_responses(
         log(f"references: answers of the teacher to {len(prompts)} prompts reused from {path}")
     else:
         path.parent.mkdir(parents=True, exist_ok=True)
-        for start in range(0, len(prompts), BATCH):
-            part = [p for p in prompts[start : start + BATCH] if p.key not in rows]
-            for t in roll([_request(settings, p, i) for p in part for i in range(settings.references.samples)]):
-                rows.setdefault(t.prompt_key, []).append(Response(t.response_ids.tolist(), t.finish_reason))
-            write_text(partial, _text_of(rows))
-            log(f"references: the teacher has answered {len(rows)}/{len(prompts)} prompts")
+        with ProgressReporter("references", len(prompts), log, completed=len(rows)) as progress:
+            for start in range(0, len(prompts), BATCH):
+                part = [p for p in prompts[start : start + BATCH] if p.key not in rows]
+                for t in roll([_request(settings, p, i) for p in part for i in range(settings.references.samples)]):
+                    rows.setdefault(t.prompt_key, []).append(Response(t.response_ids.tolist(), t.finish_reason))
+                write_text(partial, _text_of(rows))
+                progress.advance(len(part))
+        log(f"references: the teacher has answered {len(rows)}/{len(prompts)} prompts")
         partial.replace(path)
     usable = {
         key: [r for r in found if r.ids and (r.finish_reason == "stop" or settings.samples.truncated == "keep")]

@@ -15,6 +15,8 @@ from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
+from onpolicy_skd.report.progress import shared_console
+
 Record = dict[str, Any]
 ROWS = 12  # steps in the live table
 INTERVALS = 20  # steps that the remaining time is estimated from
@@ -63,7 +65,7 @@ class Display:
     def __init__(
         self, steps: int, first: int = 0, divergence: str = "divergence", console: Console | None = None
     ) -> None:
-        self.console = console or Console(highlight=False, soft_wrap=True)
+        self.console = console or shared_console()
         self._columns = columns(steps, divergence)
         self._steps = steps
         self._records: deque[Record] = deque(maxlen=ROWS)
