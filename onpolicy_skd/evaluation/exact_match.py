@@ -1,14 +1,15 @@
-"""When is an answer right?  Two rules, scored side by side.
+"""Judge answers by two rules, scored side by side (docs/evaluation.md has the table of forms).
 
 ``strict``: the number after the first ``####`` equals the reference's, as text without thousands separators; the rule
 of the GSM8K authors and, answer by answer, of lm-eval's strict-match (``python -m eval.agreement``).
-``match``: the final answer (after the last ``####``, else in the last ``\\boxed{}``, else the last number; one that is
-empty or cut off does not count) equals the reference's by math-verify, so that 18, 18.00 and $18 agree.
+``match``: drop thinking and later turns, locate the stated answer (last ``####``, else last ``\\boxed{}``, else last
+number), read all of it as one quantity, compare. What is no quantity is compared as text and by math-verify.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import logging
 import math
 import re
@@ -17,24 +18,37 @@ import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from fractions import Fraction
 from typing import Any
 
-from math_verify import parse, verify
+from math_verify import LatexExtractionConfig, parse, verify
 
+from onpolicy_skd.evaluation.quantity import CHARACTERS, NUMBER, Quantity, has_number, normalized, quantity
 from onpolicy_skd.evaluation.stop_texts import before_stop
 from onpolicy_skd.types import RolloutRequest, Trajectory
 
 ANSWER_TAIL = 4_000  # characters from the end that may hold the final answer
-STRICT = re.compile(r"#### (-?[0-9.,]+)")
-NUMBER = re.compile(r"[-\u2212]?\$?[0-9][0-9,]*(?:\.[0-9]+)?|[-\u2212]?\$?\.[0-9]+")
-BOXED = "\\boxed"
-LONGEST_ANSWER = 100  # characters of a stated answer that are read
-LONGEST_COMPARISON = 0.5  # seconds of symbolic algebra; what takes longer is not equal
+LONGEST_ANSWER = 100  # characters of a box, of a formula, and of the answer that a record keeps
+LONGEST_COMPARISON = 0.4  # seconds of symbolic algebra; what takes longer is not equal
 AGAIN = 0.05  # seconds after which it is interrupted once more
-PLAIN = re.compile(r"-?[0-9]*\.?[0-9]+")
+MARKER, BOXED = "####", "\\boxed"
+STRICT = re.compile(r"#### (-?[0-9.,]+)")
 for _name in ("math_verify", "math_verify.parser", "math_verify.grader"):
     logging.getLogger(_name).setLevel(logging.CRITICAL)  # their warnings are about single answers
+
+# -- where an answer stands ----------------------------------------------------------------------------------------
+THINKING = re.compile(r"(?i)<(/?)(?:think|thinking|thought|reasoning)>|\[(/?)think\]")
+STATEMENT = re.compile(r"(?:####|\\boxed\{|[Aa]nswer(?: is|:))[^\n#]{0,40}?[0-9]")
+TURN = re.compile(
+    r"(?m)(?P<blank>^[ \t]*\n)?^[ \t#*>]*(?i:question|problem|instruction|human|user|q)[ \t]*[0-9]*\**[ \t]*:"
+    r"|<\|\w+\|>\s*user\b"
+)
+HEADING = re.compile(r"(?!(?i:the |final |correct )*(?i:answer)\b|[^\s=]+\s*=)[A-Za-z]|[0-9]+[.)]\s+[A-Za-z]")
+LABEL = re.compile(r"(?i)^(?:so |the |final |correct )*answer(?: is)?[:\s]+")
+# Between two numbers that are not one answer.
+JOINED = re.compile(r"[^\S\n]*(?:or|and|to|[-/:*\u00d7x+^·÷]|\\(?:times|cdot|div))?[^\S\n]*|[,(]")
+BULLET = re.compile(r"(?m)^[ \t]*[-*+•][ \t]+")
+CLAUSE_START = re.compile(r"[,;:!?|]\s|(?<!\b[A-Z][a-z]{2})\.\s|\n")
+CLAUSE_END = re.compile(r"[.,;:!?|)](?:\s|$)|\n|\(|\\boxed")
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,66 +58,158 @@ class Score:
     extracted: str | None  # the final answer that ``match`` looked at
 
 
-def reference_number(answer: str) -> str:
-    """The number after ``####`` of a GSM8K reference answer, or the whole answer if there is none."""
-    found = STRICT.search(answer.replace("$", ""))
-    return _plain(found.group(1)) if found else answer.strip()
-
-
-def final_answer(output: str) -> str | None:
-    """The part of ``output`` that states its final answer, or None."""
-    tail = output[-ANSWER_TAIL:]
-    _, marker, after = tail.rpartition("####")
-    stated = after.strip().split("\n", 1)[0].strip()
-    if marker and stated:
-        return stated[:LONGEST_ANSWER]
-    boxes = (_braced(part) for part in reversed(tail.split(BOXED)[1:]))
-    if boxed := next(filter(None, boxes), None):
-        return boxed
-    numbers = NUMBER.findall(tail)
-    return numbers[-1] if numbers else None
-
-
 def score(output: str, answer: str) -> Score:
-    """Scores ``output`` against the reference ``answer``; takes less than a second whatever the text."""
-    gold = reference_number(answer)
-    found = STRICT.search(output)
-    extracted = final_answer(output)
+    """Judge ``output`` against the reference ``answer``; takes less than a second whatever the text."""
+    reference, strict = _stated_reference(answer), STRICT.search(output)
+    gold = quantity(reference)
+    extracted = final_answer(output, numeric=gold is not None)
     return Score(
-        match=extracted is not None and _equal(gold, extracted),
-        strict=found is not None and _plain(found.group(1)) == gold,
-        extracted=extracted,
+        match=extracted is not None and _equal(reference, gold, extracted),
+        strict=strict is not None and _plain(strict.group(1)) == reference_number(answer),
+        extracted=extracted and extracted[:LONGEST_ANSWER],
     )
 
 
 def with_correctness(
     trajectories: Sequence[Trajectory], requests: Sequence[RolloutRequest], tokenizer: Any, stop: Sequence[str] = ()
 ) -> list[Trajectory]:
-    """``trajectories`` (one per request) with ``correct`` set where the request brings the reference answer along.
+    """Return ``trajectories`` (one per request) with ``correct`` set where the request brings the reference answer.
 
     What follows one of the ``stop`` texts is not judged.
     """
-    found = []
+    results = []
     for t, request in zip(trajectories, requests, strict=True):
         if request.answer is not None:
             output = before_stop(tokenizer.decode(t.response_ids.tolist(), skip_special_tokens=True), stop)
             t = dataclasses.replace(t, correct=score(output, request.answer).match)  # noqa: PLW2901
-        found.append(t)
-    return found
+        results.append(t)
+    return results
 
 
-def _equal(gold: str, extracted: str) -> bool:
-    number = NUMBER.search(extracted)
-    if number and number.group() == extracted.rstrip(".").rstrip():
-        extracted = _plain(number.group())
-        if PLAIN.fullmatch(gold) and PLAIN.fullmatch(extracted):  # the usual case needs no symbolic algebra
-            return Fraction(gold) == Fraction(extracted)
+def reference_number(answer: str) -> str:
+    """Return what ``strict`` compares with: the number after ``####``, or the whole answer if there is none."""
+    number = STRICT.search(answer.replace("$", ""))
+    return _plain(number.group(1)) if number else answer.strip()
+
+
+def check_reference(answer: str) -> str | None:
+    """Return why no output could be judged against ``answer``, or None if it can be read whole."""
+    stated = _stated_reference(answer)
+    if not stated:
+        return "the reference answer is empty"
+    if quantity(stated):
+        return None
+    has_digit, marked = re.search("[0-9]", stated), MARKER in answer
+    if _formula(stated) and not (marked and re.fullmatch(r"[-0-9.,:/\s]+", stated)):
+        return None
+    if len(stated) <= LONGEST_ANSWER and not (marked and has_digit):
+        return None  # compared as text
+    return f"the reference answer {stated[:LONGEST_ANSWER]!r} cannot be read whole as one number, formula or short text"
+
+
+def _stated_reference(answer: str) -> str:
+    lines = [piece.strip().partition("\n")[0].strip() for piece in answer.split(MARKER)[1:]]
+    if MARKER in answer and (any(lines) or BOXED not in answer):
+        return next(filter(None, reversed(lines)), "")
+    return next(_boxes(answer), answer.strip())
+
+
+def judged_text(output: str) -> str:
+    """Return the piece of ``output`` that ``match`` judges: after the thinking, up to the first new turn."""
+    closed = [tag.end() for tag in THINKING.finditer(output) if "/" in tag.group()]
+    text = THINKING.split(output[closed[-1] if closed else 0 :], maxsplit=1)[0]
+    digit, statement = re.search("[0-9]", text), STATEMENT.search(text)
+    asks_itself = TURN.match(text.lstrip())
+    for turn in TURN.finditer(text, digit.end()) if digit else ():
+        answered = statement is not None and statement.end() <= turn.start()
+        if answered or (turn["blank"] and not asks_itself):
+            return text[: turn.start()]
+    return text
+
+
+def final_answer(output: str, numeric: bool = True) -> str | None:
+    """Return the text in which ``output`` states its final answer, or None.
+
+    If not ``numeric``, the answer needs no number, and the last line takes the place of the last number.
+    """
+    text = judged_text(output)[-ANSWER_TAIL:]
+    pieces = text.split(MARKER)
+    for place in range(len(pieces) - 1, 0, -1):
+        line, _, below = MARKER.join(pieces[place:]).strip().partition("\n")
+        line = line.partition(MARKER)[0].strip()
+        follows = below.strip() if numeric else BOXED in below
+        is_heading = follows and (line.endswith(":") or HEADING.match(normalized(line)))
+        if line and not is_heading and (not numeric or has_number(line)):
+            return line
+    if boxed := next((b for b in _boxes(text) if not numeric or has_number(b)), None):
+        return boxed
+    return _last_number(text) if numeric else (text.strip().splitlines() or [None])[-1]
+
+
+def _boxes(text: str) -> Iterator[str]:
+    """Yield what stands in closed, short, nonempty boxes, the last first."""
+    for piece in reversed(text.split(BOXED)[1:]):
+        depth = 0
+        for place, char in enumerate(piece[: LONGEST_ANSWER + 2]):
+            depth += (char == "{") - (char == "}")
+            if depth == 0:
+                if content := piece[1:place].strip():
+                    yield content
+                break
+
+
+def _last_number(text: str) -> str | None:
+    """Return the last number, if the clause around it states that number."""
+    text = BULLET.sub("", normalized(text))
+    numbers = [*NUMBER.finditer(text)]
+    if not numbers:
+        return None
+    last, previous = numbers[-1], numbers[-2].end() if len(numbers) > 1 else 0
+    before = text[previous : last.start()]
+    if previous and JOINED.fullmatch(before):
+        return None
+    clause = CLAUSE_START.split(before)[-1] + last.group() + CLAUSE_END.split(text[last.end() :], maxsplit=1)[0]
+    return last.group().strip() if quantity(clause) else None
+
+
+def _equal(reference: str, gold: Quantity | None, stated: str) -> bool:
+    if gold and (guess := quantity(stated)):  # the usual case needs no symbolic algebra
+        return gold.equals(guess)
+    if _words(reference) and _words(reference) == _words(stated):
+        return True
+    formulas = _formula(reference), _formula(stated)
+    if not all(formulas):
+        return False
+    _warm_up()
     try:
         with _within(LONGEST_COMPARISON):
-            truth, guess = (parse(f"${text}$", parsing_timeout=0) for text in (gold, extracted))
-            return bool(truth and guess) and verify(truth, guess, timeout_seconds=0)
+            return _verified(*formulas)
     except _TooLongError:
         return False
+
+
+def _verified(reference: str, stated: str) -> bool:
+    only_latex = [LatexExtractionConfig()]  # math-verify's other reader takes a number out of what it cannot parse
+    gold, guess = (parse(f, only_latex, fallback_mode="no_fallback", parsing_timeout=0) for f in (reference, stated))
+    return bool(gold and guess) and verify(gold, guess, timeout_seconds=0)
+
+
+@functools.cache
+def _warm_up() -> None:
+    """Load the parser's tables and sympy's simplification, which take longer than a comparison, once per process."""
+    _verified("$x+1$", "$2x+1$")
+
+
+def _words(text: str) -> str:
+    return " ".join(LABEL.sub("", normalized(text)).strip(" .()").casefold().split())
+
+
+def _formula(text: str) -> str:
+    """Return ``text`` between dollar signs; empty if it is long or has words, which math-verify would multiply."""
+    text = LABEL.sub("", text.translate(CHARACTERS).replace("\u00a4", "").strip("*_ "))
+    text = re.sub(r"\\[()\[\]]|\\(?:text|mathrm|mbox)\s*\{[^{}]*\}$", "", text).strip(" .")
+    has_words = re.search(r"[A-Za-z]{2}|[0-9]_|\\\w?dots", re.sub(r"\\(?!\w?dots)[A-Za-z]+", "", text))
+    return f"${text}$" if text and len(text) <= LONGEST_ANSWER and not has_words else ""
 
 
 class _TooLongError(BaseException):
@@ -112,9 +218,9 @@ class _TooLongError(BaseException):
 
 @contextmanager
 def _within(seconds: float) -> Iterator[None]:
-    """Ends what it holds by _TooLongError, again and again: one may be lost in a destructor or a bare ``except``.
+    """Interrupt the block by _TooLongError after ``seconds``, again and again: a bare ``except`` may swallow some.
 
-    Off the main thread, where there are no signals, it only waits.
+    Off the main thread, where there are no signals, the block runs to its end.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -139,21 +245,11 @@ def _plain(number: str) -> str:
     return number.replace(",", "").replace("$", "").replace("\u2212", "-").removesuffix(".")
 
 
-def _braced(text: str) -> str | None:
-    """What stands in the braces that ``text`` begins with, if they are closed soon and hold anything."""
-    depth = 0
-    for place, char in enumerate(text[: LONGEST_ANSWER + 2]):
-        depth += (char == "{") - (char == "}")
-        if depth == 0:
-            return text[1:place].strip() or None
-    return None
-
-
 def wilson(right: float, total: int, z: float = 1.959964) -> tuple[float, float]:
-    """95 % interval of a share (Wilson, 1927): holds near 0 and 1, where the normal one does not."""
+    """Return the 95 % interval of a share (Wilson, 1927), which holds near 0 and 1, where the normal one does not."""
     if total == 0:
         return (0.0, 1.0)
     share, spread = right / total, z * z / total
-    centre = (share + spread / 2) / (1 + spread)
+    center = (share + spread / 2) / (1 + spread)
     half = z / (1 + spread) * math.sqrt(share * (1 - share) / total + spread / (4 * total))
-    return (max(0.0, centre - half), min(1.0, centre + half))
+    return (max(0.0, center - half), min(1.0, center + half))

@@ -44,7 +44,7 @@ from onpolicy_skd.types import Prompt, SamplingParams, Trajectory
         ("18 apples\n####", "#### 18", True, False),
         ("#### 18..", "#### 18", True, False),
         ("#### 18.", "#### 18", True, True),
-        ("#### 1 1/2", "#### 1.5", False, False),
+        ("#### 1 1/2", "#### 1.5", True, False),
         (r"\boxed{\dfrac{3}{4}}", "#### 0.75", True, False),
         ("#### 50%", "#### 50", True, True),
         ("#### 18", "#### $18", True, True),
