@@ -19,11 +19,13 @@ from pathlib import Path
 from eval.suite import load_tasks
 from onpolicy_skd.config.errors import ConfigError
 from onpolicy_skd.data.prompts import read_jsonl
-from onpolicy_skd.evaluation.exact_match import ANSWER_TAIL, score
+from onpolicy_skd.evaluation.exact_match import ANSWER_TAIL, THINKING, judged_text, score
+from onpolicy_skd.evaluation.quantity import has_number, quantity
 from onpolicy_skd.run.exits import EXIT_FAILED, EXIT_OK, run_cli
 from onpolicy_skd.storage.files import write_text
 
 FILTERS = ("strict-match", "flexible-extract")
+FAR = f"the last number stands more than {ANSWER_TAIL} characters before the end"
 NEEDED = ("key", "output", "reference")
 
 
@@ -32,6 +34,7 @@ class Judged:
     """One answer under the four rules; ``ours`` and ``theirs`` are what match and flexible-extract looked at."""
 
     key: str
+    output: str
     strict: bool
     strict_match: bool
     match: bool
@@ -41,13 +44,24 @@ class Judged:
 
 
 def judge(records: Sequence[dict[str, str]]) -> list[Judged]:
-    """Every record under our rules and under lm-eval's own gsm8k task."""
-    found = []
+    """Judge every record by our rules and by lm-eval's own gsm8k task."""
+    results = []
     for record, theirs in zip(records, harness([(r["output"], r["reference"]) for r in records]), strict=True):
-        own = score(record["output"], record["reference"])
+        ours = score(record["output"], record["reference"])
         (strict_match, _), (flexible, looked_at) = (theirs[name] for name in FILTERS)
-        found.append(Judged(record["key"], own.strict, strict_match, own.match, flexible, own.extracted, looked_at))
-    return found
+        results.append(
+            Judged(
+                record["key"],
+                record["output"],
+                ours.strict,
+                strict_match,
+                ours.match,
+                flexible,
+                ours.extracted,
+                looked_at,
+            )
+        )
+    return results
 
 
 def harness(answers: Sequence[tuple[str, str]]) -> list[dict[str, tuple[bool, str]]]:
@@ -75,16 +89,36 @@ def harness(answers: Sequence[tuple[str, str]]) -> list[dict[str, tuple[bool, st
     ]
 
 
-def reason(found: Judged) -> str:
-    """Why match and flexible-extract judge an answer differently, in a few words."""
-    if found.ours is None:
-        return f"the last number stands more than {ANSWER_TAIL} characters before the end"
-    if "\u2212" in found.ours:
+def reason(answer: Judged) -> str:
+    """Return why match and flexible-extract judge an answer differently, in a few words."""
+    text = judged_text(answer.output)
+    start = answer.output.rfind(text)
+    end, place = start + len(text), answer.output.rfind(answer.theirs)
+    if place < 0:
+        return "flexible-extract reads no number"
+    if not start <= place < end:
+        thinking = place < start or THINKING.match(answer.output, end)
+        return f"flexible-extract reads {'the thinking' if thinking else 'the turn after the answer'}"
+    if answer.ours is None:
+        far = not has_number(text[-ANSWER_TAIL:])
+        return FAR if far else "the last number is not stated alone"
+    stated = answer.output.rfind(answer.ours, start, end)  # -1: a last number, in other characters
+    if 0 <= stated <= place - len(answer.ours):
+        right = answer.match
+        return "a number follows the final answer" if right else "the number after the final answer is the right one"
+    return _other_reading(answer.ours, answer.theirs, answer.match)
+
+
+def _other_reading(ours: str, theirs: str, match: bool) -> str:
+    """Return why two readings of one statement differ."""
+    our_number, their_number = quantity(ours), quantity(theirs.strip("$.,"))
+    if our_number is None:
+        return "a formula, which math-verify computes" if match else "the stated answer is not one number"
+    if their_number and our_number.equals(their_number):
+        return "the same number, written otherwise"
+    if "\u2212" in ours:
         return "lm-eval does not read the minus sign \u2212"
-    if found.match:
-        same = score(found.theirs, f"#### {found.ours}").match
-        return "the same number, written otherwise" if same else "a number follows the final answer"
-    return "the number after the final answer is the right one"
+    return "flexible-extract reads a piece of the number"
 
 
 def read(files: Iterable[Path]) -> list[dict[str, str]]:

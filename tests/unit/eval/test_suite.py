@@ -123,10 +123,24 @@ def test_each_disagreement_has_its_reason():
         "#### 18\nthat is 3 x 6": "a number follows the final answer",
         "#### 18.00": "the same number, written otherwise",
         "#### 17\nNo: 18": "the number after the final answer is the right one",
+        "#### 36/2": "flexible-extract reads a piece of the number",
+        "<think>so 18": "flexible-extract reads the thinking",
+        "<think>5 + 13</think>no number": None,
+        "#### 18\nQuestion: 2 + 3?": "flexible-extract reads the turn after the answer",
+        r"\boxed{2 \times 9}": "a formula, which math-verify computes",
+        "#### 17 or 18": "the stated answer is not one number",
+        "between 17 and 18": "the last number is not stated alone",
         "#### \u221218": "lm-eval does not read the minus sign \u2212",
+        "18" + " word" * 1_000: "the last number stands more than 4000 characters before the end",
+        "#### **18**": None,
+        "#### 18 eggs": None,
+        "#### Final answer\n\\boxed{18}": None,
     }
     judgments = agreement.judge([{"key": k, "output": k, "reference": "#### 18"} for k in cases])
-    assert {j.key: agreement.reason(j) for j in judgments if j.match != j.flexible} == cases
+    reasons = {j.key: agreement.reason(j) for j in judgments if j.match != j.flexible}
+    assert reasons == {key: why for key, why in cases.items() if why}
+    half = agreement.judge([{"key": "a", "output": "#### \u00bd", "reference": "#### 1/2"}])
+    assert agreement.reason(half[0]) == "flexible-extract reads no number"
 
 
 def test_records_that_are_none_are_refused(tmp_path, capsys):
