@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -147,7 +147,8 @@ def load_prompts(settings: DataSettings, tokenizer: Any, split: str, limit: int 
     """The (first ``limit``) prompts of ``split``; over-long ones are dropped and counted, if so configured.
 
     Problems that are examples of ``data.shots`` are left out.
-    Raises DataError, also for a prompt over ``data.max_prompt_tokens``.
+    Raises DataError, also for a prompt over ``data.max_prompt_tokens``, and in the eval split for an answer that no
+    output could be judged against.
     """
     prompts, dropped, shots = [], 0, load_shots(settings)
     example_questions = {question for question, _ in shots}
@@ -170,7 +171,21 @@ def load_prompts(settings: DataSettings, tokenizer: Any, split: str, limit: int 
         logger.warning("%s split: %d prompts over %d tokens dropped", split, dropped, settings.max_prompt_tokens)
     if not prompts:
         raise DataError(f"data: no prompt is left in the {split} split of source {settings.source}")
+    if split == "eval":
+        check_references(prompts)
     return prompts
+
+
+def check_references(prompts: Iterable[Prompt]) -> None:
+    """Raise DataError if a prompt's answer cannot be read whole, naming the first such row."""
+    from onpolicy_skd.evaluation.exact_match import check_reference  # math-verify takes seconds to import
+
+    for prompt in prompts:
+        if problem := check_reference(prompt.answer):
+            raise DataError(
+                f"{prompt.key}: {problem}; accepted after ####, in \\boxed{{}} or alone: one number with its unit, "
+                "a formula, or up to 100 characters of text"
+            )
 
 
 def hold_out(prompts: list[Prompt], count: int) -> tuple[list[Prompt], list[Prompt]]:

@@ -17,7 +17,7 @@ from onpolicy_skd.config.errors import ConfigError
 from onpolicy_skd.config.schema import Settings
 from onpolicy_skd.data import references
 from onpolicy_skd.data.packed_text import pack
-from onpolicy_skd.data.prompts import hold_out, load_prompts, prompts_of_step
+from onpolicy_skd.data.prompts import check_references, hold_out, load_prompts, prompts_of_step
 from onpolicy_skd.data.references import Responses
 from onpolicy_skd.models import loading as models
 from onpolicy_skd.report import metrics_log as metrics
@@ -178,6 +178,7 @@ def prepare(settings: Settings, log: Callable[[str], None] = print, generates: b
             raise ConfigError(f"{held}: so many samples are held out, but the text has {len(text)}; accepted: fewer")
         return Run(settings, tokenizer, vocabulary, text[:border], text[border:])
     train, validation = _train_prompts(settings, tokenizer)
+    check_references([*validation, *(train if settings.judges_rollouts else [])])
     responses: Responses = {}
     if settings.mode != "on_policy" and settings.references.source != "teacher":
         train, responses = references.from_text(settings, train, tokenizer)
