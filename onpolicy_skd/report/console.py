@@ -116,7 +116,7 @@ class Display:
         cells = [[c.name, *(c.text(r) for r in self._records)] for c in self._columns]
         table, width = Table(box=None, pad_edge=False), 0
         for place, texts in enumerate(cells):
-            width += max(map(len, texts)) + 1
+            width += max(map(len, texts)) + 2  # with the padding
             if width > self.console.width:
                 cells = cells[:place]
                 break

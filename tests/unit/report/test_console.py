@@ -46,10 +46,11 @@ def test_what_a_step_did_not_measure_is_a_dash():
     assert "gap -" in shown([record])
 
 
-@pytest.mark.parametrize("width", [60, 80, 160])
+@pytest.mark.parametrize("width", [60, 80, 100, 160])
 def test_a_terminal_shows_a_table_as_wide_as_it_has_room_for(width):
     text = shown([RECORD], width, terminal=True)
     row = next(line for line in text.splitlines() if "1/200" in line and "1.2500" in line)
     assert len(row.rstrip()) <= width
     assert ("1.0e-07" in text) == (width == 160)
     assert "grad_norm" in text
+    assert "…" not in text  # no column is squeezed
