@@ -29,7 +29,7 @@ from onpolicy_skd.evaluation.evaluate import evaluate
 from onpolicy_skd.learner.optimizer import adamw, learner_threads, learning_rate
 from onpolicy_skd.models import loading as models
 from onpolicy_skd.report import summary
-from onpolicy_skd.report.metrics_log import MetricsLog, read
+from onpolicy_skd.report.metrics_log import Event, MetricsLog, read
 from onpolicy_skd.report.progress import ProgressReporter
 from onpolicy_skd.rollout.transformers_engine import TransformersEngine
 from onpolicy_skd.run.exits import EXIT_OK, EXIT_STOPPED, run_cli
@@ -117,7 +117,7 @@ class Recorder(TrainerCallback):
             )  # fmt: skip
         self.evaluations[name] = evaluation.result
         evaluation.write_records(self._run.folder / "evaluations" / f"{name}-{step:06d}.jsonl")
-        self._metrics.write({"step": step, "event": "evaluation", "name": name, **evaluation.result})
+        self._metrics.write({"step": step, "event": Event.EVALUATION, "name": name, **evaluation.result})
         print(f"{name} {step}: exact match {summary.percent(evaluation.result['match']['share'])}", flush=True)
 
 
