@@ -10,6 +10,7 @@
 from __future__ import annotations
 
 import logging
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -192,10 +193,16 @@ def main(argv: Sequence[str] | None = None, prog: str = "python -m onpolicy_skd.
     try:
         about = (__doc__ or "").splitlines()[0]
         given = sys.argv[1:] if argv is None else argv
-        return run_cli(lambda: run_settings(load_settings(given, prog, about)), RayError)
-    except Stopped as signal:
-        print(f"{signal}: stopped outside the steps", file=sys.stderr)
-        return EXIT_STOPPED
+        with StopSignal():
+            return run_cli(lambda: run_settings(load_settings(given, prog, about)), RayError)
+    except Stopped as stopped:
+        name = str(stopped)
+    except SystemExit as error:
+        if error.code != signal.SIGTERM:
+            raise
+        name = "SIGTERM"  # ray.init has a handler that exits with the number of the signal
+    print(f"{name}: stopped outside the steps", file=sys.stderr)
+    return EXIT_STOPPED
 
 
 def run_settings(settings: Settings) -> int:

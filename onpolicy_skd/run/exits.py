@@ -22,6 +22,9 @@ def run_cli(action: Callable[[], int], *failures: type[Exception]) -> int:
         cause = cause_of(error)
         print(f"error: {cause}", file=sys.stderr)
         return EXIT_BAD_INPUT if isinstance(cause, ConfigError) else EXIT_FAILED
+    except KeyboardInterrupt:
+        print("interrupted; the same command continues", file=sys.stderr)
+        return EXIT_STOPPED
 
 
 def first_line(error: object) -> str:

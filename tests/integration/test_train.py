@@ -181,6 +181,20 @@ def test_a_signal_outside_the_steps_ends_the_run_at_once(tmp_path):
     assert json.loads((tmp_path / "r" / "summary.json").read_text())["status"] == "stopped"
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("where", ["preflight", "prepare"])
+def test_a_signal_before_ray_starts_is_one_line(tmp_path, monkeypatch, capsys, number, where):
+    monkeypatch.setattr(train, where, lambda settings: signal.raise_signal(number))
+    assert train.main([*BASE, f"run.dir={tmp_path}"]) == 3
+    assert capsys.readouterr().err == f"{number.name}: stopped outside the steps\n"
+
+
+def test_a_signal_while_ray_starts_is_one_line(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(train, "preflight", lambda settings: sys.exit(signal.SIGTERM))  # as the handler of ray.init
+    assert train.main([*BASE, f"run.dir={tmp_path}"]) == 3
+    assert capsys.readouterr().err == "SIGTERM: stopped outside the steps\n"
+
+
 @pytest.mark.slow
 def test_a_run_does_not_lean_on_the_private_ray_of_another(tmp_path):
     """The first run is killed, and its Ray with it, while the second continues."""
