@@ -38,7 +38,7 @@ def settings_for(model: str, config: Path | None, overrides: Sequence[str]) -> S
 def main(argv: Sequence[str] | None = None, prog: str = "python -m eval.gsm8k") -> int:
     """Run the command line and return the exit code: 0 for success, 2 for bad input."""
     parser = argparse.ArgumentParser(
-        prog=prog, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog=prog, description="Measure exact match on GSM8K or data with its answer format."
     )
     parser.add_argument("--model", required=True, help="folder (runs/NAME/final), hub name, or bundled:NAME")
     parser.add_argument("--config", type=Path, help="settings file (default: config.yaml next to the model)")

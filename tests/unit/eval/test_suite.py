@@ -143,6 +143,18 @@ def test_each_disagreement_has_its_reason():
     assert agreement.reason(half[0]) == "flexible-extract reads no number"
 
 
+def test_the_agreement_command_counts_and_names_answers(tmp_path, capsys):
+    rows = [{"key": "right", "output": "#### 18"}, {"key": "wrong", "output": "#### 17"}]
+    rows += [{"key": "differs", "output": "#### 18.00"}]
+    file = tmp_path / "records.jsonl"
+    file.write_text("".join(json.dumps(r | {"reference": "#### 18"}) + "\n" for r in rows))
+    assert agreement.main([str(file)]) == 0
+    printed = capsys.readouterr().out
+    assert printed.startswith("3 answers")
+    assert "match: 1 disagreements" in printed
+    assert "differs: right here" in printed
+
+
 def test_records_that_are_none_are_refused(tmp_path, capsys):
     file = tmp_path / "r.jsonl"
     file.write_text('{"key": "a", "output": "1"}\n')

@@ -1,0 +1,70 @@
+"""The tests behind every command that README.md and docs/ show.
+
+``tests/unit/test_documented_commands.py`` extracts the commands and fails for a command that is missing here.
+"""
+
+CLI = "tests/unit/test_cli.py::test_each_program_names_itself_as_it_was_started"
+TESTS: dict[str, tuple[str, ...]] = {
+    "make demo": (
+        "tests/unit/test_documented_commands.py::test_make_targets_start_what_they_name",
+        "tests/integration/test_train.py::test_the_demo_pair_learns",
+    ),
+    "make test": ("tests/unit/test_documented_commands.py::test_make_targets_start_what_they_name",),
+    "make test-slow": ("tests/unit/test_documented_commands.py::test_make_targets_start_what_they_name",),
+    "make setup": ("tests/unit/test_documented_commands.py::test_make_targets_start_what_they_name",),
+    "make faults": (
+        "tests/unit/test_documented_commands.py::test_make_targets_start_what_they_name",
+        "tests/integration/test_faults.py::test_the_suite_writes_its_summary_and_fails_if_anything_was_wrong",
+    ),
+    "make soak": (
+        "tests/unit/test_documented_commands.py::test_make_targets_start_what_they_name",
+        "tests/integration/test_documented_commands.py::test_a_short_soak_writes_its_report",
+    ),
+    "python -m eval.agreement": ("tests/unit/eval/test_suite.py::test_the_agreement_command_counts_and_names_answers",),
+    "python -m eval.faults": (
+        "tests/integration/test_faults.py::test_the_suite_writes_its_summary_and_fails_if_anything_was_wrong",
+    ),
+    "python -m eval.gradients": (
+        "tests/unit/eval/test_gradients.py::test_the_command_measures_every_sampler_against_the_exact_gradient",
+    ),
+    "python -m eval.gsm8k": (
+        "tests/unit/evaluation/test_evaluation.py::test_command_line_on_the_bundled_teacher",
+        "tests/unit/eval/test_gsm8k.py::test_an_evaluation_continues_after_a_kill_with_the_same_records",
+    ),
+    "python -m eval.performance curves": (
+        "tests/unit/eval/test_performance.py::test_steps_and_curves_write_their_keys_and_a_plot",
+    ),
+    "python -m eval.performance end-to-end": (
+        "tests/unit/eval/test_performance.py::test_the_end_to_end_benchmark_writes_its_keys",
+    ),
+    "python -m eval.performance loss": (
+        "tests/unit/eval/test_performance.py::test_the_loss_benchmark_compares_equal_losses_and_writes_its_keys",
+    ),
+    "python -m eval.performance overlap": (
+        "tests/unit/eval/test_performance.py::test_steps_and_curves_write_their_keys_and_a_plot",
+    ),
+    "python -m eval.soak": ("tests/integration/test_documented_commands.py::test_a_short_soak_writes_its_report",),
+    "python -m eval.suite": ("tests/unit/eval/test_suite.py::test_the_suite_on_transformers",),
+    "python -m eval.trl_baseline": (
+        "tests/integration/test_trl_baseline.py::"
+        "test_a_stopped_run_resumes_with_the_same_losses_and_writes_a_run_folder",
+    ),
+    "python -m onpolicy_skd.cache build": ("tests/integration/test_documented_commands.py::test_a_cache_is_built",),
+    "python -m onpolicy_skd.cache info": ("tests/integration/test_documented_commands.py::test_a_cache_is_built",),
+    "python -m onpolicy_skd.cache verify": ("tests/integration/test_documented_commands.py::test_a_cache_is_built",),
+    "python -m onpolicy_skd.compare": (
+        "tests/unit/comparison/test_comparison.py",
+        "tests/integration/test_compare_runs.py",
+    ),
+    "python -m onpolicy_skd.data.demo_pair": (
+        "tests/integration/test_documented_commands.py::test_the_bundled_pair_is_trained_from_scratch",
+    ),
+    "python -m onpolicy_skd.prune": ("tests/unit/models/test_models.py",),
+    "python -m onpolicy_skd.train": ("tests/integration/test_train.py",),
+    "skd cache": (CLI, "tests/integration/test_documented_commands.py::test_a_cache_is_built"),
+    "skd compare": (CLI, "tests/integration/test_compare_runs.py"),
+    "skd eval": (CLI, "tests/unit/test_cli.py::test_arguments_and_exit_code_pass_through"),
+    "skd suite": (CLI, "tests/unit/eval/test_suite.py::test_the_suite_on_transformers"),
+    "skd train": ("tests/integration/test_wheel.py::test_a_run_by_name_from_an_empty_folder",),
+    "ray job submit": ("tests/integration/test_job.py::test_a_submitted_job_runs_to_its_end",),
+}
