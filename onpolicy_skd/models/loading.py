@@ -1,23 +1,18 @@
-"""Loading causal language models, and telling a model's backbone from its LM head."""
+"""Loading of causal language models and tokenizers, and the checks that two of them fit together."""
 
 from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
-import numpy as np
+
 import torch
-from torch import Tensor
-from onpolicy_skd.storage.files import sha256
-from onpolicy_skd.config.errors import ConfigError
+
 from onpolicy_skd.config.schema import Settings
-from onpolicy_skd.models.batch import Batch, collate
-from onpolicy_skd.types import Trajectory, seed_of
+from onpolicy_skd.models.errors import ModelError
 from onpolicy_skd.models.lora import add_lora
+from onpolicy_skd.storage.files import sha256
 
 logger = logging.getLogger(__name__)
 
@@ -25,12 +20,8 @@ ASSETS = Path(__file__).parents[1] / "assets"
 BUNDLED = "bundled:"
 
 
-class ModelError(ConfigError):
-    """A model or tokenizer that cannot be used; the message names it and says what would be accepted."""
-
-
 def resolve_path(model: str) -> str:
-    """A folder for ``bundled:NAME`` and existing paths, else the hub name.  Raises ModelError."""
+    """Return a folder for ``bundled:NAME`` and existing paths, else the hub name.  Raises ModelError."""
     if model.startswith(BUNDLED):
         folder = ASSETS / model.removeprefix(BUNDLED)
         if not (folder / "config.json").exists():
@@ -39,7 +30,7 @@ def resolve_path(model: str) -> str:
         return str(folder)
     path = Path(model)
     if path.is_dir() and not (path / "config.json").exists():
-        raise ModelError(f"model {model!r}: the folder has no config.json, so it is no transformers checkpoint")
+        raise ModelError(f"model {model!r}: the folder has no config.json, so it is not a transformers checkpoint")
     looks_local = path.is_absolute() or model.startswith(".") or model.count("/") > 1
     if not path.exists() and looks_local:
         raise ModelError(f"model {model!r}: no such folder; give a transformers checkpoint or a hub name OWNER/NAME")
@@ -47,7 +38,7 @@ def resolve_path(model: str) -> str:
 
 
 def load_tokenizer(model: str, trust_remote_code: bool = False) -> Any:
-    """The tokenizer of ``model``, with a padding token.  Raises ModelError."""
+    """Load the tokenizer of ``model``, with a padding token.  Raises ModelError."""
     from transformers import AutoTokenizer
 
     tokenizer = _from_pretrained(AutoTokenizer, model, trust_remote_code=trust_remote_code)
@@ -57,21 +48,21 @@ def load_tokenizer(model: str, trust_remote_code: bool = False) -> Any:
 
 
 def eos_token_ids(generation_config: Any, tokenizer: Any) -> list[int]:
-    """Every token id that ends a response, from the model's generation settings and its tokenizer."""
-    own = getattr(generation_config, "eos_token_id", None)
-    listed = own if isinstance(own, list) else [own]
+    """Return the ids of all tokens that end a response, from generation settings and tokenizer."""
+    configured = getattr(generation_config, "eos_token_id", None)
+    listed = configured if isinstance(configured, list) else [configured]
     return sorted({i for i in [*listed, tokenizer.eos_token_id] if i is not None})
 
 
 def load_config(model: str, trust_remote_code: bool = False) -> Any:
-    """The configuration of ``model`` without its weights.  Raises ModelError."""
+    """Load the configuration of ``model`` without its weights.  Raises ModelError."""
     from transformers import AutoConfig
 
     return _from_pretrained(AutoConfig, model, trust_remote_code=trust_remote_code)
 
 
 def load_model(model: str, dtype: torch.dtype, device: str, trust_remote_code: bool = False) -> Any:
-    """The causal language model ``model`` on ``device``, from safetensors only.  Raises ModelError."""
+    """Load the causal language model ``model`` on ``device``, from safetensors only.  Raises ModelError."""
     from transformers import AutoModelForCausalLM
 
     loaded = _from_pretrained(
@@ -81,14 +72,19 @@ def load_model(model: str, dtype: torch.dtype, device: str, trust_remote_code: b
 
 
 def load_student(settings: Settings, device: str, compute_device: str) -> Any:
-    """The model that is trained, on ``device``: float32 masters or, with ``student.lora_rank``, float32 additions to
-    weights that are held as they are used on ``compute_device`` (in float32 too where they are cut among ranks, which
-    takes one type only).  Raises ModelError."""
-    own = settings.student
-    frozen = own.lora_rank and settings.learner.ranks == 1
-    dtype = pick_dtype(settings.learner.compute_dtype, compute_device) if frozen else torch.float32
-    model = load_model(own.model, dtype, device, own.trust_remote_code)
-    return add_lora(model, own.lora_rank, own.lora_alpha, settings.run.seed) if own.lora_rank else model
+    """Load the model that is trained, on ``device``.
+
+    Its weights are float32 masters.  With ``student.lora_rank`` only the adapters are float32; the frozen weights have
+    the compute dtype of ``compute_device``, except with several ranks, where a sharded layer needs one dtype.  Raises
+    ModelError.
+    """
+    student_cfg = settings.student
+    coarse = student_cfg.lora_rank and settings.learner.ranks == 1
+    dtype = pick_dtype(settings.learner.compute_dtype, compute_device) if coarse else torch.float32
+    model = load_model(student_cfg.model, dtype, device, student_cfg.trust_remote_code)
+    if student_cfg.lora_rank:
+        return add_lora(model, student_cfg.lora_rank, student_cfg.lora_alpha, settings.run.seed)
+    return model
 
 
 def _from_pretrained(kind: Any, model: str, **options: Any) -> Any:
@@ -98,11 +94,11 @@ def _from_pretrained(kind: Any, model: str, **options: Any) -> Any:
         return kind.from_pretrained(resolve_path(model), **options)
     except ModelError:
         raise
-    except Exception as error:  # transformers raises many kinds; each means that this model is not to be had
+    except Exception as error:  # transformers raises many kinds; each means that this model cannot be used
         reason = str(error).strip().splitlines()[0] if str(error).strip() else ""
         if "custom code" in reason:
             raise ModelError(
-                f"model {model!r} brings Python code along, which is not run unless you say so: read it, and set "
+                f"model {model!r} comes with Python code, which runs only if you allow it: read it, and set "
                 "student.trust_remote_code or teacher.trust_remote_code if you trust it"
             ) from None
         raise ModelError(
@@ -113,41 +109,42 @@ def _from_pretrained(kind: Any, model: str, **options: Any) -> Any:
 
 @functools.cache
 def _warn_of_code(model: str) -> None:
-    logger.warning("trust_remote_code is on: Python code that comes with %s runs here, with your rights", model)
+    logger.warning("trust_remote_code is on: Python code that comes with %s runs here with your permissions", model)
 
 
 def check_same_tokenizer(student: Any, teacher: Any, student_name: str, teacher_name: str) -> None:
-    """Raises ModelError unless both map the same tokens to the same ids."""
-    ours, theirs = student.get_vocab(), teacher.get_vocab()
-    if ours == theirs:
+    """Raise ModelError unless both map the same tokens to the same ids."""
+    student_ids, teacher_ids = student.get_vocab(), teacher.get_vocab()
+    if student_ids == teacher_ids:
         return
-    different = sorted(t for t in ours.keys() | theirs.keys() if ours.get(t) != theirs.get(t))
+    tokens = student_ids.keys() | teacher_ids.keys()
+    different = sorted(t for t in tokens if student_ids.get(t) != teacher_ids.get(t))
     example = different[0]
     raise ModelError(
-        f"the tokenizers of student {student_name!r} ({len(ours)} tokens) and teacher {teacher_name!r} "
-        f"({len(theirs)} tokens) differ in {len(different)} tokens, for example {example!r}: "
-        f"id {ours.get(example)} and {theirs.get(example)}; distillation compares distributions over one vocabulary, "
-        "so use models of one tokenizer"
+        f"the tokenizers of student {student_name!r} ({len(student_ids)} tokens) and teacher {teacher_name!r} "
+        f"({len(teacher_ids)} tokens) differ in {len(different)} tokens, for example {example!r}: "
+        f"id {student_ids.get(example)} and {teacher_ids.get(example)}; distillation compares distributions over one "
+        "vocabulary, so use models with the same tokenizer"
     )
 
 
 def check_length(config: Any, model: str, tokens: int) -> None:
-    """Raises ModelError if a sequence of ``tokens`` has more positions than ``model`` knows."""
-    known = getattr(config.get_text_config(), "max_position_embeddings", None)
-    if known is not None and tokens > known:
+    """Raise ModelError if a sequence of ``tokens`` has more positions than ``model`` supports."""
+    limit = getattr(config.get_text_config(), "max_position_embeddings", None)
+    if limit is not None and tokens > limit:
         raise ModelError(
-            f"model {model!r}: knows {known} positions, a sequence may have {tokens} tokens; lower "
+            f"model {model!r}: supports {limit} positions, a sequence may have {tokens} tokens; lower "
             "data.max_prompt_tokens + rollout.max_tokens (or eval.max_tokens), or data.sequence_length"
         )
 
 
 def vocabulary_of(config: Any) -> int:
-    """Rows of a model's LM head."""
+    """Return the rows of a model's LM head."""
     return config.get_text_config().vocab_size
 
 
 def shared_vocabulary(student_config: Any, teacher_config: Any, tokenizer_size: int) -> int:
-    """Rows of the LM heads that both models have: a vocabulary padded in one of them is cut.  Raises ModelError."""
+    """Return the rows that both LM heads have: a vocabulary padded in one of them is cut.  Raises ModelError."""
     sizes = (vocabulary_of(student_config), vocabulary_of(teacher_config))
     if min(sizes) < tokenizer_size:
         raise ModelError(
@@ -158,22 +155,22 @@ def shared_vocabulary(student_config: Any, teacher_config: Any, tokenizer_size: 
 
 
 def pick_device(setting: str) -> str:
-    """Either cuda or cpu.  Raises ModelError if cuda is asked for but absent."""
+    """Return cuda or cpu.  Raises ModelError if cuda is required but absent."""
     if setting == "cuda" and not torch.cuda.is_available():
         raise ModelError("run.device=cuda: no CUDA device is visible here; accepted: auto, cpu")
     return ("cuda" if torch.cuda.is_available() else "cpu") if setting == "auto" else setting
 
 
 def pick_dtype(setting: str, device: str) -> torch.dtype:
+    """Return the dtype of a setting; ``auto`` is bfloat16 on GPUs and float32 on CPUs."""
     if setting == "auto":
         return torch.bfloat16 if device == "cuda" else torch.float32
     return {"float32": torch.float32, "bfloat16": torch.bfloat16}[setting]
 
 
 def weights_digest(model: str) -> list[str]:
-    """SHA-256 of a folder's weights; of a hub model its name and commit."""
+    """Return the SHA-256 of each file of a folder's weights, or the name and commit of a hub model."""
     folder = Path(resolve_path(model))
     if folder.is_dir():
         return [sha256(file) for file in sorted(folder.glob("*.safetensors"))]
     return [model, str(getattr(load_config(model), "_commit_hash", None))]
-

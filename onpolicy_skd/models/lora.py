@@ -1,49 +1,62 @@
-"""LoRA adapters by peft, and the plain weights they merge into."""
+"""LoRA adapters by peft, and the plain weights into which they are merged."""
 
 from __future__ import annotations
 
-import functools
-import logging
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
-import numpy as np
+
 import torch
 from torch import Tensor
-from onpolicy_skd.storage.files import sha256
-from onpolicy_skd.config.errors import ConfigError
-from onpolicy_skd.config.schema import Settings
-from onpolicy_skd.models.batch import Batch, collate
-from onpolicy_skd.types import Trajectory, seed_of
 
-LORA, BASE = ".lora_", ".base_layer.weight"  # in peft's names of parameters
+from onpolicy_skd.models.errors import ModelError
+from onpolicy_skd.types import seed_of
+
+LORA, BASE = ".lora_", ".base_layer.weight"  # in peft's parameter names
 
 
 def add_lora(model: Any, rank: int, alpha: int, seed: int) -> Any:
-    """``model`` with all weights frozen and trainable low-rank additions in its linear layers but the LM head; they
-    change nothing yet (arXiv 2106.09685)."""
-    from peft import LoraConfig, inject_adapter_in_model
+    """Freeze ``model`` and add trainable adapters to its linear layers except the LM head (arXiv 2106.09685).
 
-    with torch.random.fork_rng():
-        torch.manual_seed(seed_of(seed, "lora"))
-        found = inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=alpha, target_modules="all-linear"), model)
-    for name, parameter in found.named_parameters():
+    The adapters start at zero, so the model's outputs do not change yet.  Raises ModelError for models that peft does
+    not support, or whose merged weights would not have a plain model's names.
+    """
+    from peft import LoraConfig, inject_adapter_in_model
+    from transformers.pytorch_utils import Conv1D
+
+    family, plain_names = type(model).__name__, [name for name, _ in model.named_parameters()]
+    head = model.get_output_embeddings()
+    layers = [n for n, m in model.named_modules() if isinstance(m, torch.nn.Linear | Conv1D) and m is not head]
+    config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=layers)
+    try:
+        with torch.random.fork_rng():
+            torch.manual_seed(seed_of(seed, "lora"))
+            adapted = inject_adapter_in_model(config, model)
+    except ValueError as error:
+        reason = str(error).splitlines()[0].split(". ")[0]
+        raise ModelError(f"student.lora_rank: peft does not support {family}: {reason}; accepted: 0") from error
+    if [name for name, _ in merged_parameters(adapted, lambda tensor: tensor)] != plain_names:
+        raise ModelError(
+            f"student.lora_rank: the merged weights of {family} would not have the names of a plain checkpoint "
+            "(experts or other layers that are not linear modules); accepted: 0"
+        )
+    for name, parameter in adapted.named_parameters():
         parameter.requires_grad_(LORA in name)
         if LORA in name:
             parameter.data = parameter.data.float()
-    return found
+    return adapted
 
 
-def merged_parameters(model: Any, full_tensor: Callable[[Tensor], Tensor]) -> Iterator[tuple[str, Callable[[], Tensor]]]:
-    """Names as in a plain checkpoint, and what computes each weight, low-rank additions included.
+def merged_parameters(
+    model: Any, full_tensor: Callable[[Tensor], Tensor]
+) -> Iterator[tuple[str, Callable[[], Tensor]]]:
+    """Yield each name of a plain checkpoint and a function that computes the weight, adapters merged.
 
-    ``full_tensor`` makes one of a tensor that is cut among ranks.  A tied LM head is left out.
+    ``full_tensor`` gathers a tensor that is sharded over ranks.  A tied LM head is left out.
     """
 
     def merged(weight: Tensor, layer: Any) -> Tensor:
-        a_RI, b_OR = (full_tensor(part["default"].weight.detach()) for part in (layer.lora_A, layer.lora_B))
+        a_RI, b_OR = (full_tensor(factor["default"].weight.detach()) for factor in (layer.lora_A, layer.lora_B))
         base = full_tensor(weight.detach())
         if not base.numel():
             return base
@@ -56,4 +69,3 @@ def merged_parameters(model: Any, full_tensor: Callable[[Tensor], Tensor]) -> It
             yield name.removesuffix(BASE) + ".weight", partial(merged, parameter, layer)
         elif LORA not in name:
             yield name.replace(".base_layer.", "."), partial(lambda p: full_tensor(p.detach()), parameter)
-

@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-import functools
-import logging
-from collections.abc import Callable, Iterator
+import re
 from dataclasses import dataclass
-from functools import partial
-from pathlib import Path
 from typing import Any
+
 import numpy as np
 import torch
 from torch import Tensor
-from onpolicy_skd.storage.files import sha256
-from onpolicy_skd.config.errors import ConfigError
-from onpolicy_skd.config.schema import Settings
-from onpolicy_skd.models.batch import Batch, collate
-from onpolicy_skd.types import Trajectory, seed_of
-from onpolicy_skd.models.loading import ModelError
 
+from onpolicy_skd.models.batch import Batch, collate
+from onpolicy_skd.models.errors import ModelError
+from onpolicy_skd.types import Trajectory
+
+LOGIT_SETTING = re.compile(r"^(?!attn).*(logit|soft_?cap|lm_head_)")  # settings that change logits after the head
+LARGE_LOGIT = 1000.0  # no soft cap leaves it as it is
 
 
 @dataclass(frozen=True)
@@ -27,8 +24,9 @@ class SplitModel:
 
     model: Any  # a transformers PreTrainedModel
     vocabulary: int  # rows of the head in use
-    takes_embeddings: bool = True  # whether the backbone makes of its embeddings what it makes of their ids
-    forward: Any = None  # of the backbone, where it is not to be called itself: a model in parts (ranks.py)
+    takes_embeddings: bool = True  # the backbone gives the same states from embeddings as from their ids
+    forward: Any = None  # replaces a call of the backbone where the model is sharded (ranks.py)
+    checkpointed: tuple[Any, ...] = ()  # layers whose activations are computed again in the backward pass
 
     @property
     def backbone(self) -> Any:
@@ -44,9 +42,9 @@ class SplitModel:
         return self.model.get_output_embeddings().weight.device
 
     def embedded(self, batch: Batch) -> Tensor | None:
-        """``[B, L, H]``: a leaf whose gradient ``add_embedding_gradient`` takes; None for embeddings of another kind.
+        """Return embeddings ``[B, L, H]``, a leaf whose gradient ``add_embedding_gradient`` takes; None if unsupported.
 
-        Autograd would make a gradient of the whole table ``[V, H]`` of it, for a few rows, at every micro-batch.
+        Autograd would form a gradient of the full table ``[V, H]`` for a few rows at every micro-batch.
         """
         table = self.model.get_input_embeddings()
         plain = type(table) is torch.nn.Embedding and table.max_norm is None and not table.scale_grad_by_freq
@@ -56,7 +54,7 @@ class SplitModel:
 
     @torch.no_grad()
     def add_embedding_gradient(self, batch: Batch, leaf_BLH: Tensor) -> None:
-        """After the backward pass: adds the gradient of ``embedded`` to that of the table."""
+        """Add the gradient of ``embedded`` to that of the table, after the backward pass."""
         table, gradient = self.model.get_input_embeddings(), leaf_BLH.grad
         if gradient is None:
             return
@@ -65,16 +63,19 @@ class SplitModel:
         if table.padding_idx is not None:
             gradient = gradient.masked_fill((batch.input_ids == table.padding_idx)[..., None], 0.0)
         ids, gradient_TH = batch.input_ids.flatten(), gradient.flatten(0, 1).to(table.weight.dtype)
-        if ids.device.type == "cpu":  # each is the one that adds in a fixed order
+        if ids.device.type == "cpu":  # on each kind of device the function that adds in a fixed order
             table.weight.grad.index_add_(0, ids, gradient_TH)
         else:
             table.weight.grad.index_put_((ids,), gradient_TH, accumulate=True)
 
     def hidden(self, batch: Batch, embedded_BLH: Tensor | None = None) -> Tensor:
-        """``[N, H]``: last hidden states, after the final norm, at the eligible positions."""
+        """Return the last hidden states ``[N, H]``, after the final norm, at the eligible positions."""
         mask = batch.attention_mask
         if mask.ndim == 4:
             mask = _mask_for(self.model, mask)
+        if torch.is_grad_enabled():
+            for layer in self.checkpointed:
+                layer.training = True  # until its forward starts, see checkpoint_activations
         out = self.backbone(
             input_ids=batch.input_ids if embedded_BLH is None else None,
             inputs_embeds=embedded_BLH,
@@ -85,8 +86,33 @@ class SplitModel:
         return batch.eligible(out.last_hidden_state)
 
 
+def checkpoint_activations(model: Any) -> tuple[Any, ...]:
+    """Make each layer of ``model`` compute its activations again in the backward pass; return the layers.
+
+    The model stays in eval mode, whatever its family calls dropout, layer drop or router noise: a layer is in training
+    mode only when transformers decides on checkpointing, and leaves it before its forward starts.  Raises ModelError if
+    the family has no such layers.
+    """
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    layers = tuple(m for m in model.modules() if isinstance(m, GradientCheckpointingLayer))
+    if not layers or not model.supports_gradient_checkpointing:
+        raise ModelError(
+            f"student.activation_checkpointing: {type(model).__name__} does not support it; accepted: false"
+        )
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    model.eval()
+    for layer in layers:
+        layer.register_forward_pre_hook(_leave_training_mode, prepend=True)
+    return layers
+
+
+def _leave_training_mode(layer: Any, _: Any) -> None:
+    layer.training = False
+
+
 def _mask_for(model: Any, mask_B1LL: Tensor) -> Tensor:
-    """A mask of documents in the form that ``model``'s attention takes.  Raises ModelError if it takes none."""
+    """Return a mask of documents in the form that ``model``'s attention takes.  Raises ModelError if it takes none."""
     kind = model.config._attn_implementation
     if kind == "sdpa":
         return mask_B1LL
@@ -101,15 +127,15 @@ def _mask_for(model: Any, mask_B1LL: Tensor) -> Tensor:
 
 @torch.no_grad()
 def check_documents(split_model: SplitModel, pad_id: int, longest: int) -> None:
-    """Raises ModelError unless packed documents are kept apart, in samples of up to ``longest`` tokens."""
+    """Raise ModelError unless the model keeps packed documents apart, in samples of up to ``longest`` tokens."""
+    name = type(split_model.model).__name__
     config = split_model.model.config.get_text_config()
     windowed = getattr(config, "use_sliding_window", True)
     window = getattr(config, "attention_chunk_size", None) or (windowed and getattr(config, "sliding_window", None))
     if window and window < longest:
         raise ModelError(
-            f"{type(split_model.model).__name__}: its attention reaches {window} tokens back, which a mask of "
-            f"documents would override in samples of {longest}; accepted with data.documents=joined and "
-            "pipeline.packing=false, or shorter samples"
+            f"{name}: its attention reaches {window} tokens back, which a mask of documents would override in samples "
+            f"of {longest}; accepted with data.documents=joined and pipeline.packing=false, or shorter samples"
         )
     documents = [np.arange(1, 6) % split_model.vocabulary, np.arange(3, 11) % split_model.vocabulary]
 
@@ -118,49 +144,96 @@ def check_documents(split_model: SplitModel, pad_id: int, longest: int) -> None:
         packed = Trajectory("check", ids[:1], ids[1:], zeros, "stop", None, documents=np.array(starts, np.int64))
         return split_model.hidden(collate([packed], pad_id, split_model.device)).float()
 
-    together, alone = hidden(np.concatenate(documents), [5])[5:], hidden(documents[1], [])
+    try:
+        together = hidden(np.concatenate(documents), [5])[5:]
+    except (ModelError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # each family fails in its way on a mask with four dimensions
+        raise ModelError(
+            f"{name}: takes no attention mask of documents ({type(error).__name__}); accepted with "
+            "data.documents=joined and pipeline.packing=false"
+        ) from error
+    alone = hidden(documents[1], [])
     tolerance = 1e-3 if split_model.head_VH.dtype == torch.float32 else 5e-2
     if not torch.allclose(together, alone, rtol=tolerance, atol=tolerance * float(alone.abs().max())):
         raise ModelError(
-            f"{type(split_model.model).__name__}: does not keep packed documents apart (a recurrent layer?); "
-            "accepted with data.documents=joined and pipeline.packing=false"
+            f"{name}: does not keep packed documents apart (a recurrent layer?); accepted with data.documents=joined "
+            "and pipeline.packing=false"
         )
 
 
 @torch.no_grad()
 def split(model: Any, vocabulary: int) -> SplitModel:
-    """Tells backbone and head apart and checks on a short input that together they are the model.
+    """Split ``model`` into backbone and head, and check in one short forward that they are the model.
 
-    Raises ModelError for models whose logits are more than ``head @ backbone`` (biases, scales, soft caps).
+    Raises ModelError for models whose logits are more than ``head @ last hidden state`` (biases, scales, soft caps),
+    or not finite in the ``vocabulary`` rows in use.
     """
-    name = type(model).__name__
-    head = model.get_output_embeddings()
+    name, head = type(model).__name__, model.get_output_embeddings()
     if head is None or model.base_model is model:
-        raise ModelError(f"{name}: its backbone and LM head cannot be told apart; use a causal LM with output embeddings")
+        raise ModelError(f"{name}: has no output embeddings apart from its backbone; accepted: causal language models")
     if model.get_input_embeddings().weight.shape[0] < vocabulary:
         raise ModelError(f"{name}: fewer input embeddings than the vocabulary of {vocabulary}")
+    if getattr(head, "bias", None) is not None:
+        raise ModelError(f"{name}: its LM head has a bias; accepted: models whose LM head is a weight alone")
     ids = torch.arange(1, 9, device=head.weight.device)[None] % vocabulary
     was_training = model.training
     model.eval()
-    direct = model(input_ids=ids, use_cache=False).logits.float()
     hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
-    composed = (hidden @ head.weight.T).float()
+    _check_head(model, head, ids, hidden, vocabulary)
+    takes_embeddings = _takes_embeddings(model, ids, hidden)
     model.train(was_training)
-    tolerance = 1e-3 if head.weight.dtype == torch.float32 else 5e-2
-    if direct.shape != composed.shape or not torch.allclose(direct, composed, rtol=tolerance, atol=tolerance):
+    return SplitModel(model, vocabulary, takes_embeddings)
+
+
+def _check_head(model: Any, head: Any, ids: Tensor, hidden_BLH: Tensor, vocabulary: int) -> None:
+    """Raise ModelError unless the model's logits are, bit for bit, its head's output on ``hidden_BLH``.
+
+    The head's output is replaced by a ramp up to ``LARGE_LOGIT``, so the test does not depend on the logits' size.
+    """
+    seen: list[tuple[Tensor, Tensor]] = []
+    ramp_V = torch.linspace(-LARGE_LOGIT, LARGE_LOGIT, len(head.weight), device=head.weight.device)
+
+    def replace(_: Any, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        seen.append((inputs[0], output))
+        return ramp_V.to(output.dtype).expand_as(output).clone()
+
+    handle = head.register_forward_hook(replace)
+    try:
+        logits = model(input_ids=ids, use_cache=False).logits
+    finally:
+        handle.remove()
+    name = type(model).__name__
+    accepted = "accepted: models such as Qwen, Llama, Mistral, SmolLM, GPT-NeoX"
+    if len(seen) != 1 or not torch.equal(logits.float(), ramp_V.to(seen[0][1].dtype).float().expand_as(logits)):
+        settings = model.config.get_text_config().to_dict()
+        named = ", ".join(f"{k}={v}" for k, v in settings.items() if LOGIT_SETTING.search(k) and v is not None)
+        named = named or "changed in code"
+        raise ModelError(f"{name}: its logits are not the output of its LM head ({named}); {accepted}")
+    weight, (head_input, output) = head.weight[:vocabulary], seen[0]
+    if bad := (~weight.isfinite().all(1)).nonzero()[:, 0].tolist():
         raise ModelError(
-            f"{name}: its logits are not LM head @ last hidden state (a bias, scale or soft cap?); "
-            "accepted: models such as Qwen, Llama, Mistral, SmolLM, GPT-NeoX"
+            f"{name}: {len(bad)} rows of its LM head hold NaN or infinity, the first is token id {bad[0]}; the softmax "
+            f"reads all {vocabulary} rows of the shared vocabulary, so they must be finite"
         )
-    return SplitModel(model, vocabulary, _takes_embeddings(model, ids, hidden))
+    if not hidden_BLH.isfinite().all():
+        raise ModelError(f"{name}: its hidden states are not finite; check its weights")
+    tolerance = 1e-3 if weight.dtype == torch.float32 else 5e-2
+
+    def close(a: Tensor, b: Tensor) -> bool:
+        return a.shape == b.shape and torch.allclose(a.float(), b.float(), rtol=tolerance, atol=tolerance)
+
+    if not close(head_input, hidden_BLH) or not close(output[..., :vocabulary], hidden_BLH @ weight.T):
+        raise ModelError(
+            f"{name}: its LM head does not read the last hidden state (a scale or a layer between them?); {accepted}"
+        )
 
 
 def _takes_embeddings(model: Any, ids: Tensor, hidden_BLH: Tensor) -> bool:
-    """Whether the backbone gives ``hidden_BLH`` of the embeddings of ``ids`` too: some scale them, or look at the ids."""
+    """Return True if embeddings give ``hidden_BLH`` too: some families scale them, or read the ids."""
     embeddings = model.get_input_embeddings()(ids)
     try:
-        found = model.base_model(inputs_embeds=embeddings, use_cache=False).last_hidden_state
+        hidden = model.base_model(inputs_embeds=embeddings, use_cache=False).last_hidden_state
     except (TypeError, ValueError):  # it takes no embeddings
         return False
-    return torch.allclose(found.float(), hidden_BLH.float(), rtol=1e-3, atol=1e-3)
-
+    return torch.allclose(hidden.float(), hidden_BLH.float(), rtol=1e-3, atol=1e-3)

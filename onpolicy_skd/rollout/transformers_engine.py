@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from onpolicy_skd.config.schema import Settings
-from onpolicy_skd.models.lm_head import draw_statistics, shift_exp
+from onpolicy_skd.models.lm_head import shift_exp, shift_exp_entropy
 from onpolicy_skd.models.loading import eos_token_ids, load_model, load_tokenizer, pick_device, pick_dtype
 from onpolicy_skd.models.split_model import SplitModel
 from onpolicy_skd.rollout.engine import sort_by_request
@@ -178,7 +178,7 @@ class _Sampler:
     def __call__(self, _: Tensor, scores_BV: Tensor) -> Tensor:
         """Works in place: ``generate`` hands over a float32 copy of the logits."""
         if self._sampling.entropy:
-            weight_BV, total_B, entropy_B = draw_statistics(scores_BV)
+            weight_BV, total_B, entropy_B = shift_exp_entropy(scores_BV)
             self._entropies.append(entropy_B)
         else:
             weight_BV, total_B = shift_exp(scores_BV)

@@ -22,10 +22,10 @@ def test_eligible_positions_are_exactly_those_that_predict_response_tokens(lengt
     start = 0
     for row, t in enumerate(members):
         n = len(t.response_ids)
-        own = slice(start, start + n)
-        assert (batch.rows[own] == row).all()
-        following = batch.columns[own] + 1  # the column after a position holds its target
-        assert batch.input_ids[row, following].tolist() == t.response_ids.tolist() == batch.targets[own].tolist()
+        positions = slice(start, start + n)
+        assert (batch.rows[positions] == row).all()
+        following = batch.columns[positions] + 1  # the column after a position holds its target
+        assert batch.input_ids[row, following].tolist() == t.response_ids.tolist() == batch.targets[positions].tolist()
         assert batch.attention_mask[row].sum() == t.length
         real = batch.input_ids[row][batch.attention_mask[row].bool()]
         assert real.tolist() == [*t.prompt_ids, *t.response_ids]
@@ -44,7 +44,7 @@ def test_micro_batches_cover_everything_once_within_the_budget(lengths, budget):
     assert longest == sorted(longest, reverse=True)
 
 
-def test_a_sample_over_the_budget_gets_a_micro_batch_of_its_own():
+def test_a_sample_over_the_budget_is_alone_in_its_micro_batch():
     assert micro_batches([10, 100, 10], 20) == [[1], [0, 2]]
 
 
@@ -78,7 +78,7 @@ def test_trajectories_survive_a_checkpoint(tmp_path):
     records, tensors = trajectories_to_tensors(batch)
     checkpoint.save(tmp_path, 1, {"ahead": records}, tensors, keep=1)
     loaded = checkpoint.newest(tmp_path)
-    for found, expected in zip(trajectories_from_tensors(loaded.state["ahead"], loaded.tensors), batch, strict=True):
-        for one in dataclasses.fields(expected):
-            a, b = getattr(found, one.name), getattr(expected, one.name)
-            assert (a is None and b is None) or np.array_equal(a, b), one.name
+    for restored, expected in zip(trajectories_from_tensors(loaded.state["ahead"], loaded.tensors), batch, strict=True):
+        for field in dataclasses.fields(expected):
+            a, b = getattr(restored, field.name), getattr(expected, field.name)
+            assert (a is None and b is None) or np.array_equal(a, b), field.name
