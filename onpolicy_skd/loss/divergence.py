@@ -1,4 +1,4 @@
-"""What is minimised at a position, over selected rows, chunk by chunk (docs/method.md, sections 2, 6 and 7).
+"""The distillation loss over selected rows, chunk by chunk (docs/method.md, sections 2, 6 and 7).
 
 ``distillation_loss`` never holds ``[N, V]`` logits.  The gradient at the student's logit j has a closed form::
 
@@ -11,8 +11,8 @@
     sparse       sum t_j (log t_j - log q_j)                 (sum t) q_j - t_j
     cross-entropy of the target y                            q_j - [j = y]
 
-so each chunk's gradients to the student's hidden states and LM head are formed in the forward pass and nothing is
-recomputed in backward.  The formulas hold for distributions at temperature T; the logits' gradient carries 1/T.
+so each chunk's gradients to the student's hidden states and LM head are formed in the forward pass, and backward
+recomputes nothing.  The formulas hold for distributions at temperature T; the logits' gradient carries 1/T.
 As in TRL, jsd at beta = 0 means forward KL and at beta = 1 reverse KL, the limits of JSD/beta and JSD/(1-beta).
 """
 
@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from onpolicy_skd.loss.formulas import decoupled, exact, fused, sampled, soften_, sparse, topk_tail
+from onpolicy_skd.loss.formulas import decoupled, exact, fused_loss, sampled, soften_, sparse, topk_tail
 from onpolicy_skd.loss.inputs import Alignment, HiddenRows, Rows
 from onpolicy_skd.loss.sparse_targets import SparseTargets
 from onpolicy_skd.models.lm_head import Projector, RowStatistics, blocks, chunk_size, chunks, log_softmax_
@@ -39,22 +39,22 @@ def distillation_loss(
     alignment: Alignment,
     observed: RowStatistics | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The weighted loss and the divergence of each row; fills ``observed`` with the student's statistics on the way
-    (at temperature 1 alone).
+    """Compute the weighted loss and the divergence of each row.
 
     Returns the scalar sum over rows of weight * loss, differentiable in ``student_hidden_NH`` and
     ``student_head_VH``, and the detached divergence per row, float32 ``[N]``, nats.  The two hidden sizes may differ;
-    both heads must have the same V.  Sparse targets mean their own loss: the alignment's divergence and estimator do
-    not matter then.  Only the first derivative exists.  Raises ValueError if the vocabularies differ.
+    both heads must have the same V.  For sparse targets the alignment's divergence and estimator are not used.  Writes
+    the student's entropies and log-probabilities to ``observed``, at temperature 1 only.  Only the first derivative
+    exists.  Raises ValueError if the vocabularies differ.
     """
     if isinstance(teacher, HiddenRows) and len(student_head_VH) != len(teacher.head_VG):
         raise ValueError(f"vocabularies differ: student {len(student_head_VH)}, teacher {len(teacher.head_VG)}")
-    return _Loss.apply(student_hidden_NH, student_head_VH, teacher, rows, alignment, observed)
+    return _DistillationLoss.apply(student_hidden_NH, student_head_VH, teacher, rows, alignment, observed)
 
 
-class _Loss(torch.autograd.Function):
+class _DistillationLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, student_NH, student_head, teacher, asked, alignment, observed):
+    def forward(ctx, student_NH, student_head, teacher, rows, alignment, observed):
         wants_hidden, wants_head = ctx.needs_input_grad[:2]
         grad_hidden = torch.zeros_like(student_NH) if wants_hidden else None
         grad_head = torch.zeros_like(student_head) if wants_head else None
@@ -65,25 +65,25 @@ class _Loss(torch.autograd.Function):
         loss = torch.zeros((), dtype=torch.float32, device=student_NH.device)
         values_N = torch.empty(len(student_NH), dtype=torch.float32, device=student_NH.device)
         fused = alignment.compiled and alignment.estimator == "exact" and isinstance(teacher, HiddenRows)
-        fused = fused and asked.temperature_N is None and asked.decoupled_N2 is None
-        for part in chunks(len(student_NH), size):
-            logits_cV = student_logits(student_NH[part])
-            teacher_c: Any = chunk_of(part)
+        fused = fused and rows.temperature_N is None and rows.decoupled_N2 is None
+        for chunk in chunks(len(student_NH), size):
+            logits_cV = student_logits(student_NH[chunk])
+            teacher_c: Any = chunk_of(chunk)
             if fused:
-                seen = None if observed is None else observed[part]
-                loss_c, values_N[part] = _compiled_chunk(logits_cV, teacher_c, asked[part], alignment, seen)
+                stats = None if observed is None else observed[chunk]
+                loss_c, values_N[chunk] = _compiled_chunk(logits_cV, teacher_c, rows[chunk], alignment, stats)
                 loss += loss_c
             for block in () if fused else blocks(logits_cV):
-                seen = None if observed is None else observed[part][block]
-                loss_b, values_N[part][block] = _block(
-                    logits_cV[block], teacher_c[block], asked[part][block], alignment, seen
+                stats = None if observed is None else observed[chunk][block]
+                loss_b, values_N[chunk][block] = _eager_block(
+                    logits_cV[block], teacher_c[block], rows[chunk][block], alignment, stats
                 )
                 loss += loss_b
-            grad_logits_cV = logits_cV.to(student_NH.dtype)  # _block turned the logits into their gradient
+            grad_logits_cV = logits_cV.to(student_NH.dtype)  # the logits were overwritten by their gradient
             if grad_hidden is not None:
-                grad_hidden[part] = grad_logits_cV @ head
+                grad_hidden[chunk] = grad_logits_cV @ head
             if grad_head is not None:
-                _accumulate(grad_head, grad_logits_cV, student_NH[part])
+                _accumulate(grad_head, grad_logits_cV, student_NH[chunk])
         ctx.gradients = (grad_hidden, grad_head)
         ctx.mark_non_differentiable(values_N)
         ctx.set_materialize_grads(False)
@@ -92,7 +92,7 @@ class _Loss(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_loss, _):  # type: ignore[override]
-        # The buffers belong to this call alone: scaled in place, and handed over so that autograd need not copy them.
+        # Nobody else holds the buffers: they are scaled in place, and autograd takes them without a copy.
         gradients, ctx.gradients = ctx.gradients, None
         if gradients is None:
             raise RuntimeError("the distillation loss was already differentiated; its gradients are formed only once")
@@ -104,25 +104,26 @@ class _Loss(torch.autograd.Function):
 
 
 def _accumulate(grad_head_VH: Tensor, grad_logits_cV: Tensor, hidden_cH: Tensor) -> None:
+    """Add a chunk's gradient to that of the head, without a temporary where the dtypes agree."""
     if grad_head_VH.dtype == hidden_cH.dtype:
         grad_head_VH.addmm_(grad_logits_cV.T, hidden_cH)
     else:
         grad_head_VH += grad_logits_cV.T @ hidden_cH
 
 
-def _block(
-    logits: Tensor, teacher: Tensor | SparseTargets, rows: Rows, alignment: Alignment, seen: RowStatistics | None
+def _eager_block(
+    logits: Tensor, teacher: Tensor | SparseTargets, rows: Rows, alignment: Alignment, stats: RowStatistics | None
 ) -> tuple[Tensor, Tensor]:
-    """Loss and divergences of a few rows; **overwrites** ``logits`` with the gradient of the loss at the raw logits.
+    """Return loss and divergences of a few rows; **overwrite** ``logits`` with the gradient at the raw logits.
 
-    The teacher's logits are overwritten too: for exact divergences at most a scratch is allocated here.
+    The teacher's logits are overwritten too, so exact divergences allocate at most a scratch.
     """
     temperature = alignment.temperature if rows.temperature_N is None else rows.temperature_N[:, None]
     targets = rows.targets_N[:, None]
-    log_q = log_softmax_(soften_(logits, temperature), seen and seen.entropy_N)
+    log_q = log_softmax_(soften_(logits, temperature), stats and stats.entropy_N)
     target_log_q = log_q.gather(1, targets)[:, 0]
-    if seen:
-        seen.logprob_N.copy_(target_log_q)
+    if stats:
+        stats.logprob_N.copy_(target_log_q)
     if isinstance(teacher, SparseTargets):
         values, gradient, q = sparse(log_q, teacher)
     else:
@@ -135,31 +136,31 @@ def _block(
             values, gradient, q = sampled(log_q, log_p, targets, alignment)
         else:
             values, gradient, q = exact(log_q, log_p, alignment)  # reuses the storage of log_q and log_p
-    kd = alignment.kd_weight
-    loss = kd * values
-    if kd < 1.0:
-        loss = loss - (1.0 - kd) * target_log_q
+    kd_weight = alignment.kd_weight
+    loss = kd_weight * values
+    if kd_weight < 1.0:
+        loss = loss - (1.0 - kd_weight) * target_log_q
         cross_entropy = q.scatter_add_(1, targets, -torch.ones_like(targets, dtype=q.dtype))
-        gradient = gradient.mul_(kd).add_(cross_entropy, alpha=1.0 - kd)
+        gradient = gradient.mul_(kd_weight).add_(cross_entropy, alpha=1.0 - kd_weight)
     torch.mul(gradient, rows.weights_N[:, None] / temperature, out=logits)
     return torch.dot(loss, rows.weights_N), values
 
 
 def _compiled_chunk(
-    logits: Tensor, teacher: Tensor, rows: Rows, alignment: Alignment, seen: RowStatistics | None
+    logits: Tensor, teacher: Tensor, rows: Rows, alignment: Alignment, stats: RowStatistics | None
 ) -> tuple[Tensor, Tensor]:
-    """As ``_block``, of a whole chunk."""
-    own = alignment
-    loss, values, gradient, entropy, target_log_q = _compiled()(
-        logits, teacher, rows.targets_N, own.kind, own.beta, own.temperature, own.kd_weight, rows.weights_N
+    """Do the work of ``_eager_block`` on a chunk, by the compiled ``fused_loss``."""
+    kind, beta, temperature, kd_weight = alignment.kind, alignment.beta, alignment.temperature, alignment.kd_weight
+    loss, values, gradient, entropy, target_log_q = _compiled_loss()(
+        logits, teacher, rows.targets_N, kind, beta, temperature, kd_weight, rows.weights_N
     )
     logits.copy_(gradient)
-    if seen:
-        seen.entropy_N.copy_(entropy)
-        seen.logprob_N.copy_(target_log_q)
+    if stats:
+        stats.entropy_N.copy_(entropy)
+        stats.logprob_N.copy_(target_log_q)
     return loss, values
 
 
 @functools.cache
-def _compiled() -> Callable[..., tuple[Tensor, ...]]:
-    return torch.compile(fused, dynamic=True)
+def _compiled_loss() -> Callable[..., tuple[Tensor, ...]]:
+    return torch.compile(fused_loss, dynamic=True)

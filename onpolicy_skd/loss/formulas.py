@@ -1,8 +1,12 @@
-"""Closed forms of the divergences and their gradients at the logits of one block of rows."""
+"""Closed forms of the divergences and their gradients at the logits of one block of rows.
+
+Shapes: b rows, V classes; ``log_q`` and ``log_p`` are the student's and the teacher's log-probabilities ``[b, V]``.
+"""
 
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -10,22 +14,33 @@ from torch import Tensor
 from onpolicy_skd.loss.inputs import Alignment
 from onpolicy_skd.loss.sparse_targets import SparseTargets
 
-NOTHING = -1e4  # stands for log 0 where two such logarithms are subtracted
+LOG_ZERO = -1e4  # stands for log 0 where two such logarithms are subtracted
+MAX_LOG_RATIO = 40.0  # bound of log p - log q where a density ratio is formed: exp stays finite in float32
 
-Parts = tuple[Tensor, Tensor, Tensor]  # value per row, gradient at the logits, q: three tensors of their own
+
+class RowGradients(NamedTuple):
+    """Divergences of b rows and their gradients; three tensors that share no memory."""
+
+    values_b: Tensor  # nats
+    gradient_bV: Tensor  # at the logits
+    q_bV: Tensor  # the student's probabilities
 
 
-def fused(
+def fused_loss(
     logits: Tensor,
     teacher: Tensor,
     targets: Tensor,
     kind: str,
     beta: float,
     temperature: float,
-    kd: float,
+    kd_weight: float,
     weights: Tensor,
 ) -> tuple[Tensor, ...]:
-    """Loss, divergences, gradient at the logits, entropies and log-probabilities of the targets, in few passes."""
+    """Compute the loss of a chunk without writing in place: what torch.compile turns into a few fused passes.
+
+    Returns the weighted loss, the divergences ``[c]``, the gradient at the logits ``[c, V]``, the student's entropies
+    ``[c]`` and the log-probabilities of the targets ``[c]``, in nats.
+    """
     log_q, log_p = (logits / temperature).log_softmax(-1), (teacher / temperature).log_softmax(-1)
     q = log_q.exp()
     if kind == "forward_kl":
@@ -41,9 +56,9 @@ def fused(
         values = beta * (log_p.exp() * (log_p - log_m)).sum(-1) + (1.0 - beta) * student
         gradient = (1.0 - beta) * q * (log_q - log_m - student[:, None])
     target_log_q = log_q.gather(1, targets[:, None])[:, 0]
-    loss = kd * values - (1.0 - kd) * target_log_q
-    own = torch.arange(logits.shape[1], device=logits.device) == targets[:, None]
-    gradient = kd * gradient + (1.0 - kd) * (q - own.to(q.dtype))
+    loss = kd_weight * values - (1.0 - kd_weight) * target_log_q
+    is_target = torch.arange(logits.shape[1], device=logits.device) == targets[:, None]
+    gradient = kd_weight * gradient + (1.0 - kd_weight) * (q - is_target.to(q.dtype))
     return (
         (loss * weights).sum(),
         values,
@@ -54,69 +69,95 @@ def fused(
 
 
 def soften_(logits: Tensor, temperature: float | Tensor) -> Tensor:
+    """Divide ``logits`` by the temperature, a number or ``[b, 1]``, **in place**."""
     return logits if isinstance(temperature, float) and temperature == 1.0 else logits.div_(temperature)
 
 
-def exact(log_q: Tensor, log_p: Tensor, alignment: Alignment) -> Parts:
-    """Over the full vocabulary; both arguments may be overwritten."""
+def exact(log_q: Tensor, log_p: Tensor, alignment: Alignment) -> RowGradients:
+    """Compute the divergence over the full vocabulary; **overwrites** both arguments."""
     if alignment.kind == "forward_kl":
         p = log_p.exp()
         values = torch.linalg.vecdot(p, log_p.sub_(log_q))
         q = log_q.exp_()
-        return values, torch.sub(q, p, out=p), q
+        return RowGradients(values, torch.sub(q, p, out=p), q)
     if alignment.kind == "reverse_kl":
         ratio = torch.sub(log_q, log_p, out=log_p)
         q = log_q.exp_()
         values = torch.linalg.vecdot(q, ratio)
-        gradient = ratio.sub_(values[:, None]).mul_(q)
-        return values, gradient, q
+        return RowGradients(values, ratio.sub_(values[:, None]).mul_(q), q)
     beta = alignment.beta
     log_m = torch.logaddexp(log_p + math.log(beta), log_q + math.log1p(-beta))
-    teacher_part = torch.linalg.vecdot(log_p.exp(), log_p.sub_(log_m))
+    teacher_kl = torch.linalg.vecdot(log_p.exp(), log_p.sub_(log_m))
     ratio = torch.sub(log_q, log_m, out=log_m)
     q = log_q.exp_()
-    student_part = torch.linalg.vecdot(q, ratio)
-    gradient = ratio.sub_(student_part[:, None]).mul_(q).mul_(1.0 - beta)
-    return beta * teacher_part + (1.0 - beta) * student_part, gradient, q
+    student_kl = torch.linalg.vecdot(q, ratio)
+    gradient = ratio.sub_(student_kl[:, None]).mul_(q).mul_(1.0 - beta)
+    return RowGradients(beta * teacher_kl + (1.0 - beta) * student_kl, gradient, q)
 
 
 def terms(log_q: Tensor, log_p: Tensor, alignment: Alignment) -> tuple[Tensor, Tensor]:
-    """Of each class (or group of classes): its part of the divergence D, and q dD/dq up to a constant times q."""
+    """Return each class's term of the divergence D, and q dD/dq up to a constant times q.
+
+    A column may also be a group of classes with its total probability.
+    """
     q, p = log_q.exp(), log_p.exp()
     if alignment.kind == "forward_kl":
         return p * (log_p - log_q), -p
     if alignment.kind == "reverse_kl":
-        part = q * (log_q - log_p)
-        return part, part
+        term = q * (log_q - log_p)
+        return term, term
     beta = alignment.beta
     log_m = torch.logaddexp(log_p + math.log(beta), log_q + math.log1p(-beta))
-    student_part = (1.0 - beta) * q * (log_q - log_m)
-    return beta * p * (log_p - log_m) + student_part, student_part
+    student_term = (1.0 - beta) * q * (log_q - log_m)
+    return beta * p * (log_p - log_m) + student_term, student_term
 
 
-def topk_tail(log_q: Tensor, log_p: Tensor, alignment: Alignment) -> Parts:
-    """Over the teacher's top classes and one group of all others; a group's gradient is shared out by q."""
+def terms_over_q(log_q: Tensor, log_p: Tensor, alignment: Alignment) -> tuple[Tensor, Tensor]:
+    """Return ``terms`` divided by q, formed from logarithms: finite also where q is too small for float32.
+
+    The ratio p / q is bounded by exp(MAX_LOG_RATIO), which a target drawn from q does not reach.
+    """
+    if alignment.kind == "reverse_kl":
+        return log_q - log_p, log_q - log_p
+    p_over_q = (log_p - log_q).clamp(max=MAX_LOG_RATIO).exp()
+    if alignment.kind == "forward_kl":
+        return p_over_q * (log_p - log_q), -p_over_q
+    beta = alignment.beta
+    log_m = torch.logaddexp(log_p + math.log(beta), log_q + math.log1p(-beta))
+    student_term = (1.0 - beta) * (log_q - log_m)
+    return beta * p_over_q * (log_p - log_m) + student_term, student_term
+
+
+def topk_tail(log_q: Tensor, log_p: Tensor, alignment: Alignment) -> RowGradients:
+    """Compute the divergence over the teacher's ``top_k`` classes and one group of all others; overwrites ``log_q``.
+
+    Classes of the group share its gradient in proportion to q.
+    """
     ids = log_p.topk(min(alignment.top_k, log_p.shape[1])).indices
     tail_log_q = without(log_q, ids)
     group_q = torch.cat([log_q.gather(1, ids), log_mass(tail_log_q)], 1)
     group_p = torch.cat([log_p.gather(1, ids), log_mass(without(log_p, ids))], 1)
-    part, slope = terms(group_q, group_p, alignment)
+    term, slope = terms(group_q, group_p, alignment)
     group_gradient = slope - group_q.exp() * slope.sum(1, keepdim=True)
     gradient = tail_log_q.sub_(group_q[:, -1:]).exp_().mul_(group_gradient[:, -1:])
-    return part.sum(1), gradient.scatter_(1, ids, group_gradient[:, :-1]), log_q.exp_()
+    return RowGradients(term.sum(1), gradient.scatter_(1, ids, group_gradient[:, :-1]), log_q.exp_())
 
 
-def sampled(log_q: Tensor, log_p: Tensor, targets: Tensor, alignment: Alignment) -> Parts:
-    """From the target y ~ q alone: D = E[part / q], gradient = E[(slope / q) (one-hot of y - q)]."""
-    own = log_q.gather(1, targets)
-    part, slope = terms(own, log_p.gather(1, targets), alignment)
-    slope = slope / own.exp()
+def sampled(log_q: Tensor, log_p: Tensor, targets: Tensor, alignment: Alignment) -> RowGradients:
+    """Estimate the divergence from the target y ~ q alone; overwrites ``log_q``.
+
+    D = E[term / q] and its gradient = E[(slope / q) (one-hot of y - q)], with ``terms_over_q`` at y.
+    """
+    value, slope = terms_over_q(log_q.gather(1, targets), log_p.gather(1, targets), alignment)
     q = log_q.exp_()
-    return (part / own.exp())[:, 0], (q * -slope).scatter_add_(1, targets, slope), q
+    return RowGradients(value[:, 0], (q * -slope).scatter_add_(1, targets, slope), q)
 
 
-def decoupled(log_q: Tensor, log_p: Tensor, targets: Tensor, weights_b2: Tensor) -> Parts:
-    """Decoupled KD (arXiv 2203.08679, Eq. 7): target class against the rest, and the rest among themselves."""
+def decoupled(log_q: Tensor, log_p: Tensor, targets: Tensor, weights_b2: Tensor) -> RowGradients:
+    """Compute decoupled KD (arXiv 2203.08679, Eq. 7): target class against the rest, and the rest among themselves.
+
+    ``weights_b2`` are the weights of the two terms; overwrites ``log_q``.
+    """
     target_weight, other_weight = weights_b2.split(1, dim=1)
     masked_q, masked_p = without(log_q, targets), without(log_p, targets)
     rest_q, rest_p = masked_q.logsumexp(1, keepdim=True), masked_p.logsumexp(1, keepdim=True)
@@ -130,14 +171,16 @@ def decoupled(log_q: Tensor, log_p: Tensor, targets: Tensor, weights_b2: Tensor)
     gradient = (
         q_hat.mul(other_weight - target_gradient).sub_(other_weight * p_hat).scatter_(1, targets, target_gradient)
     )
-    return (target_weight * binary + other_weight * among)[:, 0], gradient, log_q.exp_()
+    return RowGradients((target_weight * binary + other_weight * among)[:, 0], gradient, log_q.exp_())
 
 
-def sparse(log_q: Tensor, targets: SparseTargets) -> Parts:
-    """sum t (log t - log q) and what ``residual`` adds (RS-KD, arXiv 2503.16870, sections 3.1-3.4 and appendix A)."""
+def sparse(log_q: Tensor, targets: SparseTargets) -> RowGradients:
+    """Compute sum t (log t - log q) and the term of ``residual``; overwrites ``log_q``.
+
+    Source: RS-KD (arXiv 2503.16870), sections 3.1-3.4 and appendix A.
+    """
     ids, t = targets.ids_NC, targets.probs_NC
-    own = log_q.gather(1, ids)
-    values = (torch.xlogy(t, t) - t * own).sum(1)
+    values = (torch.xlogy(t, t) - t * log_q.gather(1, ids)).sum(1)
     mass = t.sum(1, keepdim=True)
     lacking = (1.0 - mass).clamp_(min=0.0)
     if targets.residual == "ghost":
@@ -159,14 +202,14 @@ def sparse(log_q: Tensor, targets: SparseTargets) -> Parts:
     else:
         q = log_q.exp_()
         gradient = q * mass
-    return values, gradient.scatter_add_(1, ids, -t), q
+    return RowGradients(values, gradient.scatter_add_(1, ids, -t), q)
 
 
 def without(log_probs: Tensor, ids: Tensor) -> Tensor:
-    """A copy with -inf at ``ids`` ``[b, K]``."""
+    """Return a copy with -inf at ``ids`` ``[b, K]``."""
     return log_probs.scatter(1, ids, -torch.inf)
 
 
 def log_mass(log_probs: Tensor) -> Tensor:
-    """``[b, 1]``; of nothing a number whose exponential is 0, but which can be subtracted from itself."""
-    return log_probs.logsumexp(1, keepdim=True).clamp_(min=NOTHING)
+    """Return the logarithm of each row's total ``[b, 1]``; of a total of 0, the finite LOG_ZERO."""
+    return log_probs.logsumexp(1, keepdim=True).clamp_(min=LOG_ZERO)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 
 from torch import Tensor
 
+from onpolicy_skd.config.schema import AlignmentSettings
 from onpolicy_skd.models.lm_head import Projector
 
 KINDS = ("reverse_kl", "forward_kl", "jsd")
@@ -15,9 +17,9 @@ ESTIMATORS = ("exact", "topk_tail", "sampled")
 
 @dataclass(frozen=True, slots=True)
 class Alignment:
-    """What is minimised at a position: kd_weight * divergence + (1 - kd_weight) * cross-entropy.
+    """The loss of a position: kd_weight * divergence + (1 - kd_weight) * cross-entropy.
 
-    ``estimator`` of the divergence: ``exact``; ``topk_tail``, over the teacher's ``top_k`` classes and one more that
+    ``estimator`` of the divergence: ``exact``; ``topk_tail``, over the teacher's ``top_k`` classes and one group that
     holds the rest of both distributions; ``sampled``, from the target alone, whose value and gradient are unbiased if
     the target was drawn from q.
     """
@@ -29,7 +31,7 @@ class Alignment:
     chunk_rows: int | None = None
     estimator: str = "exact"
     top_k: int = 64
-    compiled: bool = False  # exact divergences by torch.compile, else by ``_block``
+    compiled: bool = False  # exact divergences by torch.compile instead of the eager block
 
     def __post_init__(self) -> None:
         if self.divergence not in KINDS:
@@ -37,8 +39,14 @@ class Alignment:
         if self.estimator not in ESTIMATORS:
             raise ValueError(f"unknown estimator {self.estimator!r}; accepted: {', '.join(ESTIMATORS)}")
 
+    @classmethod
+    def from_settings(cls, cfg: AlignmentSettings) -> Alignment:
+        """Return the settings under ``alignment`` that one call of the loss needs."""
+        return cls(**{f.name: getattr(cfg, f.name) for f in dataclasses.fields(cls)})
+
     @property
     def kind(self) -> str:
+        """The divergence that is computed: jsd at beta 0 or 1 is one of the two KLs."""
         limits = {0.0: "forward_kl", 1.0: "reverse_kl"}
         return limits.get(self.beta, "jsd") if self.divergence == "jsd" else self.divergence
 
@@ -51,21 +59,21 @@ class HiddenRows:
     head_VG: Tensor
 
     def logits(self, size: int) -> Callable[[slice], Tensor]:
-        """Gives the logits of a chunk of up to ``size`` rows; what it gave before is overwritten."""
+        """Return a function from a slice of up to ``size`` rows to their logits; each call overwrites the last."""
         project = Projector(self.head_VG.to(self.hidden_NG.dtype), size)
-        return lambda part: project(self.hidden_NG[part])
+        return lambda rows: project(self.hidden_NG[rows])
 
 
 @dataclass(frozen=True, slots=True)
 class Rows:
     """N supervised positions."""
 
-    weights_N: Tensor  # float32; of each row in the sum
+    weights_N: Tensor  # float32; weight of each row in the sum
     targets_N: Tensor  # int64; y
-    temperature_N: Tensor | None = None  # float32; instead of the alignment's, of both models
-    decoupled_N2: Tensor | None = None  # float32; a and b of decoupled KD, instead of the divergence
+    temperature_N: Tensor | None = None  # float32; replaces the alignment's temperature, for both models
+    decoupled_N2: Tensor | None = None  # float32; weights a and b of decoupled KD, which replaces the divergence
 
-    def __getitem__(self, part: slice) -> Rows:
-        temperature = None if self.temperature_N is None else self.temperature_N[part]
-        decoupled = None if self.decoupled_N2 is None else self.decoupled_N2[part]
-        return Rows(self.weights_N[part], self.targets_N[part], temperature, decoupled)
+    def __getitem__(self, rows: slice) -> Rows:
+        temperature = None if self.temperature_N is None else self.temperature_N[rows]
+        decoupled = None if self.decoupled_N2 is None else self.decoupled_N2[rows]
+        return Rows(self.weights_N[rows], self.targets_N[rows], temperature, decoupled)

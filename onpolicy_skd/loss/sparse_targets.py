@@ -1,4 +1,4 @@
-"""The class axis: a teacher distribution cut down to a few classes (docs/method.md, section 6).
+"""The class axis: a teacher distribution reduced to a few classes (docs/method.md, section 6).
 
 ``rs_kd`` draws classes; the truncations are pure functions of the largest probabilities at b positions, and adding one
 is one function and one line in ``TRUNCATIONS``.  Sources: RS-KD (arXiv 2503.16870), sections 3.1 to 3.4, appendix K.
@@ -21,7 +21,7 @@ class SparseTargets:
     """Teacher distributions over a few classes at each of N positions: C slots, unused ones with probability 0.
 
     ``ids_NC`` are unique within a row's used slots.  What a row's probabilities lack to 1 is handled as ``residual``
-    says: nothing, given to one ``ghost`` class that stands for all others, or spread evenly (``smooth``) over all.
+    says: ignored (``none``), given to one ``ghost`` class that stands for all others, or spread evenly (``smooth``).
     """
 
     ids_NC: torch.Tensor  # int64
@@ -37,15 +37,15 @@ class SparseTargets:
 
 @dataclass(frozen=True, slots=True)
 class Draws:
-    """What is made of the teacher's log-probabilities, and what it may know besides them."""
+    """Inputs of a class sampler besides the teacher's log-probabilities of b positions."""
 
     options: ClassSettings
     targets_b: Tensor  # int64; y
-    uniform_bU: Tensor  # float64 in [0, 1); the randomness of rs_kd, one row a position
+    uniform_bU: Tensor  # float64 in [0, 1); the random numbers of rs_kd, a row per position
 
 
 def rs_kd(log_p_bV: Tensor, draws: Draws) -> SparseTargets:
-    """U draws with replacement from p^tau; each carries p / p^tau, summed per class and normalised over the row.
+    """Draw U classes with replacement from p^tau, each weighted p / p^tau, summed per class and normalized per row.
 
     With tau = 1 a class's probability is its count / U, an unbiased estimate of p.
     """
@@ -66,23 +66,23 @@ def rs_kd(log_p_bV: Tensor, draws: Draws) -> SparseTargets:
 
 
 def largest(log_p_bV: Tensor, k: int) -> SparseTargets:
-    """The k largest probabilities, falling: all that a truncation needs to know of the distribution."""
-    found = log_p_bV.topk(min(k, log_p_bV.shape[1]))
-    return SparseTargets(found.indices, found.values.exp())
+    """Return the k largest probabilities in falling order: all that a truncation reads of the distribution."""
+    top = log_p_bV.topk(min(k, log_p_bV.shape[1]))
+    return SparseTargets(top.indices, top.values.exp())
 
 
 def top_k(known: SparseTargets, targets_b: Tensor, options: ClassSettings) -> SparseTargets:
-    """The K largest probabilities as they are: biased, the student learns them scaled up."""
+    """Keep the K largest probabilities as they are: biased, the student learns them scaled up."""
     return known
 
 
 def top_k_normalised(known: SparseTargets, targets_b: Tensor, options: ClassSettings) -> SparseTargets:
-    """The K largest probabilities, scaled to sum to 1."""
+    """Keep the K largest probabilities, scaled to sum to 1."""
     return SparseTargets(known.ids_NC, known.probs_NC / known.probs_NC.sum(-1, keepdim=True))
 
 
 def top_p(known: SparseTargets, targets_b: Tensor, options: ClassSettings) -> SparseTargets:
-    """The fewest largest probabilities that reach the mass p, at most K of them, as they are."""
+    """Keep the fewest largest probabilities that reach the mass p, at most K, as they are."""
     before = known.probs_NC.cumsum(-1) - known.probs_NC
     probs = known.probs_NC.masked_fill(before >= options.p, 0.0)
     used = int((probs > 0).sum(-1).max())
@@ -90,12 +90,12 @@ def top_p(known: SparseTargets, targets_b: Tensor, options: ClassSettings) -> Sp
 
 
 def ghost_token(known: SparseTargets, targets_b: Tensor, options: ClassSettings) -> SparseTargets:
-    """top_k and one more class that stands for all others, in teacher and student alike."""
+    """Keep the K largest and one class that stands for all others, in teacher and student."""
     return SparseTargets(known.ids_NC, known.probs_NC, "ghost")
 
 
 def naive_fix(known: SparseTargets, targets_b: Tensor, options: ClassSettings) -> SparseTargets:
-    """top_k with the residual mass given to the ground truth y."""
+    """Keep the K largest and give the residual mass to the ground truth y."""
     residual = (1.0 - known.probs_NC.sum(-1, keepdim=True)).clamp(min=0.0)
     at_target = known.ids_NC == targets_b[:, None]
     present = at_target.any(-1, keepdim=True)
@@ -104,7 +104,7 @@ def naive_fix(known: SparseTargets, targets_b: Tensor, options: ClassSettings) -
 
 
 def label_smoothing(known: SparseTargets, targets_b: Tensor, options: ClassSettings) -> SparseTargets:
-    """top_k with the residual mass spread evenly over all classes."""
+    """Keep the K largest and spread the residual mass evenly over all classes."""
     return SparseTargets(known.ids_NC, known.probs_NC, "smooth")
 
 
@@ -121,21 +121,21 @@ TRUNCATIONS: dict[str, Truncation] = {
 
 
 def sample(log_p_bV: Tensor, draws: Draws) -> SparseTargets:
-    """The classes of ``draws.options.sampler``."""
+    """Reduce the distributions by the class sampler ``draws.options.sampler``."""
     options = draws.options
     if options.sampler == "rs_kd":
         return rs_kd(log_p_bV, draws)
     return TRUNCATIONS[options.sampler](largest(log_p_bV, options.k), draws.targets_b, options)
 
 
-def joined(parts: Sequence[SparseTargets]) -> SparseTargets:
-    """One after another; rows with fewer slots than the widest get unused ones.  Of nothing: no rows, one slot."""
-    if not parts:
+def concatenate(targets: Sequence[SparseTargets]) -> SparseTargets:
+    """Concatenate rows; those with fewer slots than the widest get unused ones.  An empty input gives no rows."""
+    if not targets:
         return SparseTargets(torch.empty(0, 1, dtype=torch.long), torch.empty(0, 1))
-    width = max(part.ids_NC.shape[1] for part in parts)
+    width = max(t.ids_NC.shape[1] for t in targets)
     ids, probs = [], []
-    for part in parts:
-        missing = width - part.ids_NC.shape[1]
-        ids.append(torch.cat([part.ids_NC, part.ids_NC[:, :1].expand(-1, missing)], 1))
-        probs.append(torch.nn.functional.pad(part.probs_NC, (0, missing)))
-    return SparseTargets(torch.cat(ids), torch.cat(probs), parts[0].residual)
+    for t in targets:
+        missing = width - t.ids_NC.shape[1]
+        ids.append(torch.cat([t.ids_NC, t.ids_NC[:, :1].expand(-1, missing)], 1))
+        probs.append(torch.nn.functional.pad(t.probs_NC, (0, missing)))
+    return SparseTargets(torch.cat(ids), torch.cat(probs), targets[0].residual)

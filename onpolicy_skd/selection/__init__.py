@@ -1,1 +1,1 @@
-"""Which positions and samples are supervised: pure functions on tensors (docs/method.md, sections 4 and 5)."""
+"""Selection of the positions and samples to supervise: pure functions on tensors (docs/method.md, sections 4 and 5)."""

@@ -1,7 +1,7 @@
 """Position scores u(t): higher is selected first (docs/method.md, section 4).
 
 A metric is a function of ``Signals`` that returns float32 ``[N]``, one score per eligible position; adding one is one
-function and one line in ``METRICS``, or a function of your own named ``module:function`` in ``positions.metric``.
+function and one line in ``METRICS``, or a function in your code named ``module:function`` in ``positions.metric``.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ class Ranges:
 
 
 class Signals:
-    """What is known of the N eligible positions of B sequences, in nats; all is fetched when read.
+    """Numbers of the N eligible positions of B sequences, in nats, each computed when it is first read.
 
-    ``teacher_entropy_N`` and ``teacher_ce_N`` cost two numbers a position on the wire, ``kl_N`` and ``reverse_kl_N``
-    the teacher's hidden rows at every eligible position and a pass over both heads.
+    ``teacher_entropy_N`` and ``teacher_ce_N`` cost two numbers per position on the wire, ``kl_N`` and
+    ``reverse_kl_N`` the teacher's hidden rows at all eligible positions and a pass over both heads.
     """
 
     def __init__(
         self,
-        student: Callable[[], tuple[Tensor, Tensor]],
+        entropy_and_ce: Callable[[], tuple[Tensor, Tensor]],
         counts: Sequence[int],
         seeds: Sequence[int],
         entropy_and_logprob: Callable[[], tuple[Tensor, Tensor]] | None = None,
@@ -42,33 +42,33 @@ class Signals:
         ranges: Ranges | None = None,
         device: torch.device | str = "cpu",
     ) -> None:
-        self._fetch_student = student  # () -> H(q_t) and -log q_t(y_t)
+        self._fetch_entropy_and_ce = entropy_and_ce  # () -> H(q_t) and -log q_t(y_t)
         self.counts = counts  # eligible positions of each sequence; sums to N
-        self.seeds = seeds  # one per sequence, for metrics that draw
-        self._fetch_scalars = entropy_and_logprob  # () -> H(p_t) and log p_t(y_t)
+        self.seeds = seeds  # one per sequence, for random metrics
+        self._fetch_entropy_and_logprob = entropy_and_logprob  # () -> H(p_t) and log p_t(y_t)
         self._divergence = divergence  # "forward_kl" or "reverse_kl" -> its value per position
         self._ranges = ranges
         self.device = device
 
     @cached_property
-    def _student(self) -> tuple[Tensor, Tensor]:
-        return self._fetch_student()
+    def _entropy_and_ce(self) -> tuple[Tensor, Tensor]:
+        return self._fetch_entropy_and_ce()
 
     @property
     def entropy_N(self) -> Tensor:
         """H(q_t)."""
-        return self._student[0]
+        return self._entropy_and_ce[0]
 
     @property
     def ce_N(self) -> Tensor:
         """-log q_t(y_t)."""
-        return self._student[1]
+        return self._entropy_and_ce[1]
 
     @cached_property
     def _entropy_and_logprob(self) -> tuple[Tensor, Tensor]:
-        if self._fetch_scalars is None:
+        if self._fetch_entropy_and_logprob is None:
             raise RuntimeError("this position score needs the teacher, and there is none here")
-        return self._fetch_scalars()
+        return self._fetch_entropy_and_logprob()
 
     @property
     def teacher_entropy_N(self) -> Tensor:
@@ -92,7 +92,7 @@ class Signals:
 
     @property
     def ranges(self) -> Ranges:
-        """Over the whole optimizer batch; found beforehand for the metrics in ``WHOLE_BATCH`` alone."""
+        """Ranges over the whole optimizer batch, computed beforehand for the metrics in ``WHOLE_BATCH`` only."""
         if self._ranges is None:
             raise RuntimeError("the ranges of the optimizer batch are known for metrics listed in WHOLE_BATCH only")
         return self._ranges
@@ -124,7 +124,7 @@ def teacher_ce(signals: Signals) -> Tensor:
 
 
 def kl(signals: Signals) -> Tensor:
-    """KL(p_t || q_t): forward, whatever divergence is minimised."""
+    """KL(p_t || q_t): always forward, whichever divergence is trained."""
     return signals.kl_N
 
 
@@ -144,7 +144,7 @@ def ce_ratio(signals: Signals) -> Tensor:
 
 
 def ce_ratio_plus_entropy(signals: Signals) -> Tensor:
-    """The ratio and the raw entropy in nats, added."""
+    """ce_ratio + H(q_t), in raw nats."""
     return ce_ratio(signals) + signals.entropy_N
 
 
@@ -156,12 +156,12 @@ def tip_soft_or(signals: Signals) -> Tensor:
 
 
 def random(signals: Signals) -> Tensor:
-    """Uniform on [0, 1), a function of each sequence's seed alone."""
-    draws = [
+    """Uniform on [0, 1), a function of each sequence's seed only."""
+    scores = [
         torch.rand(n, generator=torch.Generator().manual_seed(seed))
         for n, seed in zip(signals.counts, signals.seeds, strict=True)
     ]
-    return torch.cat(draws).to(signals.entropy_N.device)
+    return torch.cat(scores).to(signals.entropy_N.device)
 
 
 def prefix(signals: Signals) -> Tensor:

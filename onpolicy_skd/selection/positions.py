@@ -1,8 +1,8 @@
 """Position policies: scores become a selection and its weights (docs/method.md, section 4).
 
 A policy is a pure function of the scores of B sequences and a ``Context``; adding one is one function and one line in
-``POLICIES``, or a function of your own named ``module:function`` in ``positions.policy``.  Each looks at one sequence
-at a time, so a selection does not depend on what else is in the batch; ``gls`` alone compares with earlier batches.
+``POLICIES``, or a function in your code named ``module:function`` in ``positions.policy``.  A policy looks at one
+sequence at a time, so a selection does not depend on the rest of the batch; only ``gls`` compares with earlier batches.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from onpolicy_skd.types import seed_of
 
 
 def num_selected(k: float, n: int) -> int:
-    """ceil(k * n): positions selected of n eligible ones; at least one for n >= 1.
+    """Return ceil(k * n), the positions selected of n eligible ones; at least one for n >= 1.
 
     k * n is rounded at the 9th decimal first, so that 0.2 * 15 is 3 and not 3.0000000000000004.
     """
@@ -30,8 +30,8 @@ def num_selected(k: float, n: int) -> int:
 class Selection:
     """K selected positions of B sequences: indices into the N eligible ones, and the weight of each.
 
-    Weights sum to 1 per sequence, but for ``sampled_unbiased``, whose sum is 1 in expectation, and for a sequence of
-    which nothing was selected.
+    Weights sum to 1 per sequence, except under ``sampled_unbiased``, whose sum is 1 in expectation, and in a sequence
+    without selected positions.
     """
 
     indices_K: Tensor  # int64, ascending
@@ -41,32 +41,32 @@ class Selection:
 
 @dataclass(frozen=True, slots=True)
 class Context:
-    """What a policy may know besides the scores."""
+    """Inputs of a policy besides the scores."""
 
     k: float  # share of positions, at this step
     step: int = 0  # optimizer steps done
     seeds: Sequence[int] = ()  # one per sequence
-    threshold: float | None = None  # of gls; None: not enough seen yet
+    threshold: float | None = None  # of gls; None before the first batch
     options: PositionSettings = field(default_factory=PositionSettings)
 
 
 def top_k(scores_N: Tensor, counts: Sequence[int], context: Context) -> Selection:
-    """The num_selected(k, n) highest scores of **each** sequence, equally weighted; ties go to the earlier position."""
-    return each_sequence(scores_N, counts, lambda _, u_n: (_best(u_n, num_selected(context.k, len(u_n))), None))
+    """Select the num_selected(k, n) highest scores of **each** sequence, weighted equally; ties go to the earlier."""
+    return each_sequence(scores_N, counts, lambda _, u_n: (_highest(u_n, num_selected(context.k, len(u_n))), None))
 
 
 def full(scores_N: Tensor, counts: Sequence[int], context: Context) -> Selection:
-    """Every eligible position, equally weighted."""
+    """Select all eligible positions, weighted equally."""
     return each_sequence(scores_N, counts, lambda _, u_n: (_all(u_n), None))
 
 
 def weighted(scores_N: Tensor, counts: Sequence[int], context: Context) -> Selection:
-    """Every eligible position, weighted in proportion to its score (Guo et al., 2024)."""
+    """Select all eligible positions, weighted in proportion to their scores (Guo et al., 2024)."""
     return each_sequence(scores_N, counts, lambda _, u_n: (_all(u_n), _shares(u_n)))
 
 
 def gls(scores_N: Tensor, counts: Sequence[int], context: Context) -> Selection:
-    """Scores at or above a threshold made from earlier batches (Wang et al., 2021); top_k while there is none.
+    """Select scores at or above a threshold from earlier batches (Wang et al., 2021); top_k before there is one.
 
     Long or hard sequences get more positions and easy ones fewer, down to none.
     """
@@ -77,7 +77,7 @@ def gls(scores_N: Tensor, counts: Sequence[int], context: Context) -> Selection:
 
 
 def curriculum(scores_N: Tensor, counts: Sequence[int], context: Context) -> Selection:
-    """A window of num_selected(k, n) neighbours in the order of scores, that slides from the lowest to the highest.
+    """Select a window of num_selected(k, n) neighbors in the order of scores, which slides from lowest to highest.
 
     From ``curriculum_steps`` on it equals top_k.
     """
@@ -92,19 +92,19 @@ def curriculum(scores_N: Tensor, counts: Sequence[int], context: Context) -> Sel
 
 
 def sampled(scores_N: Tensor, counts: Sequence[int], context: Context) -> Selection:
-    """Pos RS-KD: num_selected(k, n) draws with probability w proportional to the score; weight = count / num_selected.
+    """Draw num_selected(k, n) positions with probability w proportional to the score (Pos RS-KD).
 
-    Unbiased for the score-weighted mean sum of w L.
+    Weight = count / num_selected: unbiased for the score-weighted mean, the sum of w L.
     """
-    return each_sequence(scores_N, counts, lambda i, u_n: _draw(u_n, context, context.seeds[i], unbiased=False))
+    return each_sequence(scores_N, counts, lambda i, u_n: _sample(u_n, context, context.seeds[i], unbiased=False))
 
 
 def sampled_unbiased(scores_N: Tensor, counts: Sequence[int], context: Context) -> Selection:
-    """Pos RS-KD*: the same draws, each weighted 1 / (n w); unbiased for the plain mean (1/n) sum of L.
+    """Draw as ``sampled`` with each draw weighted 1 / (n w) (Pos RS-KD*): unbiased for the plain mean (1/n) sum of L.
 
     Positions that cannot be drawn (score 0, or before ``skip_first``) are missing from that sum.
     """
-    return each_sequence(scores_N, counts, lambda i, u_n: _draw(u_n, context, context.seeds[i], unbiased=True))
+    return each_sequence(scores_N, counts, lambda i, u_n: _sample(u_n, context, context.seeds[i], unbiased=True))
 
 
 Policy = Callable[[Tensor, Sequence[int], Context], Selection]
@@ -117,12 +117,12 @@ POLICIES: dict[str, Policy] = {
     "sampled_unbiased": sampled_unbiased,
     "weighted": weighted,
     "full": full,
-    "bandit": top_k,  # what it chooses is the metric
+    "bandit": top_k,  # it chooses the metric
 }
 
 
 def scheduled_k(options: PositionSettings, step: int) -> float:
-    """k at ``step``: from ``k_start`` linearly to ``k`` over ``schedule_steps`` (EKD)."""
+    """Return k at ``step``: from ``k_start`` linearly to ``k`` over ``schedule_steps`` (EKD)."""
     if options.k_start is None:
         return options.k
     return options.k_start + (options.k - options.k_start) * min(1.0, step / options.schedule_steps)
@@ -132,29 +132,32 @@ Pick = Callable[[int, Tensor], tuple[Tensor, Tensor | None]]
 
 
 def each_sequence(scores_N: Tensor, counts: Sequence[int], pick: Pick) -> Selection:
-    """The selection that ``pick`` makes of every sequence: given its number and scores ``[n]``, indices into them, and
-    weights or None for equal ones.  Raises ValueError on NaN.
+    """Apply ``pick`` to each sequence and concatenate the selections.
+
+    ``pick`` takes a sequence's number and scores ``[n]`` and returns indices into them, and weights or None for equal
+    ones.  Raises ValueError on NaN.
     """
     if torch.isnan(scores_N).any():
-        raise ValueError("a position score is NaN, so no selection can be made of it")
+        raise ValueError("a position score is NaN, so no position can be selected")
     indices, weights, taken, start = [], [], [], 0
     for i, u_n in enumerate(scores_N.split(list(counts))):
-        chosen, own = pick(i, u_n)
-        own = torch.full((len(chosen),), 1.0 / max(1, len(chosen)), device=u_n.device) if own is None else own
+        chosen, weight = pick(i, u_n)
+        if weight is None:
+            weight = torch.full((len(chosen),), 1.0 / max(1, len(chosen)), device=u_n.device)
         order = chosen.argsort()
         indices.append(start + chosen[order])
-        weights.append(own[order])
+        weights.append(weight[order])
         taken.append(len(chosen))
         start += len(u_n)
     return Selection(torch.cat(indices), torch.cat(weights), taken)
 
 
 def _order(u_n: Tensor) -> Tensor:
-    """Indices from the highest to the lowest score; ties in order of position."""
+    """Return indices from the highest to the lowest score; ties in order of position."""
     return torch.argsort(u_n, descending=True, stable=True)
 
 
-def _best(u_n: Tensor, count: int) -> Tensor:
+def _highest(u_n: Tensor, count: int) -> Tensor:
     return _order(u_n)[:count]
 
 
@@ -163,33 +166,33 @@ def _all(u_n: Tensor) -> Tensor:
 
 
 def _shares(u_n: Tensor) -> Tensor:
-    """Scores over their sum; equal shares if all are 0.  Raises ValueError if one is negative."""
+    """Return the scores over their sum; equal shares if all are 0.  Raises ValueError for a negative score."""
     if (u_n < 0).any():
-        raise ValueError("a position score is negative, so neither probabilities nor weights can be made of the scores")
+        raise ValueError("a position score is negative, so the scores give neither probabilities nor weights")
     total = u_n.sum()
     return u_n / total if total > 0 else torch.full_like(u_n, 1.0 / len(u_n))
 
 
-def _draw(u_n: Tensor, context: Context, seed: int, unbiased: bool) -> tuple[Tensor, Tensor]:
-    """quota(k, n) draws with replacement, as unique positions and their weights.
+def _sample(u_n: Tensor, context: Context, seed: int, unbiased: bool) -> tuple[Tensor, Tensor]:
+    """Draw num_selected(k, n) times with replacement; return unique positions and their weights.
 
     The options are those of appendix D of the SE-KD paper.  A share ``coverage`` of the budget goes to the highest
-    scores, which then carry their exact weight, and the draws are made among the rest: both estimates stay unbiased.
+    scores with their exact weights, and the draws are made among the rest: both estimates stay unbiased.
     """
-    own, n = context.options, len(u_n)
-    skipped = own.skip_first if n > own.skip_first else 0  # a response that short has no other positions
-    scores = u_n[skipped:].to("cpu", torch.float64).clamp(max=math.inf if own.clip is None else own.clip)
-    w = _shares(_shares(scores) ** (1.0 / own.smoothing))
+    options, n = context.options, len(u_n)
+    skipped = options.skip_first if n > options.skip_first else 0  # a response that short has no other positions
+    scores = u_n[skipped:].to("cpu", torch.float64).clamp(max=math.inf if options.clip is None else options.clip)
+    w = _shares(_shares(scores) ** (1.0 / options.smoothing))
     budget = num_selected(context.k, n)
-    certain = _best(w, math.floor(round(own.coverage * budget, 9)))  # at least one draw remains: coverage < 1
+    certain = _highest(w, math.floor(round(options.coverage * budget, 9)))  # at least one draw remains: coverage < 1
     weight = torch.zeros_like(w)
     weight[certain] = 1.0 / n if unbiased else w[certain]
     rest = w.clone()
     rest[certain] = 0.0
     draws, mass = budget - len(certain), rest.sum()
     if mass > 0:
-        generator = torch.Generator().manual_seed(seed_of(seed, "draws"))  # apart from a random score's stream
-        drawn = torch.multinomial(rest, draws, replacement=True, generator=generator)
+        rng = torch.Generator().manual_seed(seed_of(seed, "draws"))  # not the stream of a random score
+        drawn = torch.multinomial(rest, draws, replacement=True, generator=rng)
         each = mass / (draws * n * w) if unbiased else (mass / draws).expand_as(w)
         weight.index_add_(0, drawn, each[drawn])
     chosen = weight.nonzero()[:, 0]

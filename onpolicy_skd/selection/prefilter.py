@@ -1,6 +1,6 @@
-"""The sample filter that runs once, before training: no rollout and no teacher forward is spent on what it drops.
+"""The sample filter that runs once, before training: dropped prompts cost no rollout and no teacher forward.
 
-Scores are written to disk, keyed by data and student, and later runs reuse them.
+Scores are written to disk, keyed by data and student, and reused by later runs.
 """
 
 from __future__ import annotations
@@ -21,22 +21,22 @@ from onpolicy_skd.selection.samples import TEACHER_METRICS, top_share
 from onpolicy_skd.storage.files import write_text
 from onpolicy_skd.types import Prompt, Trajectory
 
-BATCH = 256  # prompts scored between two progress messages
+BATCH = 256  # prompts per progress message
 
 
 def kept_prompts(
     settings: Settings,
     prompts: Sequence[Prompt],
     tokenizer: Any,
-    rank: Callable[[Sequence[Trajectory]], list[float]],
-    roll: Callable[[Sequence[Prompt]], list[Trajectory]],
+    score: Callable[[Sequence[Trajectory]], list[float]],
+    generate: Callable[[Sequence[Prompt]], list[Trajectory]],
     log: Callable[[str], None],
 ) -> Sequence[Prompt]:
-    """The top ``samples.keep`` of ``prompts`` under the initial student, in their own order.
+    """Return the top ``samples.keep`` of ``prompts`` under the initial student, in their order.
 
-    ``rank`` scores trajectories; ``roll`` makes one rollout per prompt, for ``samples.prefilter_text=rollout``.
+    ``score`` scores trajectories; ``generate`` samples a rollout per prompt, for ``samples.prefilter_text=rollout``.
     """
-    own = settings.samples
+    samples_cfg = settings.samples
     path = settings.run.dir / "prefilter" / f"{fingerprint(settings, prompts)}.json"
     if path.exists():
         log(f"prefilter: scores of {len(prompts)} prompts reused from {path}")
@@ -44,25 +44,27 @@ def kept_prompts(
     else:
         scores = []
         for start in range(0, len(prompts), BATCH):
-            part = prompts[start : start + BATCH]
-            texts = (
-                roll(part)
-                if own.prefilter_text == "rollout"
-                else [as_text(p, own.prefilter_text, tokenizer) for p in part]
-            )
-            scores += rank(texts)
+            batch = prompts[start : start + BATCH]
+            if samples_cfg.prefilter_text == "rollout":
+                texts = generate(batch)
+            else:
+                texts = [as_text(p, samples_cfg.prefilter_text, tokenizer) for p in batch]
+            scores += score(texts)
             log(f"prefilter: {len(scores)}/{len(prompts)} prompts scored")
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_text(path, json.dumps({"metric": own.metric, "text": own.prefilter_text, "scores": scores}))
-    kept = Lazy(prompts.__getitem__, top_share(scores, own.keep))
-    log(f"prefilter: {len(kept)} of {len(prompts)} prompts kept by {own.metric} of {own.prefilter_text}")
+        record = {"metric": samples_cfg.metric, "text": samples_cfg.prefilter_text, "scores": scores}
+        write_text(path, json.dumps(record))
+    kept = Lazy(prompts.__getitem__, top_share(scores, samples_cfg.keep))
+    log(
+        f"prefilter: {len(kept)} of {len(prompts)} prompts kept by {samples_cfg.metric} of {samples_cfg.prefilter_text}"
+    )
     return kept
 
 
 def as_text(prompt: Prompt, text: str, tokenizer: Any) -> Trajectory:
-    """A trajectory whose eligible positions are those to score: the prompt's own tokens, or the reference answer's.
+    """Return a trajectory whose eligible positions are those to score: the prompt's tokens, or the reference answer's.
 
-    Of packed text: all its tokens, whatever ``text`` says.
+    For packed text these are all its tokens, whatever ``text`` says.
     """
     if prompt.documents is not None:
         return of_text(prompt, prompt.key)
@@ -75,13 +77,13 @@ def as_text(prompt: Prompt, text: str, tokenizer: Any) -> Trajectory:
 
 
 def fingerprint(settings: Settings, prompts: Sequence[Prompt]) -> str:
-    """Changes with the student's weights (the teacher's, if it scores), the prompts, their answers, and the score."""
-    own = settings.samples
+    """Return a digest of the student's weights (and the teacher's, if it scores), prompts, answers and sample score."""
+    samples_cfg = settings.samples
     digest = hashlib.sha256(
         json.dumps(
             [
-                own.metric,
-                own.prefilter_text,
+                samples_cfg.metric,
+                samples_cfg.prefilter_text,
                 settings.alignment.temperature,
                 settings.learner.compute_dtype,
                 settings.run.device,
@@ -89,13 +91,13 @@ def fingerprint(settings: Settings, prompts: Sequence[Prompt]) -> str:
             ]
         ).encode()
     )
-    if own.metric in TEACHER_METRICS:
+    if samples_cfg.metric in TEACHER_METRICS:
         digest.update(json.dumps([settings.teacher.dtype, weights_digest(settings.teacher.model)]).encode())
-    if own.prefilter_text == "rollout" or own.metric == "random":
+    if samples_cfg.prefilter_text == "rollout" or samples_cfg.metric == "random":
         digest.update(json.dumps([settings.run.seed, settings.rollout.model_dump(mode="json")]).encode())
     for prompt in prompts:
-        parts = [prompt.key, prompt.token_ids, prompt.answer]
+        fields = [prompt.key, prompt.token_ids, prompt.answer]
         if prompt.documents is not None:
-            parts.append(prompt.documents.tolist())
-        digest.update(json.dumps(parts).encode())
+            fields.append(prompt.documents.tolist())
+        digest.update(json.dumps(fields).encode())
     return digest.hexdigest()[:24]

@@ -1,4 +1,4 @@
-"""Sample filters: pure functions that return what was kept and a count per reason.  Order: validity, then ranking."""
+"""Sample filters: pure functions that return the kept samples and a count per reason.  Validity first, then ranking."""
 
 from __future__ import annotations
 
@@ -8,19 +8,20 @@ from collections.abc import Sequence
 from onpolicy_skd.selection.positions import num_selected
 from onpolicy_skd.types import FilterReport, Trajectory
 
-TEACHER_METRICS = frozenset({"kl", "ce_ratio"})  # sample scores that cost a teacher forward of every candidate
+TEACHER_METRICS = frozenset({"kl", "ce_ratio"})  # sample scores that need a teacher forward of all candidates
 
 
 def validity(
     trajectories: Sequence[Trajectory], vocabulary: int, drop_truncated: bool = True, correctness: str = "any"
 ) -> FilterReport:
-    """Drops responses that are empty, truncated (if asked), hold ids outside the shared vocabulary, or are not as
-    ``correctness`` ("right" or "wrong") wants them.  Raises ValueError if that is asked of answers nobody judged.
+    """Drop responses that are empty, truncated, hold ids outside the shared vocabulary, or have the wrong correctness.
+
+    ``correctness`` is "any", "right" or "wrong".  Raises ValueError if it is not "any" and an answer was not scored.
     """
     kept, reasons = [], Counter[str]()
     for t in trajectories:
         if correctness != "any" and t.correct is None:
-            raise ValueError(f"trajectory {t.key} was not judged, so samples.correctness={correctness} cannot apply")
+            raise ValueError(f"trajectory {t.key} has no correctness, which samples.correctness={correctness} needs")
         if len(t.response_ids) == 0:
             reasons["empty"] += 1
         elif t.finish_reason == "length" and drop_truncated:
@@ -36,20 +37,20 @@ def validity(
 
 
 def top_share(scores: Sequence[float], share: float) -> list[int]:
-    """Indices, in their own order, of the ceil(share * N) highest scores; ties go to the earlier one."""
-    best = sorted(range(len(scores)), key=lambda i: (-scores[i], i))[: num_selected(share, len(scores))]
-    return sorted(best)
+    """Return the ascending indices of the ceil(share * N) highest scores; ties go to the earlier one."""
+    highest = sorted(range(len(scores)), key=lambda i: (-scores[i], i))[: num_selected(share, len(scores))]
+    return sorted(highest)
 
 
 def paced(trajectories: Sequence[Trajectory]) -> dict[str, float]:
-    """Weight of each trajectory by key: p(1 - p), with p the pass rate of its prompt's rollouts (PACED).
+    """Return each trajectory's weight by key: p(1 - p), with p the pass rate of its prompt's rollouts (PACED).
 
-    0 where all of a prompt's answers are right, or all wrong.  Raises ValueError for answers nobody judged.
+    The weight is 0 if all answers of a prompt are right, or all wrong.  Raises ValueError if one was not scored.
     """
-    verdicts: defaultdict[str, list[bool]] = defaultdict(list)
+    correct: defaultdict[str, list[bool]] = defaultdict(list)
     for t in trajectories:
         if t.correct is None:
-            raise ValueError(f"trajectory {t.key} was not judged, so samples.weight=paced cannot apply")
-        verdicts[t.prompt_key].append(t.correct)
-    rates = {prompt: sum(judged) / len(judged) for prompt, judged in verdicts.items()}
+            raise ValueError(f"trajectory {t.key} has no correctness, which samples.weight=paced needs")
+        correct[t.prompt_key].append(t.correct)
+    rates = {prompt: sum(values) / len(values) for prompt, values in correct.items()}
     return {t.key: rates[t.prompt_key] * (1.0 - rates[t.prompt_key]) for t in trajectories}

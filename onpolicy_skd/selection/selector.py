@@ -1,4 +1,4 @@
-"""The position axis over a run: which metric, which policy, and what they remember from step to step."""
+"""The position axis over a run: metric, policy, and the state that they keep between steps."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ class ScoreQueue:
         self._scores = torch.empty(0)
 
     def threshold(self, k: float) -> float | None:
-        """The (1 - k) quantile; None before the first batch."""
+        """Return the (1 - k) quantile; None before the first batch."""
         if not len(self._scores):
             return None
-        rank = min(len(self._scores), math.ceil(round(k * len(self._scores), 9)))
-        return self._scores.topk(rank).values[-1].item()
+        count = min(len(self._scores), math.ceil(round(k * len(self._scores), 9)))
+        return self._scores.topk(count).values[-1].item()
 
     def push(self, scores_N: Tensor) -> None:
-        """Appends one optimizer batch."""
+        """Append the scores of an optimizer batch."""
         self._scores = torch.cat([self._scores, scores_N.detach().float().cpu()])[-self._size :]
 
     def state_dict(self) -> State:
@@ -44,8 +44,10 @@ class ScoreQueue:
 
 
 class Bandit:
-    """EXP3 (Auer et al., 2002) over metrics.  Reward: how much of the probe's divergence is gone since the arm's last
-    turn (for its first turn: since the start), in [0, 1]; a rise counts as 0 (EKD).
+    """EXP3 (Auer et al., 2002) over metrics.
+
+    The reward is the relative fall of the probe's divergence since the arm was last played (at first: since the start),
+    in [0, 1]; a rise counts as 0 (EKD).
     """
 
     def __init__(self, arms: Sequence[str], gamma: float, seed: int) -> None:
@@ -53,23 +55,23 @@ class Bandit:
         self._gamma = gamma
         self._seed = seed
         self._log_weights = torch.zeros(len(arms), dtype=torch.float64)
-        self._last = torch.full((len(arms),), math.nan, dtype=torch.float64)  # the probe at each arm's last turn
+        self._last = torch.full((len(arms),), math.nan, dtype=torch.float64)  # probe at each arm's last play
 
     def probabilities(self) -> Tensor:
-        """float64 ``[arms]``: mostly by weight, a share gamma evenly."""
+        """Return float64 ``[arms]``: a share 1 - gamma by weight, a share gamma evenly."""
         return (1.0 - self._gamma) * self._log_weights.softmax(0) + self._gamma / len(self.arms)
 
     def arm(self, step: int) -> int:
-        """A function of the seed, the step and the weights: asked again, it answers the same."""
-        generator = torch.Generator().manual_seed(seed_of(self._seed, step, "bandit"))
-        return int(torch.multinomial(self.probabilities(), 1, generator=generator))
+        """Return the arm of ``step``, a pure function of the seed, the step and the weights."""
+        rng = torch.Generator().manual_seed(seed_of(self._seed, step, "bandit"))
+        return int(torch.multinomial(self.probabilities(), 1, generator=rng))
 
     def start(self, divergence: float) -> None:
-        """The probe's divergence before the first update."""
+        """Set the probe's divergence before the first update."""
         self._last.fill_(divergence)
 
     def reward(self, step: int, divergence: float) -> float:
-        """Credits the arm of ``step`` with the probe's divergence after its update; returns the reward."""
+        """Update the arm of ``step`` with the probe's divergence after its update; return the reward."""
         arm = self.arm(step)
         before = self._last[arm].item()
         gained = min(1.0, max(0.0, (before - divergence) / before)) if before > 0 else 0.0
@@ -87,9 +89,9 @@ class Bandit:
 
 
 class Selector:
-    """Metric, policy, their schedule and their state, as ``positions`` asks.
+    """Metric, policy, their schedule and their state, as configured under ``positions``.
 
-    Raises ConfigError for a metric or policy of the user's own that cannot be imported.
+    Raises ConfigError for a metric or policy of the user that cannot be imported.
     """
 
     def __init__(self, settings: PositionSettings, seed: int) -> None:
@@ -100,37 +102,39 @@ class Selector:
         self.bandit = Bandit(settings.arms, settings.bandit_gamma, seed) if settings.policy == "bandit" else None
 
     def metric(self, step: int) -> str:
-        """Name of the metric in force."""
+        """Return the name of the metric at ``step``."""
         return self.bandit.arms[self.bandit.arm(step)] if self.bandit else self._settings.metric
 
     def needs_ranges(self, step: int) -> bool:
-        """Whether the scores of ``step`` depend on the ranges over the whole optimizer batch."""
+        """Return True if the scores of ``step`` depend on the ranges over the whole optimizer batch."""
         return self.metric(step) in metrics.WHOLE_BATCH
 
     def k(self, step: int) -> float:
+        """Return the share of positions at ``step``."""
         return scheduled_k(self._settings, step)
 
     def select(self, signals: Signals, step: int) -> tuple[Tensor, Selection]:
-        """Scores ``[N]`` and the selection made of them."""
+        """Return the scores ``[N]`` and the positions selected by them."""
         k = self.k(step)
         metric = METRICS[self.metric(step)] if self.bandit else self._metric
         threshold = self._queue.threshold(k) if self._queue else None
-        everything = self._settings.policy == "full"  # needs no scores, which may cost a pass over the LM head
-        scores_N = torch.zeros(sum(signals.counts), device=signals.device) if everything else metric(signals)
-        return scores_N, self._policy(
-            scores_N, signals.counts, Context(k, step, signals.seeds, threshold, self._settings)
-        )
+        if self._settings.policy == "full":  # needs no scores, which may cost a pass over the LM head
+            scores_N = torch.zeros(sum(signals.counts), device=signals.device)
+        else:
+            scores_N = metric(signals)
+        context = Context(k, step, signals.seeds, threshold, self._settings)
+        return scores_N, self._policy(scores_N, signals.counts, context)
 
     def observe(self, scores_N: Tensor) -> None:
-        """What one optimizer batch scored, in the order of its trajectories; call once a step."""
+        """Record the scores of an optimizer batch, in the order of its trajectories; call once per step."""
         if self._queue:
             self._queue.push(scores_N)
 
     def state_dict(self) -> State:
-        memory = self._queue or self.bandit
-        return memory.state_dict() if memory else {}
+        stateful = self._queue or self.bandit
+        return stateful.state_dict() if stateful else {}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        memory = self._queue or self.bandit
-        if memory:
-            memory.load_state_dict(state)
+        stateful = self._queue or self.bandit
+        if stateful:
+            stateful.load_state_dict(state)

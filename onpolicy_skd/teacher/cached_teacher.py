@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from onpolicy_skd.config.schema import ClassSettings, Settings
-from onpolicy_skd.loss.sparse_targets import TRUNCATIONS, SparseTargets, joined
+from onpolicy_skd.loss.sparse_targets import TRUNCATIONS, SparseTargets, concatenate
 from onpolicy_skd.teacher.cache_format import CacheError
 from onpolicy_skd.teacher.cache_reader import TeacherCache
 from onpolicy_skd.teacher.teacher import HiddenRowsTeacher, RowRequest, TeacherRows
@@ -47,7 +47,7 @@ class CachedClasses:
             index = torch.as_tensor(at, dtype=torch.long)
             parts.append(SparseTargets(known.ids_NC[index], known.probs_NC[index]))
             targets.append(own[index])
-        found = joined(parts)
+        found = concatenate(parts)
         if options.sampler == "rs_kd":
             return found
         fewer = SparseTargets(found.ids_NC[:, : options.k], found.probs_NC[:, : options.k])

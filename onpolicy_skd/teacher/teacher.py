@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from onpolicy_skd.config.schema import ClassSettings
-from onpolicy_skd.loss.sparse_targets import Draws, SparseTargets, joined, sample
+from onpolicy_skd.loss.sparse_targets import Draws, SparseTargets, concatenate, sample
 from onpolicy_skd.models.batch import collate, micro_batches
 from onpolicy_skd.models.lm_head import Projector, chunk_size, chunks, log_softmax_, row_statistics
 from onpolicy_skd.models.split_model import SplitModel
@@ -98,7 +98,7 @@ class HiddenRowsTeacher(ABC):
         for part in chunks(len(hidden), size):
             log_p = log_softmax_(project(hidden[part]).div_(self._temperature))
             parts.append(sample(log_p, Draws(options, targets[part], uniform[part])))
-        return joined(parts)
+        return concatenate(parts)
 
     def release(self, keys: Sequence[str]) -> None:
         for key in keys:

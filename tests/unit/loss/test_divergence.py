@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from onpolicy_skd.config.schema import AlignmentSettings
 from onpolicy_skd.loss import divergence, formulas
 from onpolicy_skd.loss.divergence import distillation_loss
 from onpolicy_skd.loss.inputs import KINDS, Alignment, HiddenRows, Rows
@@ -16,13 +17,13 @@ from onpolicy_skd.models.lm_head import row_statistics
 
 
 def make(rows=13, vocabulary=101, student=8, teacher=12, seed=0, scale=1.0):
-    draw = torch.Generator().manual_seed(seed)
+    rng = torch.Generator().manual_seed(seed)
 
     def normal(*size):
-        return torch.randn(*size, generator=draw) * scale
+        return torch.randn(*size, generator=rng) * scale
 
-    weights = torch.rand(rows, generator=draw)
-    targets = torch.randint(0, vocabulary, (rows,), generator=draw)
+    weights = torch.rand(rows, generator=rng)
+    targets = torch.randint(0, vocabulary, (rows,), generator=rng)
     return [normal(rows, student), normal(vocabulary, student), normal(rows, teacher), normal(vocabulary, teacher),
             weights, targets]  # fmt: skip
 
@@ -59,8 +60,8 @@ def ours(inputs, alignment, upstream=1.0):
     return loss.detach(), rows, hidden.grad, head.grad
 
 
-def assert_close(found, expected, tolerance=1e-5):
-    for a, b in zip(found, expected, strict=True):
+def assert_close(actual, expected, tolerance=1e-5):
+    for a, b in zip(actual, expected, strict=True):
         assert (a.double() - b).norm() <= tolerance * b.norm() + 1e-12
 
 
@@ -82,8 +83,8 @@ def test_value_and_gradient_equal_the_dense_float64_reference(kind, kd_weight, t
 def test_any_shape_and_chunk(rows, vocabulary, student, teacher, chunk_rows, seed, kind):
     inputs = make(rows, vocabulary, student, teacher, seed, 0.7)
     alignment = Alignment(kind, 0.5, chunk_rows=chunk_rows)
-    found, expected = ours(inputs, alignment), reference(inputs, alignment)
-    for a, b in zip(found, expected, strict=True):
+    actual, expected = ours(inputs, alignment), reference(inputs, alignment)
+    for a, b in zip(actual, expected, strict=True):
         assert torch.allclose(a.double(), b, rtol=2e-4, atol=2e-5)
 
 
@@ -111,8 +112,8 @@ def test_equals_trl(beta):
     hidden, head = inputs[0].clone().requires_grad_(), inputs[1].clone().requires_grad_()
     loss, _, _ = _chunked_divergence_loss(hidden[None], inputs[2][None], head, inputs[3], torch.ones(1, 16), beta)
     loss.backward()
-    found = ours(inputs, Alignment("jsd", beta))
-    assert_close([found[0], *found[2:]], [loss.detach().double(), hidden.grad.double(), head.grad.double()])
+    actual = ours(inputs, Alignment("jsd", beta))
+    assert_close([actual[0], *actual[2:]], [loss.detach().double(), hidden.grad.double(), head.grad.double()])
 
 
 def test_upstream_gradient_scales_and_a_second_backward_is_refused():
@@ -161,7 +162,7 @@ def test_the_head_may_share_its_storage_with_embeddings():
 
 
 def test_coarse_compute_type_with_float32_masters():
-    """bfloat16 hidden states against a float32 head: gradients keep their own types and stay near the reference."""
+    """bfloat16 hidden states and a float32 head: gradients keep their dtypes and stay near the reference."""
     inputs = make(rows=32, scale=0.5)
     hidden = inputs[0].bfloat16().requires_grad_()
     head = inputs[1].clone().requires_grad_()
@@ -188,14 +189,14 @@ def test_different_vocabularies_and_unknown_divergences_are_errors():
 @pytest.mark.parametrize("chunk_rows", [None, 1, 7])
 def test_row_statistics_equal_the_float64_reference(temperature, chunk_rows):
     hidden, head, *_, targets = make(scale=2.0)
-    found = row_statistics(hidden, head, targets, temperature, chunk_rows)
-    entropy, logprob, raw_logprob = found.entropy_N, found.logprob_N, found.raw_logprob_N
+    stats = row_statistics(hidden, head, targets, temperature, chunk_rows)
+    entropy, logprob, raw_logprob = stats.entropy_N, stats.logprob_N, stats.raw_logprob_N
     logits = hidden.double() @ head.double().T
     q = torch.softmax(logits / temperature, -1)
     assert torch.allclose(entropy.double(), -torch.xlogy(q, q).sum(-1), rtol=1e-4, atol=1e-5)
-    for found, t in ((logprob, temperature), (raw_logprob, 1.0)):
+    for actual, t in ((logprob, temperature), (raw_logprob, 1.0)):
         expected = torch.log_softmax(logits / t, -1).gather(1, targets[:, None])[:, 0]
-        assert torch.allclose(found.double(), expected, rtol=1e-5, atol=1e-5)
+        assert torch.allclose(actual.double(), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_the_scratch_may_be_made_in_inference_mode_and_used_outside():
@@ -209,8 +210,8 @@ def test_the_scratch_may_be_made_in_inference_mode_and_used_outside():
 def test_statistics_of_extreme_logits_stay_finite():
     head = torch.eye(5)
     hidden = torch.tensor([[1e4, 0, 0, 0, 0], [0.0, 0, 0, 0, 0]])
-    found = row_statistics(hidden, head, torch.tensor([0, 1]))
-    entropy, logprob = found.entropy_N, found.logprob_N
+    stats = row_statistics(hidden, head, torch.tensor([0, 1]))
+    entropy, logprob = stats.entropy_N, stats.logprob_N
     assert entropy[0].item() == pytest.approx(0.0, abs=1e-6)
     assert entropy[1].item() == pytest.approx(torch.log(torch.tensor(5.0)).item())
     assert torch.isfinite(logprob).all()
@@ -246,10 +247,10 @@ def test_topk_tail_equals_its_float64_reference(kind, top_k):
         "jsd": 0.3 * (p * (p / m).log()).sum(1) + 0.7 * (q * (q / m).log()).sum(1),
     }[kind]
     (rows * weights).sum().backward()
-    found = ours(inputs, alignment)
-    assert_close(found[1:], [rows.detach(), hidden.grad, head.grad], 1e-4)
+    actual = ours(inputs, alignment)
+    assert_close(actual[1:], [rows.detach(), hidden.grad, head.grad], 1e-4)
     exact = ours(inputs, Alignment(kind, 0.3))[1]
-    assert (found[1] <= exact + 1e-5).all()  # merging classes cannot add divergence
+    assert (actual[1] <= exact + 1e-5).all()  # merging classes cannot add divergence
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -260,13 +261,33 @@ def test_sampled_equals_exact_in_expectation(kind, temperature):
     inputs = make(rows=1, vocabulary=vocabulary)
     hidden, head, other, other_head = inputs[:4]
     q = torch.softmax(hidden.double() @ head.double().T / temperature, -1)[0]
-    every = [hidden.expand(vocabulary, -1), head, other.expand(vocabulary, -1), other_head, q.float(),
+    all_targets = [hidden.expand(vocabulary, -1), head, other.expand(vocabulary, -1), other_head, q.float(),
              torch.arange(vocabulary)]  # fmt: skip
-    found = ours(every, Alignment(kind, 0.3, temperature, estimator="sampled"))
+    actual = ours(all_targets, Alignment(kind, 0.3, temperature, estimator="sampled"))
     inputs[4] = torch.ones(1)
     expected = reference(inputs, Alignment(kind, 0.3, temperature))
-    assert found[0].item() == pytest.approx(expected[0].item(), rel=1e-4)
-    assert_close([found[2].sum(0, keepdim=True), found[3]], expected[2:], 1e-4)
+    assert actual[0].item() == pytest.approx(expected[0].item(), rel=1e-4)
+    assert_close([actual[2].sum(0, keepdim=True), actual[3]], expected[2:], 1e-4)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("teacher_logit", [0.0, -300.0])
+def test_sampled_stays_finite_where_the_probability_of_the_target_underflows(kind, teacher_logit):
+    """q(y) = exp(-150) is 0 in float32, its logarithm is not; the teacher finds y likely, or less likely still."""
+    head = torch.eye(3)
+    student, teacher = torch.tensor([[0.0, 0.0, -150.0]]), torch.tensor([[-5.0, -5.0, teacher_logit]])
+    rows, alignment = Rows(torch.ones(1), torch.tensor([2])), Alignment(kind, 0.3, estimator="sampled")
+    loss, values, gradient, _ = run_rows([student, head, teacher, head], rows, alignment)
+    assert torch.isfinite(torch.cat([loss[None], values, gradient[0]])).all()
+    if kind == "reverse_kl":
+        log_q, log_p = (t.double().log_softmax(-1)[0, 2].item() for t in (student, teacher))
+        assert values.item() == pytest.approx(log_q - log_p, rel=1e-5)
+        assert gradient[0, 2].item() == pytest.approx(log_q - log_p, rel=1e-5)
+
+
+def test_the_settings_reach_the_loss():
+    cfg = AlignmentSettings(divergence="jsd", beta=0.25, temperature=2.0, kd_weight=0.5, chunk_rows=7, top_k=9)
+    assert Alignment.from_settings(cfg) == Alignment("jsd", 0.25, 2.0, 0.5, 7, top_k=9)
 
 
 # -- variants --------------------------------------------------------------------------------------------------------
@@ -279,15 +300,15 @@ def run_rows(inputs, rows, alignment):
     return loss.detach(), values, hidden.grad, head.grad
 
 
-def test_each_row_may_have_a_temperature_of_its_own():
+def test_rows_may_differ_in_temperature():
     inputs = make()
     temperatures = torch.linspace(0.5, 3.0, 13)
-    found = run_rows(inputs, Rows(inputs[4], inputs[5], temperatures), Alignment(kd_weight=0.8, chunk_rows=4))
+    actual = run_rows(inputs, Rows(inputs[4], inputs[5], temperatures), Alignment(kd_weight=0.8, chunk_rows=4))
     for i, t in enumerate(temperatures.tolist()):
-        one = [inputs[0][i : i + 1], inputs[1], inputs[2][i : i + 1], *inputs[3:4], inputs[4][i : i + 1],
+        row = [inputs[0][i : i + 1], inputs[1], inputs[2][i : i + 1], *inputs[3:4], inputs[4][i : i + 1],
                inputs[5][i : i + 1]]  # fmt: skip
-        expected = reference(one, Alignment(temperature=t, kd_weight=0.8))
-        assert_close([found[1][i : i + 1], found[2][i : i + 1]], [expected[1], expected[2]])
+        expected = reference(row, Alignment(temperature=t, kd_weight=0.8))
+        assert_close([actual[1][i : i + 1], actual[2][i : i + 1]], [expected[1], expected[2]])
 
 
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
@@ -305,17 +326,17 @@ def test_decoupled_equals_its_float64_reference(temperature):
     rows = pairs[:, 0] * target + pairs[:, 1] * (p_hat * (p_hat / q_hat).log()).sum(1)
     (rows * weights).sum().backward()
     alignment = Alignment("forward_kl", temperature=temperature, chunk_rows=5)
-    found = run_rows(inputs, Rows(inputs[4], inputs[5], decoupled_N2=pairs), alignment)
-    assert_close(found[1:], [rows.detach(), hidden.grad, head.grad], 1e-4)
+    actual = run_rows(inputs, Rows(inputs[4], inputs[5], decoupled_N2=pairs), alignment)
+    assert_close(actual[1:], [rows.detach(), hidden.grad, head.grad], 1e-4)
 
 
-def test_decoupled_is_forward_kl_when_the_others_weigh_what_the_teacher_leaves_them():
+def test_decoupled_is_forward_kl_if_the_other_classes_weigh_what_the_teacher_gives_them():
     """KL(p||q) = TCKD + (1 - p_y) NCKD (arXiv 2203.08679, Eq. 5)."""
     inputs = make()
     p_y = torch.softmax(inputs[2] @ inputs[3].T, -1).gather(1, inputs[5][:, None])
     pairs = torch.cat([torch.ones(13, 1), 1 - p_y], 1)
-    found = run_rows(inputs, Rows(inputs[4], inputs[5], decoupled_N2=pairs), Alignment("forward_kl", kd_weight=0.5))
-    assert_close(found, reference(inputs, Alignment("forward_kl", kd_weight=0.5)), 1e-4)
+    actual = run_rows(inputs, Rows(inputs[4], inputs[5], decoupled_N2=pairs), Alignment("forward_kl", kd_weight=0.5))
+    assert_close(actual, reference(inputs, Alignment("forward_kl", kd_weight=0.5)), 1e-4)
 
 
 def test_decoupled_stays_finite_where_both_are_sure():
@@ -419,22 +440,22 @@ def test_no_rows_mean_no_loss_and_no_gradient():
 @pytest.mark.parametrize(("kd_weight", "temperature"), [(1.0, 1.0), (0.6, 2.0)])
 def test_the_compiled_loss_is_the_eager_one(kind, kd_weight, temperature, how, monkeypatch):
     if how == "as written":
-        monkeypatch.setattr(divergence, "_compiled", lambda: formulas.fused)
+        monkeypatch.setattr(divergence, "_compiled_loss", lambda: formulas.fused_loss)
     torch.manual_seed(0)
-    own = Alignment(kind, kd_weight=kd_weight, temperature=temperature, chunk_rows=8)
+    written = Alignment(kind, kd_weight=kd_weight, temperature=temperature, chunk_rows=8)
     rows = Rows(torch.rand(19), torch.randint(0, 97, (19,)))
     teacher = HiddenRows(torch.randn(19, 24), torch.randn(97, 24))
     start = torch.randn(19, 16), 0.5 * torch.randn(97, 16)
-    found = []
-    for alignment in (own, dataclasses.replace(own, compiled=True)):
+    results = []
+    for alignment in (written, dataclasses.replace(written, compiled=True)):
         hidden, head = (t.clone().requires_grad_() for t in start)
-        seen = lm_head.RowStatistics.empty(19, hidden.device) if temperature == 1.0 else None
-        loss, values = distillation_loss(hidden, head, teacher, rows, alignment, seen)
+        stats = lm_head.RowStatistics.empty(19, hidden.device) if temperature == 1.0 else None
+        loss, values = distillation_loss(hidden, head, teacher, rows, alignment, stats)
         loss.backward()
-        found.append(
-            [loss.detach(), values, hidden.grad, head.grad, *([seen.entropy_N, seen.logprob_N] if seen else [])]
+        results.append(
+            [loss.detach(), values, hidden.grad, head.grad, *([stats.entropy_N, stats.logprob_N] if stats else [])]
         )
-    for eager, compiled in zip(*found, strict=True):
+    for eager, compiled in zip(*results, strict=True):
         assert torch.allclose(compiled, eager, rtol=1e-4, atol=1e-6)
 
 

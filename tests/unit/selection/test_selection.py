@@ -31,8 +31,8 @@ def student(entropy_N, ce_N):
 
 
 def scores_for(counts, seed, ties=False):
-    draw = np.random.default_rng(seed)
-    values = draw.integers(0, 3, sum(counts)) if ties else draw.random(sum(counts))
+    rng = np.random.default_rng(seed)
+    values = rng.integers(0, 3, sum(counts)) if ties else rng.random(sum(counts))
     return torch.tensor(values, dtype=torch.float32)
 
 
@@ -41,10 +41,10 @@ def context(k, counts, seed=0, step=0, **options):
 
 
 def by_sequence(chosen, counts):
-    """Per sequence: selected positions from its start, and their weights."""
+    """Return per sequence the selected positions from its start, and their weights."""
     starts = np.cumsum([0, *counts])
-    parts = zip(starts, chosen.indices_K.split(chosen.counts), chosen.weights_K.split(chosen.counts), strict=False)
-    return [((indices - start).tolist(), weights.tolist()) for start, indices, weights in parts]
+    pairs = zip(starts, chosen.indices_K.split(chosen.counts), chosen.weights_K.split(chosen.counts), strict=False)
+    return [((indices - start).tolist(), weights.tolist()) for start, indices, weights in pairs]
 
 
 # -- policies --------------------------------------------------------------------------------------------------------
@@ -56,43 +56,43 @@ def test_the_names_in_the_settings_are_those_of_the_code():
     assert {"none", "rs_kd", *TRUNCATIONS} == set(get_args(ClassSettings.model_fields["sampler"].annotation))
 
 
-def test_the_quota_is_the_exact_ceiling():
+def test_num_selected_is_the_exact_ceiling():
     assert num_selected(0.2, 15) == 3  # 0.2 * 15 is 3.0000000000000004 in floating point
     assert [num_selected(0.2, n) for n in (1, 5, 6, 10, 11)] == [1, 1, 2, 2, 3]
     assert all(num_selected(k / 100, n) == math.ceil(k * n / 100) for k in range(1, 101) for n in range(1, 300))
 
 
 @given(lengths, shares, st.integers(0, 9), st.booleans())
-def test_top_k_takes_exactly_its_quota_of_the_highest_scores_of_each_sequence(counts, k, seed, ties):
+def test_top_k_takes_exactly_num_selected_of_the_highest_scores_of_each_sequence(counts, k, seed, ties):
     scores = scores_for(counts, seed, ties)
     chosen = positions.top_k(scores, counts, Context(k))
-    for (mine, _), part in zip(by_sequence(chosen, counts), scores.split(counts), strict=True):
-        values = part.tolist()
+    for (indices, _), u_n in zip(by_sequence(chosen, counts), scores.split(counts), strict=True):
+        values = u_n.tolist()
         best = sorted(range(len(values)), key=lambda i: (-values[i], i))[: num_selected(k, len(values))]
-        assert mine == sorted(best)  # ties go to the earlier position
+        assert indices == sorted(best)  # ties go to the earlier position
 
 
 @given(lengths, shares, st.integers(0, 9), st.integers(0, 12))
-def test_curriculum_takes_its_quota_of_neighbours_and_ends_as_top_k(counts, k, seed, step):
+def test_curriculum_takes_num_selected_neighbors_and_ends_as_top_k(counts, k, seed, step):
     scores = scores_for(counts, seed, ties=seed % 2 == 0)
     chosen = positions.curriculum(scores, counts, context(k, counts, step=step, curriculum_steps=10))
-    for (mine, _), part in zip(by_sequence(chosen, counts), scores.split(counts), strict=True):
-        width = num_selected(k, len(part))
-        assert len(mine) == width
-        ascending = part.sort().values
-        start = round(min(1.0, step / 10) * (len(part) - width))
-        assert part[mine].sort().values.tolist() == ascending[start : start + width].tolist()
+    for (indices, _), u_n in zip(by_sequence(chosen, counts), scores.split(counts), strict=True):
+        width = num_selected(k, len(u_n))
+        assert len(indices) == width
+        ascending = u_n.sort().values
+        start = round(min(1.0, step / 10) * (len(u_n) - width))
+        assert u_n[indices].sort().values.tolist() == ascending[start : start + width].tolist()
     if step >= 10:
         assert chosen.indices_K.tolist() == positions.top_k(scores, counts, Context(k)).indices_K.tolist()
 
 
 @given(lengths, shares, st.integers(0, 9), st.sampled_from(sorted(BY_SEQUENCE)), st.randoms(use_true_random=False))
 def test_selection_does_not_depend_on_the_rest_of_the_batch(counts, k, seed, policy, shuffler):
-    parts = list(scores_for(counts, seed).split(counts))
+    scores = list(scores_for(counts, seed).split(counts))
 
     def select(order):
         asked = Context(k, 3, [order[i] for i in range(len(order))], options=PositionSettings(curriculum_steps=7))
-        return POLICIES[policy](torch.cat([parts[i] for i in order]), [counts[i] for i in order], asked)
+        return POLICIES[policy](torch.cat([scores[i] for i in order]), [counts[i] for i in order], asked)
 
     order = list(range(len(counts)))
     shuffler.shuffle(order)
@@ -102,13 +102,13 @@ def test_selection_does_not_depend_on_the_rest_of_the_batch(counts, k, seed, pol
 
 
 @given(lengths, shares, st.sampled_from(sorted(set(BY_SEQUENCE) - {"sampled_unbiased"})), st.booleans())
-def test_weights_of_each_sequence_sum_to_one(counts, k, policy, silent):
-    scores = torch.zeros(sum(counts)) if silent else scores_for(counts, 0)
+def test_weights_of_each_sequence_sum_to_one(counts, k, policy, all_zero):
+    scores = torch.zeros(sum(counts)) if all_zero else scores_for(counts, 0)
     chosen = POLICIES[policy](scores, counts, context(k, counts))
     assert len(chosen.indices_K) == len(chosen.weights_K) == sum(chosen.counts)
     assert chosen.indices_K.tolist() == sorted(set(chosen.indices_K.tolist()))
-    for part in chosen.weights_K.split(chosen.counts):
-        assert part.sum().item() == pytest.approx(1.0, rel=1e-5)
+    for weights_n in chosen.weights_K.split(chosen.counts):
+        assert weights_n.sum().item() == pytest.approx(1.0, rel=1e-5)
     if policy in ("full", "weighted"):
         assert chosen.counts == counts
 
@@ -157,15 +157,15 @@ def test_draws_stay_within_the_budget_and_are_a_function_of_the_seed(counts, k, 
     assert torch.equal(chosen.weights_K, again.weights_K)
     assert all(1 <= taken <= num_selected(k, n) for taken, n in zip(chosen.counts, counts, strict=True))
     covered = [math.floor(round(options.get("coverage", 0.0) * num_selected(k, n), 9)) for n in counts]
-    for (mine, _), part, certain in zip(by_sequence(chosen, counts), scores.split(counts), covered, strict=True):
-        ceiling = part.clamp(max=options.get("clip", 10.0))
-        assert set(torch.argsort(ceiling, descending=True, stable=True)[:certain].tolist()) <= set(mine)
+    for (indices, _), u_n, certain in zip(by_sequence(chosen, counts), scores.split(counts), covered, strict=True):
+        ceiling = u_n.clamp(max=options.get("clip", 10.0))
+        assert set(torch.argsort(ceiling, descending=True, stable=True)[:certain].tolist()) <= set(indices)
 
 
 def test_nothing_is_drawn_where_only_certain_positions_have_a_score():
     asked = context(0.9, [3], policy="sampled", coverage=0.5)
-    (mine, weights), *_ = by_sequence(positions.sampled(torch.tensor([0.0, 2.0, 0.0]), [3], asked), [3])
-    assert (mine, weights) == ([1], [1.0])
+    (indices, weights), *_ = by_sequence(positions.sampled(torch.tensor([0.0, 2.0, 0.0]), [3], asked), [3])
+    assert (indices, weights) == ([1], [1.0])
 
 
 def test_skipped_positions_are_never_drawn_unless_there_are_no_others():
@@ -177,8 +177,8 @@ def test_skipped_positions_are_never_drawn_unless_there_are_no_others():
         assert second[0]
     covered = context(0.9, [10], policy="sampled_unbiased", skip_first=5, coverage=0.9)
     for u in (torch.arange(10.0).flip(0), torch.zeros(10), torch.tensor([1.0] * 5 + [0.0] * 5)):
-        ((mine, _),) = by_sequence(positions.sampled_unbiased(u, [10], covered), [10])
-        assert min(mine) >= 5
+        ((indices, _),) = by_sequence(positions.sampled_unbiased(u, [10], covered), [10])
+        assert min(indices) >= 5
 
 
 def test_draws_are_independent_of_a_random_score():
@@ -254,7 +254,7 @@ def test_state_survives_saving(policy):
         assert first.metric(step) == second.metric(step)
 
 
-def test_the_bandit_finds_the_arm_that_helps():
+def test_the_bandit_learns_which_arm_helps():
     """Arm 1 halves the divergence, the others leave it."""
     bandit, divergence, played = Bandit(["kl", "student_entropy", "random"], 0.2, 3), 1.0, []
     bandit.start(divergence)
@@ -331,14 +331,14 @@ def test_a_metric_equals_its_formula_and_asks_the_teacher_for_no_more_than_it_ne
 
 
 def test_tip_scales_over_the_ranges_of_the_batch():
-    found = metrics.tip_soft_or(with_teacher(ranges=Ranges((0.1, 0.5), (0.0, 1.4))))
+    scores = metrics.tip_soft_or(with_teacher(ranges=Ranges((0.1, 0.5), (0.0, 1.4))))
     h, d = [0.0, 0.5, 0.25], [0.5, 0.0, 0.9 / 1.4]
-    assert found.tolist() == pytest.approx([1 - (1 - a) * (1 - b) for a, b in zip(h, d, strict=True)])
+    assert scores.tolist() == pytest.approx([1 - (1 - a) * (1 - b) for a, b in zip(h, d, strict=True)])
     flat = metrics.tip_soft_or(with_teacher(ranges=Ranges((0.3, 0.3), (0.0, 0.9))))
     assert flat.tolist() == pytest.approx([0.7 / 0.9, 0.0, 1.0])  # equal entropies tell nothing apart
 
 
-def test_ranges_nobody_found_are_not_made_up():
+def test_missing_ranges_are_an_error():
     with pytest.raises(RuntimeError, match="WHOLE_BATCH"):
         metrics.tip_soft_or(with_teacher())
 
@@ -356,21 +356,21 @@ def test_without_a_teacher_its_metrics_are_refused(name):
         METRICS[name](Signals(student(ENTROPY, CE), [2, 1], [7, 8]))
 
 
-def test_metrics_and_policies_of_ones_own(tmp_path, monkeypatch):
-    (tmp_path / "own_selection.py").write_text(
+def test_metrics_and_policies_in_user_code(tmp_path, monkeypatch):
+    (tmp_path / "user_selection.py").write_text(
         "from onpolicy_skd.selection.positions import top_k\n"
         "def surprise(signals):\n    return signals.ce_N - signals.entropy_N\n"
         "policy = top_k\nnumber = 3\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
-    own = PositionSettings(metric="own_selection:surprise", policy="own_selection:policy", k=0.5)
-    scores, chosen = Selector(own, 0).select(with_teacher(), 0)
+    cfg = PositionSettings(metric="user_selection:surprise", policy="user_selection:policy", k=0.5)
+    scores, chosen = Selector(cfg, 0).select(with_teacher(), 0)
     assert scores.tolist() == pytest.approx([0.9, 1.7, 2.8])
     assert chosen.indices_K.tolist() == [1, 2]
-    with pytest.raises(ConfigError, match=r"positions\.metric=own_selection:nothing: cannot be imported .*accepted: "):
-        Selector(PositionSettings(metric="own_selection:nothing"), 0)
+    with pytest.raises(ConfigError, match=r"positions\.metric=user_selection:nothing: cannot be imported .*accepted: "):
+        Selector(PositionSettings(metric="user_selection:nothing"), 0)
     with pytest.raises(ConfigError, match="number: is not a function"):
-        Selector(PositionSettings(metric="own_selection:number"), 0)
+        Selector(PositionSettings(metric="user_selection:number"), 0)
     with pytest.raises(ConfigError, match=r"positions\.policy=no\.such:thing"):
         Selector(PositionSettings(policy="no.such:thing"), 0)
 
@@ -378,9 +378,9 @@ def test_metrics_and_policies_of_ones_own(tmp_path, monkeypatch):
 # -- samples ---------------------------------------------------------------------------------------------------------
 
 
-def trajectory(key, ids, finish="stop", correct=None):
+def trajectory(key, ids, reason="stop", correct=None):
     ids = np.asarray(ids, dtype=np.int64)
-    return Trajectory(key, np.array([1]), ids, np.zeros(len(ids), np.float32), finish, 0, correct)
+    return Trajectory(key, np.array([1]), ids, np.zeros(len(ids), np.float32), reason, 0, correct)
 
 
 def test_validity_counts_every_reason():
@@ -403,17 +403,17 @@ def test_correctness_keeps_one_kind_and_counts_the_other():
     assert (wrong.kept, wrong.dropped) == (["b"], {"right": 1, "empty": 1})
     right = samples.validity(batch, 9, correctness="right")
     assert (right.kept, right.dropped) == (["a"], {"wrong": 1, "empty": 1})
-    with pytest.raises(ValueError, match="d was not judged"):
+    with pytest.raises(ValueError, match="d has no correctness"):
         samples.validity([trajectory("d", [2])], 9, correctness="right")
 
 
 def test_paced_weights_are_p_times_one_minus_p():
     verdicts = {"x": [True, False, False, False], "y": [True, True], "z": [False, False, False]}
-    batch = [trajectory(f"{p}/{i}", [2], correct=c) for p, own in verdicts.items() for i, c in enumerate(own)]
+    batch = [trajectory(f"{p}/{i}", [2], correct=c) for p, answers in verdicts.items() for i, c in enumerate(answers)]
     weights = samples.paced(batch)
     assert [weights[f"x/{i}"] for i in range(4)] == [0.1875] * 4
     assert weights["y/0"] == weights["z/2"] == 0.0
-    with pytest.raises(ValueError, match="not judged"):
+    with pytest.raises(ValueError, match="has no correctness"):
         samples.paced([trajectory("d/0", [2])])
 
 
@@ -431,28 +431,28 @@ def test_top_share_keeps_the_exact_ceiling_and_breaks_ties_early(scores, share):
 
 
 def teacher_rows(rows=5, vocabulary=40, scale=2.0, seed=0):
-    draw = torch.Generator().manual_seed(seed)
-    return torch.log_softmax(torch.randn(rows, vocabulary, generator=draw) * scale, -1)
+    rng = torch.Generator().manual_seed(seed)
+    return torch.log_softmax(torch.randn(rows, vocabulary, generator=rng) * scale, -1)
 
 
 def draws_for(rows, sampler="rs_kd", seed=0, targets=None, **options):
-    own = ClassSettings(sampler=sampler, **options)
-    uniform = torch.rand(rows, own.draws, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
-    return Draws(own, torch.zeros(rows, dtype=torch.long) if targets is None else targets, uniform)
+    cfg = ClassSettings(sampler=sampler, **options)
+    uniform = torch.rand(rows, cfg.draws, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    return Draws(cfg, torch.zeros(rows, dtype=torch.long) if targets is None else targets, uniform)
 
 
-def dense(found, vocabulary):
-    return torch.zeros(len(found.ids_NC), vocabulary).scatter_add(1, found.ids_NC, found.probs_NC)
+def dense(targets, vocabulary):
+    return torch.zeros(len(targets.ids_NC), vocabulary).scatter_add(1, targets.ids_NC, targets.probs_NC)
 
 
 @given_settings(deadline=None)
 @given(st.integers(1, 6), st.integers(2, 60), st.integers(1, 80), st.integers(0, 99), st.sampled_from([0.5, 1.0, 1.3]))
 def test_rs_kd_is_a_distribution_over_unique_drawn_classes(rows, vocabulary, draws, seed, proposal):
-    found = classes.rs_kd(
+    targets = classes.rs_kd(
         teacher_rows(rows, vocabulary, seed=seed), draws_for(rows, seed=seed, draws=draws, proposal=proposal)
     )
-    assert torch.allclose(found.probs_NC.sum(1), torch.ones(rows), atol=1e-5)
-    for ids, probs in zip(found.ids_NC.tolist(), found.probs_NC.tolist(), strict=True):
+    assert torch.allclose(targets.probs_NC.sum(1), torch.ones(rows), atol=1e-5)
+    for ids, probs in zip(targets.ids_NC.tolist(), targets.probs_NC.tolist(), strict=True):
         used = [i for i, p in zip(ids, probs, strict=True) if p > 0]
         assert len(used) == len(set(used)) <= draws
         assert set(ids) == set(used)  # unused slots repeat a used class
@@ -465,8 +465,8 @@ def test_rs_kd_is_unbiased_in_target_and_gradient_and_top_k_biased_as_eq_5_says(
     vocabulary, trials = 40, 3_000
     log_p = teacher_rows(1)
     p, q = log_p.exp()[0], torch.softmax(torch.randn(vocabulary, generator=torch.Generator().manual_seed(9)), -1)
-    found = sample(log_p.expand(trials, -1), draws_for(trials, draws=12))
-    targets = dense(found, vocabulary)
+    drawn = sample(log_p.expand(trials, -1), draws_for(trials, draws=12))
+    targets = dense(drawn, vocabulary)
     error = targets.std(0) / trials**0.5
     assert ((targets.mean(0) - p).abs() <= 4 * error + 1e-6).all()
     gradients = targets.sum(1, keepdim=True) * q - targets
@@ -480,8 +480,8 @@ def test_rs_kd_is_unbiased_in_target_and_gradient_and_top_k_biased_as_eq_5_says(
 
 def test_a_proposal_other_than_p_keeps_the_estimate_near_p():
     log_p = teacher_rows(1)
-    found = classes.rs_kd(log_p.expand(400, -1), draws_for(400, draws=500, proposal=0.8))
-    assert (dense(found, 40).mean(0) - log_p.exp()[0]).abs().max() < 0.01
+    drawn = classes.rs_kd(log_p.expand(400, -1), draws_for(400, draws=500, proposal=0.8))
+    assert (dense(drawn, 40).mean(0) - log_p.exp()[0]).abs().max() < 0.01
 
 
 def test_truncations_equal_their_definitions():
@@ -497,9 +497,9 @@ def test_truncations_equal_their_definitions():
     assert torch.allclose(dense(build("top_k", k=4), 40), plain)
     assert torch.allclose(dense(build("top_k_normalised", k=4), 40), plain / mass)
     for name, residual in (("ghost_token", "ghost"), ("label_smoothing", "smooth")):
-        found = build(name, k=4)
-        assert torch.allclose(dense(found, 40), plain)
-        assert found.residual == residual
+        truncated = build(name, k=4)
+        assert torch.allclose(dense(truncated, 40), plain)
+        assert truncated.residual == residual
     fixed = plain.scatter_add(1, targets[:, None], 1 - mass)
     assert torch.allclose(dense(build("naive_fix", k=4), 40), fixed, atol=1e-6)
     inside = sample(log_p, draws_for(5, "naive_fix", targets=top.indices[:, 2], k=4))
@@ -510,20 +510,20 @@ def test_truncations_equal_their_definitions():
 @given(st.floats(0.05, 1.0), st.integers(1, 40), st.integers(0, 20))
 def test_top_p_keeps_the_fewest_classes_that_reach_the_mass(p, k, seed):
     log_p = teacher_rows(3, seed=seed)
-    found = sample(log_p, draws_for(3, "top_p", k=k, p=p))
-    for row, probs in zip(log_p.exp().sort(descending=True).values, found.probs_NC, strict=True):
+    truncated = sample(log_p, draws_for(3, "top_p", k=k, p=p))
+    for row, probs in zip(log_p.exp().sort(descending=True).values, truncated.probs_NC, strict=True):
         used = int((probs > 0).sum())
         assert 1 <= used <= k
         assert row[: used - 1].sum() < p + 1e-6
         assert used == k or row[:used].sum() >= p - 1e-5
 
 
-def test_parts_of_different_widths_are_joined():
-    one = SparseTargets(torch.tensor([[3, 4]]), torch.tensor([[0.5, 0.5]]), "ghost")
-    two = SparseTargets(torch.tensor([[7], [8]]), torch.tensor([[1.0], [0.9]]), "ghost")
-    both = classes.joined([one, two])
+def test_targets_of_different_widths_are_concatenated():
+    wide = SparseTargets(torch.tensor([[3, 4]]), torch.tensor([[0.5, 0.5]]), "ghost")
+    narrow = SparseTargets(torch.tensor([[7], [8]]), torch.tensor([[1.0], [0.9]]), "ghost")
+    both = classes.concatenate([wide, narrow])
     assert both.ids_NC.tolist() == [[3, 4], [7, 7], [8, 8]]
     assert both.probs_NC.tolist() == [[0.5, 0.5], [1.0, 0.0], [pytest.approx(0.9), 0.0]]
     assert both.residual == "ghost"
-    assert classes.joined([]).ids_NC.shape == (0, 1)
+    assert classes.concatenate([]).ids_NC.shape == (0, 1)
     assert dataclasses.astuple(both[1:2])[0].tolist() == [[7, 7]]
