@@ -25,7 +25,7 @@ from actors.training_set import add_teacher_references, engine, retry_engine_on_
 from actors.workers import Refs, Workers
 from onpolicy_skd.config.loading import load_settings
 from onpolicy_skd.config.schema import Settings
-from onpolicy_skd.evaluation.diagnostics import means, tokens
+from onpolicy_skd.evaluation.diagnostics import means, token_view
 from onpolicy_skd.evaluation.evaluate import Evaluation, Generate, evaluate
 from onpolicy_skd.learner.learner import NonFiniteLossError
 from onpolicy_skd.report.progress import ProgressReporter
@@ -285,7 +285,7 @@ def add_divergences(run: Run, workers: Workers, prompts: Sequence[Prompt], evalu
     diagnostics = {d.key: d for d in workers.diagnose_positions(rollouts)}
     evaluation.result.update(means(list(diagnostics.values())))
     shown = [t for t in rollouts if t.key in diagnostics][:TOKEN_VIEWS]
-    evaluation.views.extend(tokens(t, diagnostics[t.key], run.tokenizer) for t in shown)
+    evaluation.views.extend(token_view(t, diagnostics[t.key], run.tokenizer) for t in shown)
     answers = [as_text(p, "prompt+answer", run.tokenizer) for p in prompts]
     evaluation.result["divergence_reference"] = means(workers.diagnose_positions(answers))["divergence"]
 

@@ -1,14 +1,13 @@
-"""One learner as several processes, its ranks: they share the student's weights (FSDP2) and the work on each batch.
+"""A learner as several processes, its ranks: they share the student's weights (FSDP2) and the work on each batch.
 
-Every rank is given whole batches and comes to the same results, but runs the models over its own share alone.  What
-they do together (forwards, backwards, ``gather``, ``full_tensor``) each of them must do equally often, in the
-same order.
+All ranks get the same batches and return the same results, but each runs the models over its share only.  Collective
+calls (forwards, backwards, ``gather``, ``full_tensor``) must be made equally often on all ranks, in the same order.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from types import MethodType
 from typing import Any, TypeVar
 
@@ -20,6 +19,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from onpolicy_skd.models.batch import balance_by_tokens
 from onpolicy_skd.models.split_model import SplitModel
+from onpolicy_skd.types import Trajectory
 
 T = TypeVar("T")
 
@@ -28,28 +28,37 @@ class Ranks:
     """This process, number ``rank`` of ``count``."""
 
     def __init__(self, rank: int = 0, count: int = 1, device: str = "cpu") -> None:
-        """With a ``count`` above 1 ``join`` must have been called."""
+        """Describe the process; with a ``count`` above 1, ``init_process_group`` must have been called."""
         self.rank = rank
         self.count = count
         self._device = device
 
     def shares(self, lengths: Sequence[int]) -> list[list[int]]:
-        """Indices of sequences of so many tokens, by the rank that works on them."""
+        """Return the indices of sequences of so many tokens, by the rank that works on them."""
         return balance_by_tokens(lengths, self.count)
 
+    def local(self, trajectories: Sequence[Trajectory]) -> list[Trajectory]:
+        """Return the trajectories that this rank works on."""
+        return [trajectories[i] for i in self.shares([t.length for t in trajectories])[self.rank]]
+
     def gather(self, value: T) -> list[T]:
-        """``value`` of every rank."""
+        """Return the ``value`` of each rank."""
         if self.count == 1:
             return [value]
-        found: list[Any] = [None] * self.count
-        dist.all_gather_object(found, value)
-        return found
+        values: list[Any] = [None] * self.count
+        dist.all_gather_object(values, value)
+        return values
+
+    def gather_by_index(self, local: Mapping[int, T]) -> list[T]:
+        """Return in order the values that the ranks have for the indices 0, 1, 2, ..."""
+        values = {index: value for share in self.gather(local) for index, value in share.items()}
+        return [values[index] for index in range(len(values))]
 
     def shard(self, student: SplitModel) -> SplitModel:
-        """``student`` with every parameter cut among the ranks, and gathered, block by block, while it is needed.
+        """Shard the parameters of ``student`` over the ranks; its blocks are gathered while they are needed.
 
-        Embeddings, final norm and LM head stay whole from a forward to the backward after it, since the loss uses the
-        head outside the model's own forward.  Gradients are summed over the ranks.
+        Embeddings, final norm and LM head stay gathered from a forward to the backward after it, since the loss uses
+        the head outside the model's forward.  Gradients are summed over the ranks.
         """
         if self.count == 1:
             return student
@@ -61,7 +70,7 @@ class Ranks:
         fully_shard(model, mesh=mesh)
         for module in model.modules():
             if isinstance(module, FSDPModule):
-                module.set_gradient_divide_factor(1.0)  # each rank's loss is its part of one mean
+                module.set_gradient_divide_factor(1.0)  # each rank's loss is a share of one mean
                 module.set_force_sum_reduction_for_comms(True)
         # FSDP gathers the outermost parameters in the model's forward only, which would project every position.
         model.backbone_forward = MethodType(lambda self, **inputs: self.base_model(**inputs), model)
@@ -69,25 +78,25 @@ class Ranks:
         return dataclasses.replace(student, takes_embeddings=False, forward=model.backbone_forward)
 
     def reshard(self, student: SplitModel) -> None:
-        """Frees what a forward has gathered: the shards are about to be read or written."""
+        """Reshard parameters gathered by a forward, before the shards are read or written."""
         if isinstance(student.model, FSDPModule):
             student.model.reshard()
 
     def full_tensor(self, tensor: Tensor, everywhere: bool = False) -> Tensor:
-        """All of a tensor that is cut among the ranks; on others than rank 0 an empty one, unless ``everywhere``."""
+        """Gather a sharded tensor; ranks other than 0 get an empty one, unless ``everywhere``."""
         if not isinstance(tensor, DTensor):
             return tensor
-        found = tensor.full_tensor()
-        return found if everywhere or self.rank == 0 else found.new_empty(0)
+        full = tensor.full_tensor()
+        return full if everywhere or self.rank == 0 else full.new_empty(0)
 
 
 def full_scalar(value: Tensor) -> float:
-    """Of a norm, which may be spread over the ranks."""
+    """Return the number in a scalar that may be a DTensor, such as a gradient norm."""
     return (value.full_tensor() if isinstance(value, DTensor) else value).item()
 
 
 def shard_like(tensor: Tensor, parameter: Tensor) -> Tensor:
-    """This rank's part of a whole ``tensor``, if ``parameter`` is cut among ranks; on its device."""
+    """Return this rank's shard of ``tensor`` if ``parameter`` is sharded, else ``tensor``; on the same device."""
     if not isinstance(parameter, DTensor) or tensor.shape != parameter.shape:
         return tensor.to(parameter.device)
     mesh, placements = parameter.device_mesh, parameter.placements

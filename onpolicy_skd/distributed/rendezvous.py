@@ -1,4 +1,4 @@
-"""How the ranks of one learner find each other."""
+"""The rendezvous of a learner's ranks."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from onpolicy_skd.distributed.ranks import Ranks
 
 
 class Rendezvous:
-    """Where the ranks of one learner find each other: opened by rank 0, on ``host`` alone."""
+    """A TCP store at which the ranks of a learner meet: opened by rank 0, on ``host`` only."""
 
     def __init__(self, host: str) -> None:
         listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
@@ -25,8 +25,10 @@ class Rendezvous:
 
 
 def init_process_group(address: tuple[str, int], rank: int, count: int, device: str, timeout_s: float) -> Ranks:
-    """Makes this process rank ``rank`` of ``count``; returns when all are there.  ``patience``: seconds for any
-    exchange, after which it raises."""
+    """Make this process rank ``rank`` of ``count``; return when all have joined.
+
+    Raises if they do not within ``timeout_s``, which bounds all later collective calls too.
+    """
     timeout = timedelta(seconds=timeout_s)
     store = TCPStore(*address, is_master=False, timeout=timeout)
     backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"

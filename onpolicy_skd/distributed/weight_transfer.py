@@ -1,7 +1,7 @@
-"""New weights from the learner straight to vLLM's workers, through vLLM's own update calls (vllm_engine.py).
+"""New weights from the learner directly to vLLM's workers, through vLLM's update calls (vllm_engine.py).
 
 ``broadcast``: the learner's rank 0 and all workers of all engines are one group; NCCL on GPUs, gloo on CPUs.
-``ipc``: a worker on the learner's own GPU maps the memory in which the learner holds a copy.
+``ipc``: a worker on the learner's GPU maps the memory in which the learner holds a copy.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ Named = Iterable[tuple[str, Tensor]]
 
 @dataclass(frozen=True, slots=True)
 class WeightSpec:
-    """What a worker must know of the weights to come: names as in a transformers checkpoint."""
+    """Names, dtypes and shapes of the weights that a worker will get; names as in a transformers checkpoint."""
 
     names: list[str]
-    dtype_names: list[str]  # as "bfloat16"
+    dtype_names: list[str]  # such as "bfloat16"
     shapes: list[list[int]]
-    handles: list[dict[str, tuple]] | None = None  # ipc: of each, by the GPU's UUID, what rebuilds it
+    handles: list[dict[str, tuple]] | None = None  # ipc: by the GPU's UUID, the arguments that map each tensor
 
     @staticmethod
     def of(metas: Iterable[tuple[str, torch.dtype, Iterable[int]]], handles: Any = None) -> WeightSpec:
@@ -39,13 +39,13 @@ class WeightSpec:
 
     @property
     def update(self) -> dict[str, Any]:
-        """As vLLM's ``update_info``."""
-        own = {"names": self.names, "dtype_names": self.dtype_names, "shapes": self.shapes}
-        return own if self.handles is None else own | {"ipc_handles": self.handles}
+        """The spec as vLLM's ``update_info``."""
+        info = {"names": self.names, "dtype_names": self.dtype_names, "shapes": self.shapes}
+        return info if self.handles is None else info | {"ipc_handles": self.handles}
 
 
 class GlooGroup:
-    """A group of its own, beside torch's default one; rank 0 broadcasts."""
+    """A gloo group separate from torch's default group; rank 0 broadcasts."""
 
     def __init__(self, address: Address, rank: int, count: int, timeout_s: float) -> None:
         timeout = timedelta(seconds=timeout_s)
@@ -66,21 +66,21 @@ class Sender:
 
     def __init__(self, host: str, device: str) -> None:
         self._device = device
-        if device == "cuda":  # whose group opens the door itself
+        if device == "cuda":  # NCCL's group opens its store itself
             with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as free:
                 free.bind((host, 0))
                 self.address: Address = (host, free.getsockname()[1])
         else:
-            self._meeting = Rendezvous(host)
-            self.address = self._meeting.address
+            self._rendezvous = Rendezvous(host)
+            self.address = self._rendezvous.address
         self._group: Any = None
 
     def join(self, count: int, timeout_s: float) -> None:
-        """Returns when all ``count`` of the group are there."""
+        """Form the group; return when all ``count`` members have joined."""
         if self._device == "cuda":
             from vllm.distributed.weight_transfer.nccl_common import stateless_init_process_group
 
-            torch.cuda.set_stream(torch.cuda.current_stream())  # else vLLM moves this thread to a stream of its own
+            torch.cuda.set_stream(torch.cuda.current_stream())  # else vLLM moves this thread to another stream
             self._group = stateless_init_process_group(*self.address, 0, count, torch.cuda.current_device())
         else:
             self._group = GlooGroup(self.address, 0, count, timeout_s)
@@ -90,7 +90,7 @@ class Sender:
             self._group.destroy()
 
     def send(self, weights: Named) -> None:
-        """In the order that was weight_spec."""
+        """Broadcast the tensors, in the order of their WeightSpec."""
         for _, tensor in weights:
             self._group.broadcast(tensor.contiguous(), src=0)
         if self._device == "cuda":
@@ -98,7 +98,7 @@ class Sender:
 
 
 def exported(weights: Named) -> tuple[WeightSpec, list[Tensor]]:
-    """For ``ipc``: the announcement, and copies on this GPU that must live until they were read."""
+    """Return the WeightSpec for ``ipc``, and copies on this GPU that must live until the workers have read them."""
     from torch.multiprocessing.reductions import reduce_tensor
 
     uuid = str(torch.cuda.get_device_properties(torch.cuda.current_device()).uuid)

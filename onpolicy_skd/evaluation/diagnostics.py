@@ -1,4 +1,4 @@
-"""A closer look at trajectories, position by position: what evaluations and reports show; nothing is trained."""
+"""Position-by-position diagnostics of trajectories, for evaluations and reports; nothing is trained."""
 
 from __future__ import annotations
 
@@ -13,38 +13,38 @@ from onpolicy_skd.types import Trajectory
 
 @dataclass(frozen=True, slots=True)
 class PositionDiagnostics:
-    """One trajectory's n eligible positions."""
+    """Numbers at the n eligible positions of a trajectory."""
 
     key: str
-    entropy: np.ndarray  # float32 [n], nats; of the student
-    divergence: np.ndarray  # float32 [n], nats; between student and teacher, of the kind that is trained
-    selected: np.ndarray  # bool [n]; whether training would supervise it now
+    entropy: np.ndarray  # float32 [n], nats; the student's
+    divergence: np.ndarray  # float32 [n], nats; between student and teacher, of the trained kind
+    selected: np.ndarray  # bool [n]; training would supervise the position now
 
 
-def means(inspections: Sequence[PositionDiagnostics]) -> dict[str, float | None]:
-    """Over all positions, and over those that are selected and those that are not, nats; None of no positions."""
-    if not inspections:
+def means(diagnostics: Sequence[PositionDiagnostics]) -> dict[str, float | None]:
+    """Return means in nats over all positions, the selected ones and the others; None for no positions."""
+    if not diagnostics:
         return {"divergence": None}
     entropy, divergence, selected = (
-        np.concatenate([getattr(i, name) for i in inspections]) for name in ("entropy", "divergence", "selected")
+        np.concatenate([getattr(d, name) for d in diagnostics]) for name in ("entropy", "divergence", "selected")
     )
-    found: dict[str, float | None] = {"divergence": float(divergence.mean())}
-    for name, part in (("selected", selected), ("unselected", ~selected)):
-        found[f"entropy_{name}"] = float(entropy[part].mean()) if part.any() else None
-        found[f"divergence_{name}"] = float(divergence[part].mean()) if part.any() else None
-    return found
+    result: dict[str, float | None] = {"divergence": float(divergence.mean())}
+    for name, mask in (("selected", selected), ("unselected", ~selected)):
+        result[f"entropy_{name}"] = float(entropy[mask].mean()) if mask.any() else None
+        result[f"divergence_{name}"] = float(divergence[mask].mean()) if mask.any() else None
+    return result
 
 
-def tokens(trajectory: Trajectory, inspection: PositionDiagnostics, tokenizer: Any) -> dict[str, Any]:
-    """What a token view shows of a trajectory: the text of each token with its numbers."""
+def token_view(trajectory: Trajectory, diagnostics: PositionDiagnostics, tokenizer: Any) -> dict[str, Any]:
+    """Return a trajectory token by token, the text of each token with its numbers, for the token view."""
     return {
         "key": trajectory.key,
         "prompt": tokenizer.decode(trajectory.prompt_ids.tolist()),
         "finish_reason": trajectory.finish_reason,
         "tokens": [tokenizer.decode([i]) for i in trajectory.response_ids.tolist()],
-        "entropy": [round(float(x), 4) for x in inspection.entropy],
-        "divergence": [round(float(x), 4) for x in inspection.divergence],
-        "selected": inspection.selected.tolist(),
+        "entropy": [round(float(x), 4) for x in diagnostics.entropy],
+        "divergence": [round(float(x), 4) for x in diagnostics.divergence],
+        "selected": diagnostics.selected.tolist(),
     }
 
 
@@ -52,7 +52,7 @@ NGRAM = 8  # tokens
 
 
 def repetition(ids_n: Sequence[int] | np.ndarray) -> float:
-    """Share of a response's ``NGRAM``-grams that occurred in it before; 0 for short ones."""
+    """Return the share of a response's ``NGRAM``-grams that occurred in it before; 0 for short responses."""
     ids = np.asarray(ids_n)
     if len(ids) <= NGRAM:
         return 0.0
