@@ -25,6 +25,7 @@ from onpolicy_skd.distributed.weight_transfer import Address, Sender, WeightSpec
 from onpolicy_skd.evaluation.diagnostics import PositionDiagnostics
 from onpolicy_skd.evaluation.exact_match import with_correctness
 from onpolicy_skd.learner.learner import Learner, NonFiniteLossError, SamplerGapError
+from onpolicy_skd.learner.metrics import StepRecord
 from onpolicy_skd.learner.optimizer import learner_threads
 from onpolicy_skd.models.loading import load_student, load_tokenizer, pick_device, pick_dtype
 from onpolicy_skd.models.split_model import SplitModel
@@ -142,9 +143,9 @@ class LearnerActor:
     def filter(self, *parts: Sequence[Trajectory]) -> tuple[FilterReport, list[Trajectory]]:
         """The report for the driver and the kept trajectories, which stay in the object store."""
         with self._learner.spans("filter"), self._in_step():
-            return self._learner.filter([t for part in parts for t in part])
+            return self._learner.scorer.filter([t for part in parts for t in part])
 
-    def step(self, trajectories: Sequence[Trajectory], encoded: list[ray.ObjectRef]) -> dict[str, float]:
+    def step(self, trajectories: Sequence[Trajectory], encoded: list[ray.ObjectRef]) -> StepRecord:
         self.begin(sum(t.weight for t in trajectories))
         self.add(trajectories, encoded)
         return self.finish()
@@ -153,24 +154,25 @@ class LearnerActor:
         """A step whose trajectories come in parts, of this ``weight`` if none is dropped."""
         self._forget(self._added)  # of a step that was not finished
         self._added = []
-        self._learner.begin(weight)
+        self._learner.begin_step(weight)
 
     def add(self, trajectories: Sequence[Trajectory], encoded: list[ray.ObjectRef]) -> None:
         self._added += [t.key for t in trajectories]
         try:
             with self._in_step():
                 self._expect(trajectories, encoded)
-                self._learner.add(trajectories)
+                self._learner.add_trajectories(trajectories)
         except Exception:
             self._forget(self._added)
             raise
 
-    def finish(self) -> dict[str, float]:
+    def finish(self) -> StepRecord:
         try:
             with self._in_step():
-                found = self._learner.finish()
+                record = self._learner.end_step()
             self._apart = False  # all ranks were there
-            return found | {"learner_memory_mib": peak_memory_mib(), "version": self._learner.version}
+            record.learner_memory_mib = peak_memory_mib()
+            return record
         finally:
             self._forget(self._added)
 
@@ -180,17 +182,17 @@ class LearnerActor:
         try:
             with self._in_step():
                 self._expect(trajectories, encoded)
-                return self._learner.diagnose_positions(trajectories)
+                return self._learner.scorer.diagnose_positions(trajectories)
         finally:
             self._forget([t.key for t in trajectories])
 
     def score_samples(self, trajectories: Sequence[Trajectory]) -> list[float]:
         with self._in_step():
-            return self._learner.score_samples(trajectories)
+            return self._learner.scorer.score_samples(trajectories)
 
     def weights(self) -> dict[str, Packed]:
         with self._learner.spans("pack weights"):
-            return pack_named(self._learner.weights(self._sent_dtype))
+            return pack_named(self._learner.state.weights(self._sent_dtype))
 
     @property
     def _sent_dtype(self) -> torch.dtype:
@@ -201,7 +203,7 @@ class LearnerActor:
         if self._sender is not None:
             self._sender.close()
         self._sender = Sender(ray.util.get_node_ip_address(), pick_device(self._settings.run.device))
-        return self._sender.address, self._learner.weight_spec(self._sent_dtype)
+        return self._sender.address, self._learner.state.weight_spec(self._sent_dtype)
 
     def join_group(self, count: int) -> None:
         """After ``open_group``: waits for the engines' workers."""
@@ -210,7 +212,7 @@ class LearnerActor:
 
     def send(self) -> None:
         """Broadcasts the weights; other ranks than the first help it to gather them."""
-        weights = self._learner.weights(self._sent_dtype)
+        weights = self._learner.state.weights(self._sent_dtype)
         with self._learner.spans("send weights"):
             if self._sender is None:  # not rank 0
                 deque(weights, maxlen=0)
@@ -220,7 +222,7 @@ class LearnerActor:
     def export_weights(self) -> WeightSpec:
         """Of a copy of the weights in this GPU's memory, which stays until ``drop_export``."""
         self._copies = []
-        weight_spec, self._copies = exported(self._learner.weights(self._sent_dtype, everywhere=True))
+        weight_spec, self._copies = exported(self._learner.state.weights(self._sent_dtype, everywhere=True))
         torch.cuda.empty_cache()  # what an engine that wakes up may need
         return weight_spec
 
@@ -239,18 +241,18 @@ class LearnerActor:
         if self._apart:
             raise files.SaveError(f"no checkpoint of step {step}: rank {self._rank} stopped where others did not")
         records, tensors = trajectories_to_tensors([t for part in ahead for t in part])
-        state, tensors = state | {"version": version, "ahead": records}, self._learner.tensors() | tensors
+        state, tensors = state | {"version": version, "ahead": records}, self._learner.state.tensors() | tensors
         return folder if self._rank else checkpoint.save(folder, step, state, tensors, keep)
 
     def restore(self, path: Path) -> tuple[int, list[Trajectory]]:
         """The policy version, and the rollouts of the next step that were made ahead."""
         loaded = checkpoint.load(path)
         ahead = trajectories_from_tensors(loaded.state.get("ahead", []), loaded.tensors)
-        self._learner.restore(loaded.tensors, loaded.state["version"])
+        self._learner.state.restore(loaded.tensors, loaded.state["version"])
         return self._learner.version, ahead
 
     def save_pretrained(self, folder: Path) -> None:
-        self._learner.save_pretrained(folder, self._tokenizer)
+        self._learner.state.save_pretrained(folder, self._tokenizer)
 
     def _expect(self, trajectories: Sequence[Trajectory], encoded: list[ray.ObjectRef]) -> None:
         if isinstance(self._teacher, RemoteTeacher):

@@ -21,6 +21,7 @@ from actors.teacher_actor import TeacherActor
 from actors.weight_sync import build_sync, sync_method
 from onpolicy_skd.config.schema import Settings
 from onpolicy_skd.evaluation.diagnostics import PositionDiagnostics
+from onpolicy_skd.learner.metrics import StepRecord
 from onpolicy_skd.run.exits import RunError
 from onpolicy_skd.run.supervisor import GiveUp, Recovery, Supervisor
 from onpolicy_skd.selection import samples
@@ -136,16 +137,16 @@ class Workers:
         """The teachers start on ``kept`` at once; the learner awaits the result when it first wants rows."""
         return [teacher.encode.remote(kept) for teacher in self._teachers]
 
-    def step(self, kept: ray.ObjectRef, encoded: Refs, report: FilterReport) -> dict[str, float]:
+    def step(self, kept: ray.ObjectRef, encoded: Refs, report: FilterReport) -> StepRecord:
         """One optimizer step; the teacher forgets ``kept`` afterwards."""
         try:
             metrics = self._ask(lambda rank: rank.step.remote(kept, encoded))
         finally:
             self._release(report.kept)
-        self._version = metrics["version"]
+        self._version = metrics.version
         return metrics
 
-    def streamed_step(self, parts: Refs, report: FilterReport) -> dict[str, float] | None:
+    def streamed_step(self, parts: Refs, report: FilterReport) -> StepRecord | None:
         """One optimizer step on ``parts`` as they come, which fills ``report``; None if no trajectory is kept.
 
         While the learner works on some, engines go on with the others.
@@ -166,7 +167,7 @@ class Workers:
             metrics = self._ask(lambda rank: rank.finish.remote())
         finally:
             self._release(report.kept)
-        self._version = metrics["version"]
+        self._version = metrics.version
         return metrics
 
     # -- everything else -------------------------------------------------------------------------------------------
@@ -196,7 +197,8 @@ class Workers:
 
     def score_samples(self, trajectories: Sequence[Trajectory]) -> list[float]:
         self._rest()
-        return self._ask(lambda rank: rank.score_samples.remote(trajectories), len(trajectories))
+        shared = ray.put(list(trajectories))  # serialized once, not once per rank
+        return self._ask(lambda rank: rank.score_samples.remote(shared), len(trajectories))
 
     def engines(self) -> RolloutGroup:
         """The rollout engines, awake and with the learner's weights."""

@@ -59,7 +59,7 @@ def measure(settings: Settings, samples: int) -> dict[str, Any]:
         learner = Learner(student, teacher, settings.model_copy(update={"classes": classes}), pad_id, 1)
         student.model.zero_grad()
         learner.accumulate(batch)
-        return [p.grad.flatten().clone() for p in learner.named.values() if p.grad is not None]
+        return [p.grad.flatten().clone() for p in learner.state.named.values() if p.grad is not None]
 
     def unique_classes(options: ClassSettings) -> float:
         targets = teacher.classes(positions, [0] * len(positions), options)

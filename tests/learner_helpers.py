@@ -12,7 +12,7 @@ FAMILIES = [(f, tied) for f in ("qwen3", "llama", "gpt_neox") for tied in (True,
 
 
 def build(family="qwen3", tied=False, teacher=None, budget=10_000, steps=100, ranks=None, lora=0, **sections):
-    """A learner and its (encoded) teacher; the teacher is wider than the student unless one is given."""
+    """Return a learner and its teacher, which is wider than the student unless one is given."""
     settings = tiny_settings(**sections)
     settings = settings.model_copy(
         update={"learner": settings.learner.model_copy(update={"tokens_per_micro_batch": budget})}
@@ -24,12 +24,14 @@ def build(family="qwen3", tied=False, teacher=None, budget=10_000, steps=100, ra
 
 
 def gradients(learner, teacher, batch):
+    """Return the gradient of the objective on ``batch`` by parameter name."""
     teacher.encode(batch)
-    learner.optimizer.zero_grad()
+    learner.state.optimizer.zero_grad()
     learner.accumulate(batch)
-    return {n: p.grad.clone() for n, p in learner.named.items()}
+    return {n: p.grad.clone() for n, p in learner.state.named.items()}
 
 
-def relative(found, expected):
-    squares = sum((found[n] - expected[n]).double().square().sum() for n in expected)
+def relative(actual, expected):
+    """Return the length of the difference of two gradients relative to the expected one."""
+    squares = sum((actual[n] - expected[n]).double().square().sum() for n in expected)
     return (squares / sum(g.double().square().sum() for g in expected.values())).sqrt().item()

@@ -148,10 +148,10 @@ def _ours(run: Run, limits: Sequence[int], device: str) -> dict[str, Any]:
         count, requests = step >= WARM, run.requests(run.train, step)
         engine.limits = dict(zip((r.key for r in requests), limits, strict=True))
         batch = timed("rollout", lambda r=requests: engine.generate(r, run.sampling), count)
-        _, kept = timed("filter", lambda b=batch: learner.filter(b), count)
+        _, kept = timed("filter", lambda b=batch: learner.scorer.filter(b), count)
         timed("teacher", lambda k=kept: teacher.encode(k), count)
         metrics = timed("learn", lambda k=kept: learner.step(k), count)
-        supervised = round(metrics["positions_selected"])
+        supervised = metrics.positions_selected
         timed("sync", lambda: engine.load_weights((), learner.version), count)
         teacher.release([t.key for t in kept])
     peak = memory(device, "peak")
@@ -159,9 +159,9 @@ def _ours(run: Run, limits: Sequence[int], device: str) -> dict[str, Any]:
     seconds = sum(phases.values())
     bound = phases["rollout"] + phases["teacher"] + _student_bound(learner, teacher_model, kept, supervised, device)
     texts = [as_text(p, "prompt", run.tokenizer) for p in run.train[:SCORED_PROMPTS]]
-    learner.score_samples(texts[:2])
+    learner.scorer.score_samples(texts[:2])
     start = clock(device)
-    learner.score_samples(texts)
+    learner.scorer.score_samples(texts)
     scoring = (clock(device) - start) / SCORED_PROMPTS
     return {
         "seconds": seconds,
@@ -198,7 +198,7 @@ def _student_bound(
     """Measure seconds of backbone forward and backward, head products over the supervised rows, and optimizer."""
     student, pad = learner.student, 0
     collated = collate(batch, pad, student.device)
-    optimizer = learner.optimizer
+    optimizer = learner.state.optimizer
 
     def step() -> None:
         hidden = student.hidden(collated)

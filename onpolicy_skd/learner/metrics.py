@@ -1,8 +1,8 @@
-"""What a step's micro-batches add up to, and the metrics that are formed of it."""
+"""Sums over the micro-batches of a step, and the metrics formed from them."""
 
 from __future__ import annotations
 
-from collections import defaultdict
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -15,92 +15,148 @@ from onpolicy_skd.selection.positions import Selection
 from onpolicy_skd.types import Trajectory
 
 
-@dataclass
-class Totals:
-    """Sums over the micro-batches of a step, from which its metrics are formed."""
+@dataclass(slots=True, kw_only=True)
+class StepRecord:
+    """Metrics of one optimizer step; None where a step has no such number.  Divergences and entropies in nats."""
 
-    sums: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
+    loss: float
+    divergence_selected: float  # mean over the selected positions
+    entropy: float  # the student's, mean over the eligible positions
+    entropy_selected: float
+    student_logprob: float  # of the sampled tokens
+    sampler_gap: float | None = None  # mean |log-probability of the engine - of the learner|, same weights
+    sampler_gap_max: float | None = None
+    policy_gap: float | None = None  # the same for rollouts of older weights: the effect of the updates since
+    entropy_gap: float | None = None  # mean |entropy recorded by the engine - of the learner|
+    k: float  # share of positions at this step
+    samples: int
+    positions: int  # eligible
+    positions_selected: int
+    staleness: float  # optimizer steps since the sampling weights, mean over positions
+    response_tokens: float  # mean per sample
+    train_tokens: int  # prompts and responses
+    padding_share: float
+    teacher_wait_seconds: float
+    repetition: float | None = None  # mean share of repeated n-grams in the student's responses
+    teacher_ending: float | None = None  # the teacher's mean probability of the student's end-of-sequence tokens
+    arm: int | None = None  # of the bandit
+    probe_divergence: float | None = None
+    reward: float | None = None
+    grad_norm: float = 0.0
+    lr: float = 0.0
+    learner_seconds: float = 0.0
+    learner_memory_mib: float | None = None  # peak of the learner's process
+    version: int = 0  # optimizer steps done, this one included
+
+    def as_dict(self) -> dict[str, float]:
+        """Return the metrics by name, without those that are None."""
+        return {name: value for name, value in dataclasses.asdict(self).items() if value is not None}
+
+
+@dataclass(slots=True)
+class StepSums:
+    """Sums over micro-batches, trajectories or positions of a step; ``StepSums.merge`` adds those of all ranks."""
+
+    loss: float = 0.0
+    divergence: float = 0.0  # over selected positions
+    tokens: int = 0
+    padded_tokens: int = 0
+    positions: int = 0
+    selected: int = 0
+    samples: int = 0
+    teacher_wait_seconds: float = 0.0
+    gap: float = 0.0
+    gap_positions: int = 0
+    policy_gap: float = 0.0
+    policy_gap_positions: int = 0
+    entropy_gap: float = 0.0
+    entropy_gap_positions: int = 0
+    staleness: float = 0.0
+    entropy: float = 0.0
+    entropy_selected: float = 0.0
+    student_logprob: float = 0.0
     gap_max: float = 0.0
-    scores: dict[str, Tensor] = field(default_factory=dict)  # of each trajectory's positions
-    unsound: list[str] = field(default_factory=list)  # trajectories with a value that is not finite
+    scores: dict[str, Tensor] = field(default_factory=dict)  # position scores by trajectory
+    non_finite: list[str] = field(default_factory=list)  # trajectories with a divergence that is not finite
 
     @classmethod
-    def of(cls, parts: Sequence[Totals]) -> Totals:
-        found = cls(gap_max=max(part.gap_max for part in parts))
-        for part in parts:
-            found.add(**part.sums)
-            found.scores |= part.scores
-            found.unsound += part.unsound
-        return found
-
-    def add(self, **values: float | Tensor) -> None:
-        for name, value in values.items():
-            self.sums[name] += float(value)
+    def merge(cls, shares: Sequence[StepSums]) -> StepSums:
+        merged = cls(gap_max=max(share.gap_max for share in shares))
+        for share in shares:
+            for name in SUMMED:
+                setattr(merged, name, getattr(merged, name) + getattr(share, name))
+            merged.scores |= share.scores
+            merged.non_finite += share.non_finite
+        return merged
 
     @torch.no_grad()
-    def compare(self, micro: MicroBatch, chosen: Selection, version: int) -> None:
-        """Student statistics of the micro-batch, and how far the sampler's own are from them.
+    def add_student_statistics(self, micro: MicroBatch, selection: Selection, version: int) -> None:
+        """Add the student's entropies and log-probabilities, and their distance from the sampler's.
 
-        Of all positions where a pass was made over all of them; else of those that the loss has passed over, and of
-        the others what the engine recorded.
+        They come from a pass over all positions where one was made, else from the loss at the selected positions and
+        from the engine's records elsewhere.
         """
-        selected_K, count = chosen.indices_K, len(micro.batch.targets)
-        if micro.observed and not micro.measured and (micro.sampled or len(selected_K) == count):
-            at, found = micro.observed
-            entropy_K = found.entropy_N
+        selected_K, count = selection.indices_K, len(micro.batch.targets)
+        only_loss = micro.recorded or len(selected_K) == count
+        if micro.loss_statistics and not micro.has_statistics and only_loss:
+            indices, stats = micro.loss_statistics
+            entropy_K = stats.entropy_N
         else:
-            at, found = torch.arange(count, device=selected_K.device), micro.statistics
-            entropy_K = found.entropy_N[selected_K]
-        entropy_N, logprob_N = found.entropy_N, found.raw_logprob_N
-        if micro.sampled and len(at) < count:
-            entropy_N, logprob_N = micro.sampled
-        age_N = torch.cat([torch.full((len(t.response_ids),), _age(t, version)) for t in micro.members]).to(at.device)
-        sampled_N = torch.from_numpy(np.concatenate([t.sampler_logprobs for t in micro.members]))
-        difference, age = (sampled_N.to(at.device)[at] - found.raw_logprob_N).abs(), age_N[at]
+            indices, stats = torch.arange(count, device=selected_K.device), micro.statistics
+            entropy_K = stats.entropy_N[selected_K]
+        entropy_N, logprob_N = stats.entropy_N, stats.raw_logprob_N
+        if micro.recorded and len(indices) < count:
+            entropy_N, logprob_N = micro.recorded
+        if micro.recorded:
+            self.entropy_gap += float((micro.recorded[0][indices] - stats.entropy_N).abs().sum())
+            self.entropy_gap_positions += len(indices)
+        self._add_gaps(micro, indices, stats.raw_logprob_N, version)
+        self.entropy += float(entropy_N.sum())
+        self.entropy_selected += float(entropy_K.sum())
+        self.student_logprob += float(logprob_N.sum())
+
+    def _add_gaps(self, micro: MicroBatch, indices: Tensor, logprob: Tensor, version: int) -> None:
+        """Add the distance of the sampler's log-probabilities from ``logprob``, the learner's at ``indices``."""
+        age_N = torch.cat([torch.full((len(t.response_ids),), _age(t, version)) for t in micro.members])
+        age_N = age_N.to(indices.device)
+        sampler_N = torch.from_numpy(np.concatenate([t.sampler_logprobs for t in micro.members])).to(indices.device)
+        difference, age = (sampler_N[indices] - logprob).abs(), age_N[indices]
         gap, policy_gap = difference[age == 0], difference[age > 0]
         self.gap_max = max(self.gap_max, gap.max().item() if len(gap) else 0.0)
-        self.add(
-            gap=gap.sum(),
-            gap_positions=len(gap),
-            policy_gap=policy_gap.sum(),
-            policy_gap_positions=len(policy_gap),
-            staleness=age_N.clamp(min=0).sum(),
-            entropy=entropy_N.sum(),
-            entropy_selected=entropy_K.sum(),
-            student_logprob=logprob_N.sum(),
-        )
-        if micro.sampled:
-            self.add(entropy_gap=(micro.sampled[0][at] - found.entropy_N).abs().sum())
+        self.gap += float(gap.sum())
+        self.gap_positions += len(gap)
+        self.policy_gap += float(policy_gap.sum())
+        self.policy_gap_positions += len(policy_gap)
+        self.staleness += float(age_N.clamp(min=0).sum())
 
-    def summary(self, k: float) -> dict[str, float]:
-        """Metrics of the step; ``k``: the share in force."""
-        s = self.sums
-        selected = max(1.0, s["selected"])
-        sampled = s["gap_positions"]
-        gap = {"sampler_gap": s["gap"] / sampled, "sampler_gap_max": self.gap_max} if sampled else {}
-        if stale := s["policy_gap_positions"]:
-            gap["policy_gap"] = s["policy_gap"] / stale  # what one update changed, not an error of the engine's
-        if "entropy_gap" in s:
-            gap["entropy_gap"] = s["entropy_gap"] / (sampled + stale)
-        return {
-            "loss": s["loss"],
-            "divergence_selected": s["divergence"] / selected,
-            "entropy": s["entropy"] / s["positions"],
-            "entropy_selected": s["entropy_selected"] / selected,
-            "student_logprob": s["student_logprob"] / s["positions"],
-            **gap,
-            "k": k,
-            "samples": s["samples"],
-            "positions": s["positions"],
-            "positions_selected": s["selected"],
-            "staleness": s["staleness"] / s["positions"],
-            "response_tokens": s["positions"] / s["samples"],
-            "train_tokens": s["tokens"],
-            "padding_share": 1.0 - s["tokens"] / s["padded_tokens"],
-            "teacher_wait_seconds": s["teacher_wait_seconds"],
-        }
+    def record(self, k: float) -> StepRecord:
+        """Return the metrics of the step; ``k``: the share of positions at this step."""
+        selected = max(1.0, self.selected)
+        return StepRecord(
+            loss=self.loss,
+            divergence_selected=self.divergence / selected,
+            entropy=self.entropy / self.positions,
+            entropy_selected=self.entropy_selected / selected,
+            student_logprob=self.student_logprob / self.positions,
+            sampler_gap=self.gap / self.gap_positions if self.gap_positions else None,
+            sampler_gap_max=self.gap_max if self.gap_positions else None,
+            policy_gap=self.policy_gap / self.policy_gap_positions if self.policy_gap_positions else None,
+            entropy_gap=self.entropy_gap / self.entropy_gap_positions if self.entropy_gap_positions else None,
+            k=k,
+            samples=self.samples,
+            positions=self.positions,
+            positions_selected=self.selected,
+            staleness=self.staleness / self.positions,
+            response_tokens=self.positions / self.samples,
+            train_tokens=self.tokens,
+            padding_share=1.0 - self.tokens / self.padded_tokens,
+            teacher_wait_seconds=self.teacher_wait_seconds,
+        )
+
+
+SUMMED = [f.name for f in dataclasses.fields(StepSums) if f.name not in ("gap_max", "scores", "non_finite")]
 
 
 def _age(t: Trajectory, version: int) -> int:
-    """Optimizer steps since the weights that sampled it; -1 if the student did not."""
+    """Return the optimizer steps since the weights that sampled ``t``; -1 if the student did not."""
     return -1 if t.policy_version is None else version - t.policy_version

@@ -1,4 +1,8 @@
-"""One forward of the student, and what the teacher knows of the same positions, fetched when it is first asked for."""
+"""A forward of the student on a few trajectories, from hidden states to selected positions.
+
+An entropy takes this way: ``statistics`` (one pass over the LM head) -> ``entropy_and_ce`` -> ``signals`` ->
+``select_positions``.  What the teacher knows of the same positions is fetched when it is first read.
+"""
 
 from __future__ import annotations
 
@@ -12,21 +16,24 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from onpolicy_skd.config.schema import ClassSettings
 from onpolicy_skd.loss.divergence import distillation_loss
 from onpolicy_skd.loss.inputs import Alignment, HiddenRows, Rows
+from onpolicy_skd.loss.sparse_targets import SparseTargets
 from onpolicy_skd.models.batch import Batch
-from onpolicy_skd.models.lm_head import RowStatistics
-from onpolicy_skd.selection.metrics import LEAST_CE, Ranges, Signals
+from onpolicy_skd.models.lm_head import RowStatistics, row_statistics
+from onpolicy_skd.selection.metrics import Ranges, Signals
 from onpolicy_skd.selection.positions import Selection
+from onpolicy_skd.selection.selector import Selector
 from onpolicy_skd.teacher.teacher import RowRequest, TeacherRows
 from onpolicy_skd.tracing import Spans
-from onpolicy_skd.types import Trajectory
+from onpolicy_skd.types import Trajectory, seed_of
 
 T = TypeVar("T")
 
 
 class MicroBatch:
-    """N eligible positions of the sequences ``members``; ``seeds``: one per sequence, for what is drawn."""
+    """N eligible positions of the sequences ``members``; ``seeds``: one per sequence, for random selection."""
 
     def __init__(
         self,
@@ -35,7 +42,6 @@ class MicroBatch:
         embedded_BLH: Tensor | None,
         hidden_NH: Tensor,
         head_VH: Tensor,
-        measure: Callable[[], RowStatistics],
         teacher: TeacherRows,
         alignment: Alignment,
         seeds: Sequence[int],
@@ -43,35 +49,39 @@ class MicroBatch:
     ) -> None:
         self.members = members
         self.batch = batch
-        self.embedded_BLH = embedded_BLH  # a leaf of the graph, where the backbone started from one
+        self.embedded_BLH = embedded_BLH  # a leaf of the graph, where the backbone started from embeddings
         self.hidden_NH = hidden_NH
         self.head_VH = head_VH
-        self.observed: tuple[Tensor, RowStatistics] | None = None  # rows [K] the loss has passed over, and theirs
         self.teacher = teacher
+        self.alignment = alignment
         self.seeds = seeds
-        self.waited = 0.0  # seconds spent on the teacher
-        self._measure = measure
+        self.loss_statistics: tuple[Tensor, RowStatistics] | None = None  # indices [K] and statistics, by the loss
+        self.teacher_wait_seconds = 0.0
         self._spans = spans
-        self._alignment = alignment
-        self._all_rows_NG: Tensor | None = None  # once the teacher's rows at all positions were fetched
+        self._all_rows_NG: Tensor | None = None  # the teacher's rows at all positions, once fetched
 
     @property
     def keys(self) -> list[str]:
         return [t.key for t in self.members]
 
+    # -- the entropies and the selection ---------------------------------------------------------------------------
+
     @cached_property
     def statistics(self) -> RowStatistics:
-        """Of all N positions: a pass over the LM head."""
-        return self._measure()
+        """The student's statistics at all N positions, by a pass over the LM head without gradient."""
+        hidden_NH, head_VH = self.hidden_NH.detach(), self.head_VH.detach()
+        temperature, chunk_rows = self.alignment.temperature, self.alignment.chunk_rows
+        with self._spans("entropy"):
+            return row_statistics(hidden_NH, head_VH, self.batch.targets, temperature, chunk_rows)
 
     @property
-    def measured(self) -> bool:
-        """Whether that pass was made."""
+    def has_statistics(self) -> bool:
+        """True once that pass was made."""
         return "statistics" in self.__dict__
 
     @cached_property
-    def sampled(self) -> tuple[Tensor, Tensor] | None:
-        """Entropy and log-probability of the target at all N positions as the engines recorded them, if they did."""
+    def recorded(self) -> tuple[Tensor, Tensor] | None:
+        """Entropies and target log-probabilities at all N positions as the engines recorded them, or None."""
         entropies = [t.sampler_entropy for t in self.members]
         if any(e is None for e in entropies):
             return None
@@ -79,15 +89,16 @@ class MicroBatch:
         logprobs = np.concatenate([t.sampler_logprobs for t in self.members])
         return torch.from_numpy(np.concatenate(entropies)).to(device), torch.from_numpy(logprobs).to(device)  # type: ignore[arg-type]
 
-    def _student(self) -> tuple[Tensor, Tensor]:
-        if self.sampled:
-            return self.sampled[0], -self.sampled[1]
+    def entropy_and_ce(self) -> tuple[Tensor, Tensor]:
+        """Return H(q_t) and -log q_t(y_t) ``[N]``, nats: recorded by the engines, else from ``statistics``."""
+        if self.recorded:
+            return self.recorded[0], -self.recorded[1]
         return self.statistics.entropy_N, -self.statistics.logprob_N
 
     def signals(self, ranges: Ranges | None = None) -> Signals:
-        """What position scores are made of."""
+        """Return the numbers that position scores are computed from."""
         return Signals(
-            self._student,
+            self.entropy_and_ce,
             self.batch.counts,
             self.seeds,
             lambda: self.entropy_and_logprob,
@@ -96,28 +107,42 @@ class MicroBatch:
             self.hidden_NH.device,
         )
 
+    def select_positions(self, selector: Selector, step: int, ranges: Ranges | None) -> tuple[Tensor, Selection]:
+        """Return the scores ``[N]`` of ``step`` and the positions that they select."""
+        return selector.select(self.signals(ranges), step)
+
+    # -- the teacher -----------------------------------------------------------------------------------------------
+
     @cached_property
     def entropy_and_logprob(self) -> tuple[Tensor, Tensor]:
         """The teacher's entropy and log-probability of the target at all N positions, nats."""
         entropy_N, logprob_N = self._timed(lambda: self.teacher.entropy_and_logprob(self.keys))
         return entropy_N.to(self.hidden_NH.device), logprob_N.to(self.hidden_NH.device)
 
-    def rows(self, chosen: Selection) -> HiddenRows:
-        """The teacher at the chosen positions; only these cross the wire, unless all have done so already."""
+    def rows(self, selection: Selection) -> HiddenRows:
+        """Return the teacher at the selected positions; only these cross the wire, unless all have done so before."""
         if self._all_rows_NG is not None:
-            return HiddenRows(self._all_rows_NG[chosen.indices_K], self.teacher.head())
-        return HiddenRows(self._fetch(self.wanted(chosen)), self.teacher.head())
+            return HiddenRows(self._all_rows_NG[selection.indices_K], self.teacher.head())
+        return HiddenRows(self._fetch(self.row_request(selection)), self.teacher.head())
 
-    def wanted(self, chosen: Selection) -> RowRequest:
-        """The chosen positions by trajectory, counted from each response's start."""
+    def classes(self, selection: Selection, cfg: ClassSettings) -> SparseTargets:
+        """Return a few classes of the teacher's distributions at the selected positions."""
+        request, seeds = self.row_request(selection), [seed_of(seed, "classes") for seed in self.seeds]
+        return self._timed(lambda: self.teacher.classes(request, seeds, cfg)).to(self.hidden_NH.device)
+
+    def row_request(self, selection: Selection) -> RowRequest:
+        """Return the selected positions by trajectory, counted from each response's start."""
         counts = torch.tensor(self.batch.counts)
         starts = counts.cumsum(0) - counts
-        parts = chosen.indices_K.cpu().split(chosen.counts)
-        return [(key, (part - start).tolist()) for key, part, start in zip(self.keys, parts, starts, strict=True)]
+        indices = selection.indices_K.cpu().split(selection.counts)
+        return [(key, (i - start).tolist()) for key, i, start in zip(self.keys, indices, starts, strict=True)]
 
     @torch.no_grad()
     def divergence(self, kind: str, rows_NG: Tensor | None = None) -> Tensor:
-        """``kind`` between student and teacher at all N positions, float32, nats; ``rows_NG`` if they are known."""
+        """Return ``kind`` between student and teacher at all N positions, float32, nats.
+
+        ``rows_NG``: the teacher's hidden states, if they need not be fetched.
+        """
         if rows_NG is None:
             if self._all_rows_NG is None:
                 self._all_rows_NG = self._fetch([(t.key, range(len(t.response_ids))) for t in self.members])
@@ -125,37 +150,23 @@ class MicroBatch:
         targets = self.batch.targets
         rows = Rows(torch.ones(len(targets), device=targets.device), targets)
         teacher = HiddenRows(rows_NG, self.teacher.head())
-        alignment = dataclasses.replace(self._alignment, divergence=kind, kd_weight=1.0, estimator="exact")
+        alignment = dataclasses.replace(self.alignment, divergence=kind, kd_weight=1.0, estimator="exact")
         return distillation_loss(self.hidden_NH.detach(), self.head_VH.detach(), teacher, rows, alignment)[1]
 
     def split(self, values_N: Tensor) -> tuple[Tensor, ...]:
-        """By sequence."""
+        """Split values by sequence."""
         return values_N.split(self.batch.counts)
 
     def means(self, values_N: Tensor) -> list[Tensor]:
-        return [part.mean() for part in self.split(values_N)]
+        """Return the mean of each sequence."""
+        return [values_n.mean() for values_n in self.split(values_N)]
 
-    def _fetch(self, wanted: RowRequest) -> Tensor:
-        return self._timed(lambda: self.teacher.rows(wanted)).to(self.hidden_NH.device)
+    def _fetch(self, request: RowRequest) -> Tensor:
+        return self._timed(lambda: self.teacher.rows(request)).to(self.hidden_NH.device)
 
-    def _timed(self, ask: Callable[[], T]) -> T:
-        started = time.perf_counter()
+    def _timed(self, fetch: Callable[[], T]) -> T:
+        start = time.perf_counter()
         with self._spans("wait for teacher"):
-            answer = ask()
-        self.waited += time.perf_counter() - started
+            answer = fetch()
+        self.teacher_wait_seconds += time.perf_counter() - start
         return answer
-
-
-def _ce_ratio(micro: MicroBatch) -> list[Tensor]:
-    signals = micro.signals()
-    student, teacher = micro.means(signals.ce_N), micro.means(signals.teacher_ce_N)
-    return [s / t.clamp(min=LEAST_CE) for s, t in zip(student, teacher, strict=True)]
-
-
-SampleScore = Callable[[MicroBatch], Sequence[Tensor]]  # one value per sequence
-
-SAMPLE_SCORES: dict[str, SampleScore] = {
-    "student_entropy": lambda micro: micro.means(micro.statistics.entropy_N),
-    "kl": lambda micro: micro.means(micro.signals().kl_N),
-    "ce_ratio": _ce_ratio,  # of the two sequence means, not the mean of ratios (DA-KD)
-}

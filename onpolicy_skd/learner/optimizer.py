@@ -1,4 +1,4 @@
-"""AdamW, its learning rates, and how many processor threads a learner takes."""
+"""AdamW, its learning rates, and the learner's processor threads."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from onpolicy_skd.config.schema import LearnerSettings
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer, named: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """AdamW's moments and step counts under the names of the parameters they belong to."""
+    """Return AdamW's moments and step counts under the names of their parameters."""
     return {
         f"optimizer/{key}/{name}": torch.as_tensor(value)
         for name, parameter in named.items()
@@ -27,7 +27,7 @@ def load_optimizer_tensors(
     tensors: dict[str, Tensor],
     place: Callable[[Tensor, Tensor], Tensor] = lambda tensor, parameter: tensor.to(parameter.device),
 ) -> None:
-    """Inverse of ``optimizer_tensors``; ``place`` puts a tensor where the parameter is that it belongs to."""
+    """Load what ``optimizer_tensors`` returned; ``place`` moves a tensor to its parameter's device and sharding."""
     for full, tensor in tensors.items():
         kind, _, rest = full.partition("/")
         if kind == "optimizer":
@@ -36,7 +36,7 @@ def load_optimizer_tensors(
 
 
 def adamw(named: Mapping[str, Tensor], settings: LearnerSettings) -> torch.optim.AdamW:
-    """The optimizer of a run; vectors (norms, biases) do not decay."""
+    """Return the optimizer of a run; vectors (norms, biases) do not decay."""
     return torch.optim.AdamW(
         [
             dict(params=[p for p in named.values() if p.ndim > 1], weight_decay=settings.weight_decay),
@@ -44,17 +44,17 @@ def adamw(named: Mapping[str, Tensor], settings: LearnerSettings) -> torch.optim
         ],
         lr=settings.lr,
         betas=(settings.beta1, settings.beta2),
-        fused=True,  # else two copies of the largest parameter at each step
+        fused=True,  # without: two copies of the largest parameter at each step
     )
 
 
 def learner_threads(settings: LearnerSettings) -> int:
-    """Processor threads of one rank on CPU: as set, or its part of all cores but one, left to the other roles."""
+    """Return a rank's processor threads on CPU: as set, or its share of all cores but one, left to the other roles."""
     return settings.threads or max(1, ((os.cpu_count() or 2) - 1) // settings.ranks)
 
 
 def learning_rate(settings: LearnerSettings, step: int, steps: int) -> float:
-    """Rate of ``step`` (0-based) of ``steps``: linear warm-up to ``lr``, then down to ``min_lr_ratio * lr``."""
+    """Return the rate of ``step`` (0-based): linear warm-up to ``lr``, then down to ``min_lr_ratio * lr``."""
     if step < settings.warmup_steps:
         return settings.lr * (step + 1) / (settings.warmup_steps + 1)
     done = min(1.0, (step - settings.warmup_steps) / max(1, steps - settings.warmup_steps))

@@ -1,4 +1,4 @@
-"""A small fixed batch on which progress is measured: the same trajectories and teacher rows for the whole run."""
+"""A small fixed batch for measuring progress: the same trajectories and teacher rows during a run."""
 
 from __future__ import annotations
 
@@ -15,14 +15,18 @@ from onpolicy_skd.types import Trajectory
 
 @dataclass(frozen=True, slots=True)
 class Probe:
+    """Trajectories with the teacher's hidden states."""
+
     trajectories: list[Trajectory]
     rows: dict[str, Tensor]  # the teacher's hidden states [n, G] by trajectory key
 
     @classmethod
     def of(cls, trajectories: Sequence[Trajectory], teacher: TeacherRows) -> Probe:
-        """``trajectories``, which the teacher must have encoded."""
+        """Make a probe of ``trajectories``, which the teacher must have encoded."""
         rows = {f"probe/{i}": teacher.rows([(t.key, range(len(t.response_ids)))]) for i, t in enumerate(trajectories)}
-        return cls([_named(i, t.prompt_ids, t.response_ids, t.documents) for i, t in enumerate(trajectories)], rows)
+        return cls(
+            [_trajectory(i, t.prompt_ids, t.response_ids, t.documents) for i, t in enumerate(trajectories)], rows
+        )
 
     def state_dict(self) -> dict[str, Tensor]:
         state = {}
@@ -40,10 +44,10 @@ class Probe:
         for i in numbers:
             documents = state.get(f"{i}/documents")
             prompt, response = state[f"{i}/prompt"].numpy(), state[f"{i}/response"].numpy()
-            trajectories.append(_named(i, prompt, response, None if documents is None else documents.numpy()))
+            trajectories.append(_trajectory(i, prompt, response, None if documents is None else documents.numpy()))
         return cls(trajectories, {f"probe/{i}": state[f"{i}/rows"] for i in numbers})
 
 
-def _named(number: int, prompt: np.ndarray, response: np.ndarray, documents: np.ndarray | None) -> Trajectory:
-    nothing = np.zeros(len(response), np.float32)
-    return Trajectory(f"probe/{number}", prompt, response, nothing, "stop", None, documents=documents)
+def _trajectory(number: int, prompt: np.ndarray, response: np.ndarray, documents: np.ndarray | None) -> Trajectory:
+    zeros = np.zeros(len(response), np.float32)
+    return Trajectory(f"probe/{number}", prompt, response, zeros, "stop", None, documents=documents)

@@ -13,6 +13,7 @@ from typing import Any, Protocol
 
 from onpolicy_skd.evaluation.evaluate import Evaluation
 from onpolicy_skd.learner.learner import NonFiniteLossError
+from onpolicy_skd.learner.metrics import StepRecord
 from onpolicy_skd.report import summary
 from onpolicy_skd.report.console import Display
 from onpolicy_skd.report.metrics_log import Event, MetricsLog, events_of, read, steps_of
@@ -217,16 +218,16 @@ class RunLogger:
         record = {"restarted": recovery.restarted, "cause": recovery.cause, "down_seconds": seconds}
         self._metrics.write({"step": step, "event": Event.FAULT, **record})
 
-    def step(self, step: int, report: FilterReport, metrics: dict[str, float], timer: PhaseTimer) -> None:
+    def step(self, step: int, report: FilterReport, metrics: StepRecord, timer: PhaseTimer) -> None:
         record = {
             "step": step,
             **step_counts(report),
-            **metrics,
+            **metrics.as_dict(),
             "seconds": timer.seconds | {"step": timer.total},
-            "tokens_per_second": metrics["train_tokens"] / timer.total,
+            "tokens_per_second": metrics.train_tokens / timer.total,
         }
         self._metrics.write(record)
-        self._steps, self._version = step + 1, int(metrics["version"])  # not before the record is safe
+        self._steps, self._version = step + 1, metrics.version  # not before the record is safe
         self._display.step(record)
         for guard, text in self._health.check(record):
             self._metrics.write({"step": step, "event": Event.WARNING, "guard": guard, "text": text})

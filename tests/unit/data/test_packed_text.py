@@ -207,7 +207,7 @@ def test_the_bandits_probe_keeps_documents_apart():
     teacher.encode([sample])
     probe = Probe.of([sample], teacher)
     for again in (probe, Probe.from_state_dict(probe.state_dict())):
-        assert learner.divergence(again.trajectories, again.rows) == pytest.approx(0.0, abs=1e-6)
+        assert learner.scorer.divergence(again.trajectories, again.rows) == pytest.approx(0.0, abs=1e-6)
 
 
 def test_two_runs_may_pack_the_same_text_at_once(tmp_path, tokenizer):

@@ -12,8 +12,8 @@ import torch
 from helpers import VOCABULARY, make_trajectories, tiny_model, tiny_settings
 from learner_helpers import FAMILIES, LENGTHS, build, gradients, relative
 
-from onpolicy_skd.evaluation import diagnostics as inspection
-from onpolicy_skd.learner import learner as learner_module
+from onpolicy_skd.evaluation import diagnostics
+from onpolicy_skd.learner import forward, micro_batch
 from onpolicy_skd.learner.learner import Learner, NonFiniteLossError, SamplerGapError
 from onpolicy_skd.learner.optimizer import learning_rate
 from onpolicy_skd.models.batch import collate
@@ -48,10 +48,10 @@ def test_gradient_equals_the_spelled_out_objective(family, tied, k):
     learner, teacher = build(family, tied, positions={"k": k})
     batch = make_trajectories(LENGTHS)
     loss, expected = dense_gradients(learner.student.model, teacher._model.model, batch, k)
-    found = gradients(learner, teacher, batch)
-    assert found.keys() == expected.keys()
-    assert relative(found, expected) < 1e-5
-    assert learner.accumulate(batch).sums["loss"] == pytest.approx(loss, rel=1e-5)
+    actual = gradients(learner, teacher, batch)
+    assert actual.keys() == expected.keys()
+    assert relative(actual, expected) < 1e-5
+    assert learner.accumulate(batch).loss == pytest.approx(loss, rel=1e-5)
 
 
 @pytest.mark.parametrize("budget", [1, 40, 90, 10_000])
@@ -60,67 +60,67 @@ def test_gradient_does_not_depend_on_the_cut_or_the_order(budget, order):
     batch = make_trajectories(LENGTHS)
     expected = gradients(*build(), batch)
     places = {"as is": range(8), "reversed": range(7, -1, -1), "shuffled": [3, 0, 7, 5, 1, 6, 2, 4]}[order]
-    found = gradients(*build(budget=budget), [batch[i] for i in places])
-    assert relative(found, expected) < 1e-5
+    actual = gradients(*build(budget=budget), [batch[i] for i in places])
+    assert relative(actual, expected) < 1e-5
 
 
-@pytest.mark.parametrize("expected", [8.0, 13.0])
-def test_a_step_whose_trajectories_come_in_parts_is_the_same_step(expected):
-    """Also where fewer come than were expected."""
-    (whole, teacher), (parts, other) = build(learner={"lr": 1e-2}), build(learner={"lr": 1e-2})
+@pytest.mark.parametrize("expected_weight", [8.0, 13.0])
+def test_a_step_whose_trajectories_arrive_in_batches_is_the_same_step(expected_weight):
+    """Fewer trajectories than expected may arrive."""
+    (learner, teacher), (streaming, other) = build(learner={"lr": 1e-2}), build(learner={"lr": 1e-2})
     for _ in range(3):
-        batch = make_trajectories(LENGTHS, version=whole.version)
+        batch = make_trajectories(LENGTHS, version=learner.version)
         teacher.encode(batch)
-        found = whole.step(batch)
+        expected = learner.step(batch).as_dict()
         other.encode(batch)
-        parts.begin(expected)
-        for some in (batch[:1], batch[1:5], batch[5:]):
-            parts.add(some)
-        again = parts.finish()
-        assert again.keys() == found.keys()
-        for key in found.keys() - {"learner_seconds", "teacher_wait_seconds", "padding_share"}:
-            assert again[key] == pytest.approx(found[key], rel=1e-4), key
-    for one, same in zip(whole.named.values(), parts.named.values(), strict=True):
-        assert torch.allclose(one, same, atol=1e-5)
+        streaming.begin_step(expected_weight)
+        for arrived in (batch[:1], batch[1:5], batch[5:]):
+            streaming.add_trajectories(arrived)
+        record = streaming.end_step().as_dict()
+        assert record.keys() == expected.keys()
+        for key in expected.keys() - {"learner_seconds", "teacher_wait_seconds", "padding_share"}:
+            assert record[key] == pytest.approx(expected[key], rel=1e-4), key
+    for a, b in zip(learner.state.named.values(), streaming.state.named.values(), strict=True):
+        assert torch.allclose(a, b, atol=1e-5)
 
 
 @pytest.mark.parametrize(("family", "tied"), FAMILIES)
 def test_gradient_does_not_depend_on_the_padding_side(family, tied, monkeypatch):
     batch = make_trajectories(LENGTHS)
     expected = gradients(*build(family, tied), batch)
-    monkeypatch.setattr(learner_module, "collate", functools.partial(collate, padding_side="left"))
+    monkeypatch.setattr(forward, "collate", functools.partial(collate, padding_side="left"))
     assert relative(gradients(*build(family, tied), batch), expected) < 1e-5
 
 
 @pytest.mark.parametrize(("family", "tied"), FAMILIES)
-def test_lora_trains_its_additions_and_leaves_a_plain_model(family, tied, tmp_path):
+def test_lora_trains_its_adapters_and_leaves_a_plain_model(family, tied, tmp_path):
     """The merged weights are the model that was trained, under the names of a checkpoint, in engines and on disk."""
     batch = make_trajectories(LENGTHS)
     learner, teacher = build(family, tied, lora=4, learner={"lr": 1e-2, "warmup_steps": 0})
     before = tiny_model(family, tied)
-    assert learner.named
-    assert all(".lora_" in name for name in learner.named)
-    assert sum(p.numel() for p in learner.named.values()) < 0.5 * sum(p.numel() for p in before.parameters())
+    assert learner.state.named
+    assert all(".lora_" in name for name in learner.state.named)
+    assert sum(p.numel() for p in learner.state.named.values()) < 0.5 * sum(p.numel() for p in before.parameters())
     teacher.encode(batch)
-    assert dict(learner.weights()).keys() == dict(before.named_parameters()).keys()
-    for name, weight in learner.weights():
+    assert dict(learner.state.weights()).keys() == dict(before.named_parameters()).keys()
+    for name, weight in learner.state.weights():
         assert torch.equal(weight, before.get_parameter(name)), name  # they begin with nothing
     losses = []
     for _ in range(15):
-        losses.append(learner.step([dataclasses.replace(t, policy_version=learner.version) for t in batch])["loss"])
+        losses.append(learner.step([dataclasses.replace(t, policy_version=learner.version) for t in batch]).loss)
     assert losses[-1] < 0.8 * losses[0]
-    learner.save_pretrained(tmp_path / "m", load_tokenizer("bundled:demo_student"))
-    plain, whole = load_model(str(tmp_path / "m"), torch.float32, "cpu").eval(), collate(batch, 0)
+    learner.state.save_pretrained(tmp_path / "m", load_tokenizer("bundled:demo_student"))
+    plain, collated = load_model(str(tmp_path / "m"), torch.float32, "cpu").eval(), collate(batch, 0)
     with torch.no_grad():
-        trained = learner.student.hidden(whole)
-        assert torch.allclose(split(plain, VOCABULARY).hidden(whole), trained, atol=1e-4)
+        trained = learner.student.hidden(collated)
+        assert torch.allclose(split(plain, VOCABULARY).hidden(collated), trained, atol=1e-4)
         moved = sum(not torch.equal(w, before.get_parameter(n)) for n, w in plain.named_parameters())
         assert 0 < moved < len(list(plain.parameters()))
-    kept = {n: t.clone() for n, t in learner.tensors().items()}
+    kept = {n: t.clone() for n, t in learner.state.tensors().items()}
     assert all(".lora_" in name for name in kept if name.startswith("model/"))
     again, _ = build(family, tied, lora=4, learner={"lr": 1e-2})
-    again.restore(kept, learner.version)
-    assert torch.equal(again.student.hidden(whole), learner.student.hidden(whole))
+    again.state.restore(kept, learner.version)
+    assert torch.equal(again.student.hidden(collated), learner.student.hidden(collated))
 
 
 def test_activation_checkpointing_changes_nothing():
@@ -138,9 +138,9 @@ def test_teacher_equal_to_student_gives_no_divergence_and_no_update(family, tied
     learner, teacher = build(family, tied, teacher=tiny_model(family, tied), positions={"k": 1.0})
     batch = make_trajectories(LENGTHS)
     teacher.encode(batch)
-    found = learner.step(batch)
-    assert found["divergence_selected"] < 1e-6
-    assert found["grad_norm"] < 1e-5
+    record = learner.step(batch)
+    assert record.divergence_selected < 1e-6
+    assert record.grad_norm < 1e-5
 
 
 def test_a_vocabulary_padded_in_the_teacher_is_cut():
@@ -161,59 +161,59 @@ def test_training_lowers_the_divergence_and_counts_versions():
     for version in range(30):
         batch = make_trajectories(LENGTHS, version=version)
         teacher.encode(batch)
-        values.append(learner.step(batch)["divergence_selected"])
+        values.append(learner.step(batch).divergence_selected)
     assert learner.version == 30
     assert values[-1] < 0.5 * values[0]
-    assert learner.divergence(batch) == pytest.approx(values[-1], rel=0.3)
+    assert learner.scorer.divergence(batch) == pytest.approx(values[-1], rel=0.3)
 
 
 def test_a_gap_between_sampler_and_learner_stops_the_run_before_the_update():
     learner, teacher = build(sync={"max_gap": 0.01})
     batch = make_trajectories(LENGTHS)
     teacher.encode(batch)
-    before = {n: p.clone() for n, p in learner.named.items()}
+    before = {n: p.clone() for n, p in learner.state.named.items()}
     with pytest.raises(SamplerGapError, match=r"sync\.max_gap=0\.01"):
         learner.step(batch)
-    assert all(torch.equal(p, before[n]) for n, p in learner.named.items())
+    assert all(torch.equal(p, before[n]) for n, p in learner.state.named.items())
     model = learner.student
     agreeing = []
     for t in batch:
-        one = collate([t], 0)
+        single = collate([t], 0)
         with torch.no_grad():
-            logprob = row_statistics(model.hidden(one), model.head_VH, one.targets).raw_logprob_N
+            logprob = row_statistics(model.hidden(single), model.head_VH, single.targets).raw_logprob_N
         agreeing.append(dataclasses.replace(t, sampler_logprobs=logprob.numpy()))
-    assert learner.step(agreeing)["sampler_gap"] < 1e-5
+    assert learner.step(agreeing).sampler_gap < 1e-5
 
 
 def test_a_loss_that_is_not_finite_is_no_update_and_names_its_samples():
     learner, teacher = build(budget=40)
     batch = make_trajectories(LENGTHS)
-    before = {n: p.clone() for n, p in learner.named.items()}
+    before = {n: p.clone() for n, p in learner.state.named.items()}
     teacher.encode(batch)
     teacher._hidden["t3"] = torch.full_like(teacher._hidden["t3"], math.nan)
     with pytest.raises(NonFiniteLossError, match=r"loss nan.*from 1 samples \(t3\)") as caught:
         learner.step(batch)
     assert caught.value.samples == ["t3"]
     assert learner.version == 0
-    assert all(torch.equal(p, before[n]) for n, p in learner.named.items())
-    assert not any(p.grad is not None for p in learner.named.values())
-    assert not learner.optimizer.state
+    assert all(torch.equal(p, before[n]) for n, p in learner.state.named.items())
+    assert not any(p.grad is not None for p in learner.state.named.values())
+    assert not learner.state.optimizer.state
     teacher.release(["t3"])
     teacher.encode(batch)
-    assert math.isfinite(learner.step(batch)["loss"])  # and the next step is as good as ever
+    assert math.isfinite(learner.step(batch).loss)  # the next step is not affected
 
 
 def test_a_gradient_that_overflows_is_no_update():
     learner, teacher = build()
     batch = make_trajectories(LENGTHS)
     teacher.encode(batch)
-    name, parameter = next((n, p) for n, p in learner.named.items() if "embed" not in n)
+    name, parameter = next((n, p) for n, p in learner.state.named.items() if "embed" not in n)
     handle = parameter.register_hook(lambda gradient: gradient * math.inf)
     before = parameter.clone()
     with pytest.raises(NonFiniteLossError, match=f"gradient norm (nan|inf), from {len(batch)} samples"):
         learner.step(batch)
     handle.remove()
-    assert torch.equal(learner.named[name], before)
+    assert torch.equal(learner.state.named[name], before)
 
 
 def test_trajectories_of_another_policy_are_refused():
@@ -224,73 +224,73 @@ def test_trajectories_of_another_policy_are_refused():
         learner.step(batch)
 
 
-def test_one_step_of_staleness_is_trained_on_if_allowed_and_not_taken_for_an_error_of_the_engine():
+def test_one_step_of_staleness_is_trained_on_if_allowed_and_not_an_error_of_the_engine():
     learner, teacher = build(pipeline={"max_staleness": 1}, sync={"max_gap": 0.01})
-    learner.version = 1
+    learner.state.version = 1
     batch = recorded(learner, make_trajectories(LENGTHS))  # of version 0
     far = [dataclasses.replace(t, sampler_logprobs=t.sampler_logprobs - 0.3, sampler_entropy=None) for t in batch]
     teacher.encode(far)
-    found = learner.step(far)
-    assert found["staleness"] == 1
-    assert found["policy_gap"] == pytest.approx(0.3, abs=1e-4)
-    assert "sampler_gap" not in found
+    record = learner.step(far)
+    assert record.staleness == 1
+    assert record.policy_gap == pytest.approx(0.3, abs=1e-4)
+    assert record.sampler_gap is None
     teacher.encode(far)
     with pytest.raises(RuntimeError, match="at most 1 steps of staleness"):
         learner.step(far)
 
 
 def recorded(learner, trajectories):
-    """``trajectories`` with what an engine of the same weights would have recorded."""
-    done = []
+    """Return ``trajectories`` as an engine of the same weights would record them."""
+    result = []
     for t in trajectories:
         batch = collate([t], 0)
         with torch.no_grad():
-            found = row_statistics(learner.student.hidden(batch), learner.student.head_VH, batch.targets)
-        own = {"sampler_logprobs": found.raw_logprob_N.numpy(), "sampler_entropy": found.entropy_N.numpy()}
-        done.append(dataclasses.replace(t, **own))
-    return done
+            stats = row_statistics(learner.student.hidden(batch), learner.student.head_VH, batch.targets)
+        fields = {"sampler_logprobs": stats.raw_logprob_N.numpy(), "sampler_entropy": stats.entropy_N.numpy()}
+        result.append(dataclasses.replace(t, **fields))
+    return result
 
 
 @pytest.mark.parametrize("positions", [{"k": 0.3}, {"policy": "full"}, {"metric": "student_ce", "k": 0.5}])
-def test_entropies_of_the_engine_give_the_same_step_without_a_pass_of_the_learners_own(positions, monkeypatch):
+def test_entropies_of_the_engine_give_the_same_step_without_a_pass_over_the_learners_head(positions, monkeypatch):
     plain, plain_teacher = build(positions=positions)
     fed, teacher = build(positions=positions, rollout={"entropy": "engine"})
     batch = make_trajectories(LENGTHS)
     batch = recorded(plain, batch)
     without = [dataclasses.replace(t, sampler_entropy=None) for t in batch]
-    assert fed.score_samples(batch) == pytest.approx(plain.score_samples(without), rel=1e-5)
+    assert fed.scorer.score_samples(batch) == pytest.approx(plain.scorer.score_samples(without), rel=1e-5)
     plain_teacher.encode(without)
     expected = plain.step(without)
-    monkeypatch.setattr(learner_module, "row_statistics", None)  # would be called in vain
+    monkeypatch.setattr(micro_batch, "row_statistics", None)  # would raise if it were called
     teacher.encode(batch)
-    found = fed.step(batch)
+    record = fed.step(batch)
     for name in ("loss", "grad_norm", "entropy", "entropy_selected", "student_logprob", "positions_selected"):
-        assert found[name] == pytest.approx(expected[name], rel=1e-5), name
-    assert found["entropy_gap"] < 1e-5
-    assert found["sampler_gap"] < 1e-5
-    for a, b in zip(plain.named.values(), fed.named.values(), strict=True):
+        assert getattr(record, name) == pytest.approx(getattr(expected, name), rel=1e-5), name
+    assert record.entropy_gap < 1e-5
+    assert record.sampler_gap < 1e-5
+    for a, b in zip(plain.state.named.values(), fed.state.named.values(), strict=True):
         assert torch.allclose(a, b, atol=1e-6)
 
 
 def test_all_positions_need_one_pass_over_the_head(monkeypatch):
     learner, teacher = build(positions={"policy": "full"})
-    monkeypatch.setattr(learner_module, "row_statistics", None)
+    monkeypatch.setattr(micro_batch, "row_statistics", None)
     batch = make_trajectories(LENGTHS)
     teacher.encode(batch)
-    assert learner.step(batch)["entropy"] > 0
+    assert learner.step(batch).entropy > 0
 
 
 def test_sample_filter_ranks_by_mean_entropy_and_counts():
     learner, _ = build(samples={"keep": 0.25})
     batch = make_trajectories(LENGTHS)
     batch[2] = dataclasses.replace(batch[2], finish_reason="length")
-    report, kept = learner.filter(batch)
+    report, kept = learner.scorer.filter(batch)
     assert [t.key for t in kept] == report.kept
-    scores = dict(zip([t.key for t in batch], learner.score_samples(batch), strict=True))
+    scores = dict(zip([t.key for t in batch], learner.scorer.score_samples(batch), strict=True))
     valid = [t.key for t in batch if t.finish_reason == "stop"]
     assert set(report.kept) == set(sorted(valid, key=scores.get, reverse=True)[:2])
     assert report.dropped == {"truncated": 1, "not_selected": 5}
-    empty, _ = learner.filter([dataclasses.replace(t, finish_reason="length") for t in batch])
+    empty, _ = learner.scorer.filter([dataclasses.replace(t, finish_reason="length") for t in batch])
     assert empty.kept == []
     assert empty.dropped == {"truncated": 8}
 
@@ -298,7 +298,7 @@ def test_sample_filter_ranks_by_mean_entropy_and_counts():
 def test_mean_entropy_is_the_mean_over_the_response():
     learner, _ = build(budget=60)
     batch = make_trajectories(LENGTHS)
-    for t, score in zip(batch, learner.score_samples(batch), strict=True):
+    for t, score in zip(batch, learner.scorer.score_samples(batch), strict=True):
         ids = torch.as_tensor(np.concatenate([t.prompt_ids, t.response_ids]))[None]
         log_q = learner.student.model(input_ids=ids).logits[0, len(t.prompt_ids) - 1 : -1].log_softmax(-1)
         assert score == pytest.approx(-(log_q.exp() * log_q).sum(-1).mean().item(), rel=1e-4)
@@ -334,39 +334,39 @@ VARIANTS = {
 @pytest.mark.parametrize("name", VARIANTS)
 def test_no_variant_depends_on_how_the_batch_is_cut_or_padded(name, monkeypatch):
     batch = make_trajectories(LENGTHS)
-    whole, teacher = build(**VARIANTS[name])
+    learner, teacher = build(**VARIANTS[name])
     teacher.encode(batch)
-    whole.step(batch)  # queues, schedules and averages have something to remember
-    state = {n: t.clone() for n, t in whole.tensors().items()}
+    learner.step(batch)  # gives queues, schedules and averages a state
+    state = {n: t.clone() for n, t in learner.state.tensors().items()}
     later = make_trajectories(LENGTHS, seed=5, version=1)
-    expected = gradients(whole, teacher, later)
+    expected = gradients(learner, teacher, later)
     assert sum(g.norm() for g in expected.values()) > 0
     for budget, side in ((40, "right"), (10_000, "left")):
-        monkeypatch.setattr(learner_module, "collate", functools.partial(collate, padding_side=side))
+        monkeypatch.setattr(forward, "collate", functools.partial(collate, padding_side=side))
         cut, teacher = build(budget=budget, **VARIANTS[name])
-        cut.restore(state, 1)
+        cut.state.restore(state, 1)
         assert relative(gradients(cut, teacher, later), expected) < 1e-5
 
 
 @pytest.mark.parametrize("name", VARIANTS)
 def test_every_variant_resumes_with_the_losses_of_an_uninterrupted_run(name, tmp_path):
     def run(learner, teacher, versions):
-        found = []
+        records = []
         for version in versions:
             batch = make_trajectories(LENGTHS, seed=version, version=version)
             teacher.encode(batch)
-            record = learner.step(batch)
-            found.append({k: v for k, v in record.items() if not k.endswith("seconds")})
-        return found
+            record = learner.step(batch).as_dict()
+            records.append({k: v for k, v in record.items() if not k.endswith("seconds")})
+        return records
 
     options = {"learner": {"lr": 1e-2, "weight_decay": 0.1}, **VARIANTS[name]}
-    whole = run(*build(**options), range(7))
+    uninterrupted = run(*build(**options), range(7))
     learner, teacher = build(**options)
     first = run(learner, teacher, range(4))
-    checkpoint.save(tmp_path, 4, {}, learner.tensors(), keep=1)
+    checkpoint.save(tmp_path, 4, {}, learner.state.tensors(), keep=1)
     resumed, teacher = build(**options)
-    resumed.restore(checkpoint.newest(tmp_path).tensors, 4)
-    assert first + run(resumed, teacher, range(4, 7)) == whole
+    resumed.state.restore(checkpoint.newest(tmp_path).tensors, 4)
+    assert first + run(resumed, teacher, range(4, 7)) == uninterrupted
 
 
 @pytest.mark.parametrize("name", VARIANTS)
@@ -376,10 +376,10 @@ def test_every_variant_runs_in_bfloat16_on_float32_masters(name):
     for version in range(2):
         batch = make_trajectories(LENGTHS, seed=version, version=version)
         teacher.encode(batch)
-        found = learner.step(batch)
-        assert math.isfinite(found["loss"])
-        assert found["grad_norm"] > 0
-    assert all(p.dtype == torch.float32 and torch.isfinite(p).all() for p in learner.named.values())
+        record = learner.step(batch)
+        assert math.isfinite(record.loss)
+        assert record.grad_norm > 0
+    assert all(p.dtype == torch.float32 and torch.isfinite(p).all() for p in learner.state.named.values())
 
 
 @pytest.mark.parametrize("name", ["kl", "gls", "sampled_unbiased", "topk_tail", "decoupled_kd", "at_kd", "egad"])
@@ -387,10 +387,10 @@ def test_every_variant_lowers_the_divergence(name):
     learner, teacher = build(**{"learner": {"lr": 1e-2, "warmup_steps": 0}, **VARIANTS[name]})
     batch = make_trajectories(LENGTHS)
     teacher.encode(batch)
-    before = learner.divergence(batch)
+    before = learner.scorer.divergence(batch)
     for version in range(30):
         learner.step([dataclasses.replace(t, policy_version=version) for t in batch])
-    assert learner.divergence(batch) < 0.85 * before
+    assert learner.scorer.divergence(batch) < 0.85 * before
 
 
 def test_at_kd_treats_the_less_sure_half_of_the_batch_as_hard():
@@ -415,15 +415,15 @@ def test_at_kd_treats_the_less_sure_half_of_the_batch_as_hard():
     unsure, tckd, nckd, weight = torch.cat(per_position).T
     hard = unsure >= unsure.sort(descending=True).values[math.ceil(len(unsure) / 2) - 1]
     expected = (weight * torch.where(hard, 0.7 * (tckd + nckd), 0.3 * nckd)).sum()
-    assert learner.accumulate(batch).sums["loss"] == pytest.approx(expected.item(), rel=1e-4)
+    assert learner.accumulate(batch).loss == pytest.approx(expected.item(), rel=1e-4)
 
 
 def test_egad_sets_temperatures_and_compares_hidden_states_where_the_teacher_is_unsure():
-    own = {"variant": "egad", "min_temperature": 0.8, "max_temperature": 2.5, "feature_weight": 0.7}
-    learner, teacher = build(alignment={**own, "feature_entropy": 0.8}, positions={"k": 1.0})
+    egad = {"variant": "egad", "min_temperature": 0.8, "max_temperature": 2.5, "feature_weight": 0.7}
+    learner, teacher = build(alignment={**egad, "feature_entropy": 0.8}, positions={"k": 1.0})
     batch = make_trajectories(LENGTHS)
     teacher.encode(batch)
-    projection = learner.named["objective.projection"]
+    projection = learner.state.named["objective.projection"]
     expected = 0.0
     for t in batch:
         ids = torch.as_tensor(np.concatenate([t.prompt_ids, t.response_ids]))[None]
@@ -434,12 +434,12 @@ def test_egad_sets_temperatures_and_compares_hidden_states_where_the_teacher_is_
             temperature = (2.5 - 1.7 * share)[:, None]
             log_q = (learner.student.model(input_ids=ids).logits[0, first:-1] / temperature).log_softmax(-1)
             rows = (log_q.exp() * (log_q - (log_p / temperature).log_softmax(-1))).sum(-1)
-            own_hidden = learner.student.backbone(input_ids=ids).last_hidden_state[0, first:-1]
+            hidden = learner.student.backbone(input_ids=ids).last_hidden_state[0, first:-1]
             other = teacher._model.backbone(input_ids=ids).last_hidden_state[0, first:-1]
-            feature = (own_hidden @ projection.T - other).square().mean(-1)
+            feature = (hidden @ projection.T - other).square().mean(-1)
             assert 0 < (share >= 0.8).float().mean() < 1 or len(share) < 9
         expected += (rows + 0.7 * (share >= 0.8) * feature).mean().item() / len(batch)
-    assert learner.accumulate(batch).sums["loss"] == pytest.approx(expected, rel=1e-4)
+    assert learner.accumulate(batch).loss == pytest.approx(expected, rel=1e-4)
     assert projection.grad.norm() > 0
 
 
@@ -450,21 +450,21 @@ def test_the_average_of_the_student_follows_it():
     plain, other = build()
     other.encode(batch)
     assert relative(gradients(learner, teacher, batch), gradients(plain, other, batch)) < 1e-5  # no distance yet
-    before = {n: p.detach().clone() for n, p in learner.named.items()}
+    before = {n: p.detach().clone() for n, p in learner.state.named.items()}
     learner.step(batch)
-    average = {n.partition("/")[2]: t for n, t in learner.tensors().items() if n.startswith("objective/")}
-    for name, new in learner.named.items():
+    average = {n.partition("/")[2]: t for n, t in learner.state.tensors().items() if n.startswith("objective/")}
+    for name, new in learner.state.named.items():
         assert torch.allclose(average[name], 0.75 * before[name] + 0.25 * new, atol=1e-6)
     again = [dataclasses.replace(t, policy_version=1) for t in batch]
-    plain.restore({n: t for n, t in learner.tensors().items() if not n.startswith("objective/")}, 1)
+    plain.state.restore({n: t for n, t in learner.state.tensors().items() if not n.startswith("objective/")}, 1)
     assert relative(gradients(learner, teacher, again), gradients(plain, other, again)) > 1e-3
 
 
 def test_with_all_classes_the_sparse_targets_are_full_kd():
     batch = make_trajectories(LENGTHS)
     full = gradients(*build(alignment=FORWARD), batch)
-    every = {"sampler": "top_k", "k": VOCABULARY}
-    assert relative(gradients(*build(alignment=FORWARD, classes=every), batch), full) < 1e-4
+    all_classes = {"sampler": "top_k", "k": VOCABULARY}
+    assert relative(gradients(*build(alignment=FORWARD, classes=all_classes), batch), full) < 1e-4
     drawn = gradients(*build(alignment=FORWARD, classes={"sampler": "rs_kd", "draws": 20_000}), batch)
     assert relative(drawn, full) < 0.1
 
@@ -475,16 +475,16 @@ def test_gls_may_leave_a_sample_without_positions():
     teacher.encode(first)
     learner.step(first)
     teacher.encode(later)
-    found = learner.step(later)
-    assert found["positions_selected"] in range(3)
-    assert math.isfinite(found["loss"])
+    record = learner.step(later)
+    assert record.positions_selected in range(3)
+    assert math.isfinite(record.loss)
 
 
 @pytest.mark.parametrize("metric", ["kl", "ce_ratio", "random"])
 def test_samples_are_ranked_by_the_other_metrics(metric):
     learner, teacher = build(samples={"metric": metric, "keep": 0.25}, budget=60)
     batch = make_trajectories(LENGTHS)
-    scores = learner.score_samples(batch)
+    scores = learner.scorer.score_samples(batch)
     assert teacher.stored == 0
     for t, score in zip(batch, scores, strict=True):
         ids = torch.as_tensor(np.concatenate([t.prompt_ids, t.response_ids]))[None]
@@ -498,7 +498,7 @@ def test_samples_are_ranked_by_the_other_metrics(metric):
         }
         if metric in expected:
             assert score == pytest.approx(expected[metric].item(), rel=1e-4)
-    report, kept = learner.filter(batch)
+    report, kept = learner.scorer.filter(batch)
     order = sorted(range(8), key=lambda i: -scores[i])[:2]
     assert [t.key for t in kept] == [f"t{i}" for i in sorted(order)]
     assert report.dropped == {"not_selected": 6}
@@ -510,7 +510,7 @@ def test_samples_that_cannot_be_read_rank_last():
     batch = make_trajectories(LENGTHS[:4])
     batch[1] = dataclasses.replace(batch[1], response_ids=np.array([], dtype=np.int64))
     batch[2].response_ids[0] = VOCABULARY
-    scores = learner.score_samples(batch)
+    scores = learner.scorer.score_samples(batch)
     assert [math.isinf(s) for s in scores] == [False, True, True, False]
 
 
@@ -522,14 +522,14 @@ def test_paced_samples_weigh_by_the_pass_rate_of_their_prompt():
         for t, k, c in zip(make_trajectories(LENGTHS[:6]), keys, verdicts, strict=True)
     ]
     learner, teacher = build(samples={"weight": "paced"}, rollout={"n": 2})
-    report, kept = learner.filter(batch)
+    report, kept = learner.scorer.filter(batch)
     assert report.dropped == {"no_pace": 3}
     assert [t.weight for t in kept] == pytest.approx([2 / 9] * 3)
     mixed = [dataclasses.replace(t, weight=w) for t, w in zip(kept, (1.0, 2.0, 5.0), strict=True)]
-    found = gradients(learner, teacher, mixed)
+    actual = gradients(learner, teacher, mixed)
     alone = [gradients(*build(), [t]) for t in kept]
-    expected = {n: (alone[0][n] + 2 * alone[1][n] + 5 * alone[2][n]) / 8 for n in found}
-    assert relative(found, expected) < 1e-5
+    expected = {n: (alone[0][n] + 2 * alone[1][n] + 5 * alone[2][n]) / 8 for n in actual}
+    assert relative(actual, expected) < 1e-5
 
 
 def test_one_step_off_policy_gives_the_weights_of_one_step_on_policy():
@@ -540,16 +540,16 @@ def test_one_step_off_policy_gives_the_weights_of_one_step_on_policy():
                                  alignment={"divergence": "reverse_kl"})  # fmt: skip
         batch = [dataclasses.replace(t, policy_version=version) for t in make_trajectories(LENGTHS)]
         teacher.encode(batch)
-        found = learner.step(batch)
-        assert ("sampler_gap" in found) == (version == 0)
-        weights.append({n: p.detach().clone() for n, p in learner.named.items()})
+        record = learner.step(batch)
+        assert (record.sampler_gap is not None) == (version == 0)
+        weights.append({n: p.detach().clone() for n, p in learner.state.named.items()})
     assert all(torch.equal(weights[0][n], weights[1][n]) for n in weights[0])
 
 
 def test_a_checkpoint_of_another_model_is_refused(tmp_path):
     learner, _ = build()
     with pytest.raises(checkpoint.CheckpointError, match="another model"):
-        learner.restore({"model/other": torch.zeros(1)}, 0)
+        learner.state.restore({"model/other": torch.zeros(1)}, 0)
 
 
 def test_masters_must_be_float32():
@@ -567,32 +567,32 @@ def test_bfloat16_compute_keeps_float32_masters_and_points_the_same_way():
 
 
 def test_learning_rate_warms_up_and_falls():
-    own = tiny_settings(learner={"lr": 1.0, "warmup_steps": 3, "min_lr_ratio": 0.1}).learner
-    rates = [learning_rate(own, s, 103) for s in range(103)]
+    cfg = tiny_settings(learner={"lr": 1.0, "warmup_steps": 3, "min_lr_ratio": 0.1}).learner
+    rates = [learning_rate(cfg, s, 103) for s in range(103)]
     assert rates[:4] == [0.25, 0.5, 0.75, 1.0]
     assert rates[-1] == pytest.approx(0.1, abs=1e-3)
     assert all(a >= b for a, b in itertools.pairwise(rates[3:]))
-    linear = own.model_copy(update={"schedule": "linear"})
+    linear = cfg.model_copy(update={"schedule": "linear"})
     assert learning_rate(linear, 53, 103) == pytest.approx(0.55)
-    assert learning_rate(own.model_copy(update={"schedule": "constant"}), 90, 103) == 1.0
+    assert learning_rate(cfg.model_copy(update={"schedule": "constant"}), 90, 103) == 1.0
 
 
 @pytest.mark.parametrize("positions", [{"k": 0.3}, {"metric": "tip_soft_or"}, {"policy": "full"}])
-def test_inspection_shows_what_training_would_select_and_what_it_costs(positions):
+def test_diagnostics_show_what_training_would_select_and_what_it_costs(positions):
     """In the order asked, whatever the micro-batches; its means are those of a step on the same batch."""
     batch = make_trajectories(LENGTHS)
     learner, teacher = build(positions=positions, budget=60)
     teacher.encode(batch)
-    found = learner.diagnose_positions(batch)
-    assert [i.key for i in found] == [t.key for t in batch]
-    for t, own in zip(batch, found, strict=True):
-        assert len(own.entropy) == len(own.divergence) == len(own.selected) == len(t.response_ids)
+    diagnosed = learner.scorer.diagnose_positions(batch)
+    assert [i.key for i in diagnosed] == [t.key for t in batch]
+    for t, d in zip(batch, diagnosed, strict=True):
+        assert len(d.entropy) == len(d.divergence) == len(d.selected) == len(t.response_ids)
         k = 1.0 if positions.get("policy") == "full" else learner._settings.positions.k
-        assert own.selected.sum() == num_selected(k, len(t.response_ids))
-    means = inspection.means(found)
-    assert means["divergence"] == pytest.approx(learner.divergence(batch), rel=1e-5)
-    stepped = learner.step(batch)
-    assert means["divergence_selected"] == pytest.approx(stepped["divergence_selected"], rel=1e-4)
-    assert means["entropy_selected"] == pytest.approx(stepped["entropy_selected"], rel=1e-4)
+        assert d.selected.sum() == num_selected(k, len(t.response_ids))
+    means = diagnostics.means(diagnosed)
+    assert means["divergence"] == pytest.approx(learner.scorer.divergence(batch), rel=1e-5)
+    record = learner.step(batch)
+    assert means["divergence_selected"] == pytest.approx(record.divergence_selected, rel=1e-4)
+    assert means["entropy_selected"] == pytest.approx(record.entropy_selected, rel=1e-4)
     assert (means["divergence_unselected"] is None) == (positions.get("policy") == "full")
-    assert inspection.means([]) == {"divergence": None}
+    assert diagnostics.means([]) == {"divergence": None}

@@ -1,4 +1,4 @@
-"""Several responses in one row, kept apart by the attention mask, against one to a row and padding."""
+"""Packed rows, kept apart by the attention mask, against padded ones with a response each."""
 
 import numpy as np
 import pytest
@@ -6,7 +6,7 @@ import torch
 from helpers import VOCABULARY, make_trajectories, tiny_model
 from hypothesis import given
 from hypothesis import strategies as st
-from test_learner import build, gradients, relative
+from learner_helpers import build, gradients, relative
 
 from onpolicy_skd.models.batch import collate, first_fit, micro_batches
 from onpolicy_skd.models.split_model import split
@@ -23,7 +23,7 @@ def test_first_fit_leaves_no_two_in_one_place(lengths):
     assert taken.max() == 1
     assert taken.sum() == sum(lengths)
     used = taken.any(1).sum()
-    assert used <= max(1, 2 * -(-sum(lengths) // width))  # first fit needs fewer than twice the least number of rows
+    assert used <= max(1, 2 * -(-sum(lengths) // width))  # first fit needs fewer than twice the fewest rows
 
 
 @given(st.lists(st.integers(1, 50), min_size=1, max_size=40), st.integers(50, 300))
@@ -39,15 +39,15 @@ def test_groups_keep_to_the_budget_in_fewer_tokens(lengths, budget):
 
 
 @pytest.mark.parametrize("family", ["qwen3", "llama", "gpt_neox"])
-def test_hidden_states_are_those_of_each_one_alone(family):
-    whole, batch = split(tiny_model(family, False), VOCABULARY), make_trajectories(MIXED)
+def test_hidden_states_are_those_of_each_response_alone(family):
+    model, batch = split(tiny_model(family, False), VOCABULARY), make_trajectories(MIXED)
     batch = sorted(batch, key=lambda t: -t.length)
     together = collate(batch, 0, packed=True)
     assert together.input_ids.numel() < 0.5 * collate(batch, 0).input_ids.numel()
     with torch.no_grad():
-        found = whole.hidden(together).split(together.counts)
-        for one, hidden in zip(batch, found, strict=True):
-            assert torch.allclose(hidden, whole.hidden(collate([one], 0)), atol=1e-5)
+        hidden_by_sequence = model.hidden(together).split(together.counts)
+        for t, hidden in zip(batch, hidden_by_sequence, strict=True):
+            assert torch.allclose(hidden, model.hidden(collate([t], 0)), atol=1e-5)
 
 
 @pytest.mark.parametrize("budget", [10_000, 220])
@@ -56,28 +56,27 @@ def test_packed_gives_the_loss_and_gradient_of_padded(budget):
     padded, teacher = build(budget=budget)
     packed, other = build(budget=budget, pipeline={"packing": True})
     other._packed = True
-    expected, found = gradients(padded, teacher, batch), gradients(packed, other, batch)
-    assert relative(found, expected) < 1e-5
-    for learner, own in ((padded, teacher), (packed, other)):
-        own.encode(batch)
-        learner.optimizer.zero_grad()
+    expected, actual = gradients(padded, teacher, batch), gradients(packed, other, batch)
+    assert relative(actual, expected) < 1e-5
+    for learner, its_teacher in ((padded, teacher), (packed, other)):
+        its_teacher.encode(batch)
+        learner.state.optimizer.zero_grad()
     a, b = padded.step(batch), packed.step(batch)
-    assert b["loss"] == pytest.approx(a["loss"], rel=1e-5)
-    assert b["padding_share"] < a["padding_share"]
+    assert b.loss == pytest.approx(a.loss, rel=1e-5)
+    assert b.padding_share < a.padding_share
 
 
-def test_long_and_short_ones_up_to_512_tokens():
-    """On a model with room for them, in float32."""
+def test_long_and_short_responses_up_to_512_tokens():
+    """In float32, on a model with enough positions."""
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
     torch.manual_seed(0)
     shape = dict(vocab_size=VOCABULARY, hidden_size=32, intermediate_size=64, num_hidden_layers=2, head_dim=16,
                  num_attention_heads=2, num_key_value_heads=1, max_position_embeddings=1024)  # fmt: skip
-    whole = split(Qwen3ForCausalLM(Qwen3Config(**shape)).float(), VOCABULARY)
-    draw = np.random.default_rng(0)
-    lengths = [(int(draw.integers(1, 40)), int(n)) for n in [1, 2, 3, *draw.integers(1, 470, 9), 472]]
+    model = split(Qwen3ForCausalLM(Qwen3Config(**shape)).float(), VOCABULARY)
+    rng = np.random.default_rng(0)
+    lengths = [(int(rng.integers(1, 40)), int(n)) for n in [1, 2, 3, *rng.integers(1, 470, 9), 472]]
     batch = sorted(make_trajectories(lengths), key=lambda t: -t.length)
     with torch.no_grad():
-        for packed in (collate(batch, 0, packed=True),):
-            found, expected = whole.hidden(packed), whole.hidden(collate(batch, 0))
-            assert torch.allclose(found, expected, atol=1e-5)
+        packed, padded = model.hidden(collate(batch, 0, packed=True)), model.hidden(collate(batch, 0))
+        assert torch.allclose(packed, padded, atol=1e-5)

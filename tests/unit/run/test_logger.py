@@ -8,6 +8,7 @@ from helpers import make_trajectories, tiny_settings
 
 from onpolicy_skd.config.errors import ConfigError
 from onpolicy_skd.evaluation.evaluate import Evaluation
+from onpolicy_skd.learner.metrics import StepRecord
 from onpolicy_skd.report.metrics_log import read
 from onpolicy_skd.run.logger import PhaseTimer, RunLogger
 from onpolicy_skd.run.prepare import Run
@@ -16,11 +17,11 @@ from onpolicy_skd.selection.samples import validity
 from onpolicy_skd.storage.checkpoint import Checkpoint
 from onpolicy_skd.storage.files import SaveError
 
-METRICS = {
-    "loss": 0.5, "divergence_selected": 0.5, "entropy": 0.3, "grad_norm": 2.0, "lr": 1e-4, "positions": 50.0,
-    "positions_selected": 10.0, "samples": 3.0, "response_tokens": 17.0, "entropy_selected": 0.9,
-    "train_tokens": 90.0, "version": 1,
-}  # fmt: skip
+METRICS = StepRecord(
+    loss=0.5, divergence_selected=0.5, entropy=0.3, grad_norm=2.0, lr=1e-4, positions=50, positions_selected=10,
+    samples=3, response_tokens=17.0, entropy_selected=0.9, train_tokens=90, version=1, student_logprob=-0.4, k=0.2,
+    staleness=0.0, padding_share=0.1, teacher_wait_seconds=0.0,
+)  # fmt: skip
 
 
 class Workers:
@@ -105,7 +106,7 @@ def test_the_report_has_losses_times_warnings_and_restarts(run):
         for step in range(3):
             timer = PhaseTimer()
             timer.record("learn")
-            logger.step(step, report, METRICS | {"loss": 0.5 - 0.1 * step, "teacher_ending": 0.01}, timer)
+            logger.step(step, report, dataclasses.replace(METRICS, loss=0.5 - 0.1 * step, teacher_ending=0.01), timer)
         logger.fault(Recovery("its process ended", ["teacher"], False, None, [], 12.0), 2)
         logger.conclude("failed", "the disk is full")
     page = (run.folder / "report.md").read_text()

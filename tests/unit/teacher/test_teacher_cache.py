@@ -161,7 +161,7 @@ def test_a_step_from_a_cache_is_the_step_with_the_teacher(sampler, tmp_path, mon
         for _ in range(3):
             teacher.encode(batch)
             learner.step(batch)
-        weights.append({n: p.detach().clone() for n, p in learner.named.items()})
+        weights.append({n: p.detach().clone() for n, p in learner.state.named.items()})
     assert all(torch.equal(weights[0][n], weights[1][n]) for n in weights[0])
 
 

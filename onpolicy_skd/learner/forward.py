@@ -1,0 +1,87 @@
+"""The student's forward over trajectories, micro-batch by micro-batch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from onpolicy_skd.config.schema import Settings
+from onpolicy_skd.distributed.ranks import Ranks
+from onpolicy_skd.learner.micro_batch import MicroBatch
+from onpolicy_skd.loss.inputs import Alignment
+from onpolicy_skd.models.batch import Batch, collate, micro_batches
+from onpolicy_skd.models.loading import pick_dtype
+from onpolicy_skd.models.split_model import SplitModel
+from onpolicy_skd.teacher.teacher import TeacherRows
+from onpolicy_skd.tracing import Spans
+from onpolicy_skd.types import Trajectory, seed_of
+
+
+class Forward:
+    """Runs the student, in ``learner.compute_dtype``, over this rank's share of the trajectories."""
+
+    def __init__(
+        self, student: SplitModel, teacher: TeacherRows, settings: Settings, pad_id: int, ranks: Ranks, spans: Spans
+    ) -> None:
+        self.dtype = pick_dtype(settings.learner.compute_dtype, student.device.type)
+        self.ranks = ranks
+        self._student = student
+        self._teacher = teacher
+        self._settings = settings
+        self._pad_id = pad_id
+        self._spans = spans
+        self._alignment = Alignment.from_settings(settings.alignment)
+
+    def micro_batches(self, trajectories: Sequence[Trajectory], version: int) -> Iterator[tuple[list[int], MicroBatch]]:
+        """Yield this rank's micro-batches, each with the indices of its members in ``trajectories``.
+
+        They have a gradient unless that is switched off.  To free one before the next forward, delete it.
+        """
+        lengths, packing = [t.length for t in trajectories], self._settings.pipeline.packing
+        groups_by_rank = []
+        for share in self.ranks.shares(lengths):
+            groups = micro_batches([lengths[i] for i in share], self._settings.learner.tokens_per_micro_batch, packing)
+            groups_by_rank.append([[share[i] for i in group] for group in groups])
+        local_groups = groups_by_rank[self.ranks.rank]
+        for group in local_groups:
+            yield group, self._micro_batch([trajectories[i] for i in group], version)
+        for _ in range(max(map(len, groups_by_rank)) - len(local_groups)):
+            self._empty_micro_batch()
+
+    def each(
+        self, trajectories: Sequence[Trajectory], version: int, score: Callable[[MicroBatch], Sequence[Tensor]]
+    ) -> list[float]:
+        """Return ``score``, a number per member of a micro-batch, of all trajectories in their order."""
+        scores: dict[int, float] = {}
+        with torch.no_grad():
+            for group, micro in self.micro_batches(trajectories, version):
+                scores |= zip(group, map(float, score(micro)), strict=True)
+                del micro
+        return self.ranks.gather_by_index(scores)
+
+    def hidden(self, model: SplitModel, batch: Batch, embedded_BLH: Tensor | None = None) -> Tensor:
+        """Return last hidden states ``[N, H]`` of ``model`` in the compute dtype."""
+        coarse = self.dtype != torch.float32
+        # Autocast's cache would keep a coarse copy of all weights during the forward.
+        with torch.autocast(model.device.type, dtype=self.dtype, enabled=coarse, cache_enabled=False):
+            return model.hidden(batch, embedded_BLH).to(self.dtype)
+
+    def _micro_batch(self, members: Sequence[Trajectory], version: int) -> MicroBatch:
+        batch = collate(members, self._pad_id, self._student.device, packed=self._settings.pipeline.packing)
+        embedded_BLH = self._student.embedded(batch) if torch.is_grad_enabled() else None
+        with self._spans("backbone"):
+            hidden_NH, head_VH = self.hidden(self._student, batch, embedded_BLH), self._student.head_VH
+        seeds = [seed_of(self._settings.run.seed, version, "positions", t.key) for t in members]
+        return MicroBatch(
+            members, batch, embedded_BLH, hidden_NH, head_VH, self._teacher, self._alignment, seeds, self._spans
+        )
+
+    def _empty_micro_batch(self) -> None:
+        """Run a forward that adds nothing, for other ranks that have one more and gather weights with this one."""
+        empty = Trajectory("none", np.zeros(1, np.int64), np.zeros(1, np.int64), np.zeros(1, np.float32), "stop", None)
+        hidden = self.hidden(self._student, collate([empty], self._pad_id, self._student.device))
+        if torch.is_grad_enabled():
+            (0.0 * (hidden.sum() + self._student.head_VH[:1].sum())).backward()
