@@ -27,7 +27,7 @@ from onpolicy_skd.evaluation.exact_match import with_correctness
 from onpolicy_skd.learner.learner import Learner, NonFiniteLossError, SamplerGapError
 from onpolicy_skd.learner.metrics import StepRecord
 from onpolicy_skd.learner.optimizer import learner_threads
-from onpolicy_skd.models.loading import load_student, load_tokenizer, pick_device, pick_dtype
+from onpolicy_skd.models.loading import load_student, load_tokenizer, pick_device, pick_dtype, saved_dtype
 from onpolicy_skd.models.split_model import SplitModel
 from onpolicy_skd.rollout.transformers_engine import TransformersEngine
 from onpolicy_skd.storage import checkpoint, files
@@ -79,6 +79,7 @@ class LearnerActor:
         settings, own, device = self._settings, self._settings.student, pick_device(self._settings.run.device)
         if device == "cpu":  # one core is left to the teacher, which works at the same time
             torch.set_num_threads(learner_threads(settings.learner))
+        self._saved_dtype = saved_dtype(settings)
         self._tokenizer = load_tokenizer(own.model, own.trust_remote_code)
         pad_id = self._tokenizer.pad_token_id
         # What is to be cut among ranks need not fit one device.
@@ -252,7 +253,7 @@ class LearnerActor:
         return self._learner.version, ahead
 
     def save_pretrained(self, folder: Path) -> None:
-        self._learner.state.save_pretrained(folder, self._tokenizer)
+        self._learner.state.save_pretrained(folder, self._tokenizer, self._saved_dtype)
 
     def _expect(self, trajectories: Sequence[Trajectory], encoded: list[ray.ObjectRef]) -> None:
         if isinstance(self._teacher, RemoteTeacher):

@@ -19,6 +19,7 @@ from onpolicy_skd.distributed.weight_transfer import WeightSpec
 from onpolicy_skd.learner.objective import Objective
 from onpolicy_skd.learner.optimizer import load_optimizer_tensors, optimizer_tensors
 from onpolicy_skd.learner.probe import Probe
+from onpolicy_skd.models.generation_config import savable_generation_config
 from onpolicy_skd.models.lora import LORA, merged_parameters
 from onpolicy_skd.models.split_model import SplitModel
 from onpolicy_skd.selection.selector import Selector
@@ -35,7 +36,7 @@ class LearnerState:
     selector: Selector
     objective: Objective
     ranks: Ranks
-    dtype: torch.dtype  # of a saved student
+    dtype: torch.dtype  # of the forward
     version: int = 0  # optimizer steps done
     probe: Probe | None = None  # of the bandit
 
@@ -95,13 +96,14 @@ class LearnerState:
         shapes = merged_parameters(self.student.model, lambda tensor: torch.empty(tensor.shape, device="meta"))
         return WeightSpec.of((name, dtype, compute().shape) for name, compute in shapes)
 
-    def save_pretrained(self, folder: Path, tokenizer: Any) -> None:
-        """Save the student as a plain transformers checkpoint, in the compute dtype; rank 0 writes it.
+    def save_pretrained(self, folder: Path, tokenizer: Any, dtype: torch.dtype | None = None) -> None:
+        """Save the student as a plain transformers checkpoint in ``dtype`` (the compute dtype); rank 0 writes it.
 
-        Merged adapters are saved in float32: they may be finer than the steps of a bfloat16 weight.  Raises SaveError,
-        with nothing changed, if the disk is full or refuses.
+        Merged adapters are saved in float32: they may be finer than the steps of a bfloat16 weight.  Generation
+        settings that transformers refuses to save are left out.  Raises SaveError, with nothing changed, if the disk
+        is full or refuses.
         """
-        dtype = torch.float32 if any(LORA in name for name in self.named) else self.dtype
+        dtype = torch.float32 if any(LORA in name for name in self.named) else dtype or self.dtype
         state = {name: tensor.cpu() for name, tensor in self.weights(dtype)}
         if self.ranks.rank:
             return
@@ -110,13 +112,16 @@ class LearnerState:
         state |= {name: buffer for name, buffer in model.named_buffers() if name in saved_buffers}
         temporary = folder.with_name(f".{folder.name}.tmp")
         shutil.rmtree(temporary, ignore_errors=True)
-        config_dtype, model.config.dtype = model.config.dtype, dtype
+        config_dtype, generation_config = model.config.dtype, model.generation_config
         try:
+            model.generation_config = savable_generation_config(generation_config)
             model.save_pretrained(temporary, state_dict=state)
+            model.config.dtype = dtype  # which save_pretrained sets to that of the masters
+            model.config.save_pretrained(temporary)
             tokenizer.save_pretrained(temporary)
             files.replace_folder(folder, temporary)
         except (OSError, SafetensorError) as error:
             shutil.rmtree(temporary, ignore_errors=True)
             raise files.SaveError(f"the student cannot be written to {folder}: {error}") from error
         finally:
-            model.config.dtype = config_dtype
+            model.config.dtype, model.generation_config = config_dtype, generation_config

@@ -87,6 +87,14 @@ def load_student(settings: Settings, device: str, compute_device: str) -> Any:
     return model
 
 
+def saved_dtype(settings: Settings) -> torch.dtype:
+    """Return the dtype of the saved student: its checkpoint's, unless ``learner.compute_dtype`` asks for float32."""
+    if settings.learner.compute_dtype == "float32":
+        return torch.float32
+    config = load_config(settings.student.model, settings.student.trust_remote_code)
+    return getattr(config.get_text_config(), "dtype", None) or torch.float32
+
+
 def _from_pretrained(kind: Any, model: str, **options: Any) -> Any:
     if options.get("trust_remote_code"):
         _warn_of_code(model)
