@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 import ray
 import torch
-from helpers import tiny_settings
+from helpers import make_trajectories, tiny_settings
 from ray.cluster_utils import Cluster
 from ray.exceptions import ActorDiedError
 
@@ -201,6 +201,22 @@ def test_colocated_engines_sleep_whenever_the_learner_works(local_ray):
     workers.score_samples([])
     workers.engines()
     assert log == ["engine.sleep", "learner.rank", "learner.rank", *ways]
+
+
+def test_trajectories_to_score_are_serialized_once_for_all_ranks(local_ray):
+    class Rank:
+        def __init__(self):
+            self.received = []
+            self.score_samples = SimpleNamespace(remote=lambda shared: self.received.append(shared) or ray.put([0.5]))
+
+    workers = Workers.__new__(Workers)
+    workers._settings, workers._colocated, workers._learner = tiny_settings(), False, [Rank(), Rank()]
+    batch = make_trajectories([(2, 3)])
+    assert workers.score_samples(batch) == [0.5]
+    (first,), (second,) = (rank.received for rank in workers._learner)
+    assert isinstance(first, ray.ObjectRef)
+    assert first == second
+    assert [t.key for t in ray.get(first)] == ["t0"]
 
 
 def test_of_several_errors_the_fault_counts(local_ray):
