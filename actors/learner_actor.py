@@ -247,7 +247,7 @@ class LearnerActor:
 
     def restore(self, path: Path) -> tuple[int, list[Trajectory]]:
         """The policy version, and the rollouts of the next step that were made ahead."""
-        loaded = checkpoint.load(path)
+        loaded = checkpoint.load(path, verify=False)  # by the driver, once for all ranks
         ahead = trajectories_from_tensors(loaded.state.get("ahead", []), loaded.tensors)
         self._learner.state.restore(loaded.tensors, loaded.state["version"])
         return self._learner.version, ahead

@@ -89,7 +89,7 @@ def selected_prompts(run: Run, rank: Rank, rollouts: Callable[[], RolloutGroup],
         if run.settings.cache.path is not None and run.settings.samples.metric in TEACHER_METRICS:
             raise ConfigError(
                 f"samples.metric={run.settings.samples.metric}: no teacher is here to score samples, and the scores of "
-                f"the cache's build are not in {run.settings.run.dir / 'prefilter'}; train with the build's run.dir"
+                f"the cache's build are not in {run.paths.prefilter}; train with the build's run.dir"
             )
         return rank(trajectories)
 

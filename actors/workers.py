@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -353,7 +352,7 @@ class Workers:
         self.wait_ready(log)
         point = checkpoint.newest(checkpoints) if checkpoints else None
         ahead = self.restore(point.path) if point else []
-        return (dataclasses.replace(point, tensors={}) if point else None), ahead
+        return point, ahead
 
     def close(self) -> None:
         for actor in self._actors:

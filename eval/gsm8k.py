@@ -21,7 +21,7 @@ from onpolicy_skd.config.schema import Settings
 from onpolicy_skd.evaluation.evaluate import RULES, evaluate
 from onpolicy_skd.report.progress import ProgressReporter
 from onpolicy_skd.report.summary import percent
-from onpolicy_skd.storage.files import write_text
+from onpolicy_skd.storage.files import RunPaths, write_text
 from onpolicy_skd.types import SamplingParams
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 def settings_for(model: str, config: Path | None, overrides: Sequence[str]) -> Settings:
     """Return settings with ``model`` as the student; a model in a run folder uses that run's config.yaml."""
-    run_config = Path(model).parent / "config.yaml"
+    run_config = RunPaths(Path(model).parent).config
     file = config or (run_config if run_config.exists() else None)
     return build_settings(file, [parse_override(text) for text in [*overrides, f"student.model={model}"]])
 

@@ -23,7 +23,7 @@ import psutil
 from eval.faults.processes import Lab, kill_tree
 from onpolicy_skd.report import metrics_log
 from onpolicy_skd.report.summary import versions
-from onpolicy_skd.storage.files import write_text
+from onpolicy_skd.storage.files import RunPaths, write_text
 
 LONG = ["run.checkpoint_every=100", "run.evaluate_every=200", "eval.during=32", "learner.lr=1e-4", "resume=never"]
 INTERVAL_S = 5.0  # seconds between samples
@@ -75,7 +75,7 @@ def main(argv: Sequence[str] | None = None, prog: str = "python -m eval.soak") -
         while process.poll() is None:
             time.sleep(INTERVAL_S)
             with contextlib.suppress(psutil.NoSuchProcess):
-                steps = len([r for r in metrics_log.read(out / "run" / metrics_log.FILE) if "loss" in r])
+                steps = len([r for r in metrics_log.read(RunPaths(out / "run").metrics) if "loss" in r])
                 if 0 < steps < args.steps:
                     samples.append({"step": steps, "seconds": time.monotonic() - start, **measure(driver)})
     finally:

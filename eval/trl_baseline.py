@@ -116,7 +116,7 @@ class Recorder(TrainerCallback):
                 on_record=lambda _: progress.advance(),
             )  # fmt: skip
         self.evaluations[name] = evaluation.result
-        evaluation.write_records(self._run.folder / "evaluations" / f"{name}-{step:06d}.jsonl")
+        evaluation.write_records(self._run.paths.evaluation(name, step))
         self._metrics.write({"step": step, "event": Event.EVALUATION, "name": name, **evaluation.result})
         print(f"{name} {step}: exact match {summary.percent(evaluation.result['match']['share'])}", flush=True)
 
@@ -138,7 +138,7 @@ def trainer_for(run: Run, student: Any, recorder: TrainerCallback) -> Trainer:
     )
     vllm = settings.rollout.engine == "vllm"
     arguments = DistillationConfig(
-        output_dir=str(run.folder / "checkpoints"),
+        output_dir=str(run.paths.checkpoints),
         max_steps=run.steps,
         per_device_train_batch_size=rows,
         gradient_accumulation_steps=settings.learner.batch_size // rows,
@@ -187,9 +187,14 @@ def train(settings: Settings) -> int:
     """Train one run, from settings to summary.json, and return the exit code.  Raise ConfigError for bad settings."""
     check_trl(settings)
     run = prepare(settings, generates=False)
-    open_folder(settings)
+    with open_folder(run):
+        return _train(run)
+
+
+def _train(run: Run) -> int:
+    settings = run.settings
     run.save_validation()
-    checkpoint = newest(run.folder / "checkpoints") if settings.resume == "auto" else None
+    checkpoint = newest(run.paths.checkpoints) if settings.resume == "auto" else None
     first = int(checkpoint.name.rpartition("-")[2]) if checkpoint else 0
     metrics = MetricsLog(run.folder, first)
     before = sum(r["seconds"]["step"] for r in read(metrics.path) if "loss" in r)
@@ -207,8 +212,8 @@ def train(settings: Settings) -> int:
             steps = trainer.state.global_step
             del trainer  # frees teacher and optimizer before the evaluation
             if steps >= run.steps:
-                student.save_pretrained(run.folder / "final")
-                run.tokenizer.save_pretrained(run.folder / "final")
+                student.save_pretrained(run.paths.final)
+                run.tokenizer.save_pretrained(run.paths.final)
                 recorder.evaluate("after", steps, run.held_out[: settings.eval.problems or None])
             status = "finished" if steps >= run.steps else "stopped"
         except Stopped as signal:
@@ -221,7 +226,7 @@ def train(settings: Settings) -> int:
             seconds = before + time.monotonic() - start
             content = summary.build(settings, recorder.evaluations, status, steps, seconds, reason)
             summary.write(run.folder, content | {"trainer": "trl"}, settings)
-    print(f"{status} after {steps} steps, {seconds:.0f} s; report: {run.folder / 'report.md'}")
+    print(f"{status} after {steps} steps, {seconds:.0f} s; report: {run.paths.report}")
     return EXIT_OK if status == "finished" else EXIT_STOPPED
 
 

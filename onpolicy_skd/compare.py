@@ -69,13 +69,13 @@ def _note_failure(run: PlannedRun, code: int) -> None:
     """Mark a run that ended without a summary as failed, so that only --retry runs it again."""
     if code not in (EXIT_OK, EXIT_STOPPED) and run.status in ("waiting", "started"):
         reason = f"ended with exit code {code}; its output says why"
-        write_text(run.folder / "summary.json", json.dumps({"status": "failed", "reason": reason}) + "\n")
+        write_text(run.paths.summary, json.dumps({"status": "failed", "reason": reason}) + "\n")
 
 
 def _commands(runs: Sequence[PlannedRun], folder: Path) -> Iterator[Command[PlannedRun]]:
     for run in runs:
         if run.status == "failed":  # until its next summary
-            (run.folder / "summary.json").unlink()
+            run.paths.summary.unlink()
         config = folder / "configs" / f"{run.settings.run.name}.yaml"
         write_text(config, dump(run.settings))
         arguments = [VERBS[run.row.trainer], "--config", str(config.absolute()), "resume=auto"]

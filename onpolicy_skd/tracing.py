@@ -1,4 +1,4 @@
-"""Spans of time: what each process of a run did, and when."""
+"""Spans of time that show what each process of a run did, and when."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple
 
-KEPT = 4_096  # spans that a process remembers
+KEPT = 4_096  # spans that a process keeps
 
 
 class Span(NamedTuple):
@@ -18,10 +18,10 @@ class Span(NamedTuple):
 
 
 class Spans:
-    """``with spans("backbone"): ...`` remembers when that was."""
+    """Recorder of spans: ``with spans("backbone"): ...``."""
 
     def __init__(self) -> None:
-        self._found: deque[Span] = deque(maxlen=KEPT)
+        self._spans: deque[Span] = deque(maxlen=KEPT)
 
     @contextmanager
     def __call__(self, name: str) -> Iterator[None]:
@@ -29,18 +29,18 @@ class Spans:
         try:
             yield
         finally:
-            self._found.append(Span(name, start, time.time()))
+            self._spans.append(Span(name, start, time.time()))
 
     def drain(self) -> list[Span]:
-        """What was remembered since the last call."""
-        found = list(self._found)
-        self._found.clear()
-        return found
+        """Return the spans recorded since the last call."""
+        spans = list(self._spans)
+        self._spans.clear()
+        return spans
 
 
 def within(spans: Mapping[str, Sequence[Span]], start: float, end: float) -> dict[str, list[Span]]:
-    """Of each process what it did between ``start`` and ``end``."""
+    """Return the spans of each process between ``start`` and ``end``, cut to that time."""
     return {
-        who: [Span(s.name, max(s.start, start), min(s.end, end)) for s in own if s.end > start and s.start < end]
-        for who, own in spans.items()
+        name: [Span(s.name, max(s.start, start), min(s.end, end)) for s in recorded if s.end > start and s.start < end]
+        for name, recorded in spans.items()
     }

@@ -68,7 +68,7 @@ def train(
                 logger.save(workers, step, last, pending_rollouts.get(step, []))
                 saved_step = step
             if step >= run.steps:
-                workers.save_pretrained(run.folder / "final")
+                workers.save_pretrained(run.paths.final)
                 logger.finished = True
             if last:
                 return
@@ -211,8 +211,11 @@ def run_settings(settings: Settings) -> int:
     run = prepare(settings)
     if run.knows_its_texts:
         run.check_cached(run.train)  # before a folder exists or a model loads
-    with connect(settings) as resources, StopSignal(settings.run.max_hours) as stop:
-        checkpoint = open_folder(settings)  # after the cluster was found to have room
+    with (
+        connect(settings) as resources,
+        StopSignal(settings.run.max_hours) as stop,
+        open_folder(run) as checkpoint,  # after the cluster was found to have room
+    ):
         first_step = checkpoint.step if checkpoint else 0
         with RunLogger(run, first_step, checkpoint.state if checkpoint else {}) as logger:
             logger.start(resources.roles)

@@ -1,4 +1,4 @@
-"""The few typed records that travel between rollout, teacher, learner and driver, and how they become a batch.
+"""Records that travel between rollout, teacher, learner and driver.
 
 Notation (docs/method.md): a trajectory is prompt ids followed by response ids ``y_1..y_n``.  Position t predicts
 ``y_t``; the **eligible positions** are exactly the n positions whose target is a response token.
@@ -18,13 +18,14 @@ FinishReason = Literal["stop", "length"]
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """A question, or a stretch of packed text, which asks for nothing and is its own response."""
+    """A question, or a sample of packed text, which asks for nothing and is its own response."""
 
     key: str  # names the data row, the same in every run
     token_ids: list[int]
     question: str
     answer: str  # reference answer, in GSM8K's format for GSM8K-like data
     documents: np.ndarray | None = None  # packed text: as in Trajectory; its tokens are all in token_ids
+    row: str = ""  # file or data set and row number, for messages
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,10 +35,10 @@ class Trajectory:
     response_ids: np.ndarray  # int64 [n]; ends with the end-of-sequence token if one was produced
     sampler_logprobs: np.ndarray  # float32 [n]; nats, of the unmodified model at temperature 1
     finish_reason: FinishReason  # "length": no end of sequence within the limit
-    policy_version: int | None  # optimizer steps behind the weights that sampled it; None: not the student's own
-    correct: bool | None = None  # whether its answer equals the reference's; None: not judged
+    policy_version: int | None  # optimizer steps behind the weights that sampled it; None: not sampled by the student
+    correct: bool | None = None  # whether its answer equals the reference's; None: unknown
     weight: float = 1.0  # of this sample in the batch's mean
-    documents: np.ndarray | None = None  # int64; tokens, after the first, at which attention starts anew
+    documents: np.ndarray | None = None  # int64; tokens, after the first, at which attention restarts
     sampler_entropy: np.ndarray | None = None  # float32 [n]; nats, as sampler_logprobs; None: not recorded
 
     @property
@@ -46,42 +47,42 @@ class Trajectory:
 
     @property
     def digest(self) -> bytes:
-        """Eight bytes that name what the models see: tokens, which of them are eligible, and document starts."""
-        found = hashlib.sha256(len(self.prompt_ids).to_bytes(8, "little"))
-        for part in (self.prompt_ids, self.response_ids, () if self.documents is None else self.documents):
-            found.update(np.asarray(part, dtype="<i8").tobytes())
-        return found.digest()[:8]
+        """Eight bytes that identify what the models see: tokens, which of them are eligible, and document starts."""
+        digest = hashlib.sha256(len(self.prompt_ids).to_bytes(8, "little"))
+        for ids in (self.prompt_ids, self.response_ids, () if self.documents is None else self.documents):
+            digest.update(np.asarray(ids, dtype="<i8").tobytes())
+        return digest.digest()[:8]
 
     @property
     def prompt_key(self) -> str:
-        """Names the prompt among those of its step."""
+        """The prompt's name among those of its step."""
         return self.key.rpartition("/")[0] or self.key
 
 
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
-    """How to generate; temperature 0 is greedy decoding."""
+    """Settings of generation; temperature 0 is greedy decoding."""
 
     max_tokens: int
     temperature: float = 1.0
     top_p: float = 1.0
-    entropy: bool = False  # whether entropies are recorded
+    entropy: bool = False  # record entropies
     stop: tuple[str, ...] = ()  # texts that end a response
 
 
 @dataclass(frozen=True, slots=True)
 class RolloutRequest:
-    """One response to generate; its seed makes it the same in any batch, on any actor."""
+    """A response to generate; its seed makes it the same in any batch, on any actor."""
 
     key: str
     prompt_ids: list[int]
     seed: int
-    answer: str | None = None  # the reference answer, where the response is to be judged
+    answer: str | None = None  # the reference answer, where correctness is needed
 
 
 @dataclass(slots=True)
 class FilterReport:
-    """What a sample filter kept of one batch and why it dropped the rest."""
+    """Trajectories that a sample filter kept of a batch, and reasons for the others."""
 
     kept: list[str]  # trajectory keys
     generated: int
@@ -90,11 +91,12 @@ class FilterReport:
     truncated: int = 0  # student rollouts that reached the token limit, kept or not
 
     def count(self, reason: str, dropped: int) -> None:
+        """Add ``dropped`` trajectories under ``reason``."""
         if dropped:
             self.dropped[reason] = self.dropped.get(reason, 0) + dropped
 
     def add(self, other: FilterReport) -> None:
-        """Of another part of the same batch."""
+        """Add the report of other trajectories of the same batch."""
         self.kept += other.kept
         self.generated += other.generated
         self.student_rollouts += other.student_rollouts
@@ -104,10 +106,10 @@ class FilterReport:
 
 
 def check_version(trajectories: Iterable[Trajectory], version: int, max_staleness: int = 0) -> None:
-    """Refuses trajectories that another policy than ``version`` sampled (design: staleness is this comparison).
+    """Refuse trajectories sampled by another policy than ``version``.
 
-    Those that no policy of the student sampled pass.  Raises RuntimeError naming the first one that is too old or comes
-    from the future.
+    Those that the student did not sample pass.  Raises RuntimeError naming the first that is more than
+    ``max_staleness`` steps old, or newer than the learner.
     """
     for t in trajectories:
         if t.policy_version is not None and not 0 <= version - t.policy_version <= max_staleness:
@@ -117,7 +119,7 @@ def check_version(trajectories: Iterable[Trajectory], version: int, max_stalenes
             )
 
 
-def seed_of(*parts: object) -> int:
-    """A 31-bit seed that depends on every part, the same on every machine."""
-    digest = hashlib.sha256("/".join(map(str, parts)).encode()).digest()
+def seed_of(*names: object) -> int:
+    """Return a 31-bit seed that depends on all ``names``, the same on every machine."""
+    digest = hashlib.sha256("/".join(map(str, names)).encode()).digest()
     return int.from_bytes(digest[:4], "big") >> 1

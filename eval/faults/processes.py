@@ -21,6 +21,7 @@ import psutil
 
 from onpolicy_skd.report import metrics_log
 from onpolicy_skd.report.metrics_log import Event
+from onpolicy_skd.storage.files import RunPaths
 
 ROOT = Path(__file__).parents[2]
 SMALL = [
@@ -95,7 +96,7 @@ class Lab:
     def steps(self, name: str, folder: Path | None = None) -> dict[int, tuple[float, ...]]:
         """Return the compared metrics of each step and, at -1 - step, of each evaluation."""
         values: dict[int, tuple[float, ...]] = {}
-        for r in metrics_log.read((folder or self.folder) / name / metrics_log.FILE):
+        for r in metrics_log.read(RunPaths((folder or self.folder) / name).metrics):
             if "loss" in r:
                 values[r["step"]] = tuple(r[k] for k in COMPARED)
             elif r.get("event") == Event.EVALUATION and r["name"] == "during":
@@ -105,7 +106,7 @@ class Lab:
     def reference(self, steps: int, *overrides: str) -> dict[int, tuple[float, ...]]:
         """Return the metrics of an undisturbed run of ``steps`` steps, which is made once."""
         name = f"reference-{steps}"
-        if not (self.folder / name / "final").exists():
+        if not RunPaths(self.folder / name).final.exists():
             shutil.rmtree(self.folder / name, ignore_errors=True)
             if self.run(self.command(name, steps, *overrides), name) != 0:
                 raise RuntimeError(f"the undisturbed run failed: {self.folder / name}.log")
@@ -146,7 +147,7 @@ def actors(driver: int, kind: str) -> list[psutil.Process]:
 def verdict(lab: Lab, tally: Tally, name: str, steps: int, code: int, count: int) -> None:
     """Count ``count`` faults of a run that must end with the losses of the undisturbed run."""
     expected, actual = lab.reference(steps), lab.steps(name)
-    if code == 0 and actual == expected and (lab.folder / name / "final" / "model.safetensors").exists():
+    if code == 0 and actual == expected and (RunPaths(lab.folder / name).final / "model.safetensors").exists():
         tally.add("ended_right", count)
     elif code not in (0, -1) and one_error(lab.log_text(name)):
         tally.add("clear_error", count, f"{name}: exit {code}")
@@ -209,7 +210,7 @@ def killed_driver(lab: Lab, count: int, steps: int = 60) -> Tally:
 
 def newest_step(run: Path) -> int:
     """Return the step of the newest checkpoint, a folder under replacement included; -1 if there is none."""
-    names = [p.name.removeprefix(".").removesuffix(".old") for p in (run / "checkpoints").glob("*step-*")]
+    names = [p.name.removeprefix(".").removesuffix(".old") for p in RunPaths(run).checkpoints.glob("*step-*")]
     return max((int(n.removeprefix("step-")) for n in names if n.removeprefix("step-").isdigit()), default=-1)
 
 
@@ -224,7 +225,7 @@ def stopped_while_saving(lab: Lab, count: int, steps: int = 30) -> Tally:
         first = newest_step(lab.folder / name)
         while process.poll() is None and time.monotonic() < deadline:
             now = newest_step(lab.folder / name)
-            if now > first + 1 and list((lab.folder / name / "checkpoints").glob(".step-*.tmp")):
+            if now > first + 1 and list(RunPaths(lab.folder / name).checkpoints.glob(".step-*.tmp")):
                 process.send_signal(signal.SIGTERM)
                 break
             time.sleep(0.0005)

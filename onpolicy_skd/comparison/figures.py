@@ -70,7 +70,7 @@ def _read(file: Path, modified_ns: int) -> list[dict[str, Any]]:
 
 def _records(run: PlannedRun) -> list[dict[str, Any]]:
     """Return the metrics of the run, read once for all figures."""
-    file = run.folder / metrics_log.FILE
+    file = run.paths.metrics
     return _read(file, file.stat().st_mtime_ns) if file.exists() else []
 
 

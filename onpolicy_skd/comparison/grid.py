@@ -28,12 +28,12 @@ from pydantic import Field, ValidationError
 from onpolicy_skd.config import shipped
 from onpolicy_skd.config.errors import ConfigError
 from onpolicy_skd.config.loading import build_settings, dump, flat, merge, read_yaml, resolve
-from onpolicy_skd.config.schema import NonNegative, Section, Settings
+from onpolicy_skd.config.schema import NonNegative, Section, Settings, rules_of, walk
 from onpolicy_skd.config.validation import check_trl
-from onpolicy_skd.run.prepare import RESUMABLE
+from onpolicy_skd.storage.files import RunPaths
 
 # Settings that may have changed since a run finished: they affect neither training nor evaluation.
-HARMLESS = tuple(k for k in RESUMABLE if not k.startswith("eval") and k != "run.evaluate_every")
+HARMLESS = frozenset(key for key, field in walk() if not rules_of(field)["affects_result"])
 Mode = Literal["off_policy", "on_policy"]
 Trainer = Literal["skd", "trl"]
 VERBS: dict[Trainer, str] = {"skd": "train", "trl": "trl"}  # of the command skd
@@ -76,19 +76,23 @@ class PlannedRun:
         return self.settings.run.folder
 
     @property
+    def paths(self) -> RunPaths:
+        return RunPaths(self.folder)
+
+    @property
     def seed(self) -> int:
         return self.settings.run.seed
 
     @property
     def summary(self) -> dict[str, Any]:
-        path = self.folder / "summary.json"
+        path = self.paths.summary
         return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
 
     @property
     def answers_file(self) -> Path:
         """File with every judged answer of the trained student."""
-        files = sorted((self.folder / "evaluations").glob("after-*.jsonl"))
-        return files[-1] if files else self.folder / "evaluations" / "after.jsonl"
+        files = sorted(self.paths.evaluations.glob("after-*.jsonl"))
+        return files[-1] if files else self.paths.evaluations / "after.jsonl"
 
     @property
     def status(self) -> Status:
@@ -98,7 +102,7 @@ class PlannedRun:
             status == "finished" and (self.answers_file.exists() or self.settings.run.steps == 0)
         ):
             return status
-        return "started" if (self.folder / "config.yaml").exists() else "waiting"
+        return "started" if self.paths.config.exists() else "waiting"
 
 
 @dataclass(frozen=True, slots=True)
@@ -216,7 +220,7 @@ def _without_method(settings: Settings) -> dict[str, Any]:
 
 
 def _check_unchanged(run: PlannedRun) -> None:
-    saved = run.folder / "config.yaml"
+    saved = run.paths.config
     if run.status != "finished":
         return
     before = flat(resolve(yaml.safe_load(saved.read_text(encoding="utf-8"))).model_dump(mode="json"))
@@ -226,7 +230,7 @@ def _check_unchanged(run: PlannedRun) -> None:
         raise ConfigError(
             f"{run.folder}: finished by trainer {trainer}, the row now says {run.row.trainer}; remove the folder"
         )
-    changed = [k for k in now if before.get(k) != now[k] and not k.startswith(HARMLESS)]
+    changed = [k for k in now if before.get(k) != now[k] and k not in HARMLESS]
     if changed:
         raise ConfigError(
             f"{run.folder}: finished with {changed[0]}={before.get(changed[0])!r}, the comparison now asks for "

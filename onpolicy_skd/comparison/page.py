@@ -132,7 +132,7 @@ def _token_views(comparison: Comparison) -> Iterator[str]:
 
 
 def _views(run: PlannedRun) -> list[dict[str, Any]]:
-    files = sorted((run.folder / "evaluations").glob("tokens-after-*.jsonl"))
+    files = sorted(run.paths.evaluations.glob("tokens-after-*.jsonl"))
     return [json.loads(line) for line in files[-1].read_text(encoding="utf-8").splitlines()] if files else []
 
 

@@ -176,7 +176,7 @@ def _correctness(runs: Sequence[dict[str, bool]]) -> np.ndarray:
 
 def measured_cost(run: PlannedRun) -> dict[str, float]:
     """Return the training cost of a finished run."""
-    steps = [r for r in metrics_log.read(run.folder / metrics_log.FILE) if "loss" in r]
+    steps = [r for r in metrics_log.read(run.paths.metrics) if "loss" in r]
     teacher = 0 if run.settings.cache.path else sum(r["train_tokens"] for r in steps)
     return {
         "steps": len(steps),

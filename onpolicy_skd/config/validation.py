@@ -300,7 +300,7 @@ def _cache(settings: Settings) -> str | None:
     if settings.cache.path is None:
         return None
     if settings.eval.divergence_prompts:
-        return "eval.divergence_prompts: a cache does not hold the teacher's outputs on held-out texts; accepted: 0"
+        return "eval.divergence_prompts: the teacher's outputs on held-out texts are not in a cache; accepted: 0"
     if settings.classes.proposal != 1.0:
         return f"classes.proposal={settings.classes.proposal}: a cache keeps counts of classes alone; accepted: 1"
     asking = _teacher_question(settings)

@@ -1,6 +1,6 @@
-"""The recipe of the bundled tiny pair.
+"""Recipe of the bundled tiny pair.
 
-Trains, from nothing and on the demo task alone, a byte-level BPE tokenizer with single-digit tokens, a teacher
+Train, from random weights and on the demo task alone, a byte-level BPE tokenizer with single-digit tokens, a teacher
 (Qwen3 architecture, about 0.9M parameters) and a smaller student that is stopped long before it has learned the
 arithmetic.  On two CPU cores the pair takes about half an hour.
 """
@@ -35,7 +35,7 @@ STUDENT = dict(hidden_size=96, intermediate_size=256, num_hidden_layers=4, num_a
 
 
 def train_tokenizer() -> PreTrainedTokenizerFast:
-    """A lossless byte-level BPE over the task's text; every digit is a token of its own."""
+    """Return a lossless byte-level BPE over the task's text; each digit is a separate token."""
     specials = ["<|pad|>", "<|end|>", "<|user|>", "<|assistant|>"]
     core = Tokenizer(models.BPE())
     core.pre_tokenizer = pre_tokenizers.Sequence(
@@ -74,7 +74,7 @@ def encode(problem: dict[str, str], tokenizer: Any) -> tuple[list[int], list[int
 
 
 def collate(rows: list[tuple[list[int], list[int]]], pad: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Right-padded ``input_ids [B, L]`` and ``labels [B, L]``; only response tokens carry a label."""
+    """Return right-padded ``input_ids [B, L]`` and ``labels [B, L]``; only response tokens carry a label."""
     length = max(len(p) + len(r) for p, r in rows)
     ids = torch.full((len(rows), length), pad)
     labels = torch.full((len(rows), length), -100)
@@ -86,7 +86,7 @@ def collate(rows: list[tuple[list[int], list[int]]], pad: int) -> tuple[torch.Te
 
 @torch.no_grad()
 def greedy_match(model: Qwen3ForCausalLM, rows: list[tuple[list[int], list[int]]], pad: int) -> float:
-    """Share of ``rows`` that greedy decoding would answer word for word (one forward; no generation needed)."""
+    """Return the share of ``rows`` that greedy decoding would answer word for word (one forward, no generation)."""
     right = 0
     for start in range(0, len(rows), 128):
         ids, labels = collate(rows[start : start + 128], pad)
@@ -96,7 +96,7 @@ def greedy_match(model: Qwen3ForCausalLM, rows: list[tuple[list[int], list[int]]
 
 
 def train(model, tokenizer, steps: int, batch: int, lr: float, stop_at: float = 1.0) -> float:
-    """Cross-entropy on the reference answers; returns the held-out word-for-word match, stops early at ``stop_at``."""
+    """Train by cross-entropy on the reference answers, at most until ``stop_at``; return the held-out exact match."""
     stream, pad = problems("train"), tokenizer.pad_token_id
     held_out = [encode(p, tokenizer) for p in itertools.islice(problems("test", seed=1), 512)]
     matrices = [p for n, p in model.named_parameters() if p.ndim == 2 and "layers" in n]

@@ -11,7 +11,7 @@ and its answer works through the story with GSM8K's calculator annotations::
     #### 24
 
 Problems are a pure function of (split, index).  A question belongs to exactly one split, chosen by a
-hash of its text, so that train and test share no problem however many are drawn.
+hash of its text, so that train and test share no problem however many are generated.
 """
 
 from __future__ import annotations
@@ -97,13 +97,13 @@ def _problem(rng: random.Random) -> dict[str, str]:
 
 
 def split_of(question: str) -> str:
-    """The one split that ``question`` may appear in."""
+    """Return the only split that ``question`` may appear in."""
     digest = int.from_bytes(hashlib.sha256(question.encode()).digest()[:8], "big")
     return "test" if digest % TEST_SHARE == 0 else "train"
 
 
 def problems(split: str, seed: int = 0) -> Iterator[dict[str, str]]:
-    """An endless stream of distinct problems of ``split``, each ``{"question", "answer"}``.
+    """Yield distinct problems of ``split`` without end, each ``{"question", "answer"}``.
 
     Raises ValueError for an unknown split.
     """

@@ -1,4 +1,4 @@
-"""General text, packed: documents one after another, cut into samples of equal length.
+"""Packed text: documents one after another, cut into samples of equal length.
 
 The token stream is ``[end] document [end] document [end] ...`` with the tokenizer's end of sequence: it ends a document
 and starts the next one, which then has a token to be predicted from.  It is written to disk once, as uint32, and read
@@ -17,8 +17,8 @@ from typing import Any, overload
 import numpy as np
 
 from onpolicy_skd.config.schema import DataSettings
-from onpolicy_skd.data.prompts import DataError, read_hub, read_jsonl
-from onpolicy_skd.storage.files import replacing, write_text
+from onpolicy_skd.data.prompts import DataError, check_text, read_hub, read_jsonl
+from onpolicy_skd.storage.files import replacing, sha256, write_text
 from onpolicy_skd.types import Prompt
 
 DOCUMENTS_AT_ONCE = 256  # tokenized together
@@ -28,11 +28,12 @@ SUFFIXES = (".jsonl", ".parquet", ".txt")
 
 
 class Lazy(Sequence[Prompt]):
-    """``make(i)`` for each ``i`` of ``indices``, each prompt made when it is asked for."""
+    """``make(i)`` for each ``i`` of ``indices``, each prompt made when it is accessed."""
 
     def __init__(self, make: Callable[[int], Prompt], indices: Sequence[int]) -> None:
         self._make = make
         self._indices = indices
+        self.digest = ""  # SHA-256 of packed text
 
     def __len__(self) -> int:
         return len(self._indices)
@@ -48,18 +49,18 @@ class Lazy(Sequence[Prompt]):
 
 
 def samples(name: str, tokens: np.ndarray, length: int, end_id: int, separate: bool) -> Lazy:
-    """Samples of ``length`` tokens of the stream ``tokens``; what is left at its end is not used."""
+    """Return samples of ``length`` tokens of the stream ``tokens``; the remainder at its end is not used."""
 
     def sample(number: int) -> Prompt:
-        own = tokens[number * length : (number + 1) * length]
-        starts = np.flatnonzero(own[1:] == end_id) + 1 if separate else np.empty(0, np.int64)
-        return Prompt(f"{name}#{number + 1}", own.tolist(), "", "", starts)
+        ids = tokens[number * length : (number + 1) * length]
+        starts = np.flatnonzero(ids[1:] == end_id) + 1 if separate else np.empty(0, np.int64)
+        return Prompt(f"text#{number + 1}", ids.tolist(), "", "", starts, f"{name}#{number + 1}")
 
     return Lazy(sample, range(len(tokens) // length))
 
 
 def pack(settings: DataSettings, tokenizer: Any, folder: Path, log: Callable[[str], None]) -> Lazy:
-    """The samples of ``settings``, written to ``folder`` unless they are there already.
+    """Return the samples of ``settings``, written to ``folder`` unless they are there already.
 
     Raises DataError for a file, row or data set that cannot be read, or holds less than one sample.
     """
@@ -74,17 +75,19 @@ def pack(settings: DataSettings, tokenizer: Any, folder: Path, log: Callable[[st
     tokens, length = np.memmap(file, dtype="<u4", mode="r"), settings.sequence_length
     if len(tokens) < length:
         raise DataError(f"{name}: holds {len(tokens)} tokens, less than data.sequence_length={length}")
-    return samples(name, tokens, length, tokenizer.eos_token_id, settings.documents == "separate")
+    text = samples(name, tokens, length, tokenizer.eos_token_id, settings.documents == "separate")
+    text.digest = sha256(file)
+    return text
 
 
 def vocabulary_digest(tokenizer: Any) -> str:
-    """Changes with any token's id, and with the end of sequence."""
+    """Return a digest that changes with any token's id, and with the end of sequence."""
     vocabulary = sorted(tokenizer.get_vocab().items())
     return hashlib.sha256(json.dumps([vocabulary, tokenizer.eos_token_id]).encode()).hexdigest()
 
 
 def _rules(tokenizer: Any) -> str:
-    """Changes with whatever decides how a text becomes tokens."""
+    """Return a digest that changes with the rules that turn text into tokens."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     rules = json.loads(backend.to_str()) if backend is not None else {}
     state = {key: rule for key, rule in rules.items() if key not in ("truncation", "padding")}
@@ -94,12 +97,12 @@ def _rules(tokenizer: Any) -> str:
 def _write(file: Path, settings: DataSettings, tokenizer: Any, source: Any, log: Callable[[str], None]) -> None:
     budget, end = settings.tokens, [tokenizer.eos_token_id]
     written, documents, next_message = 0, -1, 0  # the first end of sequence ends no document
-    with replacing(file) as beside, beside.open("wb") as out:
+    with replacing(file) as temporary, temporary.open("wb") as out:
         texts = _documents(settings, source)
         for ids in itertools.chain([end], (ids + end for ids in _tokenized(texts, tokenizer))):
-            part = ids if budget is None else ids[: budget - written]
-            np.asarray(part, dtype="<u4").tofile(out)
-            written, documents = written + len(part), documents + 1
+            kept = ids if budget is None else ids[: budget - written]
+            np.asarray(kept, dtype="<u4").tofile(out)
+            written, documents = written + len(kept), documents + 1
             if written >= next_message:
                 log(f"text: {written} tokens of {documents} documents packed")
                 next_message = written + TOKENS_BETWEEN_MESSAGES
@@ -113,13 +116,13 @@ def _write(file: Path, settings: DataSettings, tokenizer: Any, source: Any, log:
 
 
 def _tokenized(texts: Iterator[str], tokenizer: Any) -> Iterator[list[int]]:
-    while several := list(itertools.islice(texts, DOCUMENTS_AT_ONCE)):
+    while documents := list(itertools.islice(texts, DOCUMENTS_AT_ONCE)):
         # A special token that a document spells out is text: an end of sequence would look like the document's.
-        yield from tokenizer(several, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+        yield from tokenizer(documents, add_special_tokens=False, split_special_tokens=True)["input_ids"]
 
 
 def _source(settings: DataSettings) -> tuple[str, Any]:
-    """A name for the samples, and what tells this text from another: files with size and time, or the hub's names."""
+    """Return a name for the samples and the identity of the text: files with size and time, or the hub's names."""
     if settings.train_file is None:
         names = [settings.name, settings.subset, settings.train_split]
         local = sorted(f for f in Path(str(settings.name)).rglob("*") if f.is_file())  # nothing, of a hub data set
@@ -136,7 +139,7 @@ def _stamps(files: Sequence[Path]) -> list[list[Any]]:
 
 
 def _documents(settings: DataSettings, source: Any) -> Iterator[str]:
-    """Every document that has text.  Raises DataError."""
+    """Yield each document that has text.  Raises DataError."""
     rows = _hub_rows(settings) if settings.train_file is None else _file_rows([Path(f) for f, *_ in source], settings)
     for where, row in rows:
         text = row.get(settings.text_column)
@@ -145,6 +148,7 @@ def _documents(settings: DataSettings, source: Any) -> Iterator[str]:
                 f"{where}: column {settings.text_column!r} is missing or not text; this row has "
                 f"{', '.join(map(repr, row)) or 'no columns'} (set data.text_column)"
             )
+        check_text(text, f"{where}: column {settings.text_column!r}")
         if text.strip():
             yield text
 
@@ -158,7 +162,7 @@ def _file_rows(files: Sequence[Path], settings: DataSettings) -> Iterator[tuple[
                     "documents as rows of a .jsonl or .parquet file"
                 )
             try:
-                yield str(file), {settings.text_column: file.read_text(encoding="utf-8")}
+                yield str(file), {settings.text_column: file.read_text(encoding="utf-8-sig")}
             except (OSError, UnicodeDecodeError) as error:
                 raise DataError(f"{file}: cannot be read as UTF-8 text ({error})") from None
         else:
@@ -173,7 +177,7 @@ def _parquet_rows(file: Path, column: str) -> Iterator[dict[str, Any]]:
     try:
         with parquet.ParquetFile(file) as opened:
             if column not in opened.schema_arrow.names:
-                yield dict.fromkeys(opened.schema_arrow.names)  # which says what there is instead
+                yield dict.fromkeys(opened.schema_arrow.names)  # the error then names the columns there are
                 return
             for batch in opened.iter_batches(DOCUMENTS_AT_ONCE, columns=[column]):
                 yield from batch.to_pylist()

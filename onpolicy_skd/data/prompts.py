@@ -1,7 +1,8 @@
-"""Questions become prompt token ids: loading, templates, and the order in which a run sees them."""
+"""Questions as prompt token ids: loading, templates, and the order in which a run sees them."""
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import json
 import logging
@@ -27,40 +28,70 @@ class DataError(ConfigError):
 
 
 def load_questions(settings: DataSettings, split: str) -> Iterator[tuple[str, str, str]]:
-    """(key, question, answer) of every row of ``split`` ("train" or "eval").  Raises DataError."""
+    """Yield (row, question, answer) of each row of ``split`` ("train" or "eval").  Raises DataError."""
     training = split == "train"
-    name = settings.train_split if training else settings.eval_split
-    if settings.source == "demo":
-        count = DEMO_TRAIN_PROBLEMS if training else DEMO_TEST_PROBLEMS
-        rows: Iterator[Any] = itertools.islice(demo_task.problems(name), count)
-        where = f"demo:{name}"
-    elif settings.source == "jsonl" or settings.path:  # a path is GSM8K's
-        own = settings.train_file if training else settings.eval_file
-        file = settings.path / f"{name}.jsonl" if settings.path else own
-        if file is None:
-            raise DataError("data.eval_file: needed to evaluate with data.source=jsonl; give a file or run without it")
-        rows, where = read_jsonl(file), file.name
-    else:
-        spec = GSM8K if settings.source == "gsm8k" else dict(name=settings.name, subset=settings.subset)
-        rows, where = read_hub(str(spec["name"]), spec["subset"], name), f"{spec['name']}:{name}"
+    where, rows = _rows(settings, split)
     limit = settings.train_problems + settings.shots if training and settings.train_problems else None
     columns = (settings.question_column, settings.answer_column)
     for number, row in enumerate(itertools.islice(rows, limit), 1):
-        for column in columns:
-            if not isinstance(row.get(column), str):
-                raise DataError(
-                    f"{where} row {number}: column {column!r} is missing or not text; this row has "
-                    f"{', '.join(map(repr, row)) or 'no columns'} (set data.question_column / data.answer_column)"
-                )
-        if not row[columns[0]].strip():
-            raise DataError(f"{where} row {number}: column {columns[0]!r} is empty")
-        yield f"{where}#{number}", row[columns[0]], row[columns[1]]
+        question, answer = text_columns(row, columns, f"{where} row {number}")
+        yield f"{where}#{number}", question, answer
+
+
+def _rows(settings: DataSettings, split: str) -> tuple[str, Iterator[dict[str, Any]]]:
+    """Return a name of the split's source, for messages, and its rows."""
+    training = split == "train"
+    name = settings.train_split if training else settings.eval_split
+    if settings.source == "demo":
+        if name not in demo_task.SPLITS:
+            key = "data.train_split" if training else "data.eval_split"
+            raise DataError(f"{key}={name}: the demo task has no such split; accepted: {', '.join(demo_task.SPLITS)}")
+        count = DEMO_TRAIN_PROBLEMS if training else DEMO_TEST_PROBLEMS
+        return f"demo:{name}", itertools.islice(demo_task.problems(name), count)
+    if settings.source == "jsonl" or settings.path:  # a path is GSM8K's
+        named = settings.train_file if training else settings.eval_file
+        file = settings.path / f"{name}.jsonl" if settings.path else named
+        if file is None:
+            raise DataError("data.eval_file: needed to evaluate with data.source=jsonl; give a file or run without it")
+        return file.name, read_jsonl(file)
+    spec = GSM8K if settings.source == "gsm8k" else dict(name=settings.name, subset=settings.subset)
+    return f"{spec['name']}:{name}", read_hub(str(spec["name"]), spec["subset"], name)
+
+
+def text_columns(row: dict[str, Any], columns: Sequence[str], where: str) -> list[str]:
+    """Return the texts in ``columns`` of a row.  Raises DataError, naming ``where``, if one is missing, not text or
+    blank."""
+    texts = []
+    for column in columns:
+        text = row.get(column)
+        if not isinstance(text, str):
+            raise DataError(
+                f"{where}: column {column!r} is missing or not text; this row has "
+                f"{', '.join(map(repr, row)) or 'no columns'} (set data.question_column / data.answer_column)"
+            )
+        check_text(text, f"{where}: column {column!r}")
+        if not text.strip():
+            raise DataError(f"{where}: column {column!r} is empty; give a text or remove the row")
+        texts.append(text)
+    return texts
+
+
+def check_text(text: str, where: str) -> None:
+    """Raise DataError, naming ``where``, for text that no tokenizer can encode."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        half = ascii(text[error.start])
+        raise DataError(
+            f"{where} holds half of a surrogate pair ({half} at character {error.start}), which is no text; write the "
+            "full character"
+        ) from None
 
 
 def read_jsonl(file: Path) -> Iterator[dict[str, Any]]:
-    """One object a line; blank lines are skipped.  Raises DataError naming file and line."""
+    """Yield one object per line; blank lines are skipped.  Raises DataError naming file and line."""
     try:
-        with file.open(encoding="utf-8") as lines:
+        with file.open(encoding="utf-8-sig") as lines:  # a byte order mark is no part of the first row
             for number, line in enumerate(lines, 1):
                 if not line.strip():
                     continue
@@ -78,13 +109,13 @@ def read_jsonl(file: Path) -> Iterator[dict[str, Any]]:
 
 
 def read_hub(name: str, subset: str | None, split: str, streaming: bool = False) -> Iterator[dict[str, Any]]:
-    """Rows of a hub data set; ``streaming``: without a copy on disk.  Raises DataError."""
+    """Yield the rows of a hub data set; ``streaming``: without a copy on disk.  Raises DataError."""
     from datasets import load_dataset  # takes seconds to import and is needed for hub data only
 
     try:
         rows: Any = load_dataset(name, subset, split=split, streaming=streaming)
         yield from rows
-    except Exception as error:  # the hub client raises many kinds; each means that the set is not to be had
+    except Exception as error:  # the hub client raises many kinds
         raise DataError(
             f"data set {name} ({subset or 'default'}, {split}) cannot be loaded from the hub: "
             f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}; "
@@ -95,24 +126,21 @@ def read_hub(name: str, subset: str | None, split: str, streaming: bool = False)
 def load_shots(settings: DataSettings) -> list[tuple[str, str]]:
     """Return (question, answer) of the first ``data.shots`` rows of the training split: the examples of every prompt.
 
-    Raise DataError if the split has fewer rows, or none to read.
+    Raises DataError if the split has fewer rows, or none to read.
     """
     if not settings.shots:
         return []
     rows = list(itertools.islice(load_questions(settings, "train"), settings.shots))
     if len(rows) < settings.shots:
         raise DataError(f"data.shots={settings.shots}: the training split has {len(rows)} rows; accepted: fewer")
-    for key, _, answer in rows:
-        if not answer.strip():
-            raise DataError(f"{key}: an example of data.shots={settings.shots} without an answer; accepted: 0 shots")
     return [(question, answer) for _, question, answer in rows]
 
 
 def render(question: str, tokenizer: Any, settings: DataSettings, shots: Sequence[tuple[str, str]] = ()) -> list[int]:
-    """Return the prompt token ids of ``question``, after the examples ``shots``.
+    """Return the prompt token ids of ``question``, after the examples ``shots`` and without an end of sequence.
 
     Examples are user and assistant turns of a chat template; in plain text, lm-eval's format: a space before an answer
-    and an empty line after it.  Raise DataError if a chat template is asked for but missing.
+    and an empty line after it.  Raises DataError if the tokenizer has no chat template, or if no token is left.
     """
     text = question + settings.instruction
     if settings.template == "plain":
@@ -121,30 +149,49 @@ def render(question: str, tokenizer: Any, settings: DataSettings, shots: Sequenc
         examples = [
             settings.plain.replace("{question}", q + settings.instruction) + f"{gap}{answer}\n\n" for q, answer in shots
         ]
-        return tokenizer("".join([*examples, prompt]))["input_ids"]
-    if not tokenizer.chat_template:
+        ids = _without_suffix("".join([*examples, prompt]), tokenizer)
+    elif not tokenizer.chat_template:
         raise DataError("data.template=chat: the student's tokenizer has no chat template; use data.template=plain")
-    system = [{"role": "system", "content": settings.system}] if settings.system is not None else []
-    turns = [
-        turn
-        for q, answer in shots
-        for turn in ({"role": "user", "content": q + settings.instruction}, {"role": "assistant", "content": answer})
-    ]
-    return tokenizer.apply_chat_template(
-        [*system, *turns, {"role": "user", "content": text}],
-        add_generation_prompt=True,
-        enable_thinking=settings.thinking,
-        return_dict=False,
-    )
+    else:
+        system = [{"role": "system", "content": settings.system}] if settings.system is not None else []
+        turns = [
+            turn
+            for q, answer in shots
+            for turn in (
+                {"role": "user", "content": q + settings.instruction},
+                {"role": "assistant", "content": answer},
+            )
+        ]
+        ids = tokenizer.apply_chat_template(
+            [*system, *turns, {"role": "user", "content": text}],
+            add_generation_prompt=True,
+            enable_thinking=settings.thinking,
+            return_dict=False,
+        )
+    if not ids:
+        raise DataError(f"data.template={settings.template}: the prompt of {question[:40]!r} has no tokens")
+    return ids
+
+
+def _without_suffix(text: str, tokenizer: Any) -> list[int]:
+    """Return the token ids of ``text`` with the special tokens that a tokenizer prepends but none that it appends.
+
+    After an appended end of sequence a model has nothing left to answer.
+    """
+    ids, body = tokenizer(text)["input_ids"], tokenizer(text, add_special_tokens=False)["input_ids"]
+    for end in range(len(ids), len(body) - 1, -1):
+        if ids[end - len(body) : end] == body:
+            return ids[:end]
+    return body
 
 
 def answer_ids(answer: str, tokenizer: Any) -> list[int]:
-    """Token ids of a reference answer as a response, its end of sequence included."""
+    """Return the token ids of a reference answer as a response, with its end of sequence."""
     return [*tokenizer(answer, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
 
 
 def load_prompts(settings: DataSettings, tokenizer: Any, split: str, limit: int | None = None) -> list[Prompt]:
-    """The (first ``limit``) prompts of ``split``; over-long ones are dropped and counted, if so configured.
+    """Return the (first ``limit``) prompts of ``split``; overlong ones are dropped and counted, if so configured.
 
     Problems that are examples of ``data.shots`` are left out.
     Raises DataError, also for a prompt over ``data.max_prompt_tokens``, and in the eval split for an answer that no
@@ -152,21 +199,24 @@ def load_prompts(settings: DataSettings, tokenizer: Any, split: str, limit: int 
     """
     prompts, dropped, shots = [], 0, load_shots(settings)
     example_questions = {question for question, _ in shots}
-    for key, question, answer in load_questions(settings, split):
+    for row, question, answer in load_questions(settings, split):
         if len(prompts) == limit:
             break
         if question in example_questions:
             continue
-        ids = render(question, tokenizer, settings, shots)
+        try:
+            ids = render(question, tokenizer, settings, shots)
+        except DataError as error:
+            raise DataError(f"{row}: {error}") from None
         if len(ids) > settings.max_prompt_tokens:
             if settings.overlong == "drop":
                 dropped += 1
                 continue
             raise DataError(
-                f"{key}: the prompt has {len(ids)} tokens, data.max_prompt_tokens={settings.max_prompt_tokens}; "
+                f"{row}: the prompt has {len(ids)} tokens, data.max_prompt_tokens={settings.max_prompt_tokens}; "
                 f"raise the limit{', lower data.shots' if shots else ''} or set data.overlong=drop"
             )
-        prompts.append(Prompt(key, ids, question, answer))
+        prompts.append(Prompt(row, ids, question, answer, row=row))
     if dropped:
         logger.warning("%s split: %d prompts over %d tokens dropped", split, dropped, settings.max_prompt_tokens)
     if not prompts:
@@ -183,28 +233,40 @@ def check_references(prompts: Iterable[Prompt]) -> None:
     for prompt in prompts:
         if problem := check_reference(prompt.answer):
             raise DataError(
-                f"{prompt.key}: {problem}; accepted after ####, in \\boxed{{}} or alone: one number with its unit, "
+                f"{prompt.row}: {problem}; accepted after ####, in \\boxed{{}} or alone: one number with its unit, "
                 "a formula, or up to 100 characters of text"
             )
 
 
-def hold_out(prompts: list[Prompt], count: int) -> tuple[list[Prompt], list[Prompt]]:
-    """``prompts`` without ``count`` of them, and these: chosen by their keys alone, so the same in every run.
+def question_digest(question: str) -> str:
+    """Return a name for a question that depends on its words alone: not on white space, file or row."""
+    return hashlib.sha256(" ".join(question.split()).encode()).hexdigest()[:16]
 
-    Raises DataError if nothing would be left.
+
+def hold_out(prompts: list[Prompt], count: int) -> tuple[list[Prompt], list[Prompt]]:
+    """Return the prompts to train on and ``count`` others, chosen by their questions alone.
+
+    A question that occurs more than once is held out once, and no copy of it is trained on.  Raises DataError if
+    nothing would be left to train on.
     """
-    if count >= len(prompts):
+    first = {question_digest(p.question): p for p in reversed(prompts)}
+    if count >= len(first):
         raise DataError(
-            f"data.validation_problems={count}: there are {len(prompts)} training problems; accepted: fewer"
+            f"data.validation_problems={count}: there are {len(first)} different training problems; accepted: fewer"
         )
-    chosen = {p.key for p in sorted(prompts, key=lambda p: seed_of("validation", p.key))[:count]}
-    return [p for p in prompts if p.key not in chosen], [p for p in prompts if p.key in chosen]
+    chosen = set(sorted(first, key=lambda digest: seed_of("validation", digest))[:count])
+    held_out = {first[digest].key for digest in chosen}
+    return (
+        [p for p in prompts if question_digest(p.question) not in chosen],
+        [p for p in prompts if p.key in held_out],
+    )
 
 
 def prompts_of_step(count: int, per_step: int, step: int, seed: int) -> list[int]:
-    """Indices of the prompts of ``step`` (0-based) among ``count``: a pure function, so resuming needs only the step.
+    """Return the indices of the prompts of ``step`` (0-based) among ``count``: a pure function, so resuming needs only
+    the step.
 
-    Every epoch is a fresh permutation; a step may span two epochs, and no prompt is left out at their border.
+    Each epoch is another permutation; a step may span two epochs, and no prompt is left out at their border.
     """
     indices = []
     for place in range(step * per_step, (step + 1) * per_step):

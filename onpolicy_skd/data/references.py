@@ -1,6 +1,6 @@
-"""Responses that the student did not write: reference answers, a file of answers, or the teacher's own rollouts.
+"""Responses that the student did not write: reference answers, a file of answers, or the teacher's rollouts.
 
-What follows a trajectory (filter, teacher, learner, evaluation) is the same code for these as for rollouts.
+Filter, teacher, learner and evaluation treat them as they treat the student's rollouts.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ import numpy as np
 
 from onpolicy_skd.config.errors import ConfigError
 from onpolicy_skd.config.schema import Settings
-from onpolicy_skd.data.prompts import answer_ids, read_jsonl
+from onpolicy_skd.data.prompts import answer_ids, read_jsonl, text_columns
 from onpolicy_skd.models.loading import weights_digest
 from onpolicy_skd.report.progress import ProgressReporter
-from onpolicy_skd.storage.files import write_text
+from onpolicy_skd.storage.files import RunPaths, write_text
 from onpolicy_skd.types import FinishReason, Prompt, RolloutRequest, Trajectory, seed_of
 
 ANNOTATION = re.compile(r"<<[^<>]*>>")  # GSM8K's calculator annotations: <<48/2=24>>
@@ -34,11 +34,11 @@ class Response:
     finish_reason: FinishReason = "stop"
 
 
-Responses = Mapping[str, Sequence[Response]]  # by prompt key, at least one each
+Responses = Mapping[str, Sequence[Response]]  # by prompt key, at least one for each
 
 
 def trajectory(prompt: Prompt, response: Response, key: str, supervise: str) -> Trajectory:
-    """``supervise``: "response", or "all" tokens after the first, the question's included."""
+    """Return ``response`` as a trajectory; ``supervise`` is "response", or "all": the question's tokens too."""
     ids = np.asarray([*prompt.token_ids, *response.ids], dtype=np.int64)
     start = len(prompt.token_ids) if supervise == "response" else 1
     return Trajectory(
@@ -47,7 +47,7 @@ def trajectory(prompt: Prompt, response: Response, key: str, supervise: str) -> 
 
 
 def of_text(prompt: Prompt, key: str) -> Trajectory:
-    """A stretch of packed text: every token after the first is supervised."""
+    """Return a sample of packed text as a trajectory; all tokens after the first are supervised."""
     ids = np.asarray(prompt.token_ids, dtype=np.int64)
     return Trajectory(
         key, ids[:1], ids[1:], np.zeros(len(ids) - 1, np.float32), "stop", None, documents=prompt.documents
@@ -55,47 +55,45 @@ def of_text(prompt: Prompt, key: str) -> Trajectory:
 
 
 def from_text(settings: Settings, prompts: Sequence[Prompt], tokenizer: Any) -> tuple[list[Prompt], Responses]:
-    """The prompts that have a response of at most ``rollout.max_tokens``, and their responses.
+    """Return the prompts that have a response of at most ``rollout.max_tokens``, and their responses.
 
-    Raises ConfigError for a prompt that has none, or one that is too long, unless ``data.overlong=drop``.
+    Raises ConfigError for a prompt without one, or with longer ones only, unless ``data.overlong=drop``.
     """
-    own, limit = settings.references, settings.rollout.max_tokens
-    texts = {p.key: [p.answer] for p in prompts} if own.source == "answers" else _from_file(settings, prompts)
-    kept, found = [], {}
+    cfg, limit = settings.references, settings.rollout.max_tokens
+    texts = {p.key: [p.answer] for p in prompts} if cfg.source == "answers" else _from_file(settings, prompts)
+    kept, responses = [], {}
     for prompt in prompts:
         answers = texts.get(prompt.key, [])
-        if own.annotations == "strip":
+        if cfg.annotations == "strip":
             answers = [ANNOTATION.sub("", a) for a in answers]
         encoded = [answer_ids(a, tokenizer) for a in answers]
         fitting = [Response(ids) for ids in encoded if len(ids) <= limit]
         if fitting:
             kept.append(prompt)
-            found[prompt.key] = fitting
+            responses[prompt.key] = fitting
         elif settings.data.overlong == "error":
-            why = f"{len(encoded[0])} tokens, rollout.max_tokens={limit}" if encoded else f"no row in {own.file}"
-            raise ConfigError(f"{prompt.key}: its reference answer has {why}; mend that or set data.overlong=drop")
+            why = f"{len(encoded[0])} tokens, rollout.max_tokens={limit}" if encoded else f"no row in {cfg.file}"
+            raise ConfigError(f"{prompt.row}: its reference answer has {why}; correct that or set data.overlong=drop")
     if not kept:
         raise ConfigError(
             f"mode={settings.mode}: no prompt has a reference answer of rollout.max_tokens={limit} or less"
         )
-    return kept, found
+    return kept, responses
 
 
 def _from_file(settings: Settings, prompts: Sequence[Prompt]) -> dict[str, list[str]]:
-    """Answers of ``references.file`` by prompt key; its rows name their question."""
-    own, file = settings.data, settings.references.file
-    assert file is not None  # compatibility.py saw to it
-    keys, found = {p.question: p.key for p in prompts}, defaultdict(list)
+    """Return the answers of ``references.file`` by prompt key; its rows name their question."""
+    columns, file = (settings.data.question_column, settings.data.answer_column), settings.references.file
+    assert file is not None  # validation.py requires it
+    keys: defaultdict[str, list[str]] = defaultdict(list)
+    answers: defaultdict[str, list[str]] = defaultdict(list)
+    for prompt in prompts:
+        keys[prompt.question].append(prompt.key)
     for number, row in enumerate(read_jsonl(file), 1):
-        for column in (own.question_column, own.answer_column):
-            if not isinstance(row.get(column), str):
-                raise ConfigError(
-                    f"{file} row {number}: column {column!r} is missing or not text (data.question_column, "
-                    "data.answer_column)"
-                )
-        if row[own.question_column] in keys:
-            found[keys[row[own.question_column]]].append(row[own.answer_column])
-    return found
+        question, answer = text_columns(row, columns, f"{file} row {number}")
+        for key in keys.get(question, ()):
+            answers[key].append(answer)
+    return answers
 
 
 def teacher_responses(
@@ -104,12 +102,12 @@ def teacher_responses(
     roll: Callable[[Sequence[RolloutRequest]], Sequence[Trajectory]],
     log: Callable[[str], None],
 ) -> tuple[list[Prompt], Responses]:
-    """The prompts that the teacher answered and its answers (sequence-level KD, Kim and Rush, 2016).
+    """Return the prompts that the teacher answered, and its answers (sequence-level KD, Kim and Rush, 2016).
 
-    Made once by ``roll`` and reused by every run on the same teacher, prompts and sampling; a killed run goes on where
-    it was.  Truncated answers are left out if ``samples.truncated`` says so.
+    ``roll`` generates them once; all runs on the same teacher, prompts and sampling reuse them, and a run continues
+    where a killed one stopped.  Truncated answers are left out if ``samples.truncated`` says so.
     """
-    path = settings.run.dir / "references" / f"{_fingerprint(settings, prompts)}.jsonl"
+    path = RunPaths(settings.run.folder).references / f"{_fingerprint(settings, prompts)}.jsonl"
     partial = path.with_suffix(".partial.jsonl")
     rows = _read_rows(path) if path.exists() else _read_rows(partial)
     if path.exists():
@@ -118,16 +116,16 @@ def teacher_responses(
         path.parent.mkdir(parents=True, exist_ok=True)
         with ProgressReporter("references", len(prompts), log, completed=len(rows)) as progress:
             for start in range(0, len(prompts), BATCH):
-                part = [p for p in prompts[start : start + BATCH] if p.key not in rows]
-                for t in roll([_request(settings, p, i) for p in part for i in range(settings.references.samples)]):
+                missing = [p for p in prompts[start : start + BATCH] if p.key not in rows]
+                for t in roll([_request(settings, p, i) for p in missing for i in range(settings.references.samples)]):
                     rows.setdefault(t.prompt_key, []).append(Response(t.response_ids.tolist(), t.finish_reason))
                 write_text(partial, _text_of(rows))
-                progress.advance(len(part))
+                progress.advance(len(missing))
         log(f"references: the teacher has answered {len(rows)}/{len(prompts)} prompts")
         partial.replace(path)
     usable = {
-        key: [r for r in found if r.ids and (r.finish_reason == "stop" or settings.samples.truncated == "keep")]
-        for key, found in rows.items()
+        key: [r for r in answers if r.ids and (r.finish_reason == "stop" or settings.samples.truncated == "keep")]
+        for key, answers in rows.items()
     }
     kept = [p for p in prompts if usable.get(p.key)]
     log(f"references: {len(kept)} of {len(prompts)} prompts have an answer of the teacher")
@@ -144,8 +142,8 @@ def _request(settings: Settings, prompt: Prompt, number: int) -> RolloutRequest:
 
 def _text_of(rows: Responses) -> str:
     lines = (
-        {"key": key, "ids": [r.ids for r in found], "finish_reason": [r.finish_reason for r in found]}
-        for key, found in rows.items()
+        {"key": key, "ids": [r.ids for r in answers], "finish_reason": [r.finish_reason for r in answers]}
+        for key, answers in rows.items()
     )
     return "".join(json.dumps(line) + "\n" for line in lines)
 
@@ -155,20 +153,20 @@ def _read_rows(path: Path) -> dict[str, list[Response]]:
         return {}
     try:
         return {
-            row["key"]: [Response(ids, finish) for ids, finish in zip(row["ids"], row["finish_reason"], strict=True)]
+            row["key"]: [Response(ids, reason) for ids, reason in zip(row["ids"], row["finish_reason"], strict=True)]
             for row in read_jsonl(path)
         }
     except (KeyError, TypeError, ValueError) as error:
-        raise ConfigError(f"{path}: damaged ({error}); remove it to have it made anew") from None
+        raise ConfigError(f"{path}: damaged ({error}); remove it, and it is generated again") from None
 
 
 def _fingerprint(settings: Settings, prompts: Sequence[Prompt]) -> str:
-    """Changes with the teacher's weights, the prompts, and how answers are drawn."""
-    own, rollout = settings.references, settings.rollout
+    """Return a digest that changes with the teacher's weights, the prompts, and the settings of sampling."""
+    cfg, rollout = settings.references, settings.rollout
     digest = hashlib.sha256(
         json.dumps(
             [
-                weights_digest(settings.teacher.model), settings.run.seed, own.samples, own.temperature,
+                weights_digest(settings.teacher.model), settings.run.seed, cfg.samples, cfg.temperature,
                 rollout.max_tokens, rollout.top_p, rollout.engine, rollout.dtype, *rollout.stop,
             ]
         ).encode()

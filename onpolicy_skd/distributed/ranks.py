@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor
 
 from onpolicy_skd.models.batch import balance_by_tokens
 from onpolicy_skd.models.split_model import SplitModel
@@ -98,6 +98,9 @@ def full_scalar(value: Tensor) -> float:
 def shard_like(tensor: Tensor, parameter: Tensor) -> Tensor:
     """Return this rank's shard of ``tensor`` if ``parameter`` is sharded, else ``tensor``; on the same device."""
     if not isinstance(parameter, DTensor) or tensor.shape != parameter.shape:
-        return tensor.to(parameter.device)
+        return tensor.to(parameter.device, copy=True)
     mesh, placements = parameter.device_mesh, parameter.placements
-    return distribute_tensor(tensor.to(parameter.device), mesh, placements, src_data_rank=None)
+    chunks = tensor.chunk(mesh.size(), dim=0)  # sharded over the first dimension, as FSDP2 does
+    shard = chunks[mesh.get_local_rank()] if mesh.get_local_rank() < len(chunks) else tensor[:0]
+    local = shard.to(parameter.device, copy=True)  # which reads a mapped file's slice
+    return DTensor.from_local(local, mesh, placements, shape=tensor.shape, stride=tensor.stride())

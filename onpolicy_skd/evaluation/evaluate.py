@@ -74,6 +74,7 @@ def _record(trajectory: Trajectory, prompt: Prompt, tokenizer: Any, stop: Sequen
     output = before_stop(tokenizer.decode(trajectory.response_ids.tolist(), skip_special_tokens=True), stop)
     return {
         "key": trajectory.key,
+        "row": prompt.row,
         "question": prompt.question,
         "reference": prompt.answer,
         "output": output,

@@ -24,7 +24,7 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer, named: Mapping[str, Tens
 def load_optimizer_tensors(
     optimizer: torch.optim.Optimizer,
     named: Mapping[str, Tensor],
-    tensors: dict[str, Tensor],
+    tensors: Mapping[str, Tensor],
     place: Callable[[Tensor, Tensor], Tensor] = lambda tensor, parameter: tensor.to(parameter.device),
 ) -> None:
     """Load what ``optimizer_tensors`` returned; ``place`` moves a tensor to its parameter's device and sharding."""

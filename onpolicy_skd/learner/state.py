@@ -61,7 +61,7 @@ class LearnerState:
         full = self.ranks.full_tensor(tensor)
         return full if full is tensor else full.cpu()
 
-    def restore(self, tensors: dict[str, Tensor], version: int) -> None:
+    def restore(self, tensors: Mapping[str, Tensor], version: int) -> None:
         """Load what ``tensors`` returned.  Raises CheckpointError if the checkpoint belongs to another model."""
         sections: defaultdict[str, dict[str, Tensor]] = defaultdict(dict)
         for full_name, tensor in tensors.items():

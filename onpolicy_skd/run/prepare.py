@@ -1,45 +1,42 @@
-"""Everything that can be checked and known before a model loads: data, tokenizers, vocabulary, the run's folder."""
+"""Preparation of a run before a model loads: data, tokenizers, vocabulary, and the run's folder."""
 
 from __future__ import annotations
 
-import contextlib
+import hashlib
 import json
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from onpolicy_skd.config import loading as command_line
 from onpolicy_skd.config.errors import ConfigError
-from onpolicy_skd.config.schema import Settings
+from onpolicy_skd.config.loading import dump, flat, read_yaml, resolve
+from onpolicy_skd.config.schema import Settings, rules_of, walk
 from onpolicy_skd.data import references
 from onpolicy_skd.data.packed_text import pack
 from onpolicy_skd.data.prompts import check_references, hold_out, load_prompts, prompts_of_step
 from onpolicy_skd.data.references import Responses
 from onpolicy_skd.models import loading as models
-from onpolicy_skd.report import metrics_log as metrics
 from onpolicy_skd.selection.positions import num_selected
 from onpolicy_skd.selection.selector import Selector
 from onpolicy_skd.storage import checkpoint, files
+from onpolicy_skd.storage.checkpoint import Checkpoint
+from onpolicy_skd.storage.files import RunPaths
 from onpolicy_skd.teacher import cache_provenance as provenance
 from onpolicy_skd.teacher.cache_format import CacheError, Manifest
 from onpolicy_skd.teacher.cache_reader import TeacherCache
 from onpolicy_skd.types import Prompt, RolloutRequest, SamplingParams, Trajectory, seed_of
 
-# Settings that may change when a run is resumed: they do not touch what is trained.
-RESUMABLE = ("resume", "run.dir", "run.name", "run.evaluate_every", "run.checkpoint_every", "run.keep_checkpoints",
-             "run.keep_best", "run.timeline",
-             "run.tensorboard", "run.max_hours", "learner.max_skipped", "eval.", "faults.", "cluster.",
-             "cache.positions_per_shard", "learner.ranks", "learner.threads", "teacher.actors",
-             "rollout.actors", "rollout.tensor_parallel", "sync.method", "pipeline.streaming")  # fmt: skip
+RESUMABLE = frozenset(key for key, field in walk() if rules_of(field)["resumable"])
+DATA_SECTIONS = ("mode", "data", "references", "eval")  # sections whose settings decide which samples are trained on
+Changes = dict[str, list[Any]]  # setting: [value before, value now]
 
 
 @dataclass
 class Run:
-    """What a driver needs to know of its run."""
+    """Settings, data and derived quantities of a run, as its driver needs them."""
 
     settings: Settings
     tokenizer: Any
@@ -48,25 +45,32 @@ class Run:
     held_out: Sequence[Prompt]
     responses: Responses = field(default_factory=dict)  # references by prompt key
     validation: Sequence[Prompt] = ()  # held out of the training data, for evaluations during training
+    data_digest: str = ""  # changes with the training data
 
     @property
     def folder(self) -> Path:
         return self.settings.run.folder
 
     @property
+    def paths(self) -> RunPaths:
+        return RunPaths(self.folder)
+
+    @property
     def steps(self) -> int:
-        """Batches of prompts of the whole run; known before a prefilter ran, from counts alone."""
-        own = self.settings
-        if own.run.steps is not None:
-            return own.run.steps
-        prefiltered = own.samples.when == "prefilter"
-        count = num_selected(own.samples.keep, len(self.train)) if prefiltered else len(self.train)
-        return math.ceil(round(own.run.epochs * count / own.prompts_per_step, 9))
+        """Number of steps of the run; counts alone give it, before a prefilter ran."""
+        run, samples = self.settings.run, self.settings.samples
+        if run.steps is not None:
+            return run.steps
+        prefiltered = samples.when == "prefilter"
+        count = num_selected(samples.keep, len(self.train)) if prefiltered else len(self.train)
+        return math.ceil(round(run.epochs * count / self.settings.prompts_per_step, 9))
 
     @property
     def sampling(self) -> SamplingParams:
-        own = self.settings.rollout
-        return SamplingParams(own.max_tokens, own.temperature, own.top_p, own.entropy == "engine", tuple(own.stop))
+        rollout = self.settings.rollout
+        return SamplingParams(
+            rollout.max_tokens, rollout.temperature, rollout.top_p, rollout.entropy == "engine", tuple(rollout.stop)
+        )
 
     @property
     def greedy(self) -> SamplingParams:
@@ -75,57 +79,57 @@ class Run:
 
     @property
     def samples_student(self) -> bool:
-        """Whether the student generates anything in training."""
+        """True if the student generates in training."""
         return self.settings.student_rollouts_per_step > 0
 
     @property
     def validation_prompts(self) -> Sequence[Prompt]:
-        """What evaluations during training are of."""
-        own = self.settings.eval
-        return self.validation or self.held_out[: own.during or own.problems or None]
+        """The prompts of evaluations during training."""
+        cfg = self.settings.eval
+        return self.validation or self.held_out[: cfg.during or cfg.problems or None]
 
     def save_validation(self) -> None:
-        """Writes which training problems are held out, if any are."""
+        """Write which training problems are held out, if any are: their keys and rows."""
         if self.validation:
-            keys = [p.key for p in self.validation]
-            files.write_text(self.folder / "validation.json", json.dumps(keys, indent=0) + "\n")
+            rows = {p.key: p.row for p in self.validation}
+            files.write_text(self.paths.validation, json.dumps(rows, indent=0) + "\n")
 
     @property
     def knows_its_texts(self) -> bool:
-        """Whether data and settings alone say what is trained on, before a model has answered or scored anything."""
-        own = self.settings
-        answered = own.mode != "on_policy" and own.references.source == "teacher"
-        return own.samples.when != "prefilter" and not answered
+        """True if data and settings alone decide what is trained on, before a model has answered or scored anything."""
+        answered = self.settings.mode != "on_policy" and self.settings.references.source == "teacher"
+        return self.settings.samples.when != "prefilter" and not answered
 
     def requests(self, prompts: Sequence[Prompt], step: int) -> list[RolloutRequest]:
-        """The rollouts of ``step``: its first prompts, ``rollout.n`` times each, a seed for each."""
-        own, seed = self.settings, self.settings.run.seed
-        asked = [
+        """Return the rollouts of ``step``: its first prompts, ``rollout.n`` times each, with a seed for each."""
+        settings, seed = self.settings, self.settings.run.seed
+        requests = [
             RolloutRequest(
                 f"{place}:{p.key}/{i}",
                 p.token_ids,
                 seed_of(seed, step, place, p.key, i),
-                p.answer if own.judges_rollouts else None,
+                p.answer if settings.judges_rollouts else None,
             )
             for place, p in self._prompts(prompts, step)[: self._rolled_out]
-            for i in range(own.rollout.n)
+            for i in range(settings.rollout.n)
         ]
-        return asked[: own.student_rollouts_per_step]
+        return requests[: settings.student_rollouts_per_step]
 
     def references(self, prompts: Sequence[Prompt], step: int) -> list[Trajectory]:
-        """The references of ``step``: one for each of its other prompts."""
-        own, found = self.settings, []
+        """Return the references of ``step``: one for each of its other prompts."""
+        seed, supervise, trajectories = self.settings.run.seed, self.settings.references.supervise, []
         for place, prompt in self._prompts(prompts, step)[self._rolled_out :]:
+            key = f"{place}:{prompt.key}/0"
             if prompt.documents is not None:
-                found.append(references.of_text(prompt, f"{place}:{prompt.key}/0"))
+                trajectories.append(references.of_text(prompt, key))
                 continue
-            several = self.responses[prompt.key]
-            response = several[seed_of(own.run.seed, step, place, "reference") % len(several)]
-            found.append(references.trajectory(prompt, response, f"{place}:{prompt.key}/0", own.references.supervise))
-        return found
+            responses = self.responses[prompt.key]
+            response = responses[seed_of(seed, step, place, "reference") % len(responses)]
+            trajectories.append(references.trajectory(prompt, response, key, supervise))
+        return trajectories
 
     def every_reference(self, prompts: Sequence[Prompt]) -> Iterator[Trajectory]:
-        """All that an off-policy run on ``prompts`` may train on."""
+        """Yield all trajectories that an off-policy run on ``prompts`` may train on."""
         supervise = self.settings.references.supervise
         for prompt in prompts:
             if prompt.documents is not None:
@@ -135,72 +139,86 @@ class Run:
                     yield references.trajectory(prompt, response, f"{prompt.key}/{i}", supervise)
 
     def check_cached(self, prompts: Sequence[Prompt]) -> None:
-        """Raises CacheError unless the cache of the settings, if there is one, holds all that a run may train on."""
+        """Raise CacheError unless the cache of the settings, if there is one, holds all that a run may train on."""
         path = self.settings.cache.path
         if path is None:
             return
         cache = TeacherCache(path)
-        for trajectory in self.every_reference(prompts):
-            if not cache.holds(trajectory):
+        for prompt in prompts:
+            if not all(cache.holds(trajectory) for trajectory in self.every_reference([prompt])):
                 why = provenance.other_texts(cache.manifest, self.settings)
-                raise CacheError(f"cache.path={path}: {trajectory.key} is not in it. {why}")
+                raise CacheError(f"cache.path={path}: {prompt.row} is not in it. {why}")
 
     @property
     def _rolled_out(self) -> int:
         return math.ceil(self.settings.student_rollouts_per_step / self.settings.rollout.n)
 
     def _prompts(self, prompts: Sequence[Prompt], step: int) -> list[tuple[int, Prompt]]:
-        """Each with its place, which keeps keys apart if a small set repeats within a step."""
-        own = self.settings
-        return list(
-            enumerate(prompts[i] for i in prompts_of_step(len(prompts), own.prompts_per_step, step, own.run.seed))
-        )
+        """Return the prompts of ``step``, numbered: the numbers keep keys apart if a small set repeats in a step."""
+        indices = prompts_of_step(len(prompts), self.settings.prompts_per_step, step, self.settings.run.seed)
+        return list(enumerate(prompts[i] for i in indices))
 
 
 def prepare(settings: Settings, log: Callable[[str], None] = print, generates: bool = True) -> Run:
-    """Loads data and tokenizers and checks that they fit; ``generates``: whether a rollout engine may be needed.
+    """Load data and tokenizers and check that they fit; ``generates`` tells that a rollout engine may be needed.
 
-    Raises ConfigError (or one of its kinds).
+    Raises ConfigError (or a subclass).
     """
     if settings.rollout.engine == "vllm" and settings.generates and generates:
         from onpolicy_skd.rollout.vllm_engine import require_vllm
 
         require_vllm()
-    Selector(settings.positions, settings.run.seed)  # imports metrics and policies of the user's own
+    Selector(settings.positions, settings.run.seed)  # imports the user's metrics and policies
     student = settings.student
     tokenizer = models.load_tokenizer(student.model, student.trust_remote_code)
     vocabulary = _vocabulary(settings, tokenizer)
     if settings.data.source == "text":
-        text = pack(settings.data, tokenizer, settings.run.dir / "text", log)
-        border = max(0, len(text) - settings.eval.divergence_prompts)
-        if not border:
-            held = f"eval.divergence_prompts={settings.eval.divergence_prompts}"
-            raise ConfigError(f"{held}: so many samples are held out, but the text has {len(text)}; accepted: fewer")
-        return Run(settings, tokenizer, vocabulary, text[:border], text[border:])
+        return _text_run(settings, tokenizer, vocabulary, log)
     train, validation = _train_prompts(settings, tokenizer)
     check_references([*validation, *(train if settings.judges_rollouts else [])])
     responses: Responses = {}
     if settings.mode != "on_policy" and settings.references.source != "teacher":
         train, responses = references.from_text(settings, train, tokenizer)
     has_eval = settings.data.source != "jsonl" or settings.data.eval_file or settings.data.path
-    own = settings.eval
-    wanted = max(own.problems, own.during, own.divergence_prompts) if own.problems else None
-    held_out = load_prompts(settings.data, tokenizer, "eval", wanted) if has_eval else []
-    return Run(settings, tokenizer, vocabulary, train, held_out, responses, validation)
+    cfg = settings.eval
+    limit = max(cfg.problems, cfg.during, cfg.divergence_prompts) if cfg.problems else None
+    held_out = load_prompts(settings.data, tokenizer, "eval", limit) if has_eval else []
+    digest = _data_digest(train, responses)
+    return Run(settings, tokenizer, vocabulary, train, held_out, responses, validation, digest)
+
+
+def _text_run(settings: Settings, tokenizer: Any, vocabulary: int, log: Callable[[str], None]) -> Run:
+    """Return a run on packed text, whose last samples are held out."""
+    text = pack(settings.data, tokenizer, RunPaths(settings.run.folder).packed_text, log)
+    border = max(0, len(text) - settings.eval.divergence_prompts)
+    if not border:
+        count = f"eval.divergence_prompts={settings.eval.divergence_prompts}"
+        raise ConfigError(f"{count}: so many samples are held out, but the text has {len(text)}; accepted: fewer")
+    digest = f"{text.digest}, {border} samples"
+    return Run(settings, tokenizer, vocabulary, text[:border], text[border:], data_digest=digest)
+
+
+def _data_digest(prompts: Sequence[Prompt], responses: Responses) -> str:
+    """Return a digest that changes with any prompt, answer or reference, and with their order."""
+    digest = hashlib.sha256()
+    for prompt in prompts:
+        ids = [response.ids for response in responses.get(prompt.key, ())]
+        digest.update(json.dumps([prompt.token_ids, prompt.answer, ids]).encode())
+    return digest.hexdigest()
 
 
 def _train_prompts(settings: Settings, tokenizer: Any) -> tuple[list[Prompt], list[Prompt]]:
-    """What to train on and what is held out of it; which ones does not depend on ``data.train_problems``."""
-    own = settings.data
-    if not own.validation_problems:
-        return load_prompts(own, tokenizer, "train"), []
-    every = load_prompts(own.model_copy(update={"train_problems": None}), tokenizer, "train")
-    train, validation = hold_out(every, own.validation_problems)
-    return train[: own.train_problems], validation
+    """Return the prompts to train on and those held out, which do not depend on ``data.train_problems``."""
+    data = settings.data
+    if not data.validation_problems:
+        return load_prompts(data, tokenizer, "train"), []
+    prompts = load_prompts(data.model_copy(update={"train_problems": None}), tokenizer, "train")
+    train, validation = hold_out(prompts, data.validation_problems)
+    return train[: data.train_problems], validation
 
 
 def _vocabulary(settings: Settings, tokenizer: Any) -> int:
-    """Classes that student and teacher share, whose tokenizers must be one.  Raises ConfigError."""
+    """Return the number of classes that student and teacher share.  Raises ConfigError for different tokenizers."""
     student, teacher = settings.student, settings.teacher
     config = models.load_config(student.model, student.trust_remote_code)
     models.check_length(config, student.model, settings.max_model_length)
@@ -216,39 +234,97 @@ def _vocabulary(settings: Settings, tokenizer: Any) -> int:
     return models.shared_vocabulary(config, teacher_config, len(tokenizer))
 
 
-def open_folder(settings: Settings) -> checkpoint.Checkpoint | None:
-    """Creates the run's folder or, with ``resume=auto``, finds its newest good checkpoint; saves config.yaml.
+@contextmanager
+def open_folder(run: Run, log: Callable[[str], None] = print) -> Iterator[Checkpoint | None]:
+    """Create or reopen the run's folder and keep it locked; yield the checkpoint to continue from, if there is one.
 
-    The checkpoint comes without its tensors, which only the learner needs.
-    Raises ConfigError if the folder holds another run, or one whose settings differ in what is trained.
+    Raises ConfigError, with nothing replaced, if another process uses the folder, if it holds another run or data, if
+    settings differ that affect the result, or if none of its checkpoints can be read.
     """
-    folder, saved = settings.run.folder, settings.run.folder / "config.yaml"
-    if settings.resume == "never" and (folder / metrics.FILE).exists():
+    settings, paths = run.settings, run.paths
+    with ExitStack() as stack:
+        try:
+            paths.folder.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(files.lock(paths.lock, f"run.name={settings.run.name}: {paths.folder}"))
+        except OSError as error:
+            raise _unwritable(settings, error) from None
+        if settings.resume == "never" and paths.metrics.exists():
+            raise ConfigError(
+                f"run.name={settings.run.name}: {paths.folder} already holds a run; give another name, resume=auto to "
+                "continue it, or remove the folder"
+            )
+        changes = _changes(run) if settings.resume == "auto" and paths.config.exists() else {}
+        loaded = _newest(run) if settings.resume == "auto" else None
+        for key, (before, now) in changes.items():
+            log(f"resume: {key} is {json.dumps(now)} from here on, was {json.dumps(before)}")
+        if loaded is None and paths.metrics.exists():
+            log(f"resume: no checkpoint in {paths.checkpoints} yet; the run starts over")
+        try:
+            _write_record(run, changes, loaded.step if loaded else 0)
+            files.write_text(paths.config, dump(settings))
+        except OSError as error:
+            raise _unwritable(settings, error) from None
+        yield loaded
+
+
+def _unwritable(settings: Settings, error: OSError) -> ConfigError:
+    folder = settings.run.folder
+    return ConfigError(f"run.dir={settings.run.dir}: {folder} cannot be written ({error.strerror})")
+
+
+def _newest(run: Run) -> Checkpoint | None:
+    """Return the newest good checkpoint; None if there never was one.  Raises ConfigError if none can be read."""
+    folder = run.paths.checkpoints
+    loaded = checkpoint.newest(folder)
+    if loaded is None and (damaged := checkpoint.damaged(folder)):
         raise ConfigError(
-            f"run.name={settings.run.name}: {folder} already holds a run; give another name, resume=auto to go on with "
-            "it, or remove the folder"
+            f"resume=auto: nothing readable, {len(damaged)} damaged checkpoints in {folder}; to start over, give "
+            f"another run.name, or remove {run.folder} and set resume=never"
         )
-    if settings.resume == "auto" and saved.exists():
-        _check_resumable(saved, settings)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        files.write_text(saved, command_line.dump(settings))
-    except OSError as error:
-        raise ConfigError(f"run.dir={settings.run.dir}: {folder} cannot be written ({error.strerror})") from None
-    found = checkpoint.newest(folder / "checkpoints") if settings.resume == "auto" else None
-    return replace(found, tensors={}) if found else None
+    return loaded
 
 
-def _check_resumable(saved: Path, settings: Settings) -> None:
-    tree = yaml.safe_load(saved.read_text(encoding="utf-8"))
-    with contextlib.suppress(ConfigError):  # settings that were not there yet had their defaults
-        tree = command_line.resolve(tree).model_dump(mode="json")
-    before, now = command_line.flat(tree), command_line.flat(settings.model_dump(mode="json"))
-    changed = [k for k in sorted(before.keys() | now.keys()) if before.get(k) != now.get(k)]
-    blocking = [k for k in changed if not k.startswith(RESUMABLE)]
+def _changes(run: Run) -> Changes:
+    """Return what differs from the run to resume.  Raises ConfigError for a difference that affects the result, unless
+    ``resume_with`` names it."""
+    settings, paths = run.settings, run.paths
+    tree = read_yaml(paths.config)
+    with suppress(ConfigError):  # settings that did not exist yet had their defaults
+        tree = resolve(tree).model_dump(mode="json")
+    before, now = flat(tree), flat(settings.model_dump(mode="json"))
+    keys = sorted((before.keys() | now.keys()) - {"resume", "resume_with"})
+    changes = {key: [before.get(key), now.get(key)] for key in keys if before.get(key) != now.get(key)}
+    allowed = settings.resume_with
+    blocking = {
+        key: values
+        for key, values in changes.items()
+        if key not in RESUMABLE and not any(key == name or key.startswith(f"{name}.") for name in allowed)
+    }
     if blocking:
-        listed = ", ".join(f"{k}: {json.dumps(before.get(k))} then, {json.dumps(now.get(k))} now" for k in blocking)
+        listed = ", ".join(f"{k}: {json.dumps(old)} then, {json.dumps(new)} now" for k, (old, new) in blocking.items())
         raise ConfigError(
-            f"resume=auto: the run in {saved.parent} was started with other settings ({listed}); "
-            "restore them, or start a new run.name"
+            f"resume=auto: the run in {paths.folder} was started with other settings ({listed}); restore them, start "
+            f"a new run.name, or accept the change with resume_with=[{', '.join(blocking)}]"
         )
+    digest = _read_record(paths).get("data", run.data_digest)
+    if digest != run.data_digest and not any(name.split(".")[0] in DATA_SECTIONS for name in allowed):
+        raise ConfigError(
+            f"resume=auto: the training data of the run in {paths.folder} has changed since its start; restore it, "
+            "start a new run.name, or accept the change with resume_with=[data]"
+        )
+    return changes | ({"data": [digest, run.data_digest]} if digest != run.data_digest else {})
+
+
+def _read_record(paths: RunPaths) -> dict[str, Any]:
+    try:
+        return json.loads(paths.record.read_text(encoding="utf-8")) if paths.record.exists() else {}
+    except ValueError as error:
+        raise ConfigError(f"{paths.record}: damaged ({error}); remove it to skip the check of the data") from None
+
+
+def _write_record(run: Run, changes: Changes, step: int) -> None:
+    """Write the digest of the data and append what has changed, in which step."""
+    history = _read_record(run.paths).get("changes", []) if run.settings.resume == "auto" else []
+    history += [{"step": step, "changed": changes}] if changes else []
+    record = {"data": run.data_digest, "changes": history}
+    files.write_text(run.paths.record, json.dumps(record, indent=1) + "\n")

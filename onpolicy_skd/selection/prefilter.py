@@ -18,7 +18,7 @@ from onpolicy_skd.data.prompts import answer_ids
 from onpolicy_skd.data.references import of_text
 from onpolicy_skd.models.loading import weights_digest
 from onpolicy_skd.selection.samples import TEACHER_METRICS, top_share
-from onpolicy_skd.storage.files import write_text
+from onpolicy_skd.storage.files import RunPaths, write_text
 from onpolicy_skd.types import Prompt, Trajectory
 
 BATCH = 256  # prompts per progress message
@@ -37,7 +37,7 @@ def kept_prompts(
     ``score`` scores trajectories; ``generate`` samples a rollout per prompt, for ``samples.prefilter_text=rollout``.
     """
     samples_cfg = settings.samples
-    path = settings.run.dir / "prefilter" / f"{fingerprint(settings, prompts)}.json"
+    path = RunPaths(settings.run.folder).prefilter / f"{fingerprint(settings, prompts)}.json"
     if path.exists():
         log(f"prefilter: scores of {len(prompts)} prompts reused from {path}")
         scores = json.loads(path.read_text(encoding="utf-8"))["scores"]

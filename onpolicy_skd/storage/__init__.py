@@ -1,1 +1,1 @@
-"""Durable files: atomic writes, checksums, checkpoints, the paths of a run folder."""
+"""Durable files: the paths of a run folder, atomic writes, locks, checksums, checkpoints."""

@@ -1,7 +1,7 @@
-"""Durable state: written beside, fsynced, renamed; safetensors and JSON only, so that loading never unpickles.
+"""Checkpoints: written to a temporary folder, synced, renamed; safetensors and JSON only, so loading never unpickles.
 
-A checkpoint is a folder ``step-00000050`` with tensors and ``state.json``; the latter holds each file's SHA-256 and its
-own.  A folder that is damaged is skipped, with a warning, in favour of the newest good one.
+A checkpoint is a folder ``step-00000050`` with tensors and ``state.json``; the latter holds the SHA-256 of the tensors
+and of itself.  A damaged folder is skipped, with a warning, in favor of the newest good one.
 """
 
 from __future__ import annotations
@@ -9,12 +9,13 @@ from __future__ import annotations
 import json
 import logging
 import shutil
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from onpolicy_skd.config.errors import ConfigError
@@ -29,54 +30,85 @@ class CheckpointError(ConfigError):
     """A checkpoint that cannot be used; the message names the file."""
 
 
+class TensorFile(Mapping[str, Tensor]):
+    """Tensors of a safetensors file, mapped into memory.
+
+    A tensor's bytes are read where it is used: who copies a slice of it reads that slice.  Raises CheckpointError.
+    """
+
+    def __init__(self, path: Path) -> None:
+        try:
+            self._file = safe_open(path, framework="pt")
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(f"checkpoint {path.parent}: {path.name} cannot be read ({error})") from error
+        self._names = dict.fromkeys(self._file.keys())
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self._names:
+            raise KeyError(name)
+        return self._file.get_tensor(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
     path: Path
     step: int  # batches of prompts consumed
     state: dict[str, Any]
-    tensors: dict[str, Tensor]
+
+    @property
+    def tensors(self) -> TensorFile:
+        return TensorFile(self.path / TENSORS)
 
 
-def save(folder: Path, step: int, state: dict[str, Any], tensors: dict[str, Tensor], keep: int) -> Path:
-    """Writes ``folder/step-N`` atomically, then removes all but the newest ``keep``; returns its path.
+def save(folder: Path, step: int, state: dict[str, Any], tensors: Mapping[str, Tensor], keep: int) -> Path:
+    """Write ``folder/step-N`` atomically and remove all but the newest ``keep``; return its path.
 
     Raises SaveError, with nothing changed, if the disk is full or refuses.
     """
-    beside = folder / f".step-{step:08d}.tmp"
+    temporary = folder / f".step-{step:08d}.tmp"
     try:
-        final = _write(folder, beside, step, state, tensors)
+        final = _write(folder, temporary, step, state, tensors)
     except (OSError, SafetensorError) as error:
-        shutil.rmtree(beside, ignore_errors=True)  # gives back the room it took
+        shutil.rmtree(temporary, ignore_errors=True)  # frees its disk space
         raise SaveError(f"the checkpoint of step {step} cannot be written to {folder}: {error}") from error
     for old in [path for path in _newest_first(folder) if path != final][keep - 1 :]:
         shutil.rmtree(old, ignore_errors=True)
     return final
 
 
-def _write(folder: Path, beside: Path, step: int, state: dict[str, Any], tensors: dict[str, Tensor]) -> Path:
+def _write(folder: Path, temporary: Path, step: int, state: dict[str, Any], tensors: Mapping[str, Tensor]) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     final = folder / f"step-{step:08d}"
-    shutil.rmtree(beside, ignore_errors=True)
-    beside.mkdir()
-    save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, beside / TENSORS)
-    record = {"format": 1, "step": step, "state": state, "sha256": {TENSORS: sha256(beside / TENSORS)}}
-    write_text(beside / STATE, json.dumps(record | {"digest": digest_of(record)}, indent=1))
-    replace_folder(final, beside)
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir()
+    save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, temporary / TENSORS)
+    record = {"format": 1, "step": step, "state": state, "sha256": {TENSORS: sha256(temporary / TENSORS)}}
+    write_text(temporary / STATE, json.dumps(record | {"digest": digest_of(record)}, indent=1))
+    replace_folder(final, temporary)
     return final
 
 
-def load(path: Path) -> Checkpoint:
-    """Raises CheckpointError naming what is missing, damaged or unknown."""
+def load(path: Path, verify: bool = True) -> Checkpoint:
+    """Return the checkpoint in ``path``; ``verify=False`` trusts its tensors, which another process has checked.
+
+    Raises CheckpointError naming what is missing, damaged or unknown.
+    """
     try:
         record = json.loads((path / STATE).read_text(encoding="utf-8"))
         if record["format"] != 1:
             raise CheckpointError(f"checkpoint {path}: format {record['format']!r}, this version reads format 1")
         if record.pop("digest") != digest_of(record):
             raise CheckpointError(f"checkpoint {path}: {STATE} is damaged (its digest differs)")
-        for name, digest in record["sha256"].items():
+        for name, digest in record["sha256"].items() if verify else ():
             if sha256(path / name) != digest:
                 raise CheckpointError(f"checkpoint {path}: {name} is damaged (its SHA-256 differs)")
-        return Checkpoint(path, record["step"], record["state"], load_file(path / TENSORS))
+        return Checkpoint(path, record["step"], record["state"])
     except (CheckpointError, MemoryError):
         raise
     except OSError as error:
@@ -88,10 +120,13 @@ def load(path: Path) -> Checkpoint:
 
 
 def newest(folder: Path) -> Checkpoint | None:
-    """The newest good checkpoint under ``folder``; damaged ones are warned of and renamed ``damaged-step-N``, lest they
-    count among the newest that are kept.  What a killed write left lying is cleared away."""
-    for half in folder.glob(".step-*.tmp"):
-        shutil.rmtree(half, ignore_errors=True)
+    """Return the newest good checkpoint under ``folder``, its checksums verified; None if there is none.
+
+    Damaged ones are reported and renamed ``damaged-step-N``, so that they do not count among those that are kept.
+    Leftovers of a killed write are removed.
+    """
+    for unfinished in folder.glob(".step-*.tmp"):
+        shutil.rmtree(unfinished, ignore_errors=True)
     for replaced in folder.glob(".step-*.old"):  # killed while it was being replaced
         final = folder / replaced.stem.removeprefix(".")
         shutil.rmtree(replaced, ignore_errors=True) if final.exists() else replaced.rename(final)
@@ -99,10 +134,16 @@ def newest(folder: Path) -> Checkpoint | None:
         try:
             return load(path)
         except CheckpointError as error:
-            logger.warning("%s; trying the one before", error)
-            names = (path.with_name(f"damaged-{path.name}{end}") for end in ("", *(f".{i}" for i in range(1, 1000))))
+            logger.warning("%s; trying the previous one", error)
+            suffixes = ("", *(f".{i}" for i in range(1, 1000)))
+            names = (path.with_name(f"damaged-{path.name}{suffix}") for suffix in suffixes)
             path.rename(next(name for name in names if not name.exists()))
     return None
+
+
+def damaged(folder: Path) -> list[Path]:
+    """Return the checkpoints that ``newest`` could not read."""
+    return sorted(folder.glob("damaged-step-*"))
 
 
 def _newest_first(folder: Path) -> list[Path]:

@@ -1,58 +1,188 @@
-"""Atomic, durable writes and checksums of files and folders."""
+"""The files of a run folder, atomic and durable writes, locks and checksums."""
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
+import logging
 import os
 import shutil
+import socket
 import stat
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from onpolicy_skd.config.errors import ConfigError
+
+logger = logging.getLogger(__name__)
+
 
 class SaveError(RuntimeError):
-    """A checkpoint that cannot be written; those before are as they were."""
+    """A checkpoint that cannot be written; earlier ones are unchanged."""
 
 
-def replace_folder(final: Path, beside: Path) -> None:
-    """Makes ``beside``, a whole folder, ``final``.  A kill in between leaves the one before as ``.NAME.old``."""
+class LockedError(ConfigError):
+    """A folder that another process is writing to; the message names the process."""
+
+
+@dataclass(frozen=True, slots=True)
+class RunPaths:
+    """All files of a run's folder, and the folders that runs under one ``run.dir`` share."""
+
+    folder: Path
+
+    @property
+    def config(self) -> Path:
+        """All settings of the run, as resolved."""
+        return self.folder / "config.yaml"
+
+    @property
+    def record(self) -> Path:
+        """Digest of the data, and the settings that changed when the run was resumed."""
+        return self.folder / "record.json"
+
+    @property
+    def lock(self) -> Path:
+        return self.folder / ".lock"
+
+    @property
+    def metrics(self) -> Path:
+        """One JSON object per step or event."""
+        return self.folder / "metrics.jsonl"
+
+    @property
+    def summary(self) -> Path:
+        return self.folder / "summary.json"
+
+    @property
+    def report(self) -> Path:
+        return self.folder / "report.md"
+
+    @property
+    def curves(self) -> Path:
+        return self.folder / "curves.png"
+
+    @property
+    def timeline(self) -> Path:
+        """The timeline of one step as a trace; ``timeline_image`` draws it."""
+        return self.folder / "timeline.json"
+
+    @property
+    def timeline_image(self) -> Path:
+        return self.folder / "timeline.png"
+
+    @property
+    def validation(self) -> Path:
+        """The training problems that are held out."""
+        return self.folder / "validation.json"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.folder / "checkpoints"
+
+    @property
+    def final(self) -> Path:
+        """The trained student, a plain transformers model."""
+        return self.folder / "final"
+
+    @property
+    def best(self) -> Path:
+        """The student of the best evaluation during training, a plain transformers model."""
+        return self.folder / "best"
+
+    @property
+    def best_record(self) -> Path:
+        """Step and value of the evaluation whose student is in ``best``."""
+        return self.folder / "best.json"
+
+    @property
+    def evaluations(self) -> Path:
+        return self.folder / "evaluations"
+
+    def evaluation(self, name: str, step: int) -> Path:
+        """Return the file with the judged answers of an evaluation."""
+        return self.evaluations / f"{name}-{step:06d}.jsonl"
+
+    @property
+    def packed_text(self) -> Path:
+        """Packed text, shared by runs on the same documents."""
+        return self.folder.parent / "text"
+
+    @property
+    def prefilter(self) -> Path:
+        """Scores of prompts, shared by runs on the same data and student."""
+        return self.folder.parent / "prefilter"
+
+    @property
+    def references(self) -> Path:
+        """The teacher's answers, shared by runs on the same prompts and teacher."""
+        return self.folder.parent / "references"
+
+
+@contextmanager
+def lock(path: Path, subject: str) -> Iterator[None]:
+    """Keep other processes away from what ``path`` guards.
+
+    The system frees the lock of a process that ended, however it ended, so a file left over is no obstacle.  Raises
+    LockedError naming ``subject`` and the process and host that hold the lock.
+    """
+    with path.open("a+", encoding="utf-8") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            holder = file.read().strip() or "another process"
+            raise LockedError(f"{subject} is in use by {holder}; wait for its end, or stop it") from None
+        except OSError as error:
+            logger.warning("%s cannot be locked (%s): start no second run on it", subject, error.strerror)
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+        file.flush()
+        yield
+
+
+def replace_folder(final: Path, temporary: Path) -> None:
+    """Rename ``temporary``, a complete folder, to ``final``.  A kill in between leaves the old one as ``.NAME.old``."""
     replaced = final.with_name(f".{final.name}.old")
-    mode = new_file_mode(beside)
-    for file in beside.iterdir():
+    mode = new_file_mode(temporary)
+    for file in temporary.iterdir():
         file.chmod(mode)
         sync(file)
-    sync(beside)
+    sync(temporary)
     shutil.rmtree(replaced, ignore_errors=True)
     if final.exists():
         final.rename(replaced)
-    beside.rename(final)
+    temporary.rename(final)
     sync(final.parent)
     shutil.rmtree(replaced, ignore_errors=True)
 
 
 def write_text(path: Path, text: str) -> None:
-    """Replaces ``path`` by ``text``, atomically and durably."""
-    with replacing(path) as beside:
-        beside.write_text(text, encoding="utf-8")
+    """Replace the content of ``path`` by ``text``, atomically and durably."""
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
 
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A name next to ``path`` that no other process uses.  What is written there replaces ``path``, atomically and
-    durably; after an error nothing of it is left."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}-{uuid.uuid4().hex[:8]}.tmp")
+    """Yield a name next to ``path`` that no other process uses.
+
+    The file written there replaces ``path``, atomically and durably; after an error it is removed.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}-{uuid.uuid4().hex[:8]}.tmp")
     try:
         mode = new_file_mode(path.parent)
-        yield beside
-        beside.chmod(mode)
-        sync(beside)
-        beside.replace(path)
+        yield temporary
+        temporary.chmod(mode)
+        sync(temporary)
+        temporary.replace(path)
     finally:
-        beside.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
 
 
 def new_file_mode(folder: Path) -> int:
@@ -65,17 +195,18 @@ def new_file_mode(folder: Path) -> int:
 
 
 def sha256(path: Path) -> str:
+    """Return the SHA-256 of a file's bytes."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def digest_of(record: dict[str, Any]) -> str:
-    """Of what JSON says of ``record``, whatever the order of its keys."""
+    """Return the SHA-256 of ``record`` as JSON; the order of keys does not matter."""
     return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
 
 
 def sync(path: Path) -> None:
-    """Waits until a file, or what a folder lists, is on the disk."""
+    """Wait until a file, or the entries of a folder, are on the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

@@ -17,13 +17,13 @@ ARRAYS = ("prompt_ids", "response_ids", "sampler_logprobs", "sampler_entropy", "
 def trajectories_to_tensors(
     trajectories: Sequence[Trajectory],
 ) -> tuple[list[dict[str, Any]], dict[str, torch.Tensor]]:
-    """As JSON records and named tensors, for a checkpoint."""
+    """Return the plain fields as JSON records and the arrays as named tensors."""
     records, tensors = [], {}
     for number, t in enumerate(trajectories):
         fields = {f.name: getattr(t, f.name) for f in dataclasses.fields(t)}
         for name in ARRAYS:
             if (array := fields.pop(name)) is not None:
-                tensors[f"ahead/{number}/{name}"] = torch.from_numpy(np.array(array))
+                tensors[_key(number, name)] = torch.from_numpy(np.array(array))
         records.append(fields)
     return records, tensors
 
@@ -31,10 +31,14 @@ def trajectories_to_tensors(
 def trajectories_from_tensors(
     records: Sequence[Mapping[str, Any]], tensors: Mapping[str, torch.Tensor]
 ) -> list[Trajectory]:
-    """Inverse of ``trajectories_to_tensors``."""
-    found = []
+    """Invert ``trajectories_to_tensors``."""
+    trajectories = []
     for number, fields in enumerate(records):
-        known = {name: tensors.get(f"ahead/{number}/{name}") for name in ARRAYS}
-        arrays: dict[str, Any] = {name: None if t is None else t.numpy() for name, t in known.items()}
-        found.append(Trajectory(**fields, **arrays))
-    return found
+        saved = {name: tensors.get(_key(number, name)) for name in ARRAYS}
+        arrays: dict[str, Any] = {name: None if t is None else np.array(t) for name, t in saved.items()}
+        trajectories.append(Trajectory(**fields, **arrays))
+    return trajectories
+
+
+def _key(number: int, name: str) -> str:
+    return f"rollouts/{number}/{name}"

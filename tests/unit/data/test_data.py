@@ -1,3 +1,4 @@
+import dataclasses
 import itertools
 import json
 from collections import Counter
@@ -6,9 +7,18 @@ import pytest
 from helpers import tiny_settings
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers.processors import TemplateProcessing
 
 from onpolicy_skd.data import demo_task
-from onpolicy_skd.data.prompts import DataError, load_prompts, load_questions, prompts_of_step, read_jsonl, render
+from onpolicy_skd.data.prompts import (
+    DataError,
+    hold_out,
+    load_prompts,
+    load_questions,
+    prompts_of_step,
+    read_jsonl,
+    render,
+)
 from onpolicy_skd.evaluation.exact_match import reference_number
 from onpolicy_skd.models.loading import load_tokenizer
 from onpolicy_skd.run.prepare import Run, prepare
@@ -21,8 +31,8 @@ def settings_for(**data):
 
 
 def test_the_real_gsm8k_loads_whole(gsm8k):
-    own = settings_for(source="gsm8k", path=str(gsm8k))
-    train, test = list(load_questions(own, "train")), list(load_questions(own, "eval"))
+    cfg = settings_for(source="gsm8k", path=str(gsm8k))
+    train, test = list(load_questions(cfg, "train")), list(load_questions(cfg, "eval"))
     assert (len(train), len(test)) == (7473, 1319)
     assert train[0][0] == "train.jsonl#1"
     assert reference_number(train[0][2]) == "72"
@@ -30,12 +40,12 @@ def test_the_real_gsm8k_loads_whole(gsm8k):
 
 
 def test_gsm8k_prompts_round_trip_and_over_long_ones_are_named(gsm8k):
-    own = settings_for(source="gsm8k", path=str(gsm8k), max_prompt_tokens=4000, train_problems=50)
-    prompts = load_prompts(own, TOKENIZER, "train")
+    cfg = settings_for(source="gsm8k", path=str(gsm8k), max_prompt_tokens=4000, train_problems=50)
+    prompts = load_prompts(cfg, TOKENIZER, "train")
     assert len(prompts) == 50
     for p in prompts:
         assert p.question in TOKENIZER.decode(p.token_ids)
-    tight = own.model_copy(update={"max_prompt_tokens": 200})
+    tight = cfg.model_copy(update={"max_prompt_tokens": 200})
     with pytest.raises(DataError, match=r"train\.jsonl#\d+: the prompt has \d+ tokens, data\.max_prompt_tokens=200"):
         load_prompts(tight, TOKENIZER, "train")
     dropped = load_prompts(tight.model_copy(update={"overlong": "drop"}), TOKENIZER, "train")
@@ -43,12 +53,12 @@ def test_gsm8k_prompts_round_trip_and_over_long_ones_are_named(gsm8k):
 
 
 def test_any_jsonl_with_named_columns(tmp_path):
-    file = tmp_path / "own.jsonl"
+    file = tmp_path / "rows.jsonl"
     file.write_text('{"q": "1+1?", "a": "2"}\n\n{"q": "2+2?", "a": "4", "more": 1}\n')
-    own = settings_for(source="jsonl", train_file=str(file), question_column="q", answer_column="a")
-    assert [q for _, q, _ in load_questions(own, "train")] == ["1+1?", "2+2?"]
+    cfg = settings_for(source="jsonl", train_file=str(file), question_column="q", answer_column="a")
+    assert [q for _, q, _ in load_questions(cfg, "train")] == ["1+1?", "2+2?"]
     with pytest.raises(DataError, match=r"data\.eval_file"):
-        list(load_questions(own, "eval"))
+        list(load_questions(cfg, "eval"))
 
 
 @pytest.mark.parametrize(
@@ -59,6 +69,10 @@ def test_any_jsonl_with_named_columns(tmp_path):
         (b'{"question": "a"}\n', r"row 1: column 'answer' is missing or not text; this row has 'question'"),
         (b'{"question": 3, "answer": "b"}\n', r"row 1: column 'question' is missing or not text"),
         (b'{"question": "  ", "answer": "b"}\n', "row 1: column 'question' is empty"),
+        (b'{"question": "bad \\ud800?", "answer": "b"}\n', r"row 1: column 'question' holds half of a surrogate pair"),
+        (b'{"question": "a", "answer": "\\udc00"}\n', r"row 1: column 'answer' holds half of a surrogate pair"),
+        (b'{"question": "a", "answer": ""}\n', "row 1: column 'answer' is empty"),
+        (b'{"question": "a", "answer": "b"}\n{"question": "c", "answer": " \\n"}', "row 2: column 'answer' is empty"),
         (b"\xff\xfe\x00", "not UTF-8"),
         (b"", "no prompt is left"),
         (b"[" * 100_000, "line 1: not JSON"),
@@ -69,6 +83,55 @@ def test_bad_rows_are_one_error_that_names_file_and_row(tmp_path, content, needl
     file.write_bytes(content)
     with pytest.raises(DataError, match=needle):
         load_prompts(settings_for(source="jsonl", train_file=str(file)), TOKENIZER, "train")
+
+
+def test_a_byte_order_mark_is_no_part_of_the_data(tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(b'\xef\xbb\xbf{"question": "1+1?", "answer": "2"}\n')
+    assert list(read_jsonl(tmp_path / "a.jsonl")) == [{"question": "1+1?", "answer": "2"}]
+
+
+@pytest.mark.parametrize("appended", ["<|end|>", "<|pad|> <|end|>"])
+def test_no_end_of_sequence_is_left_behind_a_prompt(appended):
+    tokenizer = load_tokenizer("bundled:demo_student")
+    names = ["<|user|>", *appended.split()]
+    ids = [(name, tokenizer.convert_tokens_to_ids(name)) for name in names]
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(f"<|user|> $A {appended}", special_tokens=ids)
+    assert tokenizer("Hi")["input_ids"][-1] == tokenizer.eos_token_id
+    prompt = render("Hi?", tokenizer, settings_for(template="plain"))
+    assert tokenizer.decode(prompt) == "<|user|>Question: Hi?\nAnswer:"
+
+
+def test_a_prompt_without_tokens_is_refused_by_row(tmp_path):
+    tokenizer = load_tokenizer("bundled:demo_student")
+    tokenizer.chat_template = "{{ '' }}"
+    (tmp_path / "a.jsonl").write_text('{"question": "1+1?", "answer": "2"}\n')
+    with pytest.raises(DataError, match=r"a\.jsonl#1: data\.template=chat: .* has no tokens"):
+        load_prompts(settings_for(source="jsonl", train_file=str(tmp_path / "a.jsonl")), tokenizer, "train")
+
+
+def test_an_unknown_split_of_the_demo_task_is_refused():
+    with pytest.raises(DataError, match=r"data\.eval_split=dev: .*accepted: train, test"):
+        list(load_questions(settings_for(eval_split="dev"), "eval"))
+
+
+def test_the_validation_split_depends_on_the_questions_alone():
+    prompts = load_prompts(settings_for(train_problems=60), TOKENIZER, "train")
+    train, held_out = hold_out(prompts, 10)
+    assert (len(train), len(held_out)) == (50, 10)
+    elsewhere = [dataclasses.replace(p, key=f"hub#{i}", row=f"hub#{i}") for i, p in enumerate(reversed(prompts))]
+    assert {p.question for p in hold_out(elsewhere, 10)[1]} == {p.question for p in held_out}
+    padded = [dataclasses.replace(p, question=p.question.replace(" ", "\n ")) for p in prompts]
+    assert [p.row for p in hold_out(padded, 10)[1]] == [p.row for p in held_out]
+
+
+def test_no_copy_of_a_held_out_question_is_trained_on():
+    prompts = load_prompts(settings_for(train_problems=20), TOKENIZER, "train")
+    copies = [dataclasses.replace(p, key=f"{p.key}.2") for p in prompts]
+    train, held_out = hold_out([*prompts, *copies], 5)
+    assert (len(train), len(held_out)) == (30, 5)
+    assert not {p.question for p in train} & {p.question for p in held_out}
+    with pytest.raises(DataError, match="there are 20 different training problems"):
+        hold_out([*prompts, *copies], 20)
 
 
 def test_a_missing_file_is_named(tmp_path):
@@ -84,8 +147,8 @@ def test_a_hub_set_that_cannot_be_had_is_one_error():
 def test_a_hub_set_with_its_own_columns(tmp_path):
     """`datasets` reads a folder as it reads a hub repository, so the code path of data.source=hub runs offline."""
     (tmp_path / "train.jsonl").write_text('{"q": "1+1?", "a": "2"}\n{"q": "2+2?", "a": "4"}\n')
-    own = settings_for(source="hub", name=str(tmp_path), question_column="q", answer_column="a")
-    assert [(q, a) for _, q, a in load_questions(own, "train")] == [("1+1?", "2"), ("2+2?", "4")]
+    cfg = settings_for(source="hub", name=str(tmp_path), question_column="q", answer_column="a")
+    assert [(q, a) for _, q, a in load_questions(cfg, "train")] == [("1+1?", "2"), ("2+2?", "4")]
 
 
 def test_requests_of_a_step_are_reproducible_and_have_seeds_of_their_own():
@@ -142,7 +205,7 @@ def test_demo_problems_are_solvable_distinct_and_split():
         for step in p["answer"].split("<<")[1:]:
             sum_, rest = step.split(">>")
             left, right = sum_.split("=")
-            assert eval(left.replace("/", "//")) == int(right)  # our own arithmetic
+            assert eval(left.replace("/", "//")) == int(right)  # arithmetic of the demo task
             assert rest.startswith(right)
         assert p["answer"].rsplit(">>", 1)[1].split()[0] == reference_number(p["answer"])
     assert train == list(itertools.islice(demo_task.problems("train"), 3000))
@@ -171,15 +234,17 @@ def test_demo_text_survives_the_tokenizer_with_single_digits():
 
 def test_validation_is_always_the_same_part_of_the_training_problems():
     """Whatever the seed of the run and however many problems it trains on; nothing of the test split."""
-    found = []
-    for own, seed in (({}, 1), ({"train_problems": 50}, 2)):
-        settings = tiny_settings(data={"validation_problems": 40, **own}, run={"seed": seed})
+    held_out = []
+    for data, seed in (({}, 1), ({"train_problems": 50}, 2)):
+        settings = tiny_settings(data={"validation_problems": 40, **data}, run={"seed": seed})
         run = prepare(settings)
         assert not {p.key for p in run.train} & {p.key for p in run.validation}
-        assert all(":train#" in p.key for p in run.validation)
-        found.append([p.key for p in run.validation])
+        assert all(p.row.startswith("demo:train#") for p in run.validation)
+        held_out.append([p.key for p in run.validation])
     assert len(run.train) == 50
-    assert found[0] == found[1]
-    assert len(found[0]) == 40
-    with pytest.raises(DataError, match=r"data\.validation_problems=20000: there are 20000 training problems"):
+    assert held_out[0] == held_out[1]
+    assert len(held_out[0]) == 40
+    with pytest.raises(
+        DataError, match=r"data\.validation_problems=20000: there are 20000 different training problems"
+    ):
         prepare(tiny_settings(data={"validation_problems": 20_000}))

@@ -43,8 +43,8 @@ def tokenizer():
 
 
 def text_settings(file=None, **data):
-    own = {"source": "text", "sequence_length": 16, **({"train_file": file} if file else {}), **data}
-    return tiny_settings(mode="off_policy", data=own)
+    section = {"source": "text", "sequence_length": 16, **({"train_file": file} if file else {}), **data}
+    return tiny_settings(mode="off_policy", data=section)
 
 
 def write_all(folder):
@@ -159,16 +159,16 @@ def test_a_document_starts_at_the_token_that_ended_the_one_before(tokens, length
 def test_packed_documents_are_computed_as_if_each_were_alone(family, attention):
     model = tiny_model(family, tied=False)
     model.set_attn_implementation(attention)
-    own, draw = split(model, VOCABULARY), np.random.default_rng(0)
-    pieces = [draw.integers(2, VOCABULARY, n) for n in (5, 1, 9, 4)]
+    student, rng = split(model, VOCABULARY), np.random.default_rng(0)
+    pieces = [rng.integers(2, VOCABULARY, n) for n in (5, 1, 9, 4)]
     packed = of_pieces("a", pieces)
-    other = of_pieces("b", [draw.integers(2, VOCABULARY, 30)])  # longer, and of one document: padding beside it
+    other = of_pieces("b", [rng.integers(2, VOCABULARY, 30)])  # longer, so that the other row is padded
     for side in ("right", "left"):
-        together = own.hidden(collate([packed, other], 0, padding_side=side)).split([18, 29])[0]
+        together = student.hidden(collate([packed, other], 0, padding_side=side)).split([18, 29])[0]
         assert collate([packed, other], 0, padding_side=side).attention_mask.shape == (2, 1, 30, 30)
         alone = [model.base_model(input_ids=torch.as_tensor(p)[None]).last_hidden_state[0] for p in pieces]
         torch.testing.assert_close(together, torch.cat(alone)[:-1], rtol=1e-4, atol=1e-5)
-    split_model.check_documents(own, 0, 30)
+    split_model.check_documents(student, 0, 30)
 
 
 def of_pieces(key, pieces):
@@ -178,28 +178,28 @@ def of_pieces(key, pieces):
 
 
 def test_a_sliding_window_is_not_overridden_silently():
-    own = split(tiny_model("qwen3", False), VOCABULARY)
-    own.model.config.use_sliding_window, own.model.config.sliding_window = True, 16
-    split_model.check_documents(own, 0, 16)
+    student = split(tiny_model("qwen3", False), VOCABULARY)
+    student.model.config.use_sliding_window, student.model.config.sliding_window = True, 16
+    split_model.check_documents(student, 0, 16)
     with pytest.raises(models.ModelError, match="reaches 16 tokens back"):
-        split_model.check_documents(own, 0, 17)
-    own.model.config.use_sliding_window = False
-    split_model.check_documents(own, 0, 17)
+        split_model.check_documents(student, 0, 17)
+    student.model.config.use_sliding_window = False
+    split_model.check_documents(student, 0, 17)
 
 
 def test_prefilter_scores_know_whether_documents_are_joined(tmp_path, tokenizer):
     write_all(tmp_path)
-    found = set()
+    fingerprints = set()
     for documents in ("separate", "joined"):
         settings = text_settings(tmp_path / "a.jsonl", documents=documents)
-        found.add(fingerprint(settings, pack(settings.data, tokenizer, tmp_path / "packed", lambda _: None)))
-    assert len(found) == 2
+        fingerprints.add(fingerprint(settings, pack(settings.data, tokenizer, tmp_path / "packed", lambda _: None)))
+    assert len(fingerprints) == 2
 
 
 def test_the_bandits_probe_keeps_documents_apart():
     """Teacher = student: no divergence, also after a checkpoint."""
-    own = split(tiny_model("qwen3", False), VOCABULARY)
-    teacher = Teacher(own, 10_000, 0)
+    model = split(tiny_model("qwen3", False), VOCABULARY)
+    teacher = Teacher(model, 10_000, 0)
     sample = of_pieces("a", [np.arange(2, 9), np.arange(20, 31), np.arange(40, 44)])
     learner = Learner(
         split(tiny_model("qwen3", False), VOCABULARY), teacher, text_settings("a", sequence_length=22), 0, 9
@@ -225,19 +225,19 @@ def test_two_runs_may_pack_the_same_text_at_once(tmp_path, tokenizer):
 
 def test_joined_documents_are_read_as_one_text(tmp_path, tokenizer):
     write_all(tmp_path)
-    found = {}
+    batches = {}
     for documents in ("separate", "joined"):
         settings = text_settings(tmp_path / "a.jsonl", documents=documents, sequence_length=32)
         sample = pack(settings.data, tokenizer, tmp_path / "packed", lambda _: None)[0]
-        found[documents] = collate([of_text(sample, "a")], 0)
-    assert found["joined"].attention_mask.ndim == 2
-    assert found["joined"].position_ids[0].tolist() == list(range(32))
-    assert found["separate"].position_ids.max() < 31
+        batches[documents] = collate([of_text(sample, "a")], 0)
+    assert batches["joined"].attention_mask.ndim == 2
+    assert batches["joined"].position_ids[0].tolist() == list(range(32))
+    assert batches["separate"].position_ids.max() < 31
 
 
 def test_a_model_that_looks_across_documents_is_refused():
-    own = split(tiny_model("qwen3", False), VOCABULARY)
-    layer = own.model.base_model.layers[1]
+    student = split(tiny_model("qwen3", False), VOCABULARY)
+    layer = student.model.base_model.layers[1]
     forward = layer.forward
 
     def smearing(hidden, *arguments, **options):
@@ -245,10 +245,10 @@ def test_a_model_that_looks_across_documents_is_refused():
 
     layer.forward = smearing
     with pytest.raises(models.ModelError, match="does not keep packed documents apart"):
-        split_model.check_documents(own, 0, 30)
-    own.model.config._attn_implementation = "flash_attention_2"
+        split_model.check_documents(student, 0, 30)
+    student.model.config._attn_implementation = "flash_attention_2"
     with pytest.raises(models.ModelError, match="takes no mask of documents"):
-        split_model.check_documents(own, 0, 30)
+        split_model.check_documents(student, 0, 30)
 
 
 # -- runs ----------------------------------------------------------------------------------------------------------
@@ -261,9 +261,9 @@ def test_a_run_trains_on_the_text_and_holds_out_its_end(tmp_path, tokenizer):
         run={"dir": tmp_path}, eval={"divergence_prompts": 3}, learner={"batch_size": 4},
     )  # fmt: skip
     run = prepare(settings, lambda _: None)
-    whole = pack(settings.data, tokenizer, tmp_path / "text", lambda _: None)
-    assert [p.key for p in run.held_out] == [p.key for p in whole[len(whole) - 3 :]]
-    assert len(run.train) == len(whole) - 3
+    text = pack(settings.data, tokenizer, tmp_path / "text", lambda _: None)
+    assert [p.key for p in run.held_out] == [p.key for p in text[len(text) - 3 :]]
+    assert len(run.train) == len(text) - 3
     step = run.references(run.train, 0)
     assert len(step) == 4
     for t in step:
@@ -296,8 +296,8 @@ def test_held_out_text_is_evaluated_by_its_divergence_alone(tmp_path, tokenizer)
         book.evaluation("before", 0, done)
         book.evaluation("after", 2, done)
         book.conclude("finished")
-    found = json.loads((run.folder / "summary.json").read_text())
-    assert found["divergence_reference"] == {"before": 0.25, "after": 0.25, "teacher": None}
+    summary = json.loads((run.folder / "summary.json").read_text())
+    assert summary["divergence_reference"] == {"before": 0.25, "after": 0.25, "teacher": None}
     page = (run.folder / "report.md").read_text()
     assert "Held-out forward_kl per token of reference texts: 0.2500 nats before, 0.2500 after." in page
     assert "held-out problems" not in page

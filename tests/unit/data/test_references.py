@@ -46,11 +46,11 @@ def test_real_annotations_are_stripped_and_nothing_else(gsm8k, tokenizer):
         rollout={"max_tokens": 2000}, references={"annotations": "strip"},
     )  # fmt: skip
     prompts = load_prompts(settings.data, tokenizer, "train", 200)
-    _, found = references.from_text(settings, prompts, tokenizer)
+    _, responses = references.from_text(settings, prompts, tokenizer)
     for prompt in prompts:
         assert references.ANNOTATION.sub("", prompt.answer).count("####") == 1
         assert "<<" not in references.ANNOTATION.sub("", prompt.answer)
-        assert len(found[prompt.key]) == 1
+        assert len(responses[prompt.key]) == 1
 
 
 def test_long_answers_are_refused_or_dropped_by_row():
@@ -67,8 +67,8 @@ def test_a_file_may_bring_several_answers_to_a_question(tmp_path, tokenizer):
     file = tmp_path / "answers.jsonl"
     rows = [{"question": p.question, "answer": f"Answer {i}.\n#### {i}"} for p in prompts[:3] for i in range(2)]
     file.write_text("".join(json.dumps(r) + "\n" for r in [*rows, {"question": "another", "answer": "x"}]))
-    own = {"source": "file", "file": file}
-    run = prepare(off(references=own, data={"train_problems": 8, "overlong": "drop"}))
+    section = {"source": "file", "file": file}
+    run = prepare(off(references=section, data={"train_problems": 8, "overlong": "drop"}))
     assert [p.key for p in run.train] == [p.key for p in prompts[:3]]
     assert [text_of(tokenizer, r.ids) for r in run.responses[prompts[0].key]] == [
         "Answer 0.\n#### 0",
@@ -76,11 +76,11 @@ def test_a_file_may_bring_several_answers_to_a_question(tmp_path, tokenizer):
     ]
     used = Counter(t.response_ids.tobytes() for step in range(40) for t in run.references(run.train[:1], step))
     assert len(used) == 2
-    with pytest.raises(ConfigError, match=rf"{prompts[3].key}: its reference answer has no row in .*answers.jsonl"):
-        prepare(off(references=own))
+    with pytest.raises(ConfigError, match=rf"{prompts[3].row}: its reference answer has no row in .*answers.jsonl"):
+        prepare(off(references=section))
     file.write_text('{"question": "q"}\n')
     with pytest.raises(ConfigError, match="row 1: column 'answer' is missing"):
-        prepare(off(references=own))
+        prepare(off(references=section))
 
 
 def test_question_tokens_are_supervised_only_if_asked_for(tokenizer):
@@ -116,9 +116,9 @@ class FakeTeacher:
             raise RuntimeError("killed")
         self.asked += [r.key for r in requests]
         ids = [references.np.array([5, 1]) for _ in requests]
-        finish = ["length" if r.seed % 3 == 0 else "stop" for r in requests]
-        parts = zip(requests, ids, finish, strict=True)
-        return [Trajectory(r.key, references.np.array(r.prompt_ids), i, None, f, 0) for r, i, f in parts]
+        reasons = ["length" if r.seed % 3 == 0 else "stop" for r in requests]
+        answers = zip(requests, ids, reasons, strict=True)
+        return [Trajectory(r.key, references.np.array(r.prompt_ids), i, None, f, 0) for r, i, f in answers]
 
 
 def test_the_teachers_answers_are_made_once_and_go_on_after_a_kill(tmp_path, tokenizer, monkeypatch):
@@ -127,14 +127,14 @@ def test_the_teachers_answers_are_made_once_and_go_on_after_a_kill(tmp_path, tok
     prompts = load_prompts(settings.data, tokenizer, "train")
     with pytest.raises(RuntimeError, match="killed"):
         references.teacher_responses(settings, prompts, FakeTeacher(fail_after=6), print)
-    second, whole = FakeTeacher(), FakeTeacher()
-    kept, found = references.teacher_responses(settings, prompts, second, print)
+    second, uninterrupted = FakeTeacher(), FakeTeacher()
+    kept, answers = references.teacher_responses(settings, prompts, second, print)
     assert len(second.asked) == 10  # five prompts were left
     again = references.teacher_responses(settings, prompts, FakeTeacher(fail_after=0), print)
-    assert again == (kept, found)
+    assert again == (kept, answers)
     other = settings.model_copy(update={"run": settings.run.model_copy(update={"dir": tmp_path / "other"})})
-    assert references.teacher_responses(other, prompts, whole, print) == (kept, found)
-    assert all(r.finish_reason == "stop" for own in found.values() for r in own)
+    assert references.teacher_responses(other, prompts, uninterrupted, print) == (kept, answers)
+    assert all(r.finish_reason == "stop" for responses in answers.values() for r in responses)
     (file,) = (tmp_path / "references").glob("*.jsonl")
     file.write_text('{"key": "x"}\n')
     with pytest.raises(ConfigError, match="damaged"):
@@ -142,15 +142,15 @@ def test_the_teachers_answers_are_made_once_and_go_on_after_a_kill(tmp_path, tok
 
 
 def test_truncated_answers_stay_if_asked_for(tmp_path, tokenizer):
-    own = {"source": "teacher"}
-    settings = off(references=own, run={"dir": tmp_path}, samples={"truncated": "keep"})
+    section = {"source": "teacher"}
+    settings = off(references=section, run={"dir": tmp_path}, samples={"truncated": "keep"})
     prompts = load_prompts(settings.data, tokenizer, "train")
-    kept, found = references.teacher_responses(settings, prompts, FakeTeacher(), print)
+    kept, answers = references.teacher_responses(settings, prompts, FakeTeacher(), print)
     assert len(kept) == 8
-    assert {r.finish_reason for several in found.values() for r in several} == {"stop", "length"}
-    run = Run(settings, tokenizer, 512, kept, [], found)
+    assert {r.finish_reason for responses in answers.values() for r in responses} == {"stop", "length"}
+    run = Run(settings, tokenizer, 512, kept, [], answers)
     assert {t.finish_reason for t in run.references(kept, 0)} <= {"stop", "length"}
-    assert isinstance(found[kept[0].key][0], Response)
+    assert isinstance(answers[kept[0].key][0], Response)
 
 
 def test_nothing_usable_is_an_error(tmp_path, tokenizer):

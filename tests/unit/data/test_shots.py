@@ -67,8 +67,9 @@ def test_examples_that_cannot_be_had_are_refused(tmp_path):
     file = tmp_path / "train.jsonl"
     file.write_text('{"question": "What?", "answer": " "}\n')
     cfg = data_cfg(source="jsonl", train_file=file, shots=1)
-    with pytest.raises(DataError, match=r"train.jsonl#1: an example of data.shots=1 without an answer"):
+    with pytest.raises(DataError, match=r"train.jsonl row 1: column 'answer' is empty"):
         load_shots(cfg)
+    file.write_text('{"question": "What?", "answer": "That."}\n')
     with pytest.raises(DataError, match=r"data.shots=2: the training split has 1 rows"):
         load_shots(cfg.model_copy(update={"shots": 2}))
     with pytest.raises(DataError, match=r"raise the limit, lower data.shots or"):

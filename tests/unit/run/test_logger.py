@@ -59,7 +59,7 @@ def best_on_disk(run):
 
 
 def test_best_step_names_the_student_in_best_after_a_rollback(run):
-    workers, checkpoint = Workers(), Checkpoint(run.folder, 3, {"last_eval_step": 2, "version": 3}, {})
+    workers, checkpoint = Workers(), Checkpoint(run.folder, 3, {"last_eval_step": 2, "version": 3})
     with RunLogger(run, 0, {}) as logger:
         logger.validated(workers, 2, evaluation(0.25))
         logger.validated(workers, 6, evaluation(0.75))

@@ -2,6 +2,9 @@ import json
 import logging
 import os
 import stat
+import subprocess
+import sys
+import textwrap
 
 import pytest
 import torch
@@ -29,20 +32,20 @@ def test_round_trip_and_only_the_newest_are_kept(tmp_path):
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.sampled_from([checkpoint.STATE, checkpoint.TENSORS]), st.floats(0, 0.999), st.integers(1, 255))
-def test_one_flipped_byte_is_found_and_the_one_before_is_used(tmp_path_factory, name, place, flip):
+def test_one_flipped_byte_is_noticed_and_the_previous_checkpoint_is_used(tmp_path_factory, name, place, flip):
     folder = tmp_path_factory.mktemp("run")
     checkpoint.save(folder, 1, {"good": True}, TENSORS, keep=3)
     damaged = checkpoint.save(folder, 2, {"good": False}, TENSORS, keep=3) / name
     content = bytearray(damaged.read_bytes())
     content[int(place * len(content))] ^= flip
     damaged.write_bytes(bytes(content))
-    found = checkpoint.newest(folder)
-    assert found is not None
-    if found.step == 2:  # the flip made one kind of white space of another
+    loaded = checkpoint.newest(folder)
+    assert loaded is not None
+    if loaded.step == 2:  # the flip turned one kind of white space into another
         assert name == checkpoint.STATE
-        assert found.state == {"good": False}
+        assert loaded.state == {"good": False}
     else:
-        assert found.state == {"good": True}
+        assert loaded.state == {"good": True}
 
 
 @pytest.mark.parametrize("damage", ["no state", "no tensors", "future"])
@@ -73,7 +76,7 @@ def test_an_interrupted_write_leaves_no_checkpoint(tmp_path, monkeypatch):
         checkpoint.save(tmp_path, 2, {}, TENSORS, keep=1)
     assert checkpoint.newest(tmp_path).step == 1
     monkeypatch.undo()
-    checkpoint.save(tmp_path, 2, {}, TENSORS, keep=2)  # what was left lying does not disturb the next try
+    checkpoint.save(tmp_path, 2, {}, TENSORS, keep=2)  # leftovers do not disturb the next try
     assert checkpoint.newest(tmp_path).step == 2
 
 
@@ -89,8 +92,8 @@ def test_optimizer_state_round_trips_exactly():
             optimizer.step()
             optimizer.zero_grad()
 
-    whole, optimizer = make()
-    work(whole, optimizer, 6)
+    uninterrupted, optimizer = make()
+    work(uninterrupted, optimizer, 6)
     half, optimizer = make()
     work(half, optimizer, 3)
     saved = optimizer_tensors(optimizer, dict(half.named_parameters()))
@@ -98,7 +101,7 @@ def test_optimizer_state_round_trips_exactly():
     other.load_state_dict(half.state_dict())
     load_optimizer_tensors(fresh, dict(other.named_parameters()), saved)
     work(other, fresh, 3)
-    assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), other.parameters(), strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(uninterrupted.parameters(), other.parameters(), strict=True))
 
 
 def test_metrics_of_steps_that_are_done_again_are_forgotten(tmp_path):
@@ -125,12 +128,12 @@ def test_damage_inside_a_metrics_file_is_not_hidden(tmp_path):
 
 
 def test_a_checkpoint_that_was_being_replaced_is_not_lost(tmp_path):
-    """Killed between two renames: the one before stands under another name."""
+    """A kill between two renames leaves the previous one under another name."""
     path = checkpoint.save(tmp_path, 4, {"good": 1}, TENSORS, keep=2)
     path.rename(tmp_path / ".step-00000004.old")
     (tmp_path / ".step-00000004.tmp").mkdir()
-    found = checkpoint.newest(tmp_path)
-    assert (found.step, found.state) == (4, {"good": 1})
+    loaded = checkpoint.newest(tmp_path)
+    assert (loaded.step, loaded.state) == (4, {"good": 1})
     assert sorted(p.name for p in tmp_path.iterdir()) == ["step-00000004"]
 
 
@@ -190,3 +193,40 @@ def test_all_files_have_the_mode_of_the_umask(tmp_path, umask, mode):
     written = [*saved.iterdir(), tmp_path / "shard.safetensors", tmp_path / "summary.json"]
     assert {oct(stat.S_IMODE(file.stat().st_mode)) for file in written} == {oct(mode)}
     assert not list(tmp_path.glob(".mode*"))
+
+
+def test_tensors_are_checked_without_being_loaded_and_read_slice_by_slice(tmp_path):
+    script = textwrap.dedent("""
+        import sys, torch
+        from pathlib import Path
+        from onpolicy_skd.storage import checkpoint
+
+        def resident():
+            return int(Path("/proc/self/statm").read_text().split()[1]) * 4096 // 2**20
+
+        folder = Path(sys.argv[1])
+        before = resident()
+        loaded = checkpoint.load(checkpoint.newest(folder).path, verify=False)
+        tensor = loaded.tensors["a"]
+        checked = resident() - before
+        half = tensor.chunk(2)[1].clone()
+        print(checked, resident() - before, half.sum().item())
+    """)
+    checkpoint.save(tmp_path, 1, {}, {"a": torch.ones(2**25)}, keep=1)  # 128 MiB
+    command = [sys.executable, "-c", script, str(tmp_path)]
+    checked, read, total = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
+    assert float(total) == 2**24
+    assert int(checked) < 20
+    assert int(read) < 180  # half of the file and its copy
+
+
+def test_tensors_of_a_file_are_a_mapping(tmp_path):
+    checkpoint.save(tmp_path, 1, {}, TENSORS, keep=1)
+    tensors = checkpoint.newest(tmp_path).tensors
+    assert sorted(tensors) == sorted(TENSORS)
+    assert "b" not in tensors
+    with pytest.raises(KeyError):
+        tensors["b"]
+    (tmp_path / "step-00000001" / checkpoint.TENSORS).unlink()
+    with pytest.raises(CheckpointError, match=r"step-00000001.*cannot be read"):
+        checkpoint.load(tmp_path / "step-00000001", verify=False).tensors  # noqa: B018

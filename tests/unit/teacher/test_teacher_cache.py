@@ -381,7 +381,7 @@ def test_a_run_is_checked_against_its_cache_before_a_model_loads(demo_cache, tmp
     refused('content: "rs_kd" then, "hidden" now', classes={})
     refused("alignment.temperature: 1.0 then, 2.0 now", alignment={"temperature": 2.0})
     refused('data.instruction: "" then, " Think." now', data={"train_problems": 6, "instruction": " Think."})
-    refused(r"demo:train#7/0 is not in it.*data.train_problems: 6 then, 9 now", data={"train_problems": 9})
+    refused(r"demo:train#7 is not in it.*data.train_problems: 6 then, 9 now", data={"train_problems": 9})
     refused("teacher.dtype", teacher={"dtype": "auto"})
     refused(r'references.annotations: "keep" then, "strip" now', references={"annotations": "strip"})
     shutil.copytree(prepare(demo(tmp_path)).tokenizer.name_or_path, tmp_path / "student")
@@ -405,7 +405,7 @@ def test_the_teacher_need_not_be_there_to_train_from_its_cache(demo_cache, tmp_p
 @pytest.mark.parametrize(
     ("sections", "match"),
     [
-        ({"mode": "on_policy"}, "cache.path: holds texts known beforehand"),
+        ({"mode": "on_policy"}, "cache.path=.*: accepted with mode=off_policy only"),
         ({"eval": {"divergence_prompts": 4}}, "eval.divergence_prompts: the teacher's outputs on held-out"),
         ({"positions": {"metric": "kl"}}, r"positions.metric=kl: needs the teacher's whole distribution"),
         ({"positions": {"policy": "bandit"}}, "positions.policy=bandit: needs"),
