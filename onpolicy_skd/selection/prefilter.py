@@ -17,11 +17,12 @@ from onpolicy_skd.data.packed_text import Lazy
 from onpolicy_skd.data.prompts import answer_ids
 from onpolicy_skd.data.references import of_text
 from onpolicy_skd.models.loading import weights_digest
+from onpolicy_skd.report.progress import ProgressReporter
 from onpolicy_skd.selection.samples import TEACHER_METRICS, top_share
 from onpolicy_skd.storage.files import RunPaths, write_text
 from onpolicy_skd.types import Prompt, Trajectory
 
-BATCH = 256  # prompts per progress message
+BATCH = 256  # prompts per progress report
 
 
 def kept_prompts(
@@ -43,14 +44,16 @@ def kept_prompts(
         scores = json.loads(path.read_text(encoding="utf-8"))["scores"]
     else:
         scores = []
-        for start in range(0, len(prompts), BATCH):
-            batch = prompts[start : start + BATCH]
-            if samples_cfg.prefilter_text == "rollout":
-                texts = generate(batch)
-            else:
-                texts = [as_text(p, samples_cfg.prefilter_text, tokenizer) for p in batch]
-            scores += score(texts)
-            log(f"prefilter: {len(scores)}/{len(prompts)} prompts scored")
+        with ProgressReporter("prefilter", len(prompts), log) as progress:
+            for start in range(0, len(prompts), BATCH):
+                batch = prompts[start : start + BATCH]
+                if samples_cfg.prefilter_text == "rollout":
+                    texts = generate(batch)
+                else:
+                    texts = [as_text(p, samples_cfg.prefilter_text, tokenizer) for p in batch]
+                scores += score(texts)
+                progress.advance(len(batch))
+        log(f"prefilter: {len(scores)}/{len(prompts)} prompts scored")
         path.parent.mkdir(parents=True, exist_ok=True)
         record = {"metric": samples_cfg.metric, "text": samples_cfg.prefilter_text, "scores": scores}
         write_text(path, json.dumps(record))
