@@ -22,6 +22,7 @@ from onpolicy_skd.config.schema import Settings
 from onpolicy_skd.evaluation.diagnostics import PositionDiagnostics
 from onpolicy_skd.learner.metrics import StepRecord
 from onpolicy_skd.run.exits import RunError
+from onpolicy_skd.run.logger import PhaseTimer
 from onpolicy_skd.run.supervisor import GiveUp, Recovery, Supervisor
 from onpolicy_skd.selection import samples
 from onpolicy_skd.storage import checkpoint
@@ -127,10 +128,18 @@ class Workers:
                 waiting.append(one)
                 yield part
 
-    def filter(self, parts: Refs, before: Sequence[Any] = ()) -> tuple[FilterReport, ray.ObjectRef]:
-        """What the sample filter kept, and a reference to the kept trajectories; raises what calls ``before`` have."""
+    def filter(
+        self, parts: Refs, calls: Sequence[Any] = (), timer: PhaseTimer | None = None
+    ) -> tuple[FilterReport, ray.ObjectRef]:
+        """Return the sample filter's report and a ref to the kept trajectories.
+
+        The learner works off earlier ``calls`` first; raises what they raised, and gives their time to ``timer``.
+        """
         answers = [rank.filter.options(num_returns=2).remote(*parts) for rank in self._learner]
-        return self._get([*(report for report, _ in answers), *before])[0], answers[0][1]
+        if timer:
+            self._get(calls)
+            timer.record("learn")
+        return self._get([report for report, _ in answers])[0], answers[0][1]
 
     def encode(self, kept: ray.ObjectRef) -> Refs:
         """The teachers start on ``kept`` at once; the learner awaits the result when it first wants rows."""
@@ -145,16 +154,19 @@ class Workers:
         self._version = metrics.version
         return metrics
 
-    def streamed_step(self, parts: Refs, report: FilterReport) -> StepRecord | None:
-        """One optimizer step on ``parts`` as they come, which fills ``report``; None if no trajectory is kept.
+    def streamed_step(self, parts: Refs, report: FilterReport, timer: PhaseTimer) -> StepRecord | None:
+        """Make one optimizer step on ``parts`` as they complete; the engines generate the others at the same time.
 
-        While the learner works on some, engines go on with the others.
+        Fills ``report``, and ``timer`` with the driver's waits: for rollouts, for the learner, for the filter.  Returns
+        the metrics, or None if no trajectory is kept.
         """
         expected = float(self._settings.rollouts_per_step)
         calls = [rank.begin.remote(expected) for rank in self._learner]
         try:
             for part in self.as_they_come(parts):
-                own, kept = self.filter([part], calls)
+                timer.record("rollout")
+                own, kept = self.filter([part], calls, timer)
+                timer.record("filter")
                 report.add(own)
                 calls = []
                 if own.kept:

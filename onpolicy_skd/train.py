@@ -137,7 +137,7 @@ def update_streaming(workers: Workers, logger: RunLogger, step: int, rollout_ref
     """Make the optimizer step ``step`` on rollouts as they end, while the engines generate the others."""
     report = FilterReport([], 0)
     try:
-        metrics = workers.streamed_step(rollout_refs, report)
+        metrics = workers.streamed_step(rollout_refs, report, timer)
     except NonFiniteLossError as error:
         logger.skipped(step, report, error)
         return

@@ -40,14 +40,14 @@ def command(path, *arguments):
     return [sys.executable, "-m", "onpolicy_skd.compare", "--config", str(path), *arguments]
 
 
-def compare(path, *arguments, timeout=900):
+def compare(path, *arguments):
     done = subprocess.run(
         command(path, *arguments),
         capture_output=True,
         text=True,
         cwd=ROOT,
         env=ENVIRONMENT,
-        timeout=timeout,
+        timeout=900,
         check=False,
     )
     return done.returncode, done.stdout + done.stderr
@@ -67,9 +67,7 @@ def test_the_command_of_the_readme_runs_where_no_ray_is_running(tmp_path):
     path = tmp_path / "grid.yaml"
     base = str(ROOT / "configs" / tree["base"])
     path.write_text(yaml.safe_dump(tree | {"base": base, "settings": settings, "rows": [row]}))
-    code, printed = compare(
-        path, "--parallel", "1", "seeds=[1340]", "settings.run.steps=3", f"dir={tmp_path / 'out'}", timeout=300
-    )
+    code, printed = compare(path, "--parallel", "1", "seeds=[1340]", "settings.run.steps=3", f"dir={tmp_path / 'out'}")
     assert code == 0, printed
     assert "2 of 2 runs to do, 1 at a time" in printed
     assert "2/2 full_kd-on_policy-1340: exact match" in printed

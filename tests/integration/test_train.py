@@ -253,6 +253,9 @@ def test_rollouts_that_are_learned_from_as_they_come_train_the_same(tmp_path, en
             actors(process.pid, victim)[0].kill()
     assert process.wait() == 0, printed
     assert printed.count("fault: its process ended") == 1
+    for record in read(tmp_path / "r" / "metrics.jsonl"):
+        if "loss" in record:  # each phase is timed, though they overlap
+            assert min(record["seconds"][phase] for phase in ("rollout", "filter", "learn", "sync")) > 0
     for actual, expected in zip(losses(tmp_path / "r"), losses(tmp_path / "undisturbed"), strict=True):
         assert actual == pytest.approx(expected, rel=1e-3)
 
