@@ -171,7 +171,9 @@ class Learner:
         """
         sums = StepSums()
         ranges = self.scorer.ranges(trajectories)
+        start = time.perf_counter()
         self.state.objective.prepare(trajectories, self._teacher)
+        sums.teacher_wait_seconds += time.perf_counter() - start
         total = weight or sum(t.weight for t in trajectories)
         for _, micro in self._forward.micro_batches(trajectories, self.version):
             self._backward(micro, ranges, total, sums)

@@ -100,13 +100,13 @@ def test_one_micro_batch_is_freed_before_the_next_forward(monkeypatch):
     references = []
     hidden = SplitModel.hidden
 
-    def watched(self, *args):
+    def counting_hidden(self, *args):
         alive.append(sum(reference() is not None for reference in references))
         states = hidden(self, *args)
         references.append(weakref.ref(states))
         return states
 
-    monkeypatch.setattr(SplitModel, "hidden", watched)
+    monkeypatch.setattr(SplitModel, "hidden", counting_hidden)
     learner.step(batch)
     learner.scorer.diagnose_positions(copy.copy(batch))
     assert len(alive) > 4

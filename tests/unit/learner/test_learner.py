@@ -5,6 +5,7 @@ import dataclasses
 import functools
 import itertools
 import math
+import time
 
 import numpy as np
 import pytest
@@ -416,6 +417,24 @@ def test_at_kd_treats_the_less_sure_half_of_the_batch_as_hard():
     hard = unsure >= unsure.sort(descending=True).values[math.ceil(len(unsure) / 2) - 1]
     expected = (weight * torch.where(hard, 0.7 * (tckd + nckd), 0.3 * nckd)).sum()
     assert learner.accumulate(batch).loss == pytest.approx(expected.item(), rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("sections", "call"),
+    [
+        ({}, "rows"),
+        ({"positions": {"metric": "teacher_entropy"}}, "entropy_and_logprob"),
+        ({"alignment": {"variant": "at_kd", **FORWARD}}, "entropy_and_logprob"),
+        ({"classes": {"sampler": "rs_kd", "draws": 6}, "alignment": FORWARD}, "classes"),
+    ],
+)
+def test_the_wait_for_the_teacher_counts_each_kind_of_call(sections, call, monkeypatch):
+    learner, teacher = build(**sections)
+    batch = make_trajectories(LENGTHS)
+    teacher.encode(batch)
+    answer = getattr(teacher, call)
+    monkeypatch.setattr(teacher, call, lambda *arguments: time.sleep(0.2) or answer(*arguments))
+    assert learner.accumulate(batch).teacher_wait_seconds > 0.2
 
 
 def test_egad_sets_temperatures_and_compares_hidden_states_where_the_teacher_is_unsure():
