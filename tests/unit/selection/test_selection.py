@@ -233,6 +233,16 @@ def test_gls_is_top_k_until_a_batch_is_known_and_then_a_threshold():
     assert chosen.weights_K.tolist() == [0.5, 0.5]
 
 
+def test_all_positions_are_selected_without_any_score():
+    def no_pass():
+        raise AssertionError("a pass over the LM head")
+
+    scores, selection = Selector(PositionSettings(policy="full"), 0).select(Signals(no_pass, [2, 1], [7, 8]), 0)
+    assert scores.tolist() == [0.0, 0.0, 0.0]
+    assert selection.indices_K.tolist() == [0, 1, 2]
+    assert selection.weights_K.tolist() == [0.5, 0.5, 1.0]
+
+
 @pytest.mark.parametrize("policy", ["gls", "bandit", "top_k"])
 def test_state_survives_saving(policy):
     def selector():
@@ -524,6 +534,7 @@ def test_targets_of_different_widths_are_concatenated():
     both = classes.concatenate([wide, narrow])
     assert both.ids_NC.tolist() == [[3, 4], [7, 7], [8, 8]]
     assert both.probs_NC.tolist() == [[0.5, 0.5], [1.0, 0.0], [pytest.approx(0.9), 0.0]]
-    assert both.residual == "ghost"
+    assert both.residual == both.to("cpu").residual == "ghost"
+    assert both.to("meta").ids_NC.device == both.to("meta").probs_NC.device == torch.device("meta")
     assert classes.concatenate([]).ids_NC.shape == (0, 1)
     assert dataclasses.astuple(both[1:2])[0].tolist() == [[7, 7]]
