@@ -32,7 +32,7 @@ from onpolicy_skd.report.progress import ProgressReporter
 from onpolicy_skd.run.exits import EXIT_OK, EXIT_STOPPED, run_cli
 from onpolicy_skd.run.logger import PhaseTimer, RunLogger
 from onpolicy_skd.run.preflight import preflight
-from onpolicy_skd.run.prepare import Run, open_folder, prepare
+from onpolicy_skd.run.prepare import Run, check_resume, open_folder, prepare
 from onpolicy_skd.run.stop import Stopped, StopSignal
 from onpolicy_skd.selection.prefilter import as_text
 from onpolicy_skd.storage.checkpoint import Checkpoint
@@ -211,6 +211,7 @@ def run_settings(settings: Settings) -> int:
     run = prepare(settings)
     if run.knows_its_texts:
         run.check_cached(run.train)  # before a folder exists or a model loads
+    check_resume(run)
     with (
         connect(settings) as resources,
         StopSignal(settings.run.max_hours) as stop,

@@ -248,12 +248,7 @@ def open_folder(run: Run, log: Callable[[str], None] = print) -> Iterator[Checkp
             stack.enter_context(files.lock(paths.lock, f"run.name={settings.run.name}: {paths.folder}"))
         except OSError as error:
             raise _unwritable(settings, error) from None
-        if settings.resume == "never" and paths.metrics.exists():
-            raise ConfigError(
-                f"run.name={settings.run.name}: {paths.folder} already holds a run; give another name, resume=auto to "
-                "continue it, or remove the folder"
-            )
-        changes = _changes(run) if settings.resume == "auto" and paths.config.exists() else {}
+        changes = check_resume(run)
         loaded = _newest(run) if settings.resume == "auto" else None
         for key, (before, now) in changes.items():
             log(f"resume: {key} is {json.dumps(now)} from here on, was {json.dumps(before)}")
@@ -265,6 +260,20 @@ def open_folder(run: Run, log: Callable[[str], None] = print) -> Iterator[Checkp
         except OSError as error:
             raise _unwritable(settings, error) from None
         yield loaded
+
+
+def check_resume(run: Run) -> Changes:
+    """Return the settings that differ from those of the run to resume; nothing is written.
+
+    Raises ConfigError if the folder holds another run, or if data or settings differ that affect the result.
+    """
+    settings, paths = run.settings, run.paths
+    if settings.resume == "never" and paths.metrics.exists():
+        raise ConfigError(
+            f"run.name={settings.run.name}: {paths.folder} already holds a run; give another name, resume=auto to "
+            "continue it, or remove the folder"
+        )
+    return _changes(run) if settings.resume == "auto" and paths.config.exists() else {}
 
 
 def _unwritable(settings: Settings, error: OSError) -> ConfigError:
