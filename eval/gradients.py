@@ -86,7 +86,7 @@ def measure(settings: Settings, samples: int) -> dict[str, Any]:
         "teacher": settings.teacher.model,
         "samples": len(batch),
         "positions": sum(len(indices) for _, indices in positions),
-        "divergence": Learner(student, teacher, settings, pad_id, 1).divergence(batch),
+        "divergence": Learner(student, teacher, settings, pad_id, 1).scorer.divergence(batch),
         "records": list(records()),
     }
 
