@@ -117,7 +117,7 @@ def small_cache(folder: Path) -> tuple[Path, list[Trajectory], list[torch.Tensor
         for i, indices in enumerate(cut)
     ]
     plan = caches.plan_of([t.digest for t in texts], cut)
-    caches.finish(folder, Manifest({}, Layout.of(settings, vocabulary), plan, None, shards))
+    caches.complete(folder, Manifest({}, Layout.of(settings, vocabulary), plan, None, shards))
     cache = TeacherCache(folder)
     return folder, texts, [cache.classes(t).probs_NC for t in texts]
 

@@ -1,4 +1,4 @@
-"""What a teacher cache was made from, and whether that is what a run trains on."""
+"""Provenance of a teacher cache, and the check that a run trains on the same."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ TEXTS: dict[str, Any] = {  # settings that say which texts there are
 
 
 def provenance(settings: Settings, tokenizer: Any) -> dict[str, Any]:
-    """What a teacher's outputs on a run's texts depend on; ``weights`` is None if the teacher's are not here."""
+    """Return all that a teacher's outputs on a run's texts depend on; ``weights`` is None if they are not at hand."""
     data, template = settings.data, {}
     if data.source != "text":
         template = data.model_dump(mode="json", include=set(TEMPLATE[data.template]))
@@ -35,65 +35,65 @@ def provenance(settings: Settings, tokenizer: Any) -> dict[str, Any]:
         weights = models.weights_digest(settings.teacher.model)
     except models.ModelError:
         weights = None
-    drawn = settings.run.seed if settings.classes.sampler == "rs_kd" else None  # of the draws; nothing else is drawn
+    seed = settings.run.seed if settings.classes.sampler == "rs_kd" else None  # only rs_kd draws
     return {
         "teacher": settings.teacher.model,
         "weights": weights,
         "tokenizer": vocabulary_digest(tokenizer),
         "template": template,
         "teacher.dtype": settings.teacher.dtype,
-        "built": {"run.device": settings.run.device, "run.seed": drawn},
+        "built": {"run.device": settings.run.device, "run.seed": seed},
         "texts": _texts(settings),
     }
 
 
 def check(manifest: Manifest, settings: Settings, tokenizer: Any, student_classes: int) -> None:
-    """Raises CacheError, naming all differences, for a cache of another teacher, tokenizer, template or sampler.
+    """Raise CacheError, naming all differences, for a cache of another teacher, tokenizer, template or sampler.
 
-    Of a teacher whose weights are not here the name must do.
+    A teacher whose weights are not at hand is compared by its name.
     """
     layout, then, now = manifest.layout, manifest.provenance, provenance(settings, tokenizer)
-    wanted, found = Layout.of(settings, layout.vocabulary), []
-    if not layout.serves(wanted):
-        found += _differences(layout.described(), wanted.described())
+    required, problems = Layout.of(settings, layout.vocabulary), []
+    if not layout.is_compatible_with(required):
+        problems += _differences(layout.described(), required.described())
     if student_classes < layout.vocabulary:
-        found.append(f"vocabulary: {layout.vocabulary} then, {student_classes} now")
+        problems.append(f"vocabulary: {layout.vocabulary} then, {student_classes} now")
     other = then["weights"] != now["weights"] if now["weights"] else then["teacher"] != now["teacher"]
     if other:
-        found.append(f"teacher: {then['teacher']} then, {now['teacher']} now, with other weights")
+        problems.append(f"teacher: {then['teacher']} then, {now['teacher']} now, with other weights")
     if then["tokenizer"] != now["tokenizer"]:
-        found.append("tokenizer: other tokens or ids than the student's now")
-    found += [f"data.{text}" for text in _differences(then["template"], now["template"])]
-    found += _differences(*({"teacher.dtype": side["teacher.dtype"]} for side in (then, now)))
-    if found:
+        problems.append("tokenizer: other tokens or ids than the student's now")
+    problems += [f"data.{text}" for text in _differences(then["template"], now["template"])]
+    problems += _differences(*({"teacher.dtype": side["teacher.dtype"]} for side in (then, now)))
+    if problems:
         raise CacheError(
-            f"cache.path={settings.cache.path}: made for another run ({'; '.join(found)}); take its settings, which "
+            f"cache.path={settings.cache.path}: made for another run ({'; '.join(problems)}); take its settings, which "
             "`skd cache info` shows, or build another cache"
         )
 
 
-def same_outputs(one: Manifest, other: Manifest) -> bool:
-    """Whether shards of the two may stand in one cache; which texts is told by ``plan``, not by settings."""
-    sides = [m.provenance | {"texts": None} for m in (one, other)]
-    return sides[0] == sides[1] and one.layout == other.layout and one.plan == other.plan
+def same_outputs(first: Manifest, second: Manifest) -> bool:
+    """Return True if shards of the two may be in one cache; ``plan``, not the settings, identifies the texts."""
+    sides = [m.provenance | {"texts": None} for m in (first, second)]
+    return sides[0] == sides[1] and first.layout == second.layout and first.plan == second.plan
 
 
-def differing(one: Manifest, other: Manifest) -> str:
-    """How two plans of caches differ, in words."""
-    found = _differences(one.layout.described(), other.layout.described())
-    found += _differences(flat(one.provenance), flat(other.provenance))
-    return "; ".join(found) or "other samples, or another cache.positions_per_shard"
+def differing(first: Manifest, second: Manifest) -> str:
+    """Return in words how two plans of caches differ."""
+    differences = _differences(first.layout.described(), second.layout.described())
+    differences += _differences(flat(first.provenance), flat(second.provenance))
+    return "; ".join(differences) or "other samples, or another cache.positions_per_shard"
 
 
 def other_texts(manifest: Manifest, settings: Settings) -> str:
-    """Why a text of the run may not be in the cache."""
-    found = _differences(manifest.provenance["texts"], _texts(settings))
-    why = "The cache was made of other texts; " + (
-        f"of the settings that say which, these differ: {'; '.join(found)}" if found else "the data itself has changed"
+    """Return the likely reason why a text of the run is not in the cache."""
+    differences = "; ".join(_differences(manifest.provenance["texts"], _texts(settings)))
+    reason = "The cache was made of other texts; " + (
+        f"these settings, which choose the texts, differ: {differences}" if differences else "the data has changed"
     )
     if settings.samples.when == "prefilter":
-        why += ". The scores by which the build kept its samples are in its run.dir: train with the same one"
-    return why
+        reason += ". The build kept samples by the scores in its run.dir: train with the same run.dir"
+    return reason
 
 
 def _texts(settings: Settings) -> dict[str, Any]:

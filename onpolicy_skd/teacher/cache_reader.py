@@ -26,41 +26,40 @@ from onpolicy_skd.teacher.cache_format import (
 )
 from onpolicy_skd.types import Trajectory
 
-# -- reading -------------------------------------------------------------------------------------------------------
-
 
 class TeacherCache:
-    """A complete cache, opened for reading.  A shard's checksum is compared when it is first read.
+    """A complete cache, opened for reading.  The first read of a shard compares its checksum.
 
-    Raises CacheError, here and in every method, naming the file that is missing or damaged.
+    The constructor and all methods raise CacheError, naming the file, if one is missing or damaged.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.manifest = Manifest.read(folder)
-        self._open: dict[int, Any] = {}  # memory-mapped shards whose checksum was found right
-        digests, where = [], []
+        self._open: dict[int, Any] = {}  # memory-mapped shards whose checksum is right
+        digests, locations = [], []
         for number, shard in enumerate(self.manifest.shards):
             index = self._index(shard)
             digests.append(index["digests"].numpy().view("<u8"))
             positions, entries = (index[name].long() for name in ("positions", "entries"))
             starts = [size.cumsum(0) - size for size in (positions, entries)]
             number_S = torch.full_like(positions, number)
-            where.append(torch.stack([number_S, starts[0], positions, starts[1], entries], 1).numpy())
-        found = np.concatenate(digests)
-        order = np.argsort(found, kind="stable")
-        self._digests, self._where = found[order], np.concatenate(where)[order]
+            locations.append(torch.stack([number_S, starts[0], positions, starts[1], entries], 1).numpy())
+        unsorted = np.concatenate(digests)
+        order = np.argsort(unsorted, kind="stable")
+        # Of each sample: shard, first position, positions, first entry, entries.
+        self._digests, self._locations = unsorted[order], np.concatenate(locations)[order]
 
     def holds(self, trajectory: Trajectory) -> bool:
         return self._find(trajectory) is not None
 
     def hidden(self, trajectory: Trajectory) -> Tensor:
-        """``[n, G]``."""
+        """Return hidden states ``[n, G]``."""
         file, first, count, *_ = self._sample(trajectory)
         return file.get_slice("hidden")[first : first + count]
 
     def classes(self, trajectory: Trajectory) -> SparseTargets:
-        """The drawn classes, or the K largest probabilities, at each of the n positions."""
+        """Return the drawn classes, or the K largest probabilities, at each of the n positions."""
         file, first, count, first_entry, entries = self._sample(trajectory)
         layout = self.manifest.layout
         if layout.content == "top_k":
@@ -80,21 +79,22 @@ class TeacherCache:
         return SparseTargets(first_ids[:, None].repeat(1, width).index_put((row, slot), ids), probs)
 
     def head(self) -> Tensor:
-        """The teacher's LM head ``[V, G]``."""
+        """Return the teacher's LM head ``[V, G]``."""
         with _checked(self.folder, HEAD, str(self.manifest.head)) as file:
             return file.get_tensor("head")
 
     def _find(self, trajectory: Trajectory) -> np.ndarray | None:
         digest = np.frombuffer(trajectory.digest, "<u8")[0]
         at = int(np.searchsorted(self._digests, digest))
-        found = at < len(self._digests) and self._digests[at] == digest
-        return self._where[at] if found and self._where[at][2] == len(trajectory.response_ids) else None
+        if at == len(self._digests) or self._digests[at] != digest:
+            return None
+        return self._locations[at] if self._locations[at][2] == len(trajectory.response_ids) else None
 
     def _sample(self, trajectory: Trajectory) -> tuple[Any, int, int, int, int]:
-        found = self._find(trajectory)
-        if found is None:
+        location = self._find(trajectory)
+        if location is None:
             raise CacheError(f"cache.path={self.folder}: {trajectory.key} is not in the cache, which holds other texts")
-        number, first, count, first_entry, entries = map(int, found)
+        number, first, count, first_entry, entries = map(int, location)
         return self._shard(number), first, count, first_entry, entries
 
     def _shard(self, number: int) -> Any:
@@ -110,10 +110,10 @@ class TeacherCache:
                 index = {name: file.get_tensor(name) for name in INDEX}
             if _index_digest(index) == shard.index:
                 return index
-            why = "its index differs from the manifest's"
-        except Exception as error:  # a flipped byte of the header shows in many ways
-            why = f"{type(error).__name__}: {error}"
-        raise CacheError(f"{path} is damaged or missing ({why}); restore it or build the cache anew")
+            reason = "its index differs from the manifest's"
+        except Exception as error:  # a flipped byte in the header raises many kinds
+            reason = f"{type(error).__name__}: {error}"
+        raise CacheError(f"{path} is damaged or missing ({reason}); restore it or build the cache again")
 
     def _bits(self, file: Any, name: str, width: int, first: int, count: int) -> np.ndarray:
         start, stop = first * width, (first + count) * width
@@ -122,7 +122,7 @@ class TeacherCache:
 
 
 def verify(folder: Path) -> Iterator[tuple[str, str | None]]:
-    """Every file of a cache with what is wrong with it, if anything is."""
+    """Yield each file of a cache with its problem, or None if it is right."""
     try:
         manifest = Manifest.read(folder)
     except CacheError as error:
@@ -139,12 +139,12 @@ def verify(folder: Path) -> Iterator[tuple[str, str | None]]:
 
 
 def _checked(folder: Path, name: str, digest: str) -> Any:
-    """The open safetensors file, whose checksum was compared.  Raises CacheError naming it."""
+    """Open a safetensors file after comparing its checksum.  Raises CacheError naming the file."""
     path = folder / name
     try:
-        found = sha256(path)
+        actual = sha256(path)
     except OSError as error:
-        raise CacheError(f"{path} cannot be read ({error.strerror}); restore it or build the cache anew") from None
-    if found != digest:
-        raise CacheError(f"{path} is damaged (its SHA-256 differs); restore it or build the cache anew")
+        raise CacheError(f"{path} cannot be read ({error.strerror}); restore it or build the cache again") from None
+    if actual != digest:
+        raise CacheError(f"{path} is damaged (its SHA-256 differs); restore it or build the cache again")
     return safe_open(path, framework="pt")

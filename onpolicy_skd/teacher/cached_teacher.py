@@ -16,7 +16,7 @@ from onpolicy_skd.types import Trajectory
 
 
 class CachedHidden(HiddenRowsTeacher):
-    """Exact: whatever a teacher can be asked follows from its hidden states."""
+    """A teacher from cached hidden states: exact, for all answers follow from them."""
 
     def __init__(self, cache: TeacherCache, settings: Settings, device: str) -> None:
         super().__init__(cache.head().to(device), settings.alignment.temperature, settings.alignment.chunk_rows)
@@ -28,7 +28,7 @@ class CachedHidden(HiddenRowsTeacher):
 
 
 class CachedClasses:
-    """A few classes at each position, and nothing else, of the teacher."""
+    """A teacher of which the cache holds a few classes at each position, and nothing else."""
 
     def __init__(self, cache: TeacherCache) -> None:
         self._cache = cache
@@ -39,18 +39,18 @@ class CachedClasses:
             if t.key not in self._encoded or self._encoded[t.key][0] != t.digest:
                 self._encoded[t.key] = (t.digest, self._cache.classes(t), torch.as_tensor(t.response_ids))
 
-    def classes(self, wanted: RowRequest, seeds: Sequence[int], options: ClassSettings) -> SparseTargets:
-        """As a teacher's; ``seeds`` do not matter, the draws were made when the cache was."""
-        parts, targets = [], []
-        for key, at in wanted:
-            _, known, own = self._encoded[key]
+    def classes(self, request: RowRequest, seeds: Sequence[int], options: ClassSettings) -> SparseTargets:
+        """See ``TeacherRows.classes``; ignores ``seeds``: the draws were made when the cache was built."""
+        requested, targets = [], []
+        for key, at in request:
+            _, cached, response_ids = self._encoded[key]
             index = torch.as_tensor(at, dtype=torch.long)
-            parts.append(SparseTargets(known.ids_NC[index], known.probs_NC[index]))
-            targets.append(own[index])
-        found = concatenate(parts)
+            requested.append(SparseTargets(cached.ids_NC[index], cached.probs_NC[index]))
+            targets.append(response_ids[index])
+        sparse = concatenate(requested)
         if options.sampler == "rs_kd":
-            return found
-        fewer = SparseTargets(found.ids_NC[:, : options.k], found.probs_NC[:, : options.k])
+            return sparse
+        fewer = SparseTargets(sparse.ids_NC[:, : options.k], sparse.probs_NC[:, : options.k])
         return TRUNCATIONS[options.sampler](fewer, torch.cat(targets), options)
 
     def release(self, keys: Sequence[str]) -> None:
@@ -60,7 +60,7 @@ class CachedClasses:
     def head(self) -> Tensor:
         raise self._refusal("its LM head")
 
-    def rows(self, wanted: RowRequest) -> Tensor:
+    def rows(self, request: RowRequest) -> Tensor:
         raise self._refusal("its hidden states")
 
     def entropy_and_logprob(self, keys: Sequence[str]) -> tuple[Tensor, Tensor]:
@@ -74,7 +74,7 @@ class CachedClasses:
 
 
 def open_teacher(settings: Settings, device: str) -> TeacherRows:
-    """What stands in for the teacher of ``settings``, whose ``cache.path`` is set."""
+    """Return the teacher that answers from the cache at ``cache.path``, which must be set."""
     assert settings.cache.path is not None
     cache = TeacherCache(settings.cache.path)
     return CachedHidden(cache, settings, device) if settings.classes.sampler == "none" else CachedClasses(cache)

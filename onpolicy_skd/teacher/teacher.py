@@ -20,40 +20,40 @@ RowRequest = Sequence[tuple[str, Sequence[int]]]  # trajectory key, indices into
 
 
 class TeacherRows(Protocol):
-    """What the learner needs of a teacher, in its own process or elsewhere.
+    """A teacher as the learner sees it, in the same process or another one.
 
-    All but ``head`` and ``encode`` raise KeyError for a trajectory that was not encoded, or was released.
+    All methods but ``head`` and ``encode`` raise KeyError for a trajectory that was not encoded, or was released.
     """
 
     def encode(self, trajectories: Sequence[Trajectory]) -> None:
-        """Makes the hidden states of ``trajectories`` ready; those that are ready stay as they are."""
+        """Compute the hidden states of ``trajectories``, except of those that are encoded already."""
         ...
 
     def head(self) -> Tensor:
-        """The LM head ``[V, G]``."""
+        """Return the LM head ``[V, G]``."""
         ...
 
-    def rows(self, wanted: RowRequest) -> Tensor:
-        """``[K, G]``: last hidden states (after the final norm) at the wanted positions, in the order asked."""
+    def rows(self, request: RowRequest) -> Tensor:
+        """Return ``[K, G]``: last hidden states (after the final norm) at the requested positions, in their order."""
         ...
 
     def entropy_and_logprob(self, keys: Sequence[str]) -> tuple[Tensor, Tensor]:
-        """H(p_t) and log p_t(y_t) at every eligible position of ``keys``, float32 ``[N]`` each, nats."""
+        """Return H(p_t) and log p_t(y_t) at all eligible positions of ``keys``, float32 ``[N]`` each, nats."""
         ...
 
-    def classes(self, wanted: RowRequest, seeds: Sequence[int], options: ClassSettings) -> SparseTargets:
-        """A few classes of the teacher's distribution at each wanted position; ``seeds``: one per trajectory."""
+    def classes(self, request: RowRequest, seeds: Sequence[int], options: ClassSettings) -> SparseTargets:
+        """Return a few classes of the teacher's distribution at each requested position; one seed per trajectory."""
         ...
 
     def release(self, keys: Sequence[str]) -> None:
-        """Forgets the hidden states of ``keys``, if it has them."""
+        """Drop the hidden states of ``keys``, if there are any."""
         ...
 
 
 class HiddenRowsTeacher(ABC):
-    """Whatever follows from the hidden states of encoded trajectories; where these come from is a subclass's matter.
+    """Answers from the hidden states of encoded trajectories, which a subclass provides.
 
-    Keeps those of the eligible positions of each encoded trajectory until ``release``.
+    Keeps the hidden states of the eligible positions of each encoded trajectory until ``release``.
     Memory: 2 * G bytes per response token in bfloat16 (G: hidden size), 4 * G in float32.
     """
 
@@ -67,7 +67,7 @@ class HiddenRowsTeacher(ABC):
 
     @abstractmethod
     def _hidden_of(self, trajectories: Sequence[Trajectory]) -> Iterator[tuple[Trajectory, Tensor]]:
-        """Each trajectory, in any order, with its hidden states ``[n, G]``: a tensor of its own."""
+        """Yield each trajectory, in any order, with its hidden states ``[n, G]``, which share no memory."""
 
     def head(self) -> Tensor:
         return self._head
@@ -78,27 +78,27 @@ class HiddenRowsTeacher(ABC):
             self._hidden[t.key], self._encoded[t.key] = hidden_nG, t
             self._targets[t.key] = torch.as_tensor(t.response_ids, device=hidden_nG.device)
 
-    def rows(self, wanted: RowRequest) -> Tensor:
-        return torch.cat(self._picked(wanted)).clone()  # a copy outside inference mode, which autograd accepts
+    def rows(self, request: RowRequest) -> Tensor:
+        return torch.cat(self._picked(request)).clone()  # a copy outside inference mode, which autograd accepts
 
     def entropy_and_logprob(self, keys: Sequence[str]) -> tuple[Tensor, Tensor]:
         hidden = torch.cat([self._known(key) for key in keys])
         targets = torch.cat([self._targets[key] for key in keys])
-        found = row_statistics(hidden, self._head, targets, self._temperature, self._chunk_rows)
-        return found.entropy_N, found.logprob_N
+        statistics = row_statistics(hidden, self._head, targets, self._temperature, self._chunk_rows)
+        return statistics.entropy_N, statistics.logprob_N
 
     @torch.no_grad()
-    def classes(self, wanted: RowRequest, seeds: Sequence[int], options: ClassSettings) -> SparseTargets:
-        hidden = torch.cat(self._picked(wanted))
-        targets = torch.cat([self._targets[key][self._index(at)] for key, at in wanted])
-        uniform = torch.cat([_uniform(seed, at, options.draws) for seed, (_, at) in zip(seeds, wanted, strict=True)])
+    def classes(self, request: RowRequest, seeds: Sequence[int], options: ClassSettings) -> SparseTargets:
+        hidden = torch.cat(self._picked(request))
+        targets = torch.cat([self._targets[key][self._index(at)] for key, at in request])
+        uniform = torch.cat([_uniform(seed, at, options.draws) for seed, (_, at) in zip(seeds, request, strict=True)])
         size = max(1, chunk_size(len(hidden), self._head, self._chunk_rows) // 4)  # rs_kd holds float64 copies
         project = Projector(self._head.to(hidden.dtype), size)
-        parts = []
-        for part in chunks(len(hidden), size):
-            log_p = log_softmax_(project(hidden[part]).div_(self._temperature))
-            parts.append(sample(log_p, Draws(options, targets[part], uniform[part])))
-        return concatenate(parts)
+        targets_by_chunk = []
+        for chunk in chunks(len(hidden), size):
+            log_p = log_softmax_(project(hidden[chunk]).div_(self._temperature))
+            targets_by_chunk.append(sample(log_p, Draws(options, targets[chunk], uniform[chunk])))
+        return concatenate(targets_by_chunk)
 
     def release(self, keys: Sequence[str]) -> None:
         for key in keys:
@@ -107,16 +107,16 @@ class HiddenRowsTeacher(ABC):
 
     @property
     def stored(self) -> int:
-        """Trajectories whose hidden states are kept."""
+        """Number of trajectories whose hidden states are kept."""
         return len(self._hidden)
 
     def _has(self, t: Trajectory) -> bool:
-        """Whether these very tokens are encoded, not others under the same key."""
+        """Return True if these tokens are encoded, not others under the same key."""
         known = self._encoded.get(t.key)
         return known is not None and known.digest == t.digest
 
-    def _picked(self, wanted: RowRequest) -> list[Tensor]:
-        return [self._known(key)[self._index(positions)] for key, positions in wanted]
+    def _picked(self, request: RowRequest) -> list[Tensor]:
+        return [self._known(key)[self._index(positions)] for key, positions in request]
 
     def _index(self, positions: Sequence[int]) -> Tensor:
         return torch.as_tensor(positions, dtype=torch.long, device=self._head.device)
@@ -128,17 +128,17 @@ class HiddenRowsTeacher(ABC):
 
 
 class NoTeacher(HiddenRowsTeacher):
-    """Stands where a teacher will be asked nothing."""
+    """Placeholder where no one asks the teacher anything."""
 
     def __init__(self) -> None:
         super().__init__(torch.empty(0, 0), 1.0, None)
 
     def _hidden_of(self, trajectories: Sequence[Trajectory]) -> Iterator[tuple[Trajectory, Tensor]]:
-        raise RuntimeError("there is no teacher here to encode anything")
+        raise RuntimeError("this process has no teacher to encode with")
 
 
 class Teacher(HiddenRowsTeacher):
-    """A frozen model, run over trajectories in batches by token budget."""
+    """A frozen model that encodes trajectories in batches of a token budget."""
 
     def __init__(
         self,
@@ -160,13 +160,13 @@ class Teacher(HiddenRowsTeacher):
         for group in micro_batches([t.length for t in trajectories], self._tokens_per_batch, self._packed):
             members = [trajectories[i] for i in group]
             batch = collate(members, self._pad_id, self._model.device, packed=self._packed)
-            parts = self._model.hidden(batch).split(batch.counts)
-            for t, rows in zip(members, parts, strict=True):
-                yield t, rows.clone()  # a part of the group's tensor would keep all of it alive
+            hidden = self._model.hidden(batch).split(batch.counts)
+            for t, rows in zip(members, hidden, strict=True):
+                yield t, rows.clone()  # a view would keep the batch's tensor alive
 
 
 def _uniform(seed: int, positions: Sequence[int], draws: int) -> Tensor:
-    """float64 ``[len(positions), draws]``: what a position draws does not depend on which others are asked for."""
+    """Return float64 ``[len(positions), draws]``; the draws of a position do not depend on the other positions."""
     last = max(positions, default=-1) + 1
-    every = torch.rand(last, draws, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
-    return every[torch.as_tensor(positions, dtype=torch.long)]
+    uniform = torch.rand(last, draws, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    return uniform[torch.as_tensor(positions, dtype=torch.long)]

@@ -1,4 +1,4 @@
-"""Building a cache and training from it, as a user does: real Ray, processes of their own, the bundled pair."""
+"""Build a cache and train from it as a user does: real Ray, separate processes, the bundled pair."""
 
 import itertools
 import json
@@ -41,7 +41,7 @@ def build(tmp_path, folder, *arguments):
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory):
+def complete_cache(tmp_path_factory):
     """A cache built without interruption, by two builders."""
     folder = tmp_path_factory.mktemp("cache")
     code, said = run(*build(folder, folder / "cache", "classes.sampler=rs_kd", "teacher.actors=2"))
@@ -53,40 +53,40 @@ def contents(folder):
     return {f.name: f.read_bytes() for f in sorted(folder.iterdir())}
 
 
-def test_killed_at_a_random_moment_a_build_goes_on_and_ends_with_the_same_bytes(whole, tmp_path):
-    folder, draw = tmp_path / "cache", random.Random(0)
+def test_a_build_killed_at_a_random_moment_continues_and_ends_with_the_same_bytes(complete_cache, tmp_path):
+    folder, rng = tmp_path / "cache", random.Random(0)
     process = start(*build(tmp_path, folder, "classes.sampler=rs_kd"))
     for line in process.stdout:
         if line.startswith("cache: "):
-            time.sleep(draw.uniform(0, 0.5))
+            time.sleep(rng.uniform(0, 0.5))
             process.kill()
             break
     process.communicate()
     assert not (folder / caches.MANIFEST).exists()
     code, said = run("train", *TRAIN, f"run.dir={tmp_path}", f"cache.path={folder}", "classes.sampler=rs_kd")
     assert code == 2
-    assert "is not complete: the same build goes on with it" in said
+    assert "is not complete: the same build continues it" in said
     code, said = run(*build(tmp_path, folder, "classes.sampler=rs_kd", "classes.draws=5"))
     assert code == 2
     assert "holds another, unfinished cache (classes.draws: 64 then, 5 now)" in said
     code, said = run(*build(tmp_path, folder, "classes.sampler=rs_kd"))
     assert code == 0, said
     assert "shards exist already" in said
-    assert contents(folder) == contents(whole)
+    assert contents(folder) == contents(complete_cache)
     code, said = run(*build(tmp_path, folder, "classes.sampler=rs_kd"))
     assert code == 2
     assert "already holds a cache" in said
 
 
-def test_training_from_a_cache_loads_no_teacher_and_refuses_damage(whole, tmp_path):
+def test_training_from_a_cache_loads_no_teacher_and_refuses_damage(complete_cache, tmp_path):
     arguments = [*TRAIN, f"run.dir={tmp_path}", "classes.sampler=rs_kd"]
-    code, said = run("train", *arguments, f"cache.path={whole}")
+    code, said = run("train", *arguments, f"cache.path={complete_cache}")
     assert code == 0, said
     assert "starting 1 x learner, 1 x rollout\n" in said
     assert "exact match   after" in said
     assert len([r for r in read(tmp_path / "demo" / "metrics.jsonl") if "loss" in r]) == 3
     bad = tmp_path / "bad"
-    shutil.copytree(whole, bad)
+    shutil.copytree(complete_cache, bad)
     for shard in bad.glob("shard-*"):  # every payload, so that the first batch meets one
         damaged = bytearray(shard.read_bytes())
         damaged[-1] ^= 1
@@ -114,13 +114,13 @@ def test_packed_text_is_distilled_with_a_teacher_and_from_a_cache(tmp_path):
     """No rollout engine starts; the cache is of hidden states, so that the runs differ by rounding alone."""
     rows = (json.dumps({"text": f"{p['question']}\n{p['answer']}"}) for p in itertools.islice(problems("train"), 400))
     (tmp_path / "a.jsonl").write_text("\n".join(rows))
-    own = ["--config", str(ROOT / "configs" / "demo.yaml"), "mode=off_policy", "data.source=text", "run.steps=3",
+    arguments = ["--config", str(ROOT / "configs" / "demo.yaml"), "mode=off_policy", "data.source=text", "run.steps=3",
            f"data.train_file={tmp_path / 'a.jsonl'}", "data.sequence_length=64", "learner.batch_size=8",
            "run.evaluate_every=0", f"run.dir={tmp_path}"]  # fmt: skip
-    code, said = run("cache", "build", *own, f"cache.path={tmp_path / 'cache'}")
+    code, said = run("cache", "build", *arguments, f"cache.path={tmp_path / 'cache'}")
     assert code == 0, said
     for name, more in (("teacher", []), ("cache", [f"cache.path={tmp_path / 'cache'}"])):
-        code, said = run("train", *own, f"run.name={name}", *more)
+        code, said = run("train", *arguments, f"run.name={name}", *more)
         assert code == 0, said
         assert f"starting 1 x learner{', 1 x teacher' * (not more)}\n" in said
     assert "held-out problems" not in (tmp_path / "teacher" / "report.md").read_text()

@@ -1,4 +1,4 @@
-"""A teacher's outputs on disk: what comes back, how many bytes it takes, and that damage is found."""
+"""Teacher caches: what they return, their size in bytes, and detection of damage."""
 
 import dataclasses
 import json
@@ -51,11 +51,11 @@ def make_cache(folder, settings, trajectories, teacher=None, vocabulary=VOCABULA
     cut = caches.cut([len(t.response_ids) for t in trajectories], per_shard)
     layout = Layout.of(settings, vocabulary)
     shards = [
-        caches.write_shard(folder, i, [trajectories[j] for j in part], teacher, settings, vocabulary)
-        for i, part in enumerate(cut)
+        caches.write_shard(folder, i, [trajectories[j] for j in indices], teacher, settings, vocabulary)
+        for i, indices in enumerate(cut)
     ]
     head = caches.write_head(folder, teacher.head()) if layout.content == "hidden" else None
-    caches.finish(folder, Manifest({}, layout, caches.plan_of([t.digest for t in trajectories], cut), head, shards))
+    caches.complete(folder, Manifest({}, layout, caches.plan_of([t.digest for t in trajectories], cut), head, shards))
     return folder
 
 
@@ -65,8 +65,8 @@ def test_bits_round_trip_at_any_width_and_offset(width, count, skip, seed):
     packed = caches.pack_bits(values, width)
     assert len(packed) == -(-(count + skip) * width // 8)
     first = skip * width
-    part = packed[first // 8 :]
-    assert caches.unpack_bits(part, width, count, first % 8).tolist() == values[skip:].tolist()
+    tail = packed[first // 8 :]
+    assert caches.unpack_bits(tail, width, count, first % 8).tolist() == values[skip:].tolist()
 
 
 @given(st.lists(st.integers(1, 50), min_size=1), st.integers(1, 100))
@@ -79,7 +79,7 @@ def test_shards_are_consecutive_and_full(positions, per_shard):
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
-def test_classes_from_a_cache_are_the_teachers_own(sampler, tmp_path):
+def test_classes_from_a_cache_equal_the_teachers(sampler, tmp_path):
     settings, batch, teacher = settings_for(sampler), make_trajectories(LENGTHS), tiny_teacher()
     cached = CachedClasses(TeacherCache(make_cache(tmp_path, settings, batch, teacher)))
     # Under other keys, in another order and batch, at some of the positions.
@@ -88,9 +88,9 @@ def test_classes_from_a_cache_are_the_teachers_own(sampler, tmp_path):
     seeds = [seed_of(settings.run.seed, "cache", t.digest.hex()) for t in asked]
     cached.encode(asked)
     teacher.encode(asked)
-    found, expected = (who.classes(wanted, seeds, settings.classes) for who in (cached, teacher))
-    assert found.residual == expected.residual
-    dense = [torch.zeros(len(x.ids_NC), VOCABULARY).scatter_add(1, x.ids_NC, x.probs_NC) for x in (found, expected)]
+    actual, expected = (who.classes(wanted, seeds, settings.classes) for who in (cached, teacher))
+    assert actual.residual == expected.residual
+    dense = [torch.zeros(len(x.ids_NC), VOCABULARY).scatter_add(1, x.ids_NC, x.probs_NC) for x in (actual, expected)]
     torch.testing.assert_close(dense[0], dense[1], rtol=0, atol=0 if sampler == "rs_kd" else 1e-6)
     cached.release([t.key for t in asked])
     with pytest.raises(KeyError):
@@ -100,19 +100,19 @@ def test_classes_from_a_cache_are_the_teachers_own(sampler, tmp_path):
             ask()
 
 
-def test_a_truncation_to_fewer_classes_is_served_by_a_cache_of_more(tmp_path):
+def test_a_cache_of_more_classes_answers_for_fewer(tmp_path):
     settings, batch, teacher = settings_for("top_k"), make_trajectories(LENGTHS), tiny_teacher()
     cached = CachedClasses(TeacherCache(make_cache(tmp_path, settings, batch, teacher)))
     fewer = settings.classes.model_copy(update={"k": 3})
     wanted = [(t.key, range(len(t.response_ids))) for t in batch]
     cached.encode(batch)
     teacher.encode(batch)
-    found, expected = (who.classes(wanted, [0] * len(batch), fewer) for who in (cached, teacher))
-    assert torch.equal(found.ids_NC, expected.ids_NC)
-    torch.testing.assert_close(found.probs_NC, expected.probs_NC)
-    assert Layout.of(settings, 97).serves(Layout.of(settings.model_copy(update={"classes": fewer}), 97))
-    one_less = settings_for("rs_kd", classes={"sampler": "rs_kd", "draws": 19})
-    assert not Layout.of(settings_for("rs_kd"), 97).serves(Layout.of(one_less, 97))
+    actual, expected = (who.classes(wanted, [0] * len(batch), fewer) for who in (cached, teacher))
+    assert torch.equal(actual.ids_NC, expected.ids_NC)
+    torch.testing.assert_close(actual.probs_NC, expected.probs_NC)
+    assert Layout.of(settings, 97).is_compatible_with(Layout.of(settings.model_copy(update={"classes": fewer}), 97))
+    fewer_draws = settings_for("rs_kd", classes={"sampler": "rs_kd", "draws": 19})
+    assert not Layout.of(settings_for("rs_kd"), 97).is_compatible_with(Layout.of(fewer_draws, 97))
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
@@ -151,8 +151,8 @@ def test_a_step_from_a_cache_is_the_step_with_the_teacher(sampler, tmp_path, mon
     by_key = {t.key: seed_of(settings.run.seed, "cache", t.digest.hex()) for t in batch}
 
     class Seeded(Teacher):
-        def classes(self, wanted, seeds, options):
-            return super().classes(wanted, [by_key[key] for key, _ in wanted], options)
+        def classes(self, request, seeds, options):
+            return super().classes(request, [by_key[key] for key, _ in request], options)
 
     online = Seeded(split(tiny_model("qwen3", False, hidden=48, seed=1), VOCABULARY), 1, 0)
     weights = []
@@ -171,24 +171,24 @@ class RealVocabulary:
     vocabulary = 151_936
 
     def __init__(self, seed=0):
-        self._draw = torch.Generator().manual_seed(seed)
+        self._rng = torch.Generator().manual_seed(seed)
         ranks = torch.arange(1, self.vocabulary + 1, dtype=torch.float64)
         self._log_p = (-1.3 * ranks.log()).log_softmax(0).float()[None]
-        self._order = torch.randperm(self.vocabulary, generator=self._draw)  # so that drawn ids are spread evenly
+        self._order = torch.randperm(self.vocabulary, generator=self._rng)  # so that drawn ids are spread evenly
 
     def encode(self, trajectories):
         self._lengths = {t.key: len(t.response_ids) for t in trajectories}
 
-    def classes(self, wanted, seeds, options):
-        count = sum(len(at) for _, at in wanted)
-        uniform = torch.rand(count, options.draws, dtype=torch.float64, generator=self._draw)
-        parts = [
+    def classes(self, request, seeds, options):
+        count = sum(len(at) for _, at in request)
+        uniform = torch.rand(count, options.draws, dtype=torch.float64, generator=self._rng)
+        targets = [
             rs_kd(self._log_p, Draws(options, torch.zeros(1, dtype=torch.long), uniform[i : i + 1]))
             for i in range(count)
         ]
-        width = max(p.ids_NC.shape[1] for p in parts)
-        ids = torch.stack([torch.nn.functional.pad(p.ids_NC[0], (0, width - p.ids_NC.shape[1])) for p in parts])
-        probs = torch.stack([torch.nn.functional.pad(p.probs_NC[0], (0, width - p.probs_NC.shape[1])) for p in parts])
+        width = max(p.ids_NC.shape[1] for p in targets)
+        ids = torch.stack([torch.nn.functional.pad(p.ids_NC[0], (0, width - p.ids_NC.shape[1])) for p in targets])
+        probs = torch.stack([torch.nn.functional.pad(p.probs_NC[0], (0, width - p.probs_NC.shape[1])) for p in targets])
         self.last = SparseTargets(self._order[ids], probs)
         return self.last
 
@@ -205,8 +205,8 @@ def test_bytes_are_those_of_the_information_and_ids_above_17_bits_survive(draws,
     assert (manifest.layout.id_bits, manifest.layout.count_bits) == (18, {12: 4, 64: 7}[draws])
     on_disk = 8 * sum(f.stat().st_size for f in folder.glob("shard-*"))
     assert on_disk <= 1.05 * manifest.information_bits
-    found = [cache.classes(t) for t in batch]
-    ids = torch.cat([f.ids_NC[f.probs_NC > 0] for f in found])
+    cached = [cache.classes(t) for t in batch]
+    ids = torch.cat([c.ids_NC[c.probs_NC > 0] for c in cached])
     assert ids.max() > 131_071
     expected = teacher.last
     rows = torch.arange(500).repeat_interleave(torch.tensor([int((p > 0).sum()) for p in expected.probs_NC]))
@@ -214,7 +214,7 @@ def test_bytes_are_those_of_the_information_and_ids_above_17_bits_survive(draws,
                        expected.probs_NC[expected.probs_NC > 0].tolist(), strict=True))  # fmt: skip
     read = [
         (start + row, int(i), float(p))
-        for start, f in ((0, found[0]), (300, found[1]))
+        for start, f in ((0, cached[0]), (300, cached[1]))
         for row in range(len(f.ids_NC))
         for i, p in zip(f.ids_NC[row], f.probs_NC[row], strict=True)
         if p > 0
@@ -227,13 +227,13 @@ def test_any_flipped_byte_is_found_by_verify_and_refused_by_reading(sampler, tmp
     settings, batch = settings_for(sampler), make_trajectories(LENGTHS)
     good = make_cache(tmp_path, settings, batch)
     assert all(problem is None for _, problem in cache_reader.verify(good))
-    draw, bad = np.random.default_rng(0), tmp_path / "bad"
+    rng, bad = np.random.default_rng(0), tmp_path / "bad"
     for file in sorted(good.iterdir()):
-        for offset in draw.integers(0, file.stat().st_size, 40):
+        for offset in rng.integers(0, file.stat().st_size, 40):
             shutil.rmtree(bad, ignore_errors=True)
             shutil.copytree(good, bad)
             damaged = bytearray(file.read_bytes())
-            damaged[offset] ^= 1 << int(draw.integers(0, 8))
+            damaged[offset] ^= 1 << int(rng.integers(0, 8))
             (bad / file.name).write_bytes(damaged)
             assert [name for name, problem in cache_reader.verify(bad) if problem] == [file.name]
             with pytest.raises(CacheError, match=file.name):
@@ -270,18 +270,18 @@ def test_what_a_kill_left_of_a_shard_is_not_taken_for_one(sampler, tmp_path):
     settings, batch = settings_for(sampler), make_trajectories(LENGTHS)
     shard = caches.write_shard(tmp_path, 0, batch, tiny_teacher(), settings, VOCABULARY)
     file, sidecar = tmp_path / shard.file, (tmp_path / shard.file).with_suffix(".json")
-    whole, said = file.read_bytes(), sidecar.read_text()
+    content, record = file.read_bytes(), sidecar.read_text()
     assert caches.finished_shard(tmp_path, 0) == shard
-    for broken in (lambda: file.write_bytes(whole[:-1]), file.unlink, lambda: sidecar.write_text(said[:-5]),
+    for broken in (lambda: file.write_bytes(content[:-1]), file.unlink, lambda: sidecar.write_text(record[:-5]),
                    lambda: sidecar.write_text("{}"), sidecar.unlink):  # fmt: skip
-        file.write_bytes(whole)
-        sidecar.write_text(said)
+        file.write_bytes(content)
+        sidecar.write_text(record)
         broken()
         assert caches.finished_shard(tmp_path, 0) is None
-    (tmp_path / ".shard-000000.safetensors.123-abc.tmp").write_bytes(whole[:9])
+    (tmp_path / ".shard-000000.safetensors.123-abc.tmp").write_bytes(content[:9])
     assert caches.write_shard(tmp_path, 0, batch, tiny_teacher(), settings, VOCABULARY) == shard
-    assert file.read_bytes() == whole
-    caches.finish(tmp_path, Manifest({}, Layout.of(settings, VOCABULARY), "p", None, [shard]))
+    assert file.read_bytes() == content
+    caches.complete(tmp_path, Manifest({}, Layout.of(settings, VOCABULARY), "p", None, [shard]))
     assert {f.name for f in tmp_path.iterdir()} == {shard.file, caches.MANIFEST}
 
 
@@ -297,7 +297,7 @@ def test_one_build_at_a_time_may_write_to_a_folder(tmp_path):
         raise AssertionError("a file is no folder")
 
 
-def test_another_seed_or_type_does_not_go_on_with_a_half_built_cache(tmp_path):
+def test_another_seed_or_type_does_not_continue_an_incomplete_cache(tmp_path):
     """Draws of two seeds, or hidden states of two types, must not meet in one cache."""
 
     def plan(**sections):
@@ -318,21 +318,21 @@ def test_metrics_that_ask_the_teacher_are_those_refused_with_a_few_classes():
     def refuse(*_):
         raise CacheError("asked")
 
-    found = set()
+    refused = set()
     ranges = Ranges((0.0, 1.0), (0.0, 1.0))
     for name, metric in METRICS.items():
         try:
             metric(Signals(lambda: (torch.ones(4), torch.ones(4)), [4], [0], refuse, refuse, ranges))
         except CacheError:
-            found.add(name)
-    assert found == set(ASK_TEACHER)
+            refused.add(name)
+    assert refused == set(ASK_TEACHER)
 
 
-def test_an_unfinished_cache_says_how_to_go_on(tmp_path):
+def test_an_incomplete_cache_says_how_to_continue(tmp_path):
     with pytest.raises(CacheError, match="so it is no cache"):
         TeacherCache(tmp_path)
     Manifest({}, Layout("hidden", 9, 0, None), "x").write(tmp_path, caches.PLAN)
-    with pytest.raises(CacheError, match="is not complete: the same build goes on with it"):
+    with pytest.raises(CacheError, match="is not complete: the same build continues it"):
         TeacherCache(tmp_path)
 
 
@@ -351,7 +351,7 @@ def demo(tmp_path, **sections):
 
 @pytest.fixture
 def demo_cache(tmp_path):
-    """A cache of the demo task's first problems, made from the bundled teacher by the driver's own parts."""
+    """A cache of the demo task's first problems, made from the bundled teacher with the driver's functions."""
     settings = demo(tmp_path)
     run = prepare(settings)
     teacher = Teacher(split(load_model("bundled:demo_teacher", torch.float32, "cpu"), run.vocabulary), 4096, 0)
