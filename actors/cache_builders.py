@@ -1,4 +1,4 @@
-"""Teacher actors that build a cache, shard by shard, at the same time."""
+"""Teacher actors that build a cache in parallel, shard by shard."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from onpolicy_skd.selection.samples import TEACHER_METRICS
 from onpolicy_skd.teacher.cache_format import Shard
 from onpolicy_skd.types import Trajectory
 
-AHEAD = 2  # shards that each builder has or waits for
+QUEUED = 2  # shards that each builder works on or has waiting
 Work = tuple[int, Sequence[Trajectory]]  # number of a shard, and its samples
 
 
 class CacheBuilders:
-    """``resources.teacher.count`` teachers, started when they are first needed; ``with`` ends them."""
+    """``resources.teacher.count`` teachers, started when they are first needed and killed at the end of ``with``."""
 
     def __init__(
         self,
@@ -40,54 +40,54 @@ class CacheBuilders:
         self._resources = resources
         self._vocabulary = vocabulary
         self._pad_id = pad_id
-        self._say = log
-        self._started: list[Any] = []
+        self._log = log
+        self._teachers: list[Any] = []
 
     def __enter__(self) -> CacheBuilders:
         return self
 
     def __exit__(self, *_: object) -> None:
-        for actor in self._started:
+        for actor in self._teachers:
             ray.kill(actor)
 
     def _actors(self) -> list[Any]:
-        """The teachers, which the first call starts."""
-        if not self._started:
+        """Return the teachers; start them at the first call."""
+        if not self._teachers:
             role = self._resources.teacher
-            self._say(f"starting {role.count} x {role.name}")
+            self._log(f"starting {role.count} x {role.name}")
             remote = TeacherActor.options(**role.options()).remote
-            self._started = [remote(self._settings, self._vocabulary, self._pad_id) for _ in range(role.count)]
-            wait_ready(self._started, self._say)
-        return self._started
+            self._teachers = [remote(self._settings, self._vocabulary, self._pad_id) for _ in range(role.count)]
+            wait_ready({"teacher": self._teachers}, self._log)
+        return self._teachers
 
     @contextmanager
-    def ranking(self) -> Iterator[Callable[[Sequence[Trajectory]], list[float]]]:
-        """A function that scores samples by the initial student, in a learner that is gone afterwards."""
+    def sample_scorer(self) -> Iterator[Callable[[Sequence[Trajectory]], list[float]]]:
+        """Yield a function that scores samples by the initial student, in a learner that is killed afterwards."""
         settings = self._settings
         teachers = self._actors()[:1] if settings.samples.metric in TEACHER_METRICS else ()
         learner: Any = LearnerActor.options(**self._resources.learner.options()).remote(
-            settings, self._vocabulary, 1, teachers, ranks_only=True
+            settings, self._vocabulary, 1, teachers, scoring_only=True
         )
         try:
-            wait_ready([learner], self._say)
+            wait_ready({"learner": [learner]}, self._log)
             yield lambda trajectories: ray.get(learner.score_samples.remote(trajectories))
         finally:
             ray.kill(learner)
 
     def head(self) -> Tensor:
-        """The teacher's LM head ``[V, G]``."""
+        """Return the teacher's LM head ``[V, G]``."""
         packed: Any = ray.get(self._actors()[0].head.remote())
         return unpack(packed)
 
     def write(self, folder: Path, work: Iterable[Work]) -> Iterator[tuple[int, Shard]]:
-        """Number and record of each shard of ``work`` as it is done, in any order."""
+        """Write the shards of ``work``; yield number and record of each when it is done, in any order."""
         waiting: dict[ray.ObjectRef, tuple[int, Any]] = {}
         left = iter(work)
         first = next(left, None)
         if first is None:
             return
         left = itertools.chain([first], left)
-        free = [actor for _ in range(AHEAD) for actor in self._actors()]
+        free = [actor for _ in range(QUEUED) for actor in self._actors()]
         while True:
             while free and (item := next(left, None)) is not None:
                 actor, (number, trajectories) = free.pop(), item

@@ -1,4 +1,4 @@
-"""Ray itself: connecting, and waiting for actors."""
+"""Connect to Ray, and wait for actors."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ import os
 import socket
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ import ray
 from ray._private import ray_constants, services
 from ray.exceptions import GetTimeoutError
 
-from actors.faults import Place
+from actors.faults import ActorFault, Place, actor_faults
 from actors.placement import PRIVATE, TIMEOUT_S, ClusterError, Counts, Resources, fitted, plan
 from onpolicy_skd import siblings
 from onpolicy_skd.config.errors import ConfigError
@@ -29,22 +30,22 @@ logger = logging.getLogger(__name__)
 
 
 class DeferredInitError:
-    """``with DeferredInitError() as refusal:`` in an actor's constructor keeps a ConfigError for ``repeat`` to raise.
+    """A ConfigError or ActorFault of an actor's constructor, kept until ``raise_if_failed``.
 
     An error that leaves a constructor reaches the driver as a dead actor and a traceback; from a method, as itself.
     """
 
     def __init__(self) -> None:
-        self._error: ConfigError | None = None
+        self._error: ConfigError | ActorFault | None = None
 
-    def __enter__(self) -> DeferredInitError:
-        return self
-
-    def __exit__(self, _: type | None, error: BaseException | None, __: object) -> bool:
-        if isinstance(error, ConfigError):
+    @contextmanager
+    def keep(self) -> Iterator[None]:
+        """Keep the error that the block raises."""
+        try:
+            with actor_faults():
+                yield
+        except (ConfigError, ActorFault) as error:
             self._error = error
-            return True
-        return False
 
     def raise_if_failed(self) -> None:
         if self._error:
@@ -52,38 +53,41 @@ class DeferredInitError:
 
 
 def wait_ready(
-    actors: Sequence[Any],
+    actors: Mapping[str, Sequence[Any]],
     log: Callable[[str], None] = print,
     timeout_s: float = math.inf,
     places: dict[Any, Place] | None = None,
 ) -> None:
-    """Blocks until every actor is up; fills ``places`` with where each one lives.
+    """Block until all ``actors``, given by role, are up; fill ``places`` with the place of each.
 
-    Says every minute what it is waiting for.  Raises what a start refused, and GetTimeoutError after ``patience``
-    seconds.
+    Logs every minute which roles it waits for.  Raises the error of an actor's start, and GetTimeoutError after
+    ``timeout_s`` seconds.
     """
-    waiting = {actor.ready.remote(): actor for actor in actors}
-    deadline = time.monotonic() + timeout_s
-    while waiting:
-        left = max(0.0, deadline - time.monotonic())
-        done, _ = ray.wait(list(waiting), num_returns=len(waiting), timeout=min(TIMEOUT_S, left))
+    pending = {actor.ready.remote(): (role, actor) for role, group in actors.items() for actor in group}
+    start = time.monotonic()
+    while pending:
+        remaining = max(0.0, start + timeout_s - time.monotonic())
+        done, _ = ray.wait(list(pending), num_returns=len(pending), timeout=min(TIMEOUT_S, remaining))
         for ref in done:
             where: Any = ray.get(ref)
-            actor = waiting.pop(ref)
+            _, actor = pending.pop(ref)
             if places is not None:
                 places[actor] = where
-        if waiting and time.monotonic() >= deadline:
-            raise GetTimeoutError(f"{len(waiting)} of {len(actors)} actors did not start within {timeout_s:.0f} s")
-        if waiting:
-            free = ray.available_resources()
-            log(
-                f"waiting for {len(waiting)} of {len(actors)} actors: loading, or no room on any one node (free now: "
-                f"{free.get('GPU', 0):g} GPUs, {free.get('CPU', 0):g} CPUs)"
-            )
+        if not pending:
+            return
+        elapsed = time.monotonic() - start
+        roles = ", ".join(f"{count} x {role}" for role, count in Counter(role for role, _ in pending.values()).items())
+        if elapsed >= timeout_s:
+            raise GetTimeoutError(f"{roles} did not start within {timeout_s:.0f} s")
+        free = ray.available_resources()
+        log(
+            f"waiting for {roles} for {elapsed:.0f} s: still loading, or no node has the resources (free now: "
+            f"{free.get('GPU', 0):g} GPUs, {free.get('CPU', 0):g} CPUs)"
+        )
 
 
 def with_absolute_paths(settings: Settings) -> Settings:
-    """``settings`` for actors, whose working directory is another one: paths that exist here become absolute."""
+    """Return ``settings`` with absolute paths where a path exists here: actors have another working directory."""
     changed: dict[str, Any] = {}
     for section, name in (("student", "model"), ("teacher", "model"), ("cache", "path")):
         group = getattr(settings, section)
@@ -96,12 +100,13 @@ def with_absolute_paths(settings: Settings) -> Settings:
 
 @contextmanager
 def connect(settings: Settings, counts: Counts | None = None) -> Iterator[Resources]:
-    """Uses the running cluster (``cluster.address``, the job's, or this machine's), else starts a local one.
+    """Connect to the running cluster (``cluster.address``, the job's, or this machine's), or start a local one.
 
-    Yields what each role asks for; disconnects, and stops a Ray that it started, on leaving.  Raises ClusterError.
+    Yields the resources that each role asks for.  Disconnects at the end, and stops a Ray that it started.  Raises
+    ClusterError.
     """
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    os.environ.setdefault("RAY_IGNORE_UNHANDLED_ERRORS", "1")  # what matters is asked for, and then raised
+    os.environ.setdefault("RAY_IGNORE_UNHANDLED_ERRORS", "1")  # the driver asks for every result that matters
     _join_or_start(settings.cluster.address or os.environ.get("RAY_ADDRESS"))
     try:
         nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
@@ -111,12 +116,12 @@ def connect(settings: Settings, counts: Counts | None = None) -> Iterator[Resour
 
 
 def _join_or_start(address: str | None) -> None:
-    """Joins the cluster at ``address`` or the one on this machine; starts a private one where there is none."""
+    """Join the cluster at ``address`` or the one on this machine; start a private one where there is none."""
     if address and ":" in address and "://" not in address and not answers(address):
         raise ClusterError(f"no Ray cluster answers at {address}; leave cluster.address empty for a local one")
-    found = address or running_here()
-    if found:
-        _init(address=found)
+    running = address or running_here()
+    if running:
+        _init(address=running)
         if address or PRIVATE not in ray.cluster_resources():
             return
         ray.shutdown()  # another run's private Ray would end with that run
@@ -162,7 +167,7 @@ def is_loopback(address: str) -> bool:
 
 
 def running_here() -> str | None:
-    """Address of the Ray that was last started on this machine, if it still answers.
+    """Return the address of the Ray that was last started on this machine, if it still answers.
 
     ``ray.init(address="auto")`` reads the same record but waits for minutes where a killed Ray has left it behind.
     """
@@ -172,7 +177,7 @@ def running_here() -> str | None:
 
 
 def answers(address: str) -> bool:
-    """Whether anything listens at ``host:port``."""
+    """Return True if anything listens at ``host:port``."""
     host, _, port = address.rpartition(":")
     try:
         socket.create_connection((host, int(port)), timeout=3).close()

@@ -1,12 +1,16 @@
-"""Actors that die, hang or run out of memory: telling such faults from errors, and finding out whom they hit."""
+"""Tell faults of actors (death, silence, out of memory) from errors of code, and name the actor that had the fault."""
 
 from __future__ import annotations
 
+import functools
 import os
-import re
 import signal
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+import textwrap
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from inspect import getmembers, isfunction, isgeneratorfunction
+from typing import Any, NamedTuple, TypeVar
 
 import ray
 import torch
@@ -30,54 +34,131 @@ from onpolicy_skd.run.exits import first_line
 FAULTS = (RayActorError, GetTimeoutError, ObjectLostError, ObjectStoreFullError, OutOfDiskError, OutOfMemoryError,
           NodeDiedError, WorkerCrashedError)  # fmt: skip
 MEMORY = (MemoryError, torch.OutOfMemoryError)
-HUNG = "no answer within faults.deadline_minutes"
-DEATHS = {  # what Ray says of an actor's end, and in short
-    "running low on memory": "Ray ended its process, for the node was running low on memory",
+NO_ANSWER = "no answer within faults.deadline_minutes"
+DEATHS = {  # words of Ray's message about a dead actor: what the log says instead
+    "running low on memory": "Ray ended its process because the node was running low on memory",
     "its node has died": "its node is gone",
-    "its owner has died": "what it depends on is gone",
+    "its owner has died": "the process that started it is gone",
     "process has died": "its process ended unexpectedly: killed, out of memory, or crashed",
 }
+LONGEST_REASON = 200  # characters
 GRACE = 20.0  # seconds that an idle actor may take to answer
+FIRST_NOTICE = 300.0  # seconds until the log names an actor that has not answered; then after twice as many, and so on
+ActorClass = TypeVar("ActorClass", bound=type)
+Log = Callable[[str], None]
 
 
 class Place(NamedTuple):
-    """Where an actor lives."""
+    """Node, process and Ray's id of an actor."""
 
     node: str
     pid: int
+    actor_id: str
+
+
+class ActorFault(RuntimeError):
+    """Out of memory, or a dead engine, in an actor that still answers: only a new process helps."""
+
+    def __init__(self, actor_id: str, reason: str) -> None:
+        super().__init__(actor_id, reason)
+        self.actor_id, self.reason = actor_id, reason
+
+    def __str__(self) -> str:
+        return self.reason
 
 
 def place() -> Place:
-    """Of the process that asks."""
-    return Place(ray.get_runtime_context().get_node_id(), os.getpid())
+    """Return the place of the calling actor."""
+    context = ray.get_runtime_context()
+    return Place(context.get_node_id(), os.getpid(), str(context.get_actor_id()))
+
+
+def reports_faults(actor_class: ActorClass) -> ActorClass:
+    """Let every public method of ``actor_class`` raise ActorFault where it runs out of memory or its engine dies."""
+    for name, method in getmembers(actor_class, isfunction):
+        if not name.startswith("_"):
+            setattr(actor_class, name, _reporting(method))
+    return actor_class
+
+
+def _reporting(method: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(method)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        with actor_faults():
+            return method(*args, **kwargs)
+
+    @functools.wraps(method)
+    def generate(*args: Any, **kwargs: Any) -> Iterator[Any]:
+        with actor_faults():
+            yield from method(*args, **kwargs)
+
+    return generate if isgeneratorfunction(method) else call
+
+
+@contextmanager
+def actor_faults() -> Iterator[None]:
+    """Raise ActorFault in place of errors after which this process is of no more use."""
+    try:
+        yield
+    except Exception as error:
+        if not isinstance(error, MEMORY) and type(error).__name__ != "EngineDeadError":  # the latter is vLLM's
+            raise
+        raise ActorFault(place().actor_id, f"{type(error).__name__}: {first_line(error)}") from error
 
 
 def fault_of(error: BaseException) -> str | None:
-    """In one line, what befell the actors; None for errors that would come again: those that code raised."""
-    if isinstance(error, RayTaskError):
-        cause = error.cause
-        if isinstance(cause, MEMORY) or type(cause).__name__ == "EngineDeadError":  # the latter is vLLM's
-            return f"{type(cause).__name__}: {cause}".splitlines()[0]
-        return fault_of(cause) if isinstance(cause, RayError) and cause is not error else None
+    """Return in one line what happened to an actor; None for errors of code, which a new actor would raise again."""
+    error = _root(error)
+    if isinstance(error, ActorFault):
+        return error.reason
     if isinstance(error, GetTimeoutError):
-        return HUNG
-    if isinstance(error, ActorDiedError) and getattr(error, "_actor_init_failed", False):
-        return "out of memory while it started" if "out of memory" in str(error).lower() else None
-    if isinstance(error, FAULTS):
-        text = str(error)
-        known = (words for part, words in DEATHS.items() if part in text)
-        return next(known, f"{type(error).__name__}: {first_line(text)}")
-    return None
+        return NO_ANSWER
+    if not isinstance(error, FAULTS) or (isinstance(error, ActorDiedError) and error.actor_init_failed):
+        return None
+    message = str(error)
+    known = (words for key, words in DEATHS.items() if key in message)
+    return next(known, textwrap.shorten(f"{type(error).__name__}: {first_line(message)}", LONGEST_REASON))
 
 
-def faulty_role(error: BaseException) -> str | None:
-    """The kind of actor ("Learner", ...) that ran out of memory or whose engine died, though it still answers."""
-    kinds = re.findall(r"ray::(\w+)Actor\.", str(error)) if isinstance(error, RayTaskError) else []
-    return kinds[-1] if kinds and not isinstance(error, FAULTS) else None
+def faulty_actor(error: BaseException) -> str | None:
+    """Return Ray's id of the actor that died or ran out of memory; None if ``error`` does not name one."""
+    error = _root(error)
+    return error.actor_id if isinstance(error, (ActorFault, RayActorError)) else None
+
+
+def needs_restart(error: BaseException) -> bool:
+    """Return True for an actor that still answers but must be replaced (ActorFault)."""
+    return isinstance(_root(error), ActorFault)
+
+
+def _root(error: BaseException) -> BaseException:
+    """Return what an actor raised, without Ray's wrapping."""
+    while isinstance(error, RayTaskError) and error.cause is not error:
+        error = error.cause
+    return error
+
+
+def get_answers(refs: Any, role: str, timeout_s: float, log: Log = print) -> Any:
+    """Return ``ray.get(refs)``, and log which ``role`` has not answered after a while.
+
+    Raises the first error of any call, and GetTimeoutError after ``timeout_s`` seconds.
+    """
+    start, notice = time.monotonic(), min(FIRST_NOTICE, timeout_s / 4)
+    while True:
+        elapsed = time.monotonic() - start
+        try:
+            return ray.get(refs, timeout=max(0.0, min(notice, timeout_s) - elapsed))
+        except GetTimeoutError as error:
+            if isinstance(error, RayTaskError):  # raised inside an actor
+                raise
+            if notice >= timeout_s:
+                raise GetTimeoutError(f"the {role} has not answered for {timeout_s:.0f} s") from None
+            log(f"the {role} has not answered for {notice:.0f} s (faults.deadline_minutes allows {timeout_s:.0f} s)")
+            notice *= 2
 
 
 def unresponsive_reason(actors: Sequence[Any], timeout_s: float) -> str | None:
-    """Why ``actors`` are no longer of use, or None if all of them answer within ``patience`` seconds."""
+    """Return why ``actors`` must be replaced, or None if all of them answer within ``timeout_s`` seconds."""
     try:
         ray.get([actor.ready.remote() for actor in actors], timeout=timeout_s)
     except RayError as error:
@@ -88,18 +169,18 @@ def unresponsive_reason(actors: Sequence[Any], timeout_s: float) -> str | None:
 
 
 def kill(actor: Any, where: Place | None) -> None:
-    """Kills ``actor``, and a process of it that no longer hears Ray."""
+    """Kill ``actor``, and its process at ``where`` in case that no longer hears Ray."""
     ray.kill(actor)
     if where is None:
         return
     on_node = NodeAffinitySchedulingStrategy(where.node, soft=False)
-    gone = _kill.options(scheduling_strategy=on_node).remote(where.pid)
-    ray.wait([gone], timeout=GRACE)  # a node that is gone has no process either
+    killed = _kill.options(scheduling_strategy=on_node).remote(where.pid)
+    ray.wait([killed], timeout=GRACE)  # a node that is gone has no process either
 
 
 @ray.remote(num_cpus=0, max_retries=0)
 def _kill(pid: int) -> None:
-    """Kills process ``pid`` of this node if it is (still) an actor of Ray's."""
+    """Kill process ``pid`` of this node if it is (still) an actor of Ray's."""
     try:
         with open(f"/proc/{pid}/cmdline", "rb") as file:
             if file.read().startswith(b"ray::"):

@@ -1,4 +1,4 @@
-"""What each role asks of the cluster, and the one placement group in which the roles are ranges of bundles."""
+"""Resources of each role, and the placement group in which every role is a range of bundles."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from onpolicy_skd.config.errors import ConfigError
 from onpolicy_skd.config.schema import Settings
 
-CPUS_PER_ROLE = 0.25  # roles take turns on the processors; a small share lets all of them fit on two cores
+CPUS_PER_ROLE = 0.25  # roles alternate on the processors; a small share lets all of them fit on two cores
 TIMEOUT_S = 60  # seconds between two messages
 PRIVATE = "onpolicy_skd_private"  # a resource that marks a Ray which ends with its run
 FORWARDED = ("HF_HOME", "HF_HUB_OFFLINE", "HF_HUB_DISABLE_TELEMETRY", "CUDA_DEVICE_ORDER")
-LOOPBACK = dict.fromkeys(("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"), "lo")  # a Ray of our own is on one machine
+LOOPBACK = dict.fromkeys(("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"), "lo")  # a private Ray is on one machine
 Bundle = dict[str, float]
 
 
@@ -35,7 +35,7 @@ class Role:
     gpus: float  # of each actor
 
     def options(self) -> dict[str, Any]:
-        """Arguments of ``ActorClass.options``, for an actor anywhere."""
+        """Return arguments of ``ActorClass.options`` for an actor anywhere in the cluster."""
         environment = {"TOKENIZERS_PARALLELISM": "false"} | {n: os.environ[n] for n in FORWARDED if n in os.environ}
         if not self.gpus:
             environment["OMP_NUM_THREADS"] = "1"  # roles share the cores; the learner raises its own share
@@ -45,8 +45,8 @@ class Role:
             "num_cpus": CPUS_PER_ROLE,
             "num_gpus": self.gpus,
             "runtime_env": {"env_vars": environment},
-            "max_restarts": 0,  # Workers.recover restarts them: they need the current weights
-            "enable_task_events": False,  # Ray's head keeps a record of every call: 25 KB a step, for days
+            "max_restarts": 0,  # Workers.recover replaces them: they need the current weights
+            "enable_task_events": False,  # else Ray's head keeps a record of every call: 25 KB a step, for days
         }
 
 
@@ -63,19 +63,22 @@ class Resources:
         return (self.learner, self.teacher, self.rollout)
 
     def bundles(self) -> list[Bundle]:
-        """Split: one for each actor, learner first (its ranks may share one), then teachers, then engines.
+        """Return the bundles of the placement group.
 
-        Colocated: a whole GPU for each rank of the learner, which actors of the same number in other roles share.
+        Split: one for each actor, learner first (its ranks may share one), then teachers, then engines.
+        Colocated: a GPU for each rank of the learner, shared by the actors of the same number in other roles.
         """
         if not self.colocated:
-            own = [_bundle(CPUS_PER_ROLE, role.gpus) for role in self.roles for _ in range(role.count)]
+            bundles = [_bundle(CPUS_PER_ROLE, role.gpus) for role in self.roles for _ in range(role.count)]
+            if not self.together:
+                return bundles
             ranks = self.learner.count
-            return [_bundle(CPUS_PER_ROLE * ranks, self.learner.gpus * ranks), *own[ranks:]] if self.together else own
+            return [_bundle(CPUS_PER_ROLE * ranks, self.learner.gpus * ranks), *bundles[ranks:]]
         sharing = [sum(number < role.count for role in self.roles) for number in range(self.learner.count)]
         return [_bundle(CPUS_PER_ROLE * actors, float(self.learner.gpus > 0)) for actors in sharing]
 
     def bundle(self, role: str, number: int) -> int:
-        """Index of the bundle of actor ``number`` of ``role``."""
+        """Return the index of the bundle of actor ``number`` of ``role``."""
         if self.colocated:
             return number
         counts = {r.name: r.count for r in self.roles}
@@ -90,25 +93,25 @@ def _bundle(cpus: float, gpus: float) -> Bundle:
 
 
 class Placement:
-    """The bundles of one run, reserved together or not at all."""
+    """The bundles of one run, which Ray reserves together or not at all."""
 
     def __init__(self, resources: Resources) -> None:
         self._resources = resources
         self._group = placement_group(resources.bundles(), strategy="PACK")
 
     def options(self, role: Role, number: int) -> dict[str, Any]:
-        """Arguments of ``ActorClass.options`` for actor ``number`` of ``role``."""
+        """Return arguments of ``ActorClass.options`` for actor ``number`` of ``role``."""
         index = self._resources.bundle(role.name, number)
         return role.options() | {"scheduling_strategy": PlacementGroupSchedulingStrategy(self._group, index)}
 
     def wait(self, log: Callable[[str], None] = print) -> None:
-        """Blocks until there is room for all; says every minute what is free."""
+        """Block until the cluster has room for all bundles; log every minute what is free."""
         bundles = self._resources.bundles()
         most = max(bundle.get("GPU", 0.0) for bundle in bundles)
         while not self._group.wait(TIMEOUT_S):
             free = ray.available_resources()
             log(
-                f"waiting for room: {len(bundles)} bundles of up to {most:g} GPUs, each on one node; free now: "
+                f"waiting for resources: {len(bundles)} bundles of up to {most:g} GPUs, each on one node; free now: "
                 f"{free.get('GPU', 0):g} GPUs, {free.get('CPU', 0):g} CPUs"
             )
 
@@ -118,7 +121,7 @@ class Placement:
 
 @dataclass(frozen=True, slots=True)
 class Counts:
-    """Actors of each role."""
+    """Number of actors of each role."""
 
     learner: int
     teacher: int
@@ -126,22 +129,25 @@ class Counts:
 
     @staticmethod
     def of_training(settings: Settings) -> Counts:
-        own_actor = settings.teacher.placement == "actor" and settings.cache.path is None
-        own_engines = settings.generates and settings.rollout.placement == "actor"
-        teachers = settings.teacher.actors if own_actor else 0
-        return Counts(settings.learner.ranks, teachers, settings.rollout.actors if own_engines else 0)
+        teacher_actors = settings.teacher.placement == "actor" and settings.cache.path is None
+        rollout_actors = settings.generates and settings.rollout.placement == "actor"
+        return Counts(
+            settings.learner.ranks,
+            settings.teacher.actors if teacher_actors else 0,
+            settings.rollout.actors if rollout_actors else 0,
+        )
 
 
 def plan(settings: Settings, available_gpus: float, counts: Counts | None = None) -> Resources:
-    """What each role asks for, in training or with ``counts`` of actors.
+    """Return the resources that each role asks for, in training or with ``counts`` of actors.
 
-    run.device=auto means GPUs if the cluster has any; shares of a GPU are then optional, whole GPUs are a demand.
+    run.device=auto means GPUs if the cluster has any, or if cluster.*_gpus asks for at least one.
     Raises ClusterError, with the arithmetic, if that is more than ``available_gpus``.
     """
     training, counts = counts is None, counts or Counts.of_training(settings)
-    own = settings.cluster
-    colocated = own.topology == "colocated" and training
-    asked = [own.learner_gpus, own.teacher_gpus, own.rollout_gpus]
+    cluster = settings.cluster
+    colocated = cluster.topology == "colocated" and training
+    asked = [cluster.learner_gpus, cluster.teacher_gpus, cluster.rollout_gpus]
     on_gpu = settings.run.device == "cuda" or (
         settings.run.device == "auto" and (available_gpus > 0 or any(a and a >= 1 for a in asked))
     )
@@ -151,17 +157,17 @@ def plan(settings: Settings, available_gpus: float, counts: Counts | None = None
     def gpus(setting: float | None, default: float = even) -> float:
         return 0.0 if not on_gpu else default if setting is None else setting
 
-    whole = float(settings.rollout.tensor_parallel)
+    tensor_parallel = float(settings.rollout.tensor_parallel)
     resources = Resources(
-        learner=Role("learner", counts.learner, gpus(own.learner_gpus)),
-        teacher=Role("teacher", counts.teacher, gpus(own.teacher_gpus)),
-        rollout=Role("rollout", counts.rollout, gpus(own.rollout_gpus, even if colocated else whole)),
+        learner=Role("learner", counts.learner, gpus(cluster.learner_gpus)),
+        teacher=Role("teacher", counts.teacher, gpus(cluster.teacher_gpus)),
+        rollout=Role("rollout", counts.rollout, gpus(cluster.rollout_gpus, even if colocated else tensor_parallel)),
         colocated=colocated,
     )
     terms = " + ".join(f"{r.name} {r.count} x {r.gpus:g}" for r in resources.roles if r.count)
     if counts.learner > 1 and 0 < resources.learner.gpus < 1 and not colocated:
         raise ClusterError(
-            f"cluster.learner_gpus={resources.learner.gpus:g}: NCCL takes no two ranks on one GPU; accepted with "
+            f"cluster.learner_gpus={resources.learner.gpus:g}: NCCL allows one rank on a GPU; accepted with "
             f"learner.ranks={counts.learner}: 1"
         )
     if colocated and sum(r.gpus for r in resources.roles if r.count) > 1 + 1e-9:
@@ -177,7 +183,7 @@ def plan(settings: Settings, available_gpus: float, counts: Counts | None = None
 
 
 def fitted(resources: Resources, nodes: Sequence[Mapping[str, float]]) -> Resources:
-    """``resources`` with the learner's ranks on one node, if any has room for them.
+    """Return ``resources`` with the learner's ranks on one node, if a node has room for them.
 
     Raises ClusterError, with the arithmetic, if processors do not suffice or a bundle fits no node.
     """
@@ -199,7 +205,7 @@ def fitted(resources: Resources, nodes: Sequence[Mapping[str, float]]) -> Resour
 
 
 def _fit_together(bundles: Sequence[Bundle], nodes: Sequence[Mapping[str, float]]) -> bool:
-    """Whether all find room, the largest first, each on the first node that has it."""
+    """Return True if all fit, the largest first, each on the first node that has room."""
     left = [dict(node) for node in nodes]
     for bundle in sorted(bundles, key=lambda b: (-b.get("GPU", 0.0), -b["CPU"])):
         node = next((n for n in left if _fits(bundle, [n])), None)

@@ -1,4 +1,4 @@
-"""Tensors on Ray's wire, as numpy arrays: shared memory without a copy, several times faster than pickled tensors."""
+"""Tensors as numpy arrays, which Ray passes through shared memory several times faster than pickled tensors."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def pack(tensor: Tensor) -> Packed:
 
 
 def unpack(packed: Packed) -> Tensor:
-    """A tensor of its own: arrays from the object store are read-only."""
+    """Return a copy as a tensor: arrays from the object store are read-only."""
     array, name = packed
     tensor = torch.from_numpy(array.copy())
     return tensor.view(torch.bfloat16) if name == "bfloat16" else tensor

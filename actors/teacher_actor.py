@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from actors.cluster import DeferredInitError
-from actors.faults import Place, place
+from actors.faults import Place, place, reports_faults
 from actors.serialization import Packed, pack, unpack
 from onpolicy_skd.config.schema import ClassSettings, Settings
 from onpolicy_skd.loss.sparse_targets import SparseTargets
@@ -25,12 +25,13 @@ from onpolicy_skd.types import Trajectory
 
 
 def build_teacher(settings: Settings, vocabulary: int, pad_id: int) -> Teacher:
-    own = settings.teacher
+    """Load the teacher of ``settings`` into this process.  Raises ModelError."""
+    cfg = settings.teacher
     device = pick_device(settings.run.device)
-    model = load_model(own.model, pick_dtype(own.dtype, device), device, own.trust_remote_code)
+    model = load_model(cfg.model, pick_dtype(cfg.dtype, device), device, cfg.trust_remote_code)
     return Teacher(
         split_for(settings, model, vocabulary, pad_id),
-        own.tokens_per_batch,
+        cfg.tokens_per_batch,
         pad_id,
         settings.alignment.temperature,
         settings.alignment.chunk_rows,
@@ -39,22 +40,27 @@ def build_teacher(settings: Settings, vocabulary: int, pad_id: int) -> Teacher:
 
 
 def split_for(settings: Settings, model: Any, vocabulary: int, pad_id: int) -> SplitModel:
-    """Trunk and head of ``model``, which was seen to keep documents apart if the run does.  Raises ModelError."""
-    found = split(model, vocabulary)
+    """Split ``model`` into backbone and LM head; check that it keeps documents apart if the run packs sequences.
+
+    Raises ModelError.
+    """
+    split_model = split(model, vocabulary)
     separate = settings.data.source == "text" and settings.data.documents == "separate"
     if separate or settings.pipeline.packing:
-        check_documents(found, pad_id, settings.max_sequence)
-    return found
+        check_documents(split_model, pad_id, settings.max_sequence)
+    return split_model
 
 
 @ray.remote
+@reports_faults
 class TeacherActor:
     def __init__(self, settings: Settings, vocabulary: int, pad_id: int, number: int = 0, count: int = 1) -> None:
-        """Number ``number`` of ``count`` that share each batch."""
+        """``number``: index of this actor among the ``count`` that share each batch."""
         self._settings = settings
         self._vocabulary = vocabulary
         self._number, self._count = number, count
-        with DeferredInitError() as self._init_error:
+        self._init_error = DeferredInitError()
+        with self._init_error.keep():
             self._teacher = build_teacher(settings, vocabulary, pad_id)
         self._spans = Spans()
 
@@ -69,22 +75,22 @@ class TeacherActor:
         return pack(self._teacher.head())
 
     def encode(self, trajectories: Sequence[Trajectory]) -> None:
-        """Its share of ``trajectories``."""
-        mine = balance_by_tokens([t.length for t in trajectories], self._count)[self._number]
+        """Encode this actor's share of ``trajectories``."""
+        share = balance_by_tokens([t.length for t in trajectories], self._count)[self._number]
         with self._spans("encode"):
-            self._teacher.encode([trajectories[i] for i in mine])
+            self._teacher.encode([trajectories[i] for i in share])
 
-    def rows(self, wanted: RowRequest) -> Packed:
+    def rows(self, request: RowRequest) -> Packed:
         with self._spans("rows"):
-            return pack(self._teacher.rows(wanted))
+            return pack(self._teacher.rows(request))
 
     def entropy_and_logprob(self, keys: Sequence[str]) -> tuple[Packed, Packed]:
         entropy, logprob = self._teacher.entropy_and_logprob(keys)
         return pack(entropy), pack(logprob)
 
-    def classes(self, wanted: RowRequest, seeds: Sequence[int], options: ClassSettings) -> tuple[Packed, Packed, str]:
-        found = self._teacher.classes(wanted, seeds, options)
-        return pack(found.ids_NC.int()), pack(found.probs_NC), found.residual
+    def classes(self, request: RowRequest, seeds: Sequence[int], options: ClassSettings) -> tuple[Packed, Packed, str]:
+        targets = self._teacher.classes(request, seeds, options)
+        return pack(targets.ids_NC.int()), pack(targets.probs_NC), targets.residual
 
     def release(self, keys: Sequence[str]) -> None:
         self._teacher.release(keys)
@@ -94,25 +100,28 @@ class TeacherActor:
 
 
 class RemoteTeacher:
-    """TeacherRows over teacher actors: fetches the LM head once, and rows as they are wanted from whoever has them."""
+    """TeacherRows over teacher actors: fetches the LM head once, and rows from the actor that has them."""
 
     def __init__(self, actors: Sequence[Any], device: str) -> None:
         self._actors = list(actors)
         self._device = device
         self._head: Tensor | None = None
         self._encoded: list[ray.ObjectRef] = []
-        self._places: dict[str, tuple[int, int]] = {}  # of each trajectory: which actor has it, and its positions
+        self._holders: dict[str, tuple[int, int]] = {}  # by trajectory: index of its actor, number of positions
 
     def replace(self, actors: Sequence[Any]) -> None:
-        self._actors, self._encoded, self._places = list(actors), [], {}
+        """Use other actors of the same teacher, which have encoded nothing."""
+        self._actors, self._encoded, self._holders = list(actors), [], {}
 
     def expect(self, encoded: Sequence[ray.ObjectRef], trajectories: Sequence[Trajectory]) -> None:
-        """The rows of ``trajectories`` exist once ``encoded`` does, which every actor was asked for; calls of two
-        processes have no order of their own."""
+        """Note ``trajectories`` that the driver has asked every actor to encode, and the refs of these calls.
+
+        Rows are asked for once the refs are ready: Ray does not order calls of two processes.
+        """
         self._encoded += encoded
-        dealt = balance_by_tokens([t.length for t in trajectories], len(self._actors))
-        every = {i: number for number, share in enumerate(dealt) for i in share}
-        self._places |= {t.key: (every[i], len(t.response_ids)) for i, t in enumerate(trajectories)}
+        shares = balance_by_tokens([t.length for t in trajectories], len(self._actors))
+        actor_of = {i: number for number, share in enumerate(shares) for i in share}
+        self._holders |= {t.key: (actor_of[i], len(t.response_ids)) for i, t in enumerate(trajectories)}
 
     def head(self) -> Tensor:
         if self._head is None:
@@ -121,35 +130,35 @@ class RemoteTeacher:
         return self._head
 
     def encode(self, trajectories: Sequence[Trajectory]) -> None:
-        whole = ray.put(list(trajectories))
-        self.expect([actor.encode.remote(whole) for actor in self._actors], trajectories)
+        batch = ray.put(list(trajectories))
+        self.expect([actor.encode.remote(batch) for actor in self._actors], trajectories)
 
-    def rows(self, wanted: RowRequest) -> Tensor:
-        def ask(actor: Any, part: list[int]) -> ray.ObjectRef:
-            return actor.rows.remote([wanted[i] for i in part])
+    def rows(self, request: RowRequest) -> Tensor:
+        def call(actor: Any, indices: list[int]) -> ray.ObjectRef:
+            return actor.rows.remote([request[i] for i in indices])
 
-        found = self._gathered([key for key, _ in wanted], ask)
-        counts = [len(positions) for _, positions in wanted]
-        return self._in_order([(part, unpack(rows)) for part, rows in found], counts)
+        answers = self._call_holders([key for key, _ in request], call)
+        counts = [len(positions) for _, positions in request]
+        return self._in_order([(indices, unpack(rows)) for indices, rows in answers], counts)
 
     def entropy_and_logprob(self, keys: Sequence[str]) -> tuple[Tensor, Tensor]:
-        def ask(actor: Any, part: list[int]) -> ray.ObjectRef:
-            return actor.entropy_and_logprob.remote([keys[i] for i in part])
+        def call(actor: Any, indices: list[int]) -> ray.ObjectRef:
+            return actor.entropy_and_logprob.remote([keys[i] for i in indices])
 
-        found = self._gathered(keys, ask)
-        counts = [self._place(key)[1] for key in keys]
-        entropy, logprob = ([(part, unpack(values[i])) for part, values in found] for i in (0, 1))
+        answers = self._call_holders(keys, call)
+        counts = [self._holder(key)[1] for key in keys]
+        entropy, logprob = ([(indices, unpack(values[i])) for indices, values in answers] for i in (0, 1))
         return self._in_order(entropy, counts), self._in_order(logprob, counts)
 
-    def classes(self, wanted: RowRequest, seeds: Sequence[int], options: ClassSettings) -> SparseTargets:
-        def ask(actor: Any, part: list[int]) -> ray.ObjectRef:
-            return actor.classes.remote([wanted[i] for i in part], [seeds[i] for i in part], options)
+    def classes(self, request: RowRequest, seeds: Sequence[int], options: ClassSettings) -> SparseTargets:
+        def call(actor: Any, indices: list[int]) -> ray.ObjectRef:
+            return actor.classes.remote([request[i] for i in indices], [seeds[i] for i in indices], options)
 
-        found = self._gathered([key for key, _ in wanted], ask)
-        counts = [len(positions) for _, positions in wanted]
-        width = max(ids[0].shape[1] for _, (ids, _, _) in found)  # slots; each actor has as many as its rows fill
-        ids, probs = ([(part, _padded(unpack(v[i]), width)) for part, v in found] for i in (0, 1))
-        return SparseTargets(self._in_order(ids, counts).long(), self._in_order(probs, counts), found[0][1][2])
+        answers = self._call_holders([key for key, _ in request], call)
+        counts = [len(positions) for _, positions in request]
+        width = max(ids[0].shape[1] for _, (ids, _, _) in answers)  # slots; each actor has as many as its rows fill
+        ids, probs = ([(indices, _padded(unpack(v[i]), width)) for indices, v in answers] for i in (0, 1))
+        return SparseTargets(self._in_order(ids, counts).long(), self._in_order(probs, counts), answers[0][1][2])
 
     def release(self, keys: Sequence[str]) -> None:
         ray.get([actor.release.remote(keys) for actor in self._actors])
@@ -157,30 +166,30 @@ class RemoteTeacher:
 
     def forget(self, keys: Sequence[str]) -> None:
         for key in keys:
-            self._places.pop(key, None)
+            self._holders.pop(key, None)
 
-    def _gathered(self, keys: Sequence[str], ask: Callable[[Any, list[int]], ray.ObjectRef]) -> list[tuple]:
-        """What each actor answers on those of ``keys`` that it has, with their places in ``keys``."""
+    def _call_holders(self, keys: Sequence[str], call: Callable[[Any, list[int]], ray.ObjectRef]) -> list[tuple]:
+        """Call each actor for those of ``keys`` that it has; return pairs of indices into ``keys`` and answer."""
         pending, self._encoded = self._encoded, []
         ray.get(pending)
-        parts: dict[int, list[int]] = {}
+        indices: dict[int, list[int]] = {}  # by actor
         for i, key in enumerate(keys):
-            parts.setdefault(self._place(key)[0], []).append(i)
-        answers: Any = ray.get([ask(self._actors[number], part) for number, part in parts.items()])
-        return list(zip(parts.values(), answers, strict=True))
+            indices.setdefault(self._holder(key)[0], []).append(i)
+        answers: Any = ray.get([call(self._actors[number], share) for number, share in indices.items()])
+        return list(zip(indices.values(), answers, strict=True))
 
-    def _place(self, key: str) -> tuple[int, int]:
-        if key not in self._places:
+    def _holder(self, key: str) -> tuple[int, int]:
+        if key not in self._holders:
             raise KeyError(f"trajectory {key} has not been encoded by the teacher, or was released")
-        return self._places[key]
+        return self._holders[key]
 
-    def _in_order(self, found: Sequence[tuple[list[int], Tensor]], counts: Sequence[int]) -> Tensor:
-        """Rows in the order asked, ``counts`` of each trajectory, from those of several actors."""
-        if len(found) == 1:
-            return found[0][1].to(self._device)
-        split = {i: rows for part, own in found
-                 for i, rows in zip(part, own.split([counts[i] for i in part]), strict=True)}  # fmt: skip
-        return torch.cat([split[i] for i in range(len(counts))]).to(self._device)
+    def _in_order(self, answers: Sequence[tuple[list[int], Tensor]], counts: Sequence[int]) -> Tensor:
+        """Join the actors' rows in the order of the request; ``counts``: rows of each trajectory."""
+        if len(answers) == 1:
+            return answers[0][1].to(self._device)
+        rows_of = {i: rows for indices, values in answers
+                   for i, rows in zip(indices, values.split([counts[i] for i in indices]), strict=True)}  # fmt: skip
+        return torch.cat([rows_of[i] for i in range(len(counts))]).to(self._device)
 
 
 def _padded(slots_NC: Tensor, width: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""What both drivers do before they start: the teacher's own answers, and the sample filter that runs once."""
+"""Preparation of the training set: responses of the teacher, and the sample filter that runs before training."""
 
 from __future__ import annotations
 
@@ -27,24 +27,24 @@ from onpolicy_skd.types import Prompt, RolloutRequest, Trajectory, seed_of
 
 T = TypeVar("T")
 Log = Callable[[str], None]
-Rank = Callable[[Sequence[Trajectory]], list[float]]
+ScoreSamples = Callable[[Sequence[Trajectory]], list[float]]
 
 
 @contextmanager
 def engine(run: Run, resources: Resources, who: str) -> Iterator[RolloutGroup]:
-    """A rollout engine with the weights of ``who`` ("student" or "teacher"), gone afterwards."""
+    """Yield one rollout engine with the weights of ``who`` ("student" or "teacher"); kill it afterwards."""
     settings = with_absolute_paths(run.settings)
-    own = settings.teacher if who == "teacher" else settings.student
-    group = RolloutGroup(own.model, settings, lambda _: resources.rollout.options(), 1, own.trust_remote_code)
+    model_cfg = settings.teacher if who == "teacher" else settings.student
+    group = RolloutGroup(model_cfg, settings, lambda _: resources.rollout.options(), 1)
     try:
-        wait_ready(group.actors)
+        wait_ready({f"{who} engine": group.actors})
         yield group
     finally:
         group.close()
 
 
 def retry_engine_on_fault(settings: Settings, role: str, action: Callable[[], T], log: Log) -> T:
-    """``action``, which starts an engine of its own, again after each fault.  Raises RunError after too many."""
+    """Return ``action()``, which starts an engine itself; repeat it after a fault.  Raises RunError after too many."""
     supervisor = Supervisor(settings.faults)
     while True:
         try:
@@ -55,14 +55,14 @@ def retry_engine_on_fault(settings: Settings, role: str, action: Callable[[], T]
             decision = supervisor.decide({role: cause})
             if isinstance(decision, GiveUp):
                 raise RunError(decision.reason) from None
-            log(f"fault: {cause}; starting another {role} in {decision.seconds:g} s")
+            log(f"fault: {role}: {cause}; starting another one in {decision.seconds:g} s")
             time.sleep(decision.seconds)
 
 
 def add_teacher_references(run: Run, resources: Resources, log: Log) -> None:
-    """Where the settings ask for it, gives ``run`` the teacher's answers, and leaves out prompts that have none.
+    """Give ``run`` the teacher's responses if the settings ask for them, and drop prompts without one.
 
-    They are made once and read from disk afterwards.
+    The responses are generated once and read from disk afterwards.
     """
     if run.settings.mode == "on_policy" or run.settings.references.source != "teacher":
         return
@@ -72,30 +72,36 @@ def add_teacher_references(run: Run, resources: Resources, log: Log) -> None:
         with ExitStack() as stack:
             teacher = functools.cache(lambda: stack.enter_context(engine(run, resources, "teacher")))
 
-            def roll(requests: Sequence[RolloutRequest]) -> list[Trajectory]:
-                return teacher().gather(requests, sampling)  # which starts when something is missing on disk
+            def generate(requests: Sequence[RolloutRequest]) -> list[Trajectory]:
+                return teacher().gather(requests, sampling)  # starts the engine only if a response is not on disk
 
-            run.train, run.responses = teacher_responses(run.settings, run.train, roll, log)
+            run.train, run.responses = teacher_responses(run.settings, run.train, generate, log)
 
     retry_engine_on_fault(run.settings, "teacher engine", once, log)
 
 
-def selected_prompts(run: Run, rank: Rank, rollouts: Callable[[], RolloutGroup], log: Log) -> Sequence[Prompt]:
-    """The prompts to train on: all, or those that ``samples.when=prefilter`` keeps by the initial student's scores."""
+def selected_prompts(
+    run: Run, score_samples: ScoreSamples, rollouts: Callable[[], RolloutGroup], log: Log
+) -> Sequence[Prompt]:
+    """Return the prompts to train on: all, or those that ``samples.when=prefilter`` keeps.
+
+    The prefilter uses the scores of the initial student.
+    """
     if run.settings.samples.when != "prefilter":
         return run.train
 
     def scored(trajectories: Sequence[Trajectory]) -> list[float]:
         if run.settings.cache.path is not None and run.settings.samples.metric in TEACHER_METRICS:
             raise ConfigError(
-                f"samples.metric={run.settings.samples.metric}: no teacher is here to score samples, and the scores of "
-                f"the cache's build are not in {run.paths.prefilter}; train with the build's run.dir"
+                f"samples.metric={run.settings.samples.metric}: there is no teacher to score samples, and "
+                f"the scores of the cache's build are not in {run.paths.prefilter}; train with "
+                "the build's run.dir"
             )
-        return rank(trajectories)
+        return score_samples(trajectories)
 
-    def roll(prompts: Sequence[Prompt]) -> list[Trajectory]:
+    def generate(prompts: Sequence[Prompt]) -> list[Trajectory]:
         seed = run.settings.run.seed
         requests = [RolloutRequest(p.key, p.token_ids, seed_of(seed, "prefilter", p.key)) for p in prompts]
         return rollouts().gather(requests, run.sampling)
 
-    return kept_prompts(run.settings, run.train, run.tokenizer, scored, roll, log)
+    return kept_prompts(run.settings, run.train, run.tokenizer, scored, generate, log)

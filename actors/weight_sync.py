@@ -1,4 +1,4 @@
-"""New weights from the learner to every rollout engine."""
+"""Ways to send new weights from the learner to every rollout engine."""
 
 from __future__ import annotations
 
@@ -16,56 +16,57 @@ from onpolicy_skd.distributed.weight_transfer import WeightSpec
 
 
 class WeightSync(Protocol):
-    """Makes every rollout engine hold the weights of the learner, all of whose ranks take part."""
+    """A way to make every rollout engine hold the learner's weights; all ranks of the learner take part."""
 
     def push(self, version: int, timeout_s: float) -> None:
-        """``version``: of the policy.  Raises GetTimeoutError after ``patience`` seconds."""
+        """Send the weights of policy ``version``.  Raises GetTimeoutError after ``timeout_s`` seconds."""
         ...
 
 
 class ObjectStoreSync:
-    """Through Ray's object store: one copy out of the learner, read by every engine; works anywhere."""
+    """Sends through Ray's object store: the learner writes one copy, every engine reads it; works anywhere."""
 
     def __init__(self, learner: Sequence[Any], rollouts: RolloutGroup) -> None:
         self._learner = learner
         self._rollouts = rollouts
 
     def push(self, version: int, timeout_s: float) -> None:
-        # Stays in the object store: the driver holds the reference alone.  The other ranks help rank 0 to gather it.
-        parts = [rank.weights.remote() for rank in self._learner]
+        # The weights stay in the object store, the driver holds a ref.  The other ranks help rank 0 to gather them.
+        refs = [rank.weights.remote() for rank in self._learner]
         try:
-            all_of([actor.load_weights.remote(parts[0], version) for actor in self._rollouts.actors], timeout_s)
+            wait_all([actor.load_weights.remote(refs[0], version) for actor in self._rollouts.actors], timeout_s)
         except RayError:
-            ray.wait(parts, num_returns=len(parts), timeout=timeout_s, fetch_local=False)  # ranks end what they began
+            ray.wait(refs, num_returns=len(refs), timeout=timeout_s, fetch_local=False)  # let the ranks end the call
             raise
 
 
 class BroadcastSync:
-    """From the learner's rank 0 to all engines' workers at once, device to device, nothing through the host."""
+    """Broadcasts from the learner's rank 0 to all engines' workers, device to device."""
 
     def __init__(self, learner: Sequence[Any], rollouts: RolloutGroup, tensor_parallel: int) -> None:
         self._learner = learner
         self._rollouts = rollouts
-        self._workers = tensor_parallel  # of one engine
+        self._workers_per_engine = tensor_parallel
         self._weight_spec: WeightSpec | None = None
 
     def push(self, version: int, timeout_s: float) -> None:
         if self._weight_spec is None:
-            self._weight_spec = self._meet(timeout_s)
+            self._weight_spec = self._form_group(timeout_s)
         received = [actor.receive.remote(self._weight_spec, version) for actor in self._rollouts.actors]
-        all_of([*received, *(rank.send.remote() for rank in self._learner)], timeout_s)
+        wait_all([*received, *(rank.send.remote() for rank in self._learner)], timeout_s)
 
-    def _meet(self, timeout_s: float) -> WeightSpec:
+    def _form_group(self, timeout_s: float) -> WeightSpec:
         first, engines = self._learner[0], self._rollouts.actors
-        count = 1 + len(engines) * self._workers
+        workers = self._workers_per_engine
+        count = 1 + len(engines) * workers
         address, weight_spec = ray.get(first.open_group.remote(), timeout=timeout_s)
-        joined = [actor.join_group.remote(address, 1 + i * self._workers, count) for i, actor in enumerate(engines)]
-        all_of([first.join_group.remote(count), *joined], timeout_s)
+        joined = [actor.join_group.remote(address, 1 + i * workers, count) for i, actor in enumerate(engines)]
+        wait_all([first.join_group.remote(count), *joined], timeout_s)
         return weight_spec
 
 
 class SharedMemorySync:
-    """Between each rank of the learner and the engine on its own GPU: the engine maps the learner's copy (CUDA IPC)."""
+    """Lets the engine on the GPU of each learner rank map that rank's copy of the weights (CUDA IPC)."""
 
     def __init__(self, learner: Sequence[Any], rollouts: RolloutGroup) -> None:
         self._learner = learner
@@ -75,37 +76,39 @@ class SharedMemorySync:
     def push(self, version: int, timeout_s: float) -> None:
         engines = self._rollouts.actors
         if not self._ready:
-            all_of([actor.join_group.remote(("", 0), 0, 0) for actor in engines], timeout_s)
+            wait_all([actor.join_group.remote(("", 0), 0, 0) for actor in engines], timeout_s)
             self._ready = True
-        weight_spec = [rank.export_weights.remote() for rank in self._learner]
+        specs = [rank.export_weights.remote() for rank in self._learner]
         try:
-            read = [actor.receive.remote(own, version) for actor, own in zip(engines, weight_spec, strict=False)]
-            all_of(read, timeout_s)
+            wait_all([actor.receive.remote(s, version) for actor, s in zip(engines, specs, strict=False)], timeout_s)
         finally:
             dropped = [rank.drop_export.remote() for rank in self._learner]
-        all_of(dropped, timeout_s)
+        wait_all(dropped, timeout_s)
 
 
 def sync_method(settings: Settings, resources: Resources) -> str:
-    """What ``sync.method=auto`` comes to.  Raises ClusterError for a method that these resources do not allow."""
-    own, learner, rollout = settings.sync.method, resources.learner, resources.rollout
+    """Return the method that ``sync.method`` asks for or, for auto, the fastest one that ``resources`` allow.
+
+    Raises ClusterError for a method that they do not allow.
+    """
+    method, learner, rollout = settings.sync.method, resources.learner, resources.rollout
     on_gpus = learner.gpus > 0 and rollout.gpus > 0
-    if own == "broadcast" and on_gpus and min(learner.gpus, rollout.gpus) < 1:
-        raise ClusterError("sync.method=broadcast: NCCL takes no two of a group on one GPU; accepted: object_store")
-    if own == "ipc" and not on_gpus:
+    if method == "broadcast" and on_gpus and min(learner.gpus, rollout.gpus) < 1:
+        raise ClusterError("sync.method=broadcast: NCCL allows one process of a group on a GPU; accepted: object_store")
+    if method == "ipc" and not on_gpus:
         raise ClusterError("sync.method=ipc: maps the memory of a GPU, and this run has none; accepted: object_store")
-    if own != "auto":
-        return own
+    if method != "auto":
+        return method
     if not on_gpus or settings.rollout.engine != "vllm":
         return "object_store"
     if resources.colocated:
         return "ipc"
-    alone = min(learner.gpus, rollout.gpus) >= 1  # NCCL takes no two of a group on one GPU
-    return "broadcast" if alone else "object_store"
+    # NCCL allows one process of a group on a GPU.
+    return "broadcast" if min(learner.gpus, rollout.gpus) >= 1 else "object_store"
 
 
 def build_sync(settings: Settings, learner: Sequence[Any], rollouts: RolloutGroup) -> WeightSync:
-    """For ``settings`` whose ``sync.method`` is settled; a new one whenever an actor is."""
+    """Return the way of ``settings.sync.method``, which must not be auto; build another one when an actor is new."""
     if settings.sync.method == "broadcast":
         return BroadcastSync(learner, rollouts, settings.rollout.tensor_parallel)
     if settings.sync.method == "ipc":
@@ -113,9 +116,11 @@ def build_sync(settings: Settings, learner: Sequence[Any], rollouts: RolloutGrou
     return ObjectStoreSync(learner, rollouts)
 
 
-def all_of(refs: Sequence[ray.ObjectRef], timeout_s: float) -> None:
-    """Waits for all.  Of several errors the one that is a fault counts: when an actor dies, those that were exchanging
-    something with it fail as well, each in its own words."""
+def wait_all(refs: Sequence[ray.ObjectRef], timeout_s: float) -> None:
+    """Wait for all ``refs``; of their errors raise one that is a fault, if any.
+
+    When an actor dies, the actors that exchanged data with it fail as well, each with another error.
+    """
     try:
         ray.get(list(refs), timeout=timeout_s)
     except RayError as error:

@@ -64,7 +64,7 @@ def build(settings: Settings, log: Log = print_now) -> None:
 def selected(run: Run, resources: Resources, builders: CacheBuilders, log: Log) -> Sequence[Prompt]:
     """Return the prompts to cache; the actors that score them start when the first score is missing on disk."""
     with ExitStack() as stack:
-        ranking = functools.cache(lambda: stack.enter_context(builders.ranking()))
+        ranking = functools.cache(lambda: stack.enter_context(builders.sample_scorer()))
         rollouts = functools.cache(lambda: stack.enter_context(engine(run, resources, "student")))
 
         def score_samples(trajectories: Sequence[Trajectory]) -> list[float]:
@@ -118,7 +118,7 @@ def write(run: Run, samples: Samples, builders: CacheBuilders, folder: Path, log
     log(f"cache: {len(done)}/{len(cut)} shards, {sum(s.positions for s in done.values())} positions")
     head = caches.write_head(folder, builders.head()) if layout.content == "hidden" else None
     shards = [done[number] for number in range(len(cut))]
-    caches.finish(folder, Manifest(plan.provenance, layout, plan.plan, head, shards))
+    caches.complete(folder, Manifest(plan.provenance, layout, plan.plan, head, shards))
     info(folder, log)
 
 

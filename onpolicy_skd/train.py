@@ -110,7 +110,7 @@ def update(
         update_streaming(workers, logger, step, rollout_refs, timer)
         del pending_rollouts[step]
         return timer
-    workers.finish(rollout_refs)
+    workers.wait_for(rollout_refs)
     timer.record("rollout")
     if run.settings.pipeline.max_staleness and step + 1 < run.steps and step + 1 not in pending_rollouts:
         workers.push_weights()
@@ -223,7 +223,7 @@ def run_settings(settings: Settings) -> int:
             if settings.eval.teacher and settings.generates and run.held_out and "teacher" not in logger.evaluations:
                 logger.evaluation("teacher", 0, teacher_evaluation(run, resources, logger.log))
             add_teacher_references(run, resources, logger.log)
-            workers = Workers(settings, resources, run.vocabulary, run.tokenizer.pad_token_id, run.steps)
+            workers = Workers(settings, resources, run.vocabulary, run.tokenizer.pad_token_id, run.steps, logger.log)
             with ExitStack() as stack:
                 stack.callback(workers.close)
                 stack.push(logger.on_failure(workers, RayError))

@@ -1,4 +1,4 @@
-"""What crosses Ray: resources, tensors on the wire, and the teacher as an actor."""
+"""Placement, tensors through Ray, colocated engines, and the teacher as an actor."""
 
 import os
 import socket
@@ -14,10 +14,12 @@ from ray.cluster_utils import Cluster
 from ray.exceptions import ActorDiedError
 
 from actors.cluster import connect, running_here
+from actors.engine_weights import EngineWeights
+from actors.groups import ActorGroups
 from actors.placement import ClusterError, Placement, fitted, plan
 from actors.serialization import pack, pack_named, unpack, unpack_named
 from actors.teacher_actor import RemoteTeacher, TeacherActor, build_teacher
-from actors.weight_sync import SharedMemorySync, all_of, sync_method
+from actors.weight_sync import sync_method, wait_all
 from actors.workers import Workers
 from onpolicy_skd.config.schema import ClassSettings
 from onpolicy_skd.models.loading import load_tokenizer
@@ -43,8 +45,8 @@ def test_roles_use_gpus_when_the_cluster_has_any():
     assert [r.gpus for r in plan(tiny_settings(cluster={"learner_gpus": 0.5}), 0).roles] == [0, 0, 0]
     shares = tiny_settings(cluster={"learner_gpus": 0.5, "teacher_gpus": 0.25, "rollout_gpus": 0.25})
     assert [r.gpus for r in plan(shares, 1).roles] == [0.5, 0.25, 0.25]
-    several = plan(tiny_settings(teacher={"actors": 3}, learner={"ranks": 4}), 8)
-    assert [(r.name, r.count) for r in several.roles] == [("learner", 4), ("teacher", 3), ("rollout", 1)]
+    counts = plan(tiny_settings(teacher={"actors": 3}, learner={"ranks": 4}), 8)
+    assert [(r.name, r.count) for r in counts.roles] == [("learner", 4), ("teacher", 3), ("rollout", 1)]
     alone = plan(tiny_settings(teacher={"placement": "learner"}), 2)
     assert alone.teacher.count == 0
 
@@ -66,16 +68,16 @@ def test_too_few_gpus_or_cpus_are_said_with_the_arithmetic():
 
 
 def test_colocated_roles_share_whole_gpus():
-    own = {"cluster": {"topology": "colocated"}, "learner": {"ranks": 2}, "rollout": {"actors": 2}}
-    shared = plan(tiny_settings(**own), 2)
+    sections = {"cluster": {"topology": "colocated"}, "learner": {"ranks": 2}, "rollout": {"actors": 2}}
+    shared = plan(tiny_settings(**sections), 2)
     assert [(r.count, r.gpus) for r in shared.roles] == [(2, 0.3333), (1, 0.3333), (2, 0.3333)]
     assert shared.bundles() == [{"CPU": 0.75, "GPU": 1.0}, {"CPU": 0.5, "GPU": 1.0}]
-    assert plan(tiny_settings(**own), 0).bundles() == [{"CPU": 0.75}, {"CPU": 0.5}]
+    assert plan(tiny_settings(**sections), 0).bundles() == [{"CPU": 0.75}, {"CPU": 0.5}]
     with pytest.raises(ClusterError, match=r"asks for 2 GPUs .* has 1"):
-        plan(tiny_settings(**own), 1)
-    own["cluster"] |= {"learner_gpus": 0.7, "rollout_gpus": 0.5}
+        plan(tiny_settings(**sections), 1)
+    sections["cluster"] |= {"learner_gpus": 0.7, "rollout_gpus": 0.5}
     with pytest.raises(ClusterError, match="shares of one GPU exceed it"):
-        plan(tiny_settings(**own), 2)
+        plan(tiny_settings(**sections), 2)
 
 
 @pytest.mark.parametrize(
@@ -97,8 +99,8 @@ def test_weights_take_the_shortest_way_that_is_possible(sections, gpus, expected
 
 
 def test_ways_that_are_not_possible_are_refused():
-    parts = {"learner_gpus": 0.5, "teacher_gpus": 0.2, "rollout_gpus": 0.3}
-    half = tiny_settings(cluster=parts, sync={"method": "broadcast"})
+    shares = {"learner_gpus": 0.5, "teacher_gpus": 0.2, "rollout_gpus": 0.3}
+    half = tiny_settings(cluster=shares, sync={"method": "broadcast"})
     with pytest.raises(ClusterError, match=r"sync.method=broadcast: NCCL"):
         sync_method(half, plan(half, 1))
     no_gpu = tiny_settings(cluster={"topology": "colocated"}, sync={"method": "ipc"})
@@ -141,22 +143,22 @@ def test_a_placement_group_puts_those_who_share_on_one_gpu(local_ray):
     sections = {"learner": {"ranks": 2}, "rollout": {"actors": 2}, "teacher": {"actors": 2}}
     resources = plan(tiny_settings(cluster={"topology": "colocated"}, **sections), 4)
     placement = Placement(resources)
-    found = {
+    gpus = {
         role.name: [
             ray.get(Where.options(**placement.options(role, number)).remote().gpus.remote())
             for number in range(role.count)
         ]
         for role in resources.roles
     }
-    assert found["learner"] == found["teacher"] == found["rollout"]
-    assert found["learner"][0] != found["learner"][1]
+    assert gpus["learner"] == gpus["teacher"] == gpus["rollout"]
+    assert gpus["learner"][0] != gpus["learner"][1]
     placement.remove()
     apart = plan(tiny_settings(rollout={"tensor_parallel": 2}), 4)
     placement = Placement(apart)
     actors = [Where.options(**placement.options(role, 0)).remote() for role in apart.roles]
     ids = ray.get([actor.gpus.remote() for actor in actors])
-    assert [len(own) for own in ids] == [1, 1, 2]
-    assert len({i for own in ids for i in own}) == 4
+    assert [len(gpus) for gpus in ids] == [1, 1, 2]
+    assert len({i for gpus in ids for i in gpus}) == 4
     placement.remove()
 
 
@@ -176,31 +178,26 @@ class Calls:
 
 def test_colocated_engines_sleep_whenever_the_learner_works(local_ray):
     log = []
+    groups = ActorGroups.__new__(ActorGroups)
+    groups.settings, groups.log, groups._engines_in_learner = tiny_settings(sync={"method": "ipc"}), print, False
+    groups.learner, groups.rollouts = [Calls(log, "learner")], SimpleNamespace(actors=[Calls(log, "engine")])
     workers = Workers.__new__(Workers)
-    workers._settings, workers._vocabulary, workers._teachers = tiny_settings(), 512, []
-    workers._learner, workers._in_learner, workers._colocated, workers._awake = (
-        [Calls(log, "learner")],
-        False,
-        True,
-        True,
-    )
-    workers._pushed, workers._version = 0, 0
-    workers.rollouts = SimpleNamespace(actors=[Calls(log, "engine")])
-    workers._sync = SharedMemorySync(workers._learner, workers.rollouts)
+    workers._groups, workers._weights = groups, EngineWeights(groups, colocated=True)
+    workers._weights.connect()
     ways = ["learner.export_weights", "engine.receive", "learner.drop_export"]
     workers.engines()
     assert log == []  # they start awake, with the weights of the learner's model
-    workers.finish([ray.put(0)])
+    workers.wait_for([ray.put(0)])
     assert log.pop() == "engine.sleep"
     workers.score_samples([])
     workers.engines()
-    assert log == ["learner.rank", "engine.join_group", *ways]
+    assert log == ["learner.score_samples", "engine.join_group", *ways]
     workers.engines()
     log.clear()
     workers.score_samples([])
     workers.score_samples([])
     workers.engines()
-    assert log == ["engine.sleep", "learner.rank", "learner.rank", *ways]
+    assert log == ["engine.sleep", "learner.score_samples", "learner.score_samples", *ways]
 
 
 def test_trajectories_to_score_are_serialized_once_for_all_ranks(local_ray):
@@ -232,9 +229,9 @@ def test_of_several_errors_the_fault_counts(local_ray):
 
     actor = Dies.options(max_restarts=0).remote()
     with pytest.raises(ActorDiedError):
-        all_of([fails.remote(RuntimeError("Connection closed by peer")), actor.die.remote()], 30)
+        wait_all([fails.remote(RuntimeError("Connection closed by peer")), actor.die.remote()], 30)
     with pytest.raises(RuntimeError, match="no such tensor"):
-        all_of([fails.remote(RuntimeError("no such tensor"))], 30)
+        wait_all([fails.remote(RuntimeError("no such tensor"))], 30)
 
 
 def test_the_record_of_a_killed_ray_is_not_waited_for(tmp_path, monkeypatch):
@@ -251,13 +248,13 @@ def test_the_record_of_a_killed_ray_is_not_waited_for(tmp_path, monkeypatch):
     assert running_here() is None  # nobody listens any more
     record.write_text("no address")
     assert running_here() is None
-    started = time.monotonic()
+    start = time.monotonic()
     with (
         pytest.raises(ClusterError, match=f"no Ray cluster answers at {address}"),
         connect(tiny_settings(cluster={"address": address})),
     ):
         pass
-    assert time.monotonic() - started < 10
+    assert time.monotonic() - start < 10
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""Faults of actors told from errors, runs that outlive them, and input that nobody meant."""
+"""Faults of actors and errors of code, runs that survive faults, and damaged input."""
 
 import contextlib
 import json
@@ -7,6 +7,7 @@ import random
 import signal
 import subprocess
 import sys
+import time
 from types import SimpleNamespace
 
 import psutil
@@ -16,19 +17,29 @@ import torch
 from helpers import tiny_settings
 from ray.exceptions import ActorUnavailableError, GetTimeoutError, ObjectLostError, ObjectStoreFullError
 
-from actors.faults import HUNG, fault_of, faulty_role, kill, place, unresponsive_reason
-from actors.learner_actor import LearnerActor as RealLearner
-from actors.workers import Workers
+from actors.engine_weights import EngineWeights
+from actors.faults import (
+    NO_ANSWER,
+    fault_of,
+    faulty_actor,
+    get_answers,
+    kill,
+    needs_restart,
+    place,
+    reports_faults,
+    unresponsive_reason,
+)
+from actors.groups import ActorGroups
+from actors.learner_actor import LearnerActor
+from actors.recovery import FaultRecovery
 from eval.faults import damage, processes
 from eval.faults.__main__ import main
 from eval.soak import conclude, drift
 from onpolicy_skd.config.errors import ConfigError
-from onpolicy_skd.config.schema import FaultSettings
-from onpolicy_skd.run.supervisor import Supervisor
 from onpolicy_skd.storage import files
 from onpolicy_skd.train import connect
 
-learner_class = RealLearner.__ray_metadata__.modified_class
+learner_class = LearnerActor.__ray_metadata__.modified_class
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +49,8 @@ def cluster():
 
 
 @ray.remote(num_cpus=0.1)
-class LearnerActor:  # named as the real one: faults are blamed by name
+@reports_faults
+class Actor:
     def __init__(self, problem=None, updates=0):
         self.updates = updates
         if problem:
@@ -57,8 +69,16 @@ class LearnerActor:  # named as the real one: faults are blamed by name
     def fail(self, problem):
         raise problem
 
-    def ask(self, other):
-        return ray.get(other.ready.remote())
+    def stream(self, problem):
+        yield 1
+        raise problem
+
+    def sleep(self, seconds):
+        time.sleep(seconds)
+        return seconds
+
+    def ask(self, refs):
+        return ray.get(refs)
 
 
 def raised(ref):
@@ -68,98 +88,136 @@ def raised(ref):
 
 
 def test_what_code_raises_is_no_fault(cluster):
-    actor = LearnerActor.remote()
+    actor = Actor.remote()
     for problem in (ValueError("no"), ConfigError("lr: no"), ZeroDivisionError()):
         assert fault_of(raised(actor.fail.remote(problem))) is None
-    assert fault_of(raised(LearnerActor.remote(ValueError("no")).ready.remote())) is None  # it would come again
+    assert fault_of(raised(Actor.remote(ValueError("no")).ready.remote())) is None  # it would come again
     kill(actor, None)
 
 
 @pytest.mark.parametrize("problem", [MemoryError("host"), torch.OutOfMemoryError("CUDA out of memory")])
 def test_out_of_memory_is_a_fault_of_the_one_that_ran_out(cluster, problem):
-    actor = LearnerActor.remote()
-    error = raised(actor.fail.remote(problem))
-    assert str(problem) in fault_of(error)
-    assert faulty_role(error) == "Learner"
+    actor, other = Actor.remote(), Actor.remote()
+    actor_id = ray.get(actor.ready.remote()).actor_id
+    stream = actor.stream.options(num_returns="streaming").remote(problem)
+    assert ray.get(next(stream)) == 1
+    for ref in (actor.fail.remote(problem), next(stream), other.ask.remote([actor.fail.remote(problem)])):
+        error = raised(ref)
+        assert str(problem) in fault_of(error)
+        assert faulty_actor(error) == actor_id
+        assert needs_restart(error)
     kill(actor, None)
+    kill(other, None)
 
 
 def test_a_dead_actor_is_a_fault_also_where_another_one_needed_it(cluster):
-    dead, alive = LearnerActor.remote(), LearnerActor.remote()
+    dead, alive = Actor.remote(), Actor.remote()
     where = ray.get(dead.ready.remote())
     os.kill(where.pid, signal.SIGKILL)
-    for error in (raised(dead.ready.remote()), raised(alive.ask.remote(dead))):
+    for error in (raised(dead.ready.remote()), raised(alive.ask.remote([dead.ready.remote()]))):
         assert "its process ended" in fault_of(error)
-        assert faulty_role(error) is None
+        assert faulty_actor(error) == where.actor_id
+        assert not needs_restart(error)
     assert unresponsive_reason([alive], 30) is None
     assert "its process ended" in unresponsive_reason([alive, dead], 30)
     kill(alive, None)
 
 
-def test_an_actor_that_no_longer_hears_ray_is_ended_too(cluster):
-    actor = LearnerActor.remote()
+def test_an_actor_that_no_longer_hears_ray_is_killed_too(cluster):
+    actor = Actor.remote()
     where = ray.get(actor.ready.remote())
     process = psutil.Process(where.pid)
     process.suspend()
-    assert unresponsive_reason([actor], 1.0) == HUNG
+    assert unresponsive_reason([actor], 1.0) == NO_ANSWER
     kill(actor, where)
     process.wait(20)
 
 
 def test_other_faults_have_words():
-    assert fault_of(GetTimeoutError("x")) == HUNG
+    assert fault_of(GetTimeoutError("x")) == NO_ANSWER
     assert "unavailable" in fault_of(ActorUnavailableError("the node is unavailable", None))
     assert fault_of(ObjectStoreFullError("full")).startswith("ObjectStoreFullError")
     assert fault_of(ObjectLostError("aa", None, "")).startswith("ObjectLostError")
     assert fault_of(RuntimeError("no")) is None
+    assert len(fault_of(ActorUnavailableError("rpc error " * 100, None))) <= 200
+    assert "\n" not in fault_of(ActorUnavailableError("rpc\nerror", None))
+
+
+def test_the_log_names_a_role_that_does_not_answer(cluster):
+    actor, lines = Actor.remote(), []
+    assert get_answers([actor.sleep.remote(1.2)], "teacher", 4, lines.append) == [1.2]
+    assert lines == ["the teacher has not answered for 1 s (faults.deadline_minutes allows 4 s)"]
+    with pytest.raises(GetTimeoutError, match="the teacher has not answered for 1 s"):
+        get_answers(actor.sleep.remote(2.5), "teacher", 1, lines.append)
+    kill(actor, None)
+
+
+def recovery(learner, updates=0, **sections):
+    """FaultRecovery of one learner, which stands at version ``updates``, without engines or teachers."""
+    groups = ActorGroups.__new__(ActorGroups)
+    groups.settings, groups.log = tiny_settings(faults={"backoff_seconds": 0}, **sections), print
+    groups.teachers, groups.learner, groups._places, groups._joined = [], [learner], {}, False
+    groups.rollouts, groups._engines_in_learner = SimpleNamespace(actors=[]), False
+    groups._placement = SimpleNamespace(wait=lambda log: None)
+    groups._resources = SimpleNamespace(learner=SimpleNamespace(count=1))
+    groups._start_rank = lambda rank: Actor.remote()
+    weights = EngineWeights(groups, False)
+    weights.learner_version = updates
+    groups._places[learner] = ray.get(learner.ready.remote())
+    return FaultRecovery(groups, weights, lambda path: [])
 
 
 @pytest.mark.parametrize(("made", "rolled_back"), [(3, False), (4, True)])
 def test_an_update_whose_answer_was_lost_is_not_made_twice(cluster, tmp_path, made, rolled_back):
     """A learner that answers too late is well, but whether it made the update shows in its version alone."""
-    workers = Workers.__new__(Workers)
-    workers._settings, workers.supervisor = tiny_settings(), Supervisor(FaultSettings(backoff_seconds=0))
-    workers._places, workers._version, workers._pushed, workers._teachers = {}, 3, 3, []
-    workers._learner, workers.rollouts = [LearnerActor.remote(updates=made)], SimpleNamespace(actors=[])
-    workers._pushing = False
-    workers._placement, workers._colocated = SimpleNamespace(wait=lambda log: None), False
-    workers._start_learner, workers._in_learner = lambda _: LearnerActor.remote(), False
-    done = workers.recover(GetTimeoutError("late"), tmp_path, lambda _: None)
+    faults = recovery(Actor.remote(updates=made), 3)
+    done = faults.recover(GetTimeoutError("late"), tmp_path, lambda _: None)
     assert (done.rolled_back, done.restarted) == (rolled_back, ["learner"] * rolled_back)
-    assert workers._version == (0 if rolled_back else 3)
-    kill(workers._learner[0], None)
+    assert faults._weights.learner_version == (0 if rolled_back else 3)
+    kill(faults._groups.learner[0], None)
+
+
+def test_the_log_and_the_record_name_the_role_of_a_dead_actor(cluster, tmp_path):
+    learner, lines = Actor.remote(), []
+    faults = recovery(learner)
+    os.kill(ray.get(learner.ready.remote()).pid, signal.SIGKILL)
+    done = faults.recover(raised(learner.ready.remote()), tmp_path, lines.append)
+    assert lines[0].startswith("fault: learner: its process ended unexpectedly")
+    assert lines[1] == "restarting 1 x learner in 0 s"
+    assert done.cause.startswith("learner: its process ended")
+    kill(faults._groups.learner[0], None)
 
 
 def test_a_learner_that_is_not_where_the_records_are_saves_nothing(tmp_path):
     """A new learner, after a failed recovery, must not take the place of the trained one's checkpoint."""
     actor = object.__new__(learner_class)
-    actor._learner, actor._rank, actor._apart = SimpleNamespace(version=0, tensors=dict), 0, False
+    actor._learner, actor._rank, actor._out_of_step = SimpleNamespace(version=0, tensors=dict), 0, False
     with pytest.raises(files.SaveError, match="at policy version 0, not 41"):
         actor.save(tmp_path, 41, 41, {}, 2)
     assert list(tmp_path.iterdir()) == []
     assert actor.save(tmp_path, 0, 0, {}, 2).name == "step-00000000"
 
 
-def test_an_error_that_would_come_again_is_raised_and_mends_nothing(cluster, tmp_path):
-    actor = LearnerActor.remote()
+def test_an_error_of_code_is_raised_and_restarts_nothing(cluster, tmp_path):
+    actor = Actor.remote()
     error = raised(actor.fail.remote(ValueError("no")))
     with pytest.raises(ValueError, match="no"):
-        Workers.__new__(Workers).recover(error, tmp_path, lambda _: None)
+        recovery(actor).recover(error, tmp_path, lambda _: None)
     kill(actor, None)
 
 
-def test_a_ray_of_our_own_listens_on_loopback_alone(cluster):
+def test_a_private_ray_listens_on_loopback_alone(cluster):
     heard = set()
     for process in psutil.Process().children(recursive=True):
         with contextlib.suppress(psutil.Error):  # gone in the meantime
-            found = process.net_connections("inet")
+            connections = process.net_connections("inet")
             name = process.name()
-            heard |= {(name, c.laddr.ip.removeprefix("::ffff:")) for c in found if c.status == psutil.CONN_LISTEN}
+            heard |= {(name, c.laddr.ip.removeprefix("::ffff:")) for c in connections if c.status == psutil.CONN_LISTEN}
     assert len(heard) > 3
     assert {(name, ip) for name, ip in heard if ip != "127.0.0.1"} == set()
 
 
-def test_a_ray_of_our_own_answers_nobody_without_its_token(cluster):
+def test_a_private_ray_answers_nobody_without_its_token(cluster):
     address = ray.get_runtime_context().gcs_address
     near = "from ray._private import ray_constants as known; known.ENABLE_RAY_CLUSTER = False"  # as we do
     code = f"import ray; {near}; ray.init(address={address!r})"
@@ -177,44 +235,44 @@ def lab(tmp_path, engine="transformers"):
 
 
 @pytest.mark.slow
-def test_a_run_that_cannot_be_mended_ends_with_a_checkpoint_and_the_cause(tmp_path):
+def test_a_run_that_cannot_recover_ends_with_a_checkpoint_and_the_cause(tmp_path):
     """No restart is allowed, and a rollout actor is killed."""
-    own = lab(tmp_path)
-    process = own.start(own.command("r", 500, "faults.restarts=0", "run.checkpoint_every=0"), "r")
-    processes.wait_for(process, lambda: (tmp_path / "r.log").exists() and "step 3/" in own.log_text("r"))
+    run = lab(tmp_path)
+    process = run.start(run.command("r", 500, "faults.restarts=0", "run.checkpoint_every=0"), "r")
+    processes.wait_for(process, lambda: (tmp_path / "r.log").exists() and "step 3/" in run.log_text("r"))
     processes.actors(process.pid, "Rollout")[0].kill()
     assert process.wait(120) == 1
     summary = json.loads((tmp_path / "r" / "summary.json").read_text())
     assert summary["status"] == "failed"
     assert "rollout failed 1 times" in summary["reason"]
     assert "faults.restarts=0" in summary["reason"]
-    assert processes.one_error(own.log_text("r"))
+    assert processes.one_error(run.log_text("r"))
     assert (tmp_path / "r" / "checkpoints" / f"step-{summary['steps']:08d}").is_dir()
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", processes.KINDS)
-def test_a_run_outlives_actors_that_hang(tmp_path, kind):
-    own = lab(tmp_path)
-    tally = processes.killed_actors(own, kind, 2, signal.SIGSTOP, "faults.deadline_minutes=0.5")
+def test_a_run_survives_actors_that_hang(tmp_path, kind):
+    run = lab(tmp_path)
+    tally = processes.killed_actors(run, kind, 2, signal.SIGSTOP, "faults.deadline_minutes=0.5")
     assert (tally.ended_right, tally.wrong) == (2, 0), tally.notes
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["Learner", "Teacher"])
-def test_a_run_outlives_ranks_and_teachers_that_are_killed(tmp_path, kind):
-    """One rank cannot go on without the others, so all of them are replaced; losses stay bit for bit the same."""
-    own = lab(tmp_path)
-    tally = processes.killed_actors(own, kind, 3, signal.SIGKILL, "learner.ranks=2", "teacher.actors=2")
+def test_a_run_survives_ranks_and_teachers_that_are_killed(tmp_path, kind):
+    """All ranks are replaced, as none can continue without the others; losses stay bit for bit the same."""
+    run = lab(tmp_path)
+    tally = processes.killed_actors(run, kind, 3, signal.SIGKILL, "learner.ranks=2", "teacher.actors=2")
     assert (tally.ended_right, tally.wrong) == (3, 0), tally.notes
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["Learner", "Rollout"])
-def test_a_run_outlives_kills_while_weights_are_broadcast(tmp_path, kind):
+def test_a_run_survives_kills_while_weights_are_broadcast(tmp_path, kind):
     """An engine with half of its new weights is replaced as well."""
-    own = lab(tmp_path, "vllm")
-    tally = processes.killed_actors(own, kind, 3, signal.SIGKILL, "sync.method=broadcast", "rollout.actors=2")
+    run = lab(tmp_path, "vllm")
+    tally = processes.killed_actors(run, kind, 3, signal.SIGKILL, "sync.method=broadcast", "rollout.actors=2")
     assert (tally.ended_right, tally.wrong) == (3, 0), tally.notes
 
 
@@ -260,8 +318,8 @@ def test_the_suite_writes_its_summary_and_fails_if_anything_was_wrong(tmp_path, 
 
 def test_a_soak_is_flat_only_if_nothing_grows():
     def look(step, growth):
-        own = {"mib": 100 + growth * step, "files": 10, "pid": 1}
-        return {"step": step, "driver": own, "all": {"processes": 5, "store_mib": 3.0}}
+        driver = {"mib": 100 + growth * step, "files": 10, "pid": 1}
+        return {"step": step, "driver": driver, "all": {"processes": 5, "store_mib": 3.0}}
 
     assert conclude([look(s, 0) for s in range(100)], 100, 0, 1.0)["flat"]
     leaking = conclude([look(s, 1) for s in range(100)], 100, 0, 1.0)
