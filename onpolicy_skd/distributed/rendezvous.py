@@ -15,13 +15,19 @@ class Rendezvous:
     """A TCP store at which the ranks of a learner meet: opened by rank 0, on ``host`` only."""
 
     def __init__(self, host: str) -> None:
-        listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
-        listener.bind((host, 0))
-        listener.listen()
+        listener = listen(host)
         self.address: tuple[str, int] = (host, listener.getsockname()[1])
         self._store = TCPStore(
             *self.address, is_master=True, wait_for_workers=False, master_listen_fd=listener.detach()
         )
+
+
+def listen(host: str) -> socket.socket:
+    """Return a socket that listens on a free port of ``host``."""
+    listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+    listener.bind((host, 0))
+    listener.listen()
+    return listener
 
 
 def init_process_group(address: tuple[str, int], rank: int, count: int, device: str, timeout_s: float) -> Ranks:

@@ -6,7 +6,7 @@
 
 from __future__ import annotations
 
-import socket
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import timedelta
@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
-from onpolicy_skd.distributed.rendezvous import Rendezvous
+from onpolicy_skd.distributed.rendezvous import Rendezvous, listen
 
 Address = tuple[str, int]
 Named = Iterable[tuple[str, Tensor]]
@@ -66,10 +66,9 @@ class Sender:
 
     def __init__(self, host: str, device: str) -> None:
         self._device = device
-        if device == "cuda":  # NCCL's group opens its store itself
-            with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as free:
-                free.bind((host, 0))
-                self.address: Address = (host, free.getsockname()[1])
+        if device == "cuda":
+            self._listener = listen(host)  # until ``join``, so that no other process takes the port
+            self.address: Address = (host, self._listener.getsockname()[1])
         else:
             self._rendezvous = Rendezvous(host)
             self.address = self._rendezvous.address
@@ -78,10 +77,16 @@ class Sender:
     def join(self, count: int, timeout_s: float) -> None:
         """Form the group; return when all ``count`` members have joined."""
         if self._device == "cuda":
-            from vllm.distributed.weight_transfer.nccl_common import stateless_init_process_group
+            from vllm.distributed.device_communicators.pynccl import PyNcclCommunicator
+            from vllm.distributed.utils import StatelessProcessGroup
+            from vllm.utils.nccl import unpinned_nccl_env
 
             torch.cuda.set_stream(torch.cuda.current_stream())  # else vLLM moves this thread to another stream
-            self._group = stateless_init_process_group(*self.address, 0, count, torch.cuda.current_device())
+            store = StatelessProcessGroup.create(
+                *self.address, 0, count, store_timeout=math.ceil(timeout_s), listen_socket=self._listener
+            )
+            with unpinned_nccl_env():  # as vLLM's workers, so that both sides choose the same transport
+                self._group = PyNcclCommunicator(store, device=torch.cuda.current_device())
         else:
             self._group = GlooGroup(self.address, 0, count, timeout_s)
 

@@ -8,9 +8,9 @@ from onpolicy_skd.rollout.transformers_engine import TransformersEngine
 
 
 def build_engine(model: str, settings: Settings, trust_remote_code: bool = False) -> RolloutEngine:
-    """The engine that ``rollout.engine`` asks for, with the weights of ``model``.  Raises ModelError."""
+    """Return the engine that ``rollout.engine`` names, with the weights of ``model``.  Raises ModelError."""
     if settings.rollout.engine == "vllm":
-        from onpolicy_skd.rollout.vllm_engine import VLLMEngine  # vLLM is an optional part and slow to import
+        from onpolicy_skd.rollout.vllm_engine import VLLMEngine  # vLLM is optional and slow to import
 
         return VLLMEngine(model, settings, trust_remote_code)
     return TransformersEngine(model, settings, trust_remote_code)

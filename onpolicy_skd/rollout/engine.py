@@ -11,28 +11,28 @@ from onpolicy_skd.types import RolloutRequest, SamplingParams, Trajectory
 
 
 class RolloutEngine(Protocol):
-    """Generates with the weights of ``version``."""
+    """Generates with the weights of policy ``version``."""
 
     version: int
 
     def generate(self, requests: Sequence[RolloutRequest], sampling: SamplingParams) -> list[Trajectory]:
-        """One trajectory per request, in their order; log-probabilities are the unmodified model's, temperature 1."""
+        """Return one trajectory per request, in their order, with log-probabilities of the model at temperature 1."""
         ...
 
     def stream(self, requests: Sequence[RolloutRequest], sampling: SamplingParams) -> Iterator[Trajectory]:
-        """The same trajectories, each as soon as it has ended."""
+        """Yield the same trajectories, each as soon as it is complete."""
         ...
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
-        """Replaces the weights by those of a transformers checkpoint's names and drops every cache of the old ones."""
+        """Replace the weights, named as in a transformers checkpoint, and drop all caches of the old ones."""
         ...
 
     def sleep(self) -> None:
-        """Gives back what memory it can until the next weights, without which it may not generate any more."""
+        """Free memory until the next ``load_weights``, before which the engine must not generate."""
         ...
 
 
-def sort_by_request(requests: Sequence[RolloutRequest], found: Iterable[Trajectory]) -> list[Trajectory]:
-    """Trajectories of ``requests``, which have a key each, in their order."""
-    by_key = {t.key: t for t in found}
+def sort_by_request(requests: Sequence[RolloutRequest], trajectories: Iterable[Trajectory]) -> list[Trajectory]:
+    """Return ``trajectories`` in the order of ``requests``, by their keys."""
+    by_key = {t.key: t for t in trajectories}
     return [by_key[r.key] for r in requests]

@@ -1,9 +1,10 @@
-"""Everything that knows vLLM's Python API, which moves: one file to change when it does."""
+"""The vLLM engine: with vllm_worker.py all code that depends on vLLM's Python API, which changes often."""
 
 from __future__ import annotations
 
 import importlib
 import importlib.util
+import itertools
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -28,11 +29,11 @@ _ENVIRONMENT = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_NO_USAGE_STATS": "1
 _CPU_ENVIRONMENT = {"TORCH_COMPILE_DISABLE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
 _RECORDING = {"VLLM_USE_V2_MODEL_RUNNER": "0"}  # the runner that EntropyRecorder is made for
 WORKER = "onpolicy_skd.rollout.vllm_worker"
-HARNESS_KV_CACHE_MIB = 2048
+LM_EVAL_KV_CACHE_MIB = 2048
 
 
 def require_vllm() -> None:
-    """Raises ModelError if vLLM is not installed, without importing it."""
+    """Raise ModelError if vLLM is not installed; does not import it."""
     if importlib.util.find_spec("vllm") is None:
         raise ModelError(
             "rollout.engine=vllm: vLLM is not installed; install this package with its extra 'cpu' or 'gpu', "
@@ -44,57 +45,65 @@ class VLLMEngine:
     """vLLM behind the RolloutEngine interface."""
 
     def __init__(self, model: str, settings: Settings, trust_remote_code: bool = False) -> None:
-        device, own = pick_device(settings.run.device), settings.rollout
-        _prepare(device, _RECORDING if own.entropy == "engine" else {})
+        device, cfg = pick_device(settings.run.device), settings.rollout
+        _set_environment(device, _RECORDING if cfg.entropy == "engine" else {})
         from vllm import LLM
 
         path = resolve_path(model)
-        dtype = own.dtype if own.dtype != "auto" else ("bfloat16" if device == "cuda" else "float32")
-        longest = settings.max_model_length
-        on_gpu: dict[str, Any] = dict(gpu_memory_utilization=own.gpu_memory)
-        room = _cpu_room(longest, own.kv_cache_mib) if device == "cpu" else on_gpu
-        if own.tensor_parallel > 1:
-            room |= dict(tensor_parallel_size=own.tensor_parallel, distributed_executor_backend="mp")
+        dtype = cfg.dtype if cfg.dtype != "auto" else ("bfloat16" if device == "cuda" else "float32")
+        max_length = settings.max_model_length
+        engine_kwargs: dict[str, Any] = dict(gpu_memory_utilization=cfg.gpu_memory)
+        if device == "cpu":
+            engine_kwargs = _cpu_engine_kwargs(max_length, cfg.kv_cache_mib)
+        if cfg.tensor_parallel > 1:
+            engine_kwargs |= dict(tensor_parallel_size=cfg.tensor_parallel, distributed_executor_backend="mp")
         backend = {"broadcast": "gloo" if device == "cpu" else "nccl", "ipc": "ipc"}.get(settings.sync.method)
         if backend:
-            room |= dict(weight_transfer_config={"backend": backend}, worker_extension_cls=f"{WORKER}.Extension")
+            engine_kwargs |= dict(
+                weight_transfer_config={"backend": backend}, worker_extension_cls=f"{WORKER}.Extension"
+            )
         self.version = 0
         self._on_cpu = device == "cpu"
-        self._devices = own.tensor_parallel
+        self._timeout_s = settings.faults.timeout_s()  # for the learner to send a tensor
+        self._devices = cfg.tensor_parallel
         self._sleeps, self._asleep = device == "cuda" and settings.cluster.topology == "colocated", False
-        self._ends = _ends(path, trust_remote_code)
+        self._eos_token_ids = _eos_token_ids(path, trust_remote_code)
+        self._request_ids = itertools.count()  # never reused: an abandoned request must not answer for another one
         self._llm = LLM(
             path,
             dtype=dtype,
             load_format="safetensors",  # never a pickle
-            max_model_len=longest,
-            max_num_seqs=own.max_sequences,
-            generation_config="vllm",  # nothing is inherited from the model's own sampling settings
+            max_model_len=max_length,
+            max_num_seqs=cfg.max_sequences,
+            generation_config="vllm",  # no sampling settings of the checkpoint
             seed=0,
             trust_remote_code=trust_remote_code,
             disable_log_stats=True,
-            logits_processors=[f"{WORKER}:EntropyRecorder"] if own.entropy == "engine" else None,
+            logits_processors=[f"{WORKER}:EntropyRecorder"] if cfg.entropy == "engine" else None,
             enable_sleep_mode=self._sleeps,
-            **room,
+            **engine_kwargs,
         )
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
         with self._updated(version):
-            whole = iter(weights) if self._devices == 1 else list(weights)  # which must reach other processes
-            self._llm.collective_rpc("reload_weights", kwargs=dict(weights_iterator=whole))
+            iterator = iter(weights) if self._devices == 1 else list(weights)  # a list can be sent to other processes
+            self._llm.collective_rpc("reload_weights", kwargs=dict(weights_iterator=iterator))
 
     def join(self, address: Address, first: int, count: int) -> None:
-        """Joins the group of ``count`` that the learner broadcasts weights in, its workers as ranks from ``first`` on.
+        """Join the broadcast group of ``count`` processes; this engine's workers are the ranks from ``first`` on.
 
-        An ``ipc`` engine needs no group and only gets ready.
+        With ``sync.method=ipc``, where ``count`` is 0, there is no group: only prepare the engine.
         """
         host, port = address
-        info = dict(master_address=host, master_port=port, rank_offset=first, world_size=count) if count else {}
-        self._llm.shutdown_weight_transfer_engine()  # of a group that is gone
+        info: dict[str, Any] = {}
+        if count:
+            info = dict(master_address=host, master_port=port, rank_offset=first, world_size=count)
+            info |= dict(timeout_s=self._timeout_s) if self._on_cpu else {}
+        self._llm.shutdown_weight_transfer_engine()  # of an earlier group
         self._llm.init_weight_transfer_engine({"init_info": info | {"packed": False}})
 
     def receive(self, weight_spec: WeightSpec, version: int) -> None:
-        """As ``load_weights``, of what the learner sends at this time."""
+        """Load the weights that the learner is sending."""
         with self._updated(version):
             self._llm.start_weight_update()
             self._llm.update_weights({"update_info": weight_spec.update})
@@ -102,6 +111,7 @@ class VLLMEngine:
 
     @contextmanager
     def _updated(self, version: int) -> Iterator[None]:
+        """Wake the engine for a weight update and drop all caches of the old weights after it."""
         if self._asleep:
             self._llm.wake_up(["weights"])
         yield
@@ -109,7 +119,7 @@ class VLLMEngine:
             self._llm.apply_model(_worker().repack_heads)
         if self._asleep:
             self._llm.wake_up(["kv_cache"])
-        self._llm.reset_prefix_cache()  # new weights keep it, and its entries belong to the old ones
+        self._llm.reset_prefix_cache()  # a weight update keeps it, but its entries belong to the old weights
         self.version, self._asleep = version, False
 
     def sleep(self) -> None:
@@ -122,18 +132,25 @@ class VLLMEngine:
 
     def stream(self, requests: Sequence[RolloutRequest], sampling: SamplingParams) -> Iterator[Trajectory]:
         engine: Any = self._llm.llm_engine
-        for number, request in enumerate(requests):
-            prompt: Any = {"prompt_token_ids": request.prompt_ids}
-            engine.add_request(str(number), prompt, self._params(request, sampling))
-        while engine.has_unfinished_requests():
-            for out in engine.step():
-                if out.finished:
-                    request = requests[int(out.request_id)]
-                    entropies = self._entropies(request.key) if sampling.entropy else None
-                    yield self._trajectory(request, out.outputs[0], entropies)
+        pending = {str(next(self._request_ids)): request for request in requests}
+        try:
+            for request_id, request in pending.items():
+                prompt: Any = {"prompt_token_ids": request.prompt_ids}
+                engine.add_request(request_id, prompt, self._params(request, sampling))
+            while pending:
+                for out in engine.step():
+                    if out.finished:
+                        request = pending.pop(out.request_id)
+                        entropies = self._entropies(request.key) if sampling.entropy else None
+                        yield self._trajectory(request, out.outputs[0], entropies)
+        finally:  # the caller may have stopped early
+            if pending:
+                engine.abort_request(list(pending), internal=False)
+                for request in pending.values() if sampling.entropy else ():
+                    self._entropies(request.key)
 
     def _entropies(self, key: str) -> Mapping[int, float] | None:
-        """By position; None if none were recorded."""
+        """Return the recorded entropies of a request by position, and forget them; None if there are none."""
         return self._llm.collective_rpc(_worker().take_entropies, args=(key,))[0]
 
     def _params(self, request: RolloutRequest, sampling: SamplingParams) -> vllm.SamplingParams:
@@ -148,7 +165,7 @@ class VLLMEngine:
             logprobs=0,  # of the sampled token alone
             detokenize=False,
             output_kind=RequestOutputKind.FINAL_ONLY,
-            stop_token_ids=self._ends,
+            stop_token_ids=self._eos_token_ids,
             extra_args={"entropy_of": request.key} if sampling.entropy else None,
         )
 
@@ -171,50 +188,52 @@ def _worker() -> Any:
     return importlib.import_module(WORKER)
 
 
-def _prepare(device: str, more: Mapping[str, str] | None = None) -> None:
-    """What must hold before vLLM is imported.  Raises ModelError if it is not installed."""
+def _set_environment(device: str, more: Mapping[str, str] | None = None) -> None:
+    """Set the environment variables that vLLM reads at import.  Raises ModelError if it is not installed."""
     require_vllm()
     for name, value in (_ENVIRONMENT | (_CPU_ENVIRONMENT if device == "cpu" else {}) | dict(more or {})).items():
         os.environ.setdefault(name, value)
 
 
-def _cpu_room(longest: int, kv_cache_mib: int) -> dict[str, Any]:
-    """Arguments of a CPU engine: a prompt cut in two makes vLLM rewind its request's random generator, which CPU
-    generators cannot do."""
+def _cpu_engine_kwargs(max_length: int, kv_cache_mib: int) -> dict[str, Any]:
+    """Return arguments of a CPU engine.
+
+    No chunked prefill: after a split prompt vLLM rewinds the request's generator, which CPU generators cannot do.
+    """
     return dict(
         kv_cache_memory_bytes=kv_cache_mib << 20,
         enforce_eager=True,
         enable_chunked_prefill=False,
-        max_num_batched_tokens=max(longest, 4096),
+        max_num_batched_tokens=max(max_length, 4096),
     )
 
 
 def harness_model(device: str, max_length: int, **arguments: Any) -> Any:
-    """lm-eval's wrapper of a vLLM engine of its own.  Raises ModelError if vLLM is not installed."""
-    _prepare(device)
+    """Return lm-eval's wrapper around a new vLLM engine.  Raises ModelError if vLLM is not installed."""
+    _set_environment(device)
     known = metadata.version
-    metadata.version = lambda name: _vllm_version() if name == "vllm" else known(name)  # which the wrapper asks for
+    metadata.version = lambda name: _vllm_version() if name == "vllm" else known(name)  # the wrapper asks for it
     try:
         vllm_causallms: Any = importlib.import_module("lm_eval.models.vllm_causallms")
     finally:
         metadata.version = known
-    room = _cpu_room(max_length, HARNESS_KV_CACHE_MIB) if device == "cpu" else {}
-    return vllm_causallms.VLLM(max_model_len=max_length, disable_log_stats=True, **room, **arguments)
+    engine_kwargs = _cpu_engine_kwargs(max_length, LM_EVAL_KV_CACHE_MIB) if device == "cpu" else {}
+    return vllm_causallms.VLLM(max_model_len=max_length, disable_log_stats=True, **engine_kwargs, **arguments)
 
 
 def _vllm_version() -> str:
-    """vLLM's CPU build is distributed under a name of its own, and vLLM knows it by a "cpu" in the version."""
+    """Return vLLM's version; its CPU build is the distribution vllm-cpu, marked by "cpu" in the version."""
     try:
         return metadata.distribution("vllm").version
     except metadata.PackageNotFoundError:
         return metadata.distribution("vllm-cpu").version + "+cpu"
 
 
-def _ends(path: str, trust_remote_code: bool) -> list[int]:
+def _eos_token_ids(path: str, trust_remote_code: bool) -> list[int]:
     from transformers import GenerationConfig
 
     try:
-        own = GenerationConfig.from_pretrained(path)
+        generation_config = GenerationConfig.from_pretrained(path)
     except OSError:  # a checkpoint need not have one
-        own = None
-    return eos_token_ids(own, load_tokenizer(path, trust_remote_code))
+        generation_config = None
+    return eos_token_ids(generation_config, load_tokenizer(path, trust_remote_code))

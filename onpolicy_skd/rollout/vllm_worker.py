@@ -1,10 +1,11 @@
-"""What runs inside vLLM's workers, which are processes of their own with rollout.tensor_parallel above 1.
+"""Code inside vLLM's workers, which are separate processes with rollout.tensor_parallel above 1.
 
-Imports vLLM: named to it as text, or imported once vllm_engine.py has prepared the ground.
+Imports vLLM: vLLM imports this module by its name, or vllm_engine.py does after it has set the environment.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -23,25 +24,24 @@ from onpolicy_skd.distributed.weight_transfer import GlooGroup
 from onpolicy_skd.models.lm_head import entropy_of
 
 ENTROPIES: dict[str, dict[int, float]] = {}  # by request and position
-TIMEOUT_S = 600.0  # seconds for the learner to send one tensor
 
 
 class EntropyRecorder(LogitsProcessor):
-    """Writes the entropy of each row of logits to ENTROPIES, at temperature 1 as they come.
+    """Writes the entropy of each row of logits, at temperature 1, to ENTROPIES.
 
-    Of vLLM's first model runner; its second has another interface (vllm_engine.py asks for the first).
+    For vLLM's first model runner, which vllm_engine.py asks for; the second has another interface.
     """
 
     def __init__(self, vllm_config: Any, device: Any, is_pin_memory: bool) -> None:
-        self._rows: dict[int, tuple[dict[int, float], list[int]]] = {}  # where to write, and the tokens so far
+        self._rows: dict[int, tuple[dict[int, float], list[int]]] = {}  # the dict to write to, and the tokens so far
 
     def is_argmax_invariant(self) -> bool:
-        return False  # else greedy decoding and the step before the temperature would pass it by
+        return False  # else vLLM skips it in greedy decoding and applies the temperature first
 
     def update_state(self, batch_update: Any) -> None:
-        process_dict_updates(self._rows, batch_update, self._of)
+        process_dict_updates(self._rows, batch_update, self._row)
 
-    def _of(self, params: Any, _: Any, output_ids: list[int]) -> tuple[dict[int, float], list[int]] | None:
+    def _row(self, params: Any, _: Any, output_ids: list[int]) -> tuple[dict[int, float], list[int]] | None:
         key = (params.extra_args or {}).get("entropy_of")
         return None if key is None else (ENTROPIES.setdefault(key, {}), output_ids)
 
@@ -49,31 +49,41 @@ class EntropyRecorder(LogitsProcessor):
         if self._rows:
             at = torch.tensor(list(self._rows), device=logits.device)
             entropies = entropy_of(logits, at).tolist()
-            for (found, output_ids), value in zip(self._rows.values(), entropies, strict=True):
-                found[len(output_ids)] = value
+            for (recorded, output_ids), value in zip(self._rows.values(), entropies, strict=True):
+                recorded[len(output_ids)] = value
         return logits
 
 
 def take_entropies(_: Any, key: str) -> dict[int, float] | None:
-    """What was recorded for a request; every worker sees all rows."""
+    """Return and forget the entropies of a request; each worker sees all rows."""
     return ENTROPIES.pop(key, None)
 
 
 def repack_heads(model: Any) -> None:
-    """vLLM's CPU backend computes logits from a packed copy of the LM head; reloading renews it for an untied head
-    only, so with tied embeddings the engine would go on sampling through the old head."""
+    """Renew the packed copy of the LM head from which vLLM's CPU backend computes logits.
+
+    Reloading renews it for an untied head only; with tied embeddings the engine would sample through the old head.
+    """
     for module in model.modules():
         if isinstance(module, ParallelLMHead):
             module.quant_method.process_weights_after_loading(module)
 
 
+@dataclass(kw_only=True)
+class GlooInitInfo(NCCLWeightTransferInitInfo):
+    timeout_s: float  # for the learner to send a tensor
+
+
 class GlooWeightTransferEngine(NCCLWeightTransferEngine):
-    """vLLM's receiver of a broadcast, on CPUs."""
+    """Receiver of a broadcast in vLLM's workers on CPUs."""
+
+    init_info_cls = GlooInitInfo
 
     def init_transfer_engine(self, init_info: NCCLWeightTransferInitInfo) -> None:
+        assert isinstance(init_info, GlooInitInfo)
         address = (str(init_info.master_address), int(init_info.master_port or 0))
         rank = init_info.rank_offset + self.parallel_config.rank
-        self._gloo: GlooGroup | None = GlooGroup(address, rank, init_info.world_size, TIMEOUT_S)
+        self._gloo: GlooGroup | None = GlooGroup(address, rank, init_info.world_size, init_info.timeout_s)
 
     def receive_weights(self, update_info: NCCLWeightTransferUpdateInfo) -> None:
         model: Any = self.model
@@ -90,7 +100,7 @@ class GlooWeightTransferEngine(NCCLWeightTransferEngine):
 
 
 class Extension:
-    """Named to vLLM so that its workers import this module."""
+    """Makes vLLM's workers import this module."""
 
 
 WeightTransferEngineFactory.register_engine("gloo", GlooWeightTransferEngine)

@@ -130,7 +130,7 @@ def test_the_learners_ranks_are_on_one_node_where_one_has_room():
     finally:
         ray.shutdown()
         cluster.shutdown()
-    with pytest.raises(ClusterError, match=r"learner_gpus=0.5.*no two ranks on one GPU"):
+    with pytest.raises(ClusterError, match=r"learner_gpus=0.5.*one rank on a GPU"):
         plan(tiny_settings(learner={"ranks": 2}, cluster={"learner_gpus": 0.5}), 8)
 
 

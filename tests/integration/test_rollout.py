@@ -1,6 +1,10 @@
-"""Both engines on the bundled pair: ids in, ids out, log-probabilities of the model, seeds, and new weights."""
+"""Both engines on the bundled pair: token ids, log-probabilities of the model, seeds, and new weights."""
 
 import dataclasses
+import json
+import shutil
+import socket
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -15,7 +19,7 @@ from onpolicy_skd.data.prompts import load_prompts
 from onpolicy_skd.distributed.weight_transfer import Sender, WeightSpec
 from onpolicy_skd.models.batch import collate
 from onpolicy_skd.models.lm_head import row_statistics
-from onpolicy_skd.models.loading import load_model, load_tokenizer
+from onpolicy_skd.models.loading import load_model, load_tokenizer, resolve_path
 from onpolicy_skd.models.split_model import split
 from onpolicy_skd.rollout.build import build_engine
 from onpolicy_skd.rollout.transformers_engine import TransformersEngine, _project, sample_inverse_cdf
@@ -24,7 +28,7 @@ from onpolicy_skd.types import RolloutRequest, SamplingParams
 
 SAMPLED = SamplingParams(max_tokens=128)
 GREEDY = SamplingParams(max_tokens=128, temperature=0.0)
-STUDENT, TEACHER = "bundled:demo_student", "bundled:demo_teacher"  # the one has a tied head, the other has not
+STUDENT, TEACHER = "bundled:demo_student", "bundled:demo_teacher"  # with a tied and an untied head
 
 
 @pytest.fixture(scope="module")
@@ -41,20 +45,20 @@ def engine(request):
 
 def learner_gap(trajectories, model):
     """Mean |sampler - model| log-probability of the sampled tokens, nats."""
-    whole = split(model, 512)
+    split_model = split(model, 512)
     batch = collate(trajectories, 0)
     with torch.no_grad():
-        logprob = row_statistics(whole.hidden(batch), whole.head_VH, batch.targets).raw_logprob_N
+        logprob = row_statistics(split_model.hidden(batch), split_model.head_VH, batch.targets).raw_logprob_N
     return (torch.as_tensor(np.concatenate([t.sampler_logprobs for t in trajectories])) - logprob).abs().mean().item()
 
 
-def same(one, other):
-    return [(a.response_ids.tolist(), a.finish_reason) for a in one] == [
-        (b.response_ids.tolist(), b.finish_reason) for b in other
+def same(first, second):
+    return [(a.response_ids.tolist(), a.finish_reason) for a in first] == [
+        (b.response_ids.tolist(), b.finish_reason) for b in second
     ]
 
 
-def test_log_probabilities_are_the_models_own_at_any_sampling_temperature(engine, requests):
+def test_log_probabilities_are_the_models_at_any_sampling_temperature(engine, requests):
     model = load_model(STUDENT, torch.float32, "cpu")
     for sampling in (SAMPLED, GREEDY, SamplingParams(128, 0.7, 0.9)):
         assert learner_gap(engine.generate(requests, sampling), model) < GAP
@@ -63,48 +67,142 @@ def test_log_probabilities_are_the_models_own_at_any_sampling_temperature(engine
 def test_an_engine_may_share_the_weights_that_are_trained(requests):
     settings = tiny_settings(rollout={"engine": "transformers"})
     model = load_model(STUDENT, torch.float32, "cpu").train()
-    shared, own = (TransformersEngine(STUDENT, settings, shared=s) for s in (split(model, 512), None))
-    assert same(shared.generate(requests, SAMPLED), own.generate(requests, SAMPLED))
+    shared, separate = (TransformersEngine(STUDENT, settings, shared=s) for s in (split(model, 512), None))
+    assert same(shared.generate(requests, SAMPLED), separate.generate(requests, SAMPLED))
     assert model.training
-    model(torch.arange(8)[None], labels=torch.arange(8)[None]).loss.backward()  # nothing it cached is in the way
+    model(torch.arange(8)[None], labels=torch.arange(8)[None]).loss.backward()  # despite what generation cached
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.sub_(parameter.grad)
     shared.load_weights((), 7)
     changed = shared.generate(requests, SAMPLED)
-    assert not same(changed, own.generate(requests, SAMPLED))
+    assert not same(changed, separate.generate(requests, SAMPLED))
     assert {t.policy_version for t in changed} == {7}
 
 
 @pytest.mark.parametrize("sampling", [SAMPLED, GREEDY, SamplingParams(128, 0.7, 0.9)])
 def test_entropies_are_recorded_at_temperature_1_and_change_nothing(engine, requests, sampling):
-    whole = split(load_model(STUDENT, torch.float32, "cpu"), 512)
-    found = engine.generate(requests, dataclasses.replace(sampling, entropy=True))
-    assert same(found, engine.generate(requests, sampling))
-    for t in found:
+    model = split(load_model(STUDENT, torch.float32, "cpu"), 512)
+    trajectories = engine.generate(requests, dataclasses.replace(sampling, entropy=True))
+    assert same(trajectories, engine.generate(requests, sampling))
+    for t in trajectories:
         batch = collate([t], 0)
         with torch.no_grad():
-            expected = row_statistics(whole.hidden(batch), whole.head_VH, batch.targets).entropy_N
+            expected = row_statistics(model.hidden(batch), model.head_VH, batch.targets).entropy_N
         assert t.sampler_entropy.dtype == np.float32
         assert np.abs(t.sampler_entropy - expected.numpy()).max() < 10 * GAP
     assert all(t.sampler_entropy is None for t in engine.generate(requests[:2], sampling))
 
 
 def test_a_request_gives_the_same_response_in_any_batch(engine, requests):
-    whole = engine.generate(requests, SAMPLED)
-    assert same(engine.generate(requests[5:9], SAMPLED), whole[5:9])
-    assert same(engine.generate(requests[::-1], SAMPLED), whole[::-1])
+    trajectories = engine.generate(requests, SAMPLED)
+    assert same(engine.generate(requests[5:9], SAMPLED), trajectories[5:9])
+    assert same(engine.generate(requests[::-1], SAMPLED), trajectories[::-1])
     other = [dataclasses.replace(r, seed=r.seed + 1000) for r in requests]
-    assert not same(engine.generate(other, SAMPLED), whole)
+    assert not same(engine.generate(other, SAMPLED), trajectories)
 
 
-def test_responses_come_as_they_end(engine, requests):
+def test_stream_yields_responses_as_they_complete(engine, requests):
     streamed = list(engine.stream(requests, SAMPLED))
     lengths = [len(t.response_ids) for t in streamed]
     assert lengths != sorted(lengths, reverse=True)
     assert np.mean(lengths[:6]) < np.mean(lengths[-6:])  # short ones first
     by_key = {t.key: t for t in streamed}
     assert same([by_key[r.key] for r in requests], engine.generate(requests, SAMPLED))
+
+
+HOSTILE = [
+    {"do_sample": True, "repetition_penalty": 1.1, "temperature": 0.7, "top_p": 0.8, "top_k": 20},
+    {"repetition_penalty": 1.3}, {"no_repeat_ngram_size": 3}, {"suppress_tokens": [5, 40]},
+    {"begin_suppress_tokens": [5, 40]}, {"bad_words_ids": [[40]]}, {"num_beams": 3}, {"stop_strings": ["1"]},
+    {"forced_eos_token_id": 5, "max_length": 9}, {"forced_bos_token_id": 5}, {"min_new_tokens": 100},
+    {"guidance_scale": 1.5}, {"watermarking_config": {"bias": 5.0}}, {"cache_implementation": "static"},
+    {"typical_p": 0.5, "do_sample": True}, {"min_p": 0.3}, {"epsilon_cutoff": 0.1}, {"eta_cutoff": 0.1},
+    {"penalty_alpha": 0.6, "top_k": 4}, {"encoder_repetition_penalty": 1.5}, {"sequence_bias": [[[40], -9.0]]},
+    {"exponential_decay_length_penalty": [3, 1.5]}, {"renormalize_logits": True}, {"num_return_sequences": 2},
+    {"prompt_lookup_num_tokens": 3}, {"max_time": 0.001}, {"return_dict_in_generate": False}, {"use_cache": False},
+]  # fmt: skip
+
+
+def checkpoint_with(folder, generation_settings):
+    """The bundled student with ``generation_settings`` and a second end token in its generation_config.json."""
+    shutil.copytree(resolve_path(STUDENT), folder)
+    (folder / "generation_config.json").write_text(json.dumps(generation_settings | {"eos_token_id": [1, 77]}))
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def plain_responses(requests, tmp_path_factory):
+    """Responses, sampled and greedy, of a checkpoint whose generation settings are its end tokens alone."""
+    engine = build_engine(checkpoint_with(tmp_path_factory.mktemp("plain") / "model", {}), SETTINGS["transformers"])
+    return [engine.generate(requests[:8], sampling) for sampling in (SAMPLED, GREEDY)]
+
+
+SETTINGS = {name: tiny_settings(rollout={"engine": name}) for name in ("transformers", "vllm")}
+
+
+@pytest.mark.parametrize("hostile", HOSTILE, ids="+".join)
+def test_only_end_tokens_of_a_checkpoints_generation_settings_count(hostile, requests, plain_responses, tmp_path):
+    model = checkpoint_with(tmp_path / "model", hostile)
+    engine = build_engine(model, SETTINGS["transformers"])
+    before = engine._model.generation_config
+    for sampling, expected in zip((SAMPLED, GREEDY), plain_responses, strict=True):
+        responses = engine.generate(requests[:8], sampling)
+        assert same(responses, expected)
+        assert learner_gap(responses, engine._model) < GAP
+    assert engine._model.generation_config is before  # a shared model's is saved with its checkpoint
+
+
+def test_vllm_takes_only_the_end_tokens_of_a_checkpoints_generation_settings(requests, plain_responses, tmp_path):
+    everything = HOSTILE[0] | {"no_repeat_ngram_size": 3, "suppress_tokens": [5, 40], "max_new_tokens": 2, "min_p": 0.3}
+    engine = build_engine(checkpoint_with(tmp_path / "model", everything), SETTINGS["vllm"])
+    assert same(engine.generate(requests[:8], GREEDY), plain_responses[1])
+    sampled = engine.generate(requests, SAMPLED)
+    assert learner_gap(sampled, load_model(STUDENT, torch.float32, "cpu")) < GAP
+    assert max(len(t.response_ids) for t in sampled) > 2
+
+
+def test_a_stream_left_midway_leaves_nothing_behind(engine, requests):
+    expected = engine.generate(requests, SAMPLED)
+    sampling = dataclasses.replace(SAMPLED, entropy=True)
+    stream = engine.stream(requests, sampling)
+    next(stream)
+    stream.close()
+    later = [dataclasses.replace(r, key=f"later/{r.key}") for r in requests[4:8]]
+    assert same(engine.generate(later, sampling), expected[4:8])
+    if isinstance(engine, VLLMEngine):
+        assert not engine._llm.llm_engine.has_unfinished_requests()
+        assert entropies_left() == {}
+
+
+def entropies_left():
+    """Entropies that vLLM's worker, in this process, has recorded and nobody has taken."""
+    from onpolicy_skd.rollout import vllm_worker
+
+    return vllm_worker.ENTROPIES
+
+
+def test_the_timeout_of_a_broadcast_follows_the_settings():
+    """A learner that sends nothing: the engine gives up after faults.deadline_minutes, not after ten minutes."""
+    settings = tiny_settings(
+        rollout={"engine": "vllm"}, sync={"method": "broadcast"}, faults={"deadline_minutes": 0.05}
+    )
+    engine, sender = build_engine(STUDENT, settings), Sender("127.0.0.1", "cpu")
+    with ThreadPoolExecutor() as others:
+        joined = others.submit(sender.join, 2, 60)
+        engine.join(sender.address, 1, 2)
+        joined.result()
+    start = time.monotonic()
+    with pytest.raises(RuntimeError, match=r"(?i)timed? ?out"):
+        engine.receive(WeightSpec.of([("model.norm.weight", torch.float32, (96,))]), 1)
+    assert time.monotonic() - start < 60
+
+
+def test_a_sender_on_gpus_holds_its_port_from_the_start():
+    sender = Sender("127.0.0.1", "cuda")  # which needs no GPU yet
+    with socket.socket() as other, pytest.raises(OSError, match="in use"):
+        other.bind(sender.address)
+    socket.create_connection(sender.address, timeout=5).close()
 
 
 def test_ids_end_to_end(engine, requests):
@@ -114,7 +212,7 @@ def test_ids_end_to_end(engine, requests):
         assert t.prompt_ids.tolist() == asked.prompt_ids
         assert len(t.sampler_logprobs) == len(t.response_ids)
         assert t.finish_reason == "stop"
-        assert t.response_ids[-1] == tokenizer.eos_token_id  # the end belongs to the response, once
+        assert t.response_ids[-1] == tokenizer.eos_token_id  # the end token belongs to the response, once
         assert (t.response_ids[:-1] != tokenizer.eos_token_id).all()
 
 
@@ -151,8 +249,8 @@ def test_new_weights_are_sampled_from_at_once(name, start, requests):
     assert {t.policy_version for t in trajectories} == {7}
 
 
-def test_a_colocated_engine_gives_its_memory_back_and_wakes_in_two_parts():
-    """Weights first, for the new ones; the cache, which needs the room they are sent in, last."""
+def test_a_colocated_engine_frees_its_memory_and_wakes_in_two_steps():
+    """The weights wake first; the cache, which needs the memory that the transfer uses, wakes last."""
     log = []
 
     class LLM:
@@ -177,22 +275,22 @@ def test_a_colocated_engine_gives_its_memory_back_and_wakes_in_two_parts():
 
 @pytest.mark.slow
 def test_an_engine_on_two_devices_is_the_model_before_and_after_new_weights(tmp_path, requests):
-    """Tensor parallel, in worker processes; weights through the object store's way and by broadcast."""
+    """Tensor parallel, in worker processes; weights as objects and by broadcast."""
     model = tiny_model("qwen3", True, vocabulary=512, hidden=64)
     model.save_pretrained(tmp_path)
     load_tokenizer(STUDENT).save_pretrained(tmp_path)
-    own = {"tensor_parallel": 2, "entropy": "engine", "max_tokens": 24}
-    engine = build_engine(str(tmp_path), tiny_settings(rollout=own, sync={"method": "broadcast"}))
+    cfg = {"tensor_parallel": 2, "entropy": "engine", "max_tokens": 24}
+    engine = build_engine(str(tmp_path), tiny_settings(rollout=cfg, sync={"method": "broadcast"}))
     sampling = SamplingParams(max_tokens=24, entropy=True)
     sender = Sender("127.0.0.1", "cpu")
     for version in range(3):
-        found = engine.generate(requests, sampling)
-        assert learner_gap(found, model) < GAP
-        assert {t.policy_version for t in found} == {version}
-        whole, batch = split(model, 512), collate(found, 0)
+        trajectories = engine.generate(requests, sampling)
+        assert learner_gap(trajectories, model) < GAP
+        assert {t.policy_version for t in trajectories} == {version}
+        split_model, batch = split(model, 512), collate(trajectories, 0)
         with torch.no_grad():
-            expected = row_statistics(whole.hidden(batch), whole.head_VH, batch.targets).entropy_N
-        assert np.abs(np.concatenate([t.sampler_entropy for t in found]) - expected.numpy()).max() < 10 * GAP
+            expected = row_statistics(split_model.hidden(batch), split_model.head_VH, batch.targets).entropy_N
+        assert np.abs(np.concatenate([t.sampler_entropy for t in trajectories]) - expected.numpy()).max() < 10 * GAP
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.add_(0.05 * torch.randn_like(parameter))
@@ -233,19 +331,19 @@ def test_sampling_follows_the_distribution():
 
 @given_settings(deadline=None, max_examples=60)
 @given(st.integers(0, 10_000), st.sampled_from([1, 3, 97, 511, 512, 513, 1025, 5_000]), st.floats(0, 0.95))
-def test_the_inverse_cdf_is_that_of_the_whole_sum(seed, classes, empty):
-    draw = torch.Generator().manual_seed(seed)
-    weight = torch.rand(6, classes, generator=draw) ** 4
-    weight[torch.rand(6, classes, generator=draw) < empty] = 0.0
+def test_the_inverse_cdf_equals_that_of_the_full_sum(seed, classes, empty):
+    rng = torch.Generator().manual_seed(seed)
+    weight = torch.rand(6, classes, generator=rng) ** 4
+    weight[torch.rand(6, classes, generator=rng) < empty] = 0.0
     weight[:, classes // 2] += 0.1
-    uniform = torch.rand(6, generator=draw, dtype=torch.float64)
+    uniform = torch.rand(6, generator=rng, dtype=torch.float64)
     uniform[0], uniform[1] = 0.0, np.nextafter(1.0, 0.0)
     running = weight.double().cumsum(-1)
     expected = torch.searchsorted(running, (uniform * running[:, -1])[:, None], right=True)[:, 0]
-    found = sample_inverse_cdf(weight, uniform)
-    assert (weight.gather(1, found[:, None]) > 0).all()  # never a class without weight
-    assert torch.equal(found[:1], expected[:1])
-    assert torch.equal(found[2:], expected[2:])
+    sampled = sample_inverse_cdf(weight, uniform)
+    assert (weight.gather(1, sampled[:, None]) > 0).all()  # never a class without weight
+    assert torch.equal(sampled[:1], expected[:1])
+    assert torch.equal(sampled[2:], expected[2:])
 
 
 @pytest.mark.parametrize("rows", [1, 4, 5, 8, 15, 16])
