@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from actors.groups import ActorGroups
+from actors.weight_proof import prove_update
 from actors.weight_sync import build_sync
 
 UNKNOWN = -1  # version of an engine that just started or slept: it must get weights before it generates
@@ -11,13 +12,15 @@ UNKNOWN = -1  # version of an engine that just started or slept: it must get wei
 class EngineWeights:
     """Sends the learner's weights to the engines when theirs are old; lets colocated engines sleep in between."""
 
-    def __init__(self, groups: ActorGroups, colocated: bool) -> None:
+    def __init__(self, groups: ActorGroups, colocated: bool, vocabulary: int) -> None:
         self._groups = groups
+        self._vocabulary = vocabulary
         self._colocated = colocated
         self._awake = True
         self.learner_version = 0  # optimizer steps whose result came back
         self._engine_version = 0  # engines start from the same checkpoint as the learner
         self._sending = False
+        self._proved = False  # that an update reaches every parameter
 
     def connect(self) -> None:
         """Build the connection from learner to engines; again after any actor was replaced."""
@@ -25,9 +28,15 @@ class EngineWeights:
         self._awake = True
 
     def push(self) -> None:
-        """Send the learner's weights to every rollout engine, unless the engines hold them."""
-        if self._engine_version != self.learner_version and self._groups.engines:
+        """Send the learner's weights to every rollout engine, unless the engines hold them.
+
+        The first call proves that engines take every parameter.  Raises ModelError if they do not.
+        """
+        if self._groups.engines and not (self._proved and self._engine_version == self.learner_version):
             self._sending = True
+            if not self._proved:
+                prove_update(self._groups, self._sync, self.learner_version, self._vocabulary)
+                self._proved = True
             self._sync.push(self.learner_version, self._groups.timeout_s())
             self._sending = False
             self._engine_version, self._awake = self.learner_version, True

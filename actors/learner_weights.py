@@ -1,17 +1,25 @@
-"""The learner's side of weight transfer to the rollout engines."""
+"""The learner's side of weight transfer to the rollout engines, and of its proof."""
 
 from __future__ import annotations
 
+import re
 from collections import deque
+from collections.abc import Iterator, Sequence
 
 import ray
 import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from actors.serialization import Packed, pack_named
 from onpolicy_skd.config.schema import Settings
 from onpolicy_skd.distributed.weight_transfer import Address, Sender, WeightSpec, exported
 from onpolicy_skd.learner.learner import Learner
 from onpolicy_skd.models.loading import pick_device, pick_dtype
+from onpolicy_skd.types import Trajectory, seed_of
+
+NOISE = 0.3  # of a parameter's root mean square
+LEAST_SCALE = 0.02  # in its place for parameters that are all zero
 
 
 class SendsWeights:
@@ -20,6 +28,8 @@ class SendsWeights:
     _settings: Settings
     _learner: Learner
     _sender: Sender | None = None  # rank 0's, with sync.method=broadcast
+    _copies: Sequence[Tensor] = ()  # of the weights, with sync.method=ipc
+    _unperturbed: Sequence[tuple[Tensor, Tensor]] = ()  # parameter and copy, see ``perturb``
 
     def weights(self) -> dict[str, Packed]:
         """Return all weights as arrays."""
@@ -62,3 +72,48 @@ class SendsWeights:
         self._copies = []
         torch.cuda.ipc_collect()
         torch.cuda.empty_cache()
+
+    # -- proof of a weight update (weight_proof.py) ----------------------------------------------------------------
+
+    def in_float32(self) -> bool:
+        """Return True if learner and engines compute in float32."""
+        device, learner = pick_device(self._settings.run.device), self._settings.learner
+        return self._engine_dtype == pick_dtype(learner.compute_dtype, device) == torch.float32
+
+    def parameter_kinds(self) -> list[str]:
+        """Return the names of the trained parameters, with ``*`` for layer numbers."""
+        return sorted({_kind(name) for name, _ in self._trained()})
+
+    @torch.no_grad()
+    def perturb(self, kinds: Sequence[str] | None) -> None:
+        """Add noise to all trained parameters, or to those of ``kinds``, until ``undo_perturb``."""
+        self._learner.state.reshard()
+        copies = []
+        for name, parameter in self._trained():
+            if kinds is None or _kind(name) in kinds:
+                copies.append((parameter, parameter.to("cpu", copy=True)))
+                self._unperturbed = copies
+                scale = NOISE * (parameter.square().mean().sqrt().item() or LEAST_SCALE) if parameter.numel() else 0.0
+                rng = torch.Generator(parameter.device).manual_seed(seed_of("noise", name))
+                parameter.add_(scale * torch.randn(parameter.shape, generator=rng, device=parameter.device))
+
+    @torch.no_grad()
+    def undo_perturb(self) -> None:
+        self._learner.state.reshard()
+        for parameter, copy in self._unperturbed:
+            parameter.copy_(copy)
+        self._unperturbed = ()
+
+    def sampler_gaps(self, trajectories: Sequence[Trajectory]) -> list[float]:
+        """Return the mean difference between sampler's and student's log-probabilities of each trajectory, nats."""
+        return self._learner.scorer.sampler_gaps(trajectories)
+
+    def _trained(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield names and (this rank's shards of) parameters."""
+        for name, parameter in self._learner.student.model.named_parameters():
+            if parameter.requires_grad:
+                yield name, parameter.data.to_local() if isinstance(parameter.data, DTensor) else parameter.data
+
+
+def _kind(name: str) -> str:
+    return re.sub(r"(?<=\.)\d+(?=\.)", "*", name)

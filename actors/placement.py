@@ -10,11 +10,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import ray
+import torch
 from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from onpolicy_skd.config.errors import ConfigError
 from onpolicy_skd.config.schema import Settings
+from onpolicy_skd.models.loading import pick_device
 
 CPUS_PER_ROLE = 0.25  # roles alternate on the processors; a small share lets all of them fit on two cores
 TIMEOUT_S = 60  # seconds between two messages
@@ -38,7 +40,8 @@ class Role:
         """Return arguments of ``ActorClass.options`` for an actor anywhere in the cluster."""
         environment = {"TOKENIZERS_PARALLELISM": "false"} | {n: os.environ[n] for n in FORWARDED if n in os.environ}
         if not self.gpus:
-            environment["OMP_NUM_THREADS"] = "1"  # roles share the cores; the learner raises its own share
+            environment["OMP_NUM_THREADS"] = "1"  # until the actor calls ``use_cores``
+            environment["OMP_WAIT_POLICY"] = "PASSIVE"  # threads that spin while idle would slow the other roles
         if PRIVATE in ray.cluster_resources():
             environment |= LOOPBACK
         return {
@@ -90,6 +93,23 @@ class Resources:
 
 def _bundle(cpus: float, gpus: float) -> Bundle:
     return {"CPU": cpus, "GPU": gpus} if gpus else {"CPU": cpus}
+
+
+def use_cores(threads: int | None, actors: int, settings: Settings) -> None:
+    """Let the calling actor, one of ``actors`` of its role, compute with ``threads``, or with its share of the cores.
+
+    Only on CPU.  The share is 1 with pipeline.streaming or max_staleness, where the roles work at the same time.
+    """
+    if pick_device(settings.run.device) != "cpu":
+        return
+    if threads is None:
+        nodes = {node["NodeID"]: node["Resources"] for node in ray.nodes() if node["Alive"]}
+        overlap = settings.pipeline.streaming or settings.pipeline.max_staleness > 0
+        here = nodes[ray.get_runtime_context().get_node_id()]
+        cores = min(len(os.sched_getaffinity(0)), int(here.get("CPU", 1)))
+        threads = 1 if overlap else max(1, cores // math.ceil(actors / len(nodes)))
+    os.environ["OMP_NUM_THREADS"] = str(threads)  # for processes that vLLM starts
+    torch.set_num_threads(threads)
 
 
 class Placement:

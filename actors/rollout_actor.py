@@ -9,6 +9,7 @@ import ray
 
 from actors.cluster import DeferredInitError
 from actors.faults import Log, Place, get_answers, place, reports_faults
+from actors.placement import use_cores
 from actors.serialization import Packed, unpack_named
 from onpolicy_skd.config.schema import Settings, StudentSettings, TeacherSettings
 from onpolicy_skd.distributed.weight_transfer import Address, WeightSpec
@@ -29,6 +30,7 @@ class RolloutActor:
     def __init__(self, model_cfg: ModelSettings, settings: Settings) -> None:
         self._init_error = DeferredInitError()
         with self._init_error.keep():
+            use_cores(settings.rollout.threads, settings.rollout.actors, settings)
             self._engine: Any = build_engine(model_cfg.model, settings, model_cfg.trust_remote_code)
             self._tokenizer = load_tokenizer(model_cfg.model, model_cfg.trust_remote_code)
         self._spans = Spans()

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from actors.cluster import DeferredInitError
 from actors.faults import Place, place, reports_faults
+from actors.placement import use_cores
 from actors.serialization import Packed, pack, unpack
 from onpolicy_skd.config.schema import ClassSettings, Settings
 from onpolicy_skd.loss.sparse_targets import SparseTargets
@@ -61,6 +62,7 @@ class TeacherActor:
         self._number, self._count = number, count
         self._init_error = DeferredInitError()
         with self._init_error.keep():
+            use_cores(settings.teacher.threads, count, settings)
             self._teacher = build_teacher(settings, vocabulary, pad_id)
         self._spans = Spans()
 

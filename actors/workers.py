@@ -46,7 +46,7 @@ class Workers:
         self._settings = settings
         self._vocabulary = vocabulary
         self._groups = groups = ActorGroups(settings, resources, vocabulary, pad_id, steps, log)
-        self._weights = EngineWeights(groups, resources.colocated)
+        self._weights = EngineWeights(groups, resources.colocated, vocabulary)
         self._recovery = FaultRecovery(groups, self._weights, self.restore)
         if 0 < resources.rollout.gpus < 1:
             # vLLM measures its GPU while it starts: alone, so that it does not count the memory of other actors.

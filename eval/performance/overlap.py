@@ -74,7 +74,7 @@ def _settings(settings: Settings, pipeline: dict[str, Any]) -> Settings:
     return settings.model_copy(
         update={
             "run": changed("run", steps=WARM + TIMED + 1),  # the last timed step also starts the next rollouts
-            "rollout": changed("rollout", placement="actor"),
+            "rollout": changed("rollout", placement="actor", threads=1),
             "pipeline": changed("pipeline", **pipeline),
             "learner": changed("learner", threads=1),
         }

@@ -264,6 +264,10 @@ class TeacherSettings(Section):
     trust_remote_code: bool = setting(
         False, "run code that the model brings; only if you trust it", affects_result=False
     )
+    threads: Positive | None = setting(
+        None, "CPU threads of each actor; empty: all cores of its node, or 1 where roles work at the same time",
+        {"teacher.placement": "actor"}, affects_result=False,
+    )  # fmt: skip
 
 
 class RolloutSettings(Section):
@@ -294,6 +298,10 @@ class RolloutSettings(Section):
     gpu_memory: Share = setting(
         0.85, "fraction of the GPU memory that a vLLM engine takes; with cluster.topology=colocated 0.3",
         affects_result=False,
+    )  # fmt: skip
+    threads: Positive | None = setting(
+        None, "CPU threads of each actor; empty: all cores of its node, or 1 where roles work at the same time",
+        {"rollout.placement": "actor"}, affects_result=False,
     )  # fmt: skip
     kv_cache_mib: Positive = setting(256, "KV cache of a vLLM engine on CPU, MiB", affects_result=False)
 

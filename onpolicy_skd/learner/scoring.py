@@ -80,6 +80,15 @@ class Scorer:
             return [float(np.mean(e)) for e in recorded]  # type: ignore[arg-type]
         return self._forward.each(trajectories, version, SAMPLE_SCORES[metric])
 
+    def sampler_gaps(self, trajectories: Sequence[Trajectory]) -> list[float]:
+        """Return the mean |sampler - student| log-probability of each trajectory, nats."""
+
+        def gaps(micro: MicroBatch) -> list[Tensor]:
+            sampled_N = torch.from_numpy(np.concatenate([t.sampler_logprobs for t in micro.members]))
+            return micro.means((sampled_N.to(micro.hidden_NH.device) - micro.statistics.raw_logprob_N).abs())
+
+        return self._forward.each(trajectories, self._state.version, gaps)
+
     def divergence(self, trajectories: Sequence[Trajectory], rows: Mapping[str, Tensor] | None = None) -> float:
         """Return the mean divergence per eligible position, nats; nothing is selected or trained.
 

@@ -40,6 +40,10 @@ class LearnerState:
     version: int = 0  # optimizer steps done
     probe: Probe | None = None  # of the bandit
 
+    def reshard(self) -> None:
+        """Drop gathered parameters: the shards are about to be read or written."""
+        self.ranks.reshard(self.student)
+
     def tensors(self) -> dict[str, Tensor]:
         """Return all tensors of a checkpoint by name: masters, optimizer moments, selector, objective and probe.
 

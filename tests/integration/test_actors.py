@@ -182,7 +182,8 @@ def test_colocated_engines_sleep_whenever_the_learner_works(local_ray):
     groups.settings, groups.log, groups._engines_in_learner = tiny_settings(sync={"method": "ipc"}), print, False
     groups.learner, groups.rollouts = [Calls(log, "learner")], SimpleNamespace(actors=[Calls(log, "engine")])
     workers = Workers.__new__(Workers)
-    workers._groups, workers._weights = groups, EngineWeights(groups, colocated=True)
+    workers._groups, workers._weights = groups, EngineWeights(groups, colocated=True, vocabulary=512)
+    workers._weights._proved = True
     workers._weights.connect()
     ways = ["learner.export_weights", "engine.receive", "learner.drop_export"]
     workers.engines()

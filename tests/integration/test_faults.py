@@ -161,7 +161,7 @@ def recovery(learner, updates=0, **sections):
     groups._placement = SimpleNamespace(wait=lambda log: None)
     groups._resources = SimpleNamespace(learner=SimpleNamespace(count=1))
     groups._start_rank = lambda rank: Actor.remote()
-    weights = EngineWeights(groups, False)
+    weights = EngineWeights(groups, False, 512)
     weights.learner_version = updates
     groups._places[learner] = ray.get(learner.ready.remote())
     return FaultRecovery(groups, weights, lambda path: [])

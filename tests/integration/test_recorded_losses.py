@@ -27,8 +27,8 @@ STEPS = 5
 METRICS = {"loss": "loss", "divergence": "divergence_selected"}  # name here: name in metrics.jsonl
 SETTINGS = [
     "run.device=cpu", f"run.steps={STEPS}", "run.evaluate_every=0", "run.checkpoint_every=0", "run.tensorboard=false",
-    "data.train_problems=200", "learner.batch_size=8", "learner.threads=1", "rollout.engine=transformers",
-    "eval.problems=1", "eval.before=false", "eval.teacher=false",
+    "data.train_problems=200", "learner.batch_size=8", "learner.threads=1", "teacher.threads=1", "rollout.threads=1",
+    "rollout.engine=transformers", "eval.problems=1", "eval.before=false", "eval.teacher=false",
 ]  # fmt: skip
 OFF_POLICY = ["mode=off_policy", "samples.keep=0.2", "samples.when=prefilter", "samples.prefilter_text=prompt+answer",
               "classes.sampler=rs_kd", "classes.draws=64", "rollout.placement=learner"]  # fmt: skip
