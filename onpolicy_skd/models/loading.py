@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import functools
 import logging
+import socket
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
+from urllib.request import getproxies
 
 import torch
 
@@ -34,7 +37,42 @@ def resolve_path(model: str) -> str:
     looks_local = path.is_absolute() or model.startswith(".") or model.count("/") > 1
     if not path.exists() and looks_local:
         raise ModelError(f"model {model!r}: no such folder; give a transformers checkpoint or a hub name OWNER/NAME")
+    if not path.exists() and not _in_cache(model) and not _hub_answers():
+        raise ModelError(
+            f"model {model!r}: no such folder, not in the Hugging Face cache, and the hub does not answer; give a "
+            "folder with a transformers checkpoint, or connect to the network"
+        )
     return model
+
+
+def check_weights(model: str) -> None:
+    """Raise ModelError if ``model`` is a folder without safetensors weights: pickled weights are never loaded."""
+    folder = Path(resolve_path(model))
+    if folder.is_dir() and not any(folder.glob("*.safetensors")):
+        pickled = sorted(file.name for kind in ("*.bin", "*.pt", "*.pth") for file in folder.glob(kind))
+        held = f"only pickled weights ({pickled[0]}), which may run code" if pickled else "no weights"
+        raise ModelError(f"model {model!r}: the folder has {held}; accepted: *.safetensors, as save_pretrained writes")
+
+
+def _in_cache(model: str) -> bool:
+    from huggingface_hub import try_to_load_from_cache
+
+    return isinstance(try_to_load_from_cache(model, "config.json"), str)
+
+
+@functools.cache
+def _hub_answers() -> bool:
+    """Return False if the hub cannot be reached: without this check huggingface_hub retries for half a minute."""
+    from huggingface_hub import constants
+
+    if constants.HF_HUB_OFFLINE or getproxies():  # offline fails at once; only a proxy knows what it reaches
+        return True
+    hub = urlsplit(constants.ENDPOINT)
+    try:
+        socket.create_connection((hub.hostname, hub.port or 443), timeout=5).close()
+    except OSError:
+        return False
+    return True
 
 
 def load_tokenizer(model: str, trust_remote_code: bool = False) -> Any:
@@ -58,6 +96,7 @@ def load_config(model: str, trust_remote_code: bool = False) -> Any:
     """Load the configuration of ``model`` without its weights.  Raises ModelError."""
     from transformers import AutoConfig
 
+    check_weights(model)
     return _from_pretrained(AutoConfig, model, trust_remote_code=trust_remote_code)
 
 
