@@ -31,7 +31,7 @@ from onpolicy_skd.models import loading as models
 from onpolicy_skd.report import summary
 from onpolicy_skd.report.metrics_log import Event, MetricsLog, read
 from onpolicy_skd.report.progress import ProgressReporter
-from onpolicy_skd.rollout.transformers_engine import TransformersEngine
+from onpolicy_skd.rollout.transformers_engine import TransformersEngine, end_tokens_only
 from onpolicy_skd.run.exits import EXIT_OK, EXIT_STOPPED, run_cli
 from onpolicy_skd.run.prepare import Run, open_folder, prepare
 from onpolicy_skd.run.stop import Stopped, StopSignal
@@ -206,8 +206,8 @@ def _train(run: Run) -> int:
     with StopSignal(settings.run.max_hours) as stop:
         recorder = Recorder(run, metrics, stop, student)
         try:
-            trainer = trainer_for(run, student, recorder)
-            with stop.orderly():
+            with end_tokens_only(student), stop.orderly():
+                trainer = trainer_for(run, student, recorder)
                 trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
             steps = trainer.state.global_step
             del trainer  # frees teacher and optimizer before the evaluation

@@ -69,7 +69,7 @@ class TransformersEngine:
         training = self._model.training
         self._model.eval()
         # Not inference mode: a shared model's training uses what its forward caches.
-        with torch.no_grad(), self._autocast, no_generation_settings(self._model):
+        with torch.no_grad(), self._autocast, end_tokens_only(self._model):
             output = self._model.generate(**options)
         self._model.train(training)
         return output
@@ -138,11 +138,12 @@ class Response:
 
 
 @contextmanager
-def no_generation_settings(model: Any) -> Iterator[None]:
-    """Hide the model's generation settings: ``generate`` fills whatever its own config leaves empty from them."""
+def end_tokens_only(model: Any) -> Iterator[None]:
+    """Hide the model's generation settings but its end tokens: ``generate`` uses them where it is given none."""
     from transformers import GenerationConfig
 
-    saved, model.generation_config = model.generation_config, GenerationConfig()
+    saved = model.generation_config
+    model.generation_config = GenerationConfig(eos_token_id=getattr(saved, "eos_token_id", None))
     try:
         yield
     finally:

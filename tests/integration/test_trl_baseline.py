@@ -1,6 +1,7 @@
 """TRL's trainer as a row of a comparison: same prompts, optimizer and run folder; refusal of what it cannot do."""
 
 import json
+import shutil
 
 import pytest
 from helpers import ROOT, tiny_settings
@@ -9,6 +10,7 @@ from eval import trl_baseline
 from onpolicy_skd.comparison import grid as comparison
 from onpolicy_skd.config.errors import ConfigError
 from onpolicy_skd.config.validation import check_trl
+from onpolicy_skd.models.loading import resolve_path
 from onpolicy_skd.report.metrics_log import read
 from onpolicy_skd.run.prepare import prepare
 
@@ -24,6 +26,20 @@ OPTIONS = [
 
 def losses(folder):
     return [r["loss"] for r in read(folder / "metrics.jsonl") if "loss" in r]
+
+
+def test_a_students_generation_settings_do_not_count(tmp_path):
+    """Only its end tokens: a repetition penalty and a cut of the distribution would change what is trained on."""
+    hostile = tmp_path / "student"
+    shutil.copytree(resolve_path("bundled:demo_student"), hostile)
+    settings = {"do_sample": True, "repetition_penalty": 1.5, "top_k": 2, "eos_token_id": 1}
+    (hostile / "generation_config.json").write_text(json.dumps(settings))
+    options = [*OPTIONS, f"run.dir={tmp_path}", "run.steps=2"]
+    assert trl_baseline.main([*options, "run.name=plain"]) == 0
+    assert trl_baseline.main([*options, "run.name=hostile", f"student.model={hostile}"]) == 0
+    assert losses(tmp_path / "hostile") == losses(tmp_path / "plain")
+    saved = json.loads((tmp_path / "hostile" / "final" / "generation_config.json").read_text())
+    assert saved["repetition_penalty"] == 1.5
 
 
 def test_a_stopped_run_resumes_with_the_same_losses_and_writes_a_run_folder(tmp_path, monkeypatch):
