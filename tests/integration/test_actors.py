@@ -178,8 +178,9 @@ class Calls:
 
 def test_colocated_engines_sleep_whenever_the_learner_works(local_ray):
     log = []
+    colocated = tiny_settings(sync={"method": "ipc"}, cluster={"topology": "colocated"})
     groups = ActorGroups.__new__(ActorGroups)
-    groups.settings, groups.log, groups._engines_in_learner = tiny_settings(sync={"method": "ipc"}), print, False
+    groups.settings, groups.log, groups._engines_in_learner = colocated, print, False
     groups.learner, groups.rollouts = [Calls(log, "learner")], SimpleNamespace(actors=[Calls(log, "engine")])
     workers = Workers.__new__(Workers)
     workers._groups, workers._weights = groups, EngineWeights(groups, colocated=True, vocabulary=512)

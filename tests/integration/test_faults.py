@@ -145,6 +145,7 @@ def test_other_faults_have_words():
 
 def test_the_log_names_a_role_that_does_not_answer(cluster):
     actor, lines = Actor.remote(), []
+    ray.get(actor.ready.remote())
     assert get_answers([actor.sleep.remote(1.2)], "teacher", 4, lines.append) == [1.2]
     assert lines == ["the teacher has not answered for 1 s (faults.deadline_minutes allows 4 s)"]
     with pytest.raises(GetTimeoutError, match="the teacher has not answered for 1 s"):

@@ -120,7 +120,8 @@ HOSTILE = [
     {"typical_p": 0.5, "do_sample": True}, {"min_p": 0.3}, {"epsilon_cutoff": 0.1}, {"eta_cutoff": 0.1},
     {"penalty_alpha": 0.6, "top_k": 4}, {"encoder_repetition_penalty": 1.5}, {"sequence_bias": [[[40], -9.0]]},
     {"exponential_decay_length_penalty": [3, 1.5]}, {"renormalize_logits": True},
-    {"num_return_sequences": 2, "do_sample": True},    {"prompt_lookup_num_tokens": 3}, {"max_time": 0.001}, {"return_dict_in_generate": False}, {"use_cache": False},
+    {"num_return_sequences": 2, "do_sample": True}, {"prompt_lookup_num_tokens": 3}, {"max_time": 0.001},
+    {"return_dict_in_generate": False}, {"use_cache": False},
 ]  # fmt: skip
 
 

@@ -20,7 +20,7 @@ from onpolicy_skd.teacher.teacher import NoTeacher
 VOCABULARY = 512
 SHAPE = dict(
     vocab_size=VOCABULARY, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2,
-    num_key_value_heads=1, head_dim=32, max_position_embeddings=128, initializer_range=0.2, bos_token_id=None,
+    num_key_value_heads=1, head_dim=32, max_position_embeddings=512, initializer_range=0.2, bos_token_id=None,
     eos_token_id=1, pad_token_id=0,
 )  # fmt: skip
 EXPERTS = dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=64)
