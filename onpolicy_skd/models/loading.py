@@ -96,7 +96,6 @@ def load_config(model: str, trust_remote_code: bool = False) -> Any:
     """Load the configuration of ``model`` without its weights.  Raises ModelError."""
     from transformers import AutoConfig
 
-    check_weights(model)
     return _from_pretrained(AutoConfig, model, trust_remote_code=trust_remote_code)
 
 
@@ -104,6 +103,7 @@ def load_model(model: str, dtype: torch.dtype, device: str, trust_remote_code: b
     """Load the causal language model ``model`` on ``device``, from safetensors only.  Raises ModelError."""
     from transformers import AutoModelForCausalLM
 
+    check_weights(model)
     loaded = _from_pretrained(
         AutoModelForCausalLM, model, dtype=dtype, trust_remote_code=trust_remote_code, use_safetensors=True
     )

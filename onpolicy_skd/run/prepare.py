@@ -222,6 +222,7 @@ def _vocabulary(settings: Settings, tokenizer: Any) -> int:
     student, teacher = settings.student, settings.teacher
     config = models.load_config(student.model, student.trust_remote_code)
     models.check_length(config, student.model, settings.max_model_length)
+    models.check_weights(student.model)
     if settings.cache.path is not None:
         manifest = Manifest.read(settings.cache.path)
         provenance.check(manifest, settings, tokenizer, models.vocabulary_of(config))
@@ -231,6 +232,7 @@ def _vocabulary(settings: Settings, tokenizer: Any) -> int:
     )
     teacher_config = models.load_config(teacher.model, teacher.trust_remote_code)
     models.check_length(teacher_config, teacher.model, settings.max_sequence)
+    models.check_weights(teacher.model)
     return models.shared_vocabulary(config, teacher_config, len(tokenizer))
 
 

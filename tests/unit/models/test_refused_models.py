@@ -6,7 +6,7 @@ import pytest
 from huggingface_hub import constants
 
 from onpolicy_skd.models import loading
-from onpolicy_skd.models.loading import ModelError, load_config, resolve_path
+from onpolicy_skd.models.loading import ModelError, check_weights, resolve_path
 
 
 @pytest.mark.parametrize(
@@ -17,7 +17,7 @@ def test_a_folder_without_safetensors_is_refused(file, message, tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "qwen3"}')
     (tmp_path / file).write_text("")
     with pytest.raises(ModelError, match=message):
-        load_config(str(tmp_path))
+        check_weights(str(tmp_path))
 
 
 def test_a_hub_name_without_a_network_is_refused_quickly(monkeypatch):
