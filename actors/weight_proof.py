@@ -33,10 +33,11 @@ def prove_update(groups: ActorGroups, sync: WeightSync, version: int, vocabulary
         return
     kinds: list[str] = groups.call_ranks(lambda rank: rank.parameter_kinds.remote())
     old = [kind for kind in kinds if not _gap(groups, sync, version, vocabulary, [kind]) <= tolerance]
+    named = ", ".join(old) if 0 < len(old) < len(kinds) else "all parameters"
     raise ModelError(
         f"rollout.engine={settings.rollout.engine}: after a weight update the engine differs from the student by "
-        f"{gap:.3g} nats per token, because it does not take new values of {', '.join(old) or 'some parameters'}; "
-        "train this model with rollout.engine=transformers"
+        f"{gap:.3g} nats per token, because it does not take new values of {named}; train this model with "
+        "rollout.engine=transformers"
     )
 
 

@@ -177,7 +177,7 @@ class _LengthLimitedEngine(TransformersEngine):
 
     limits: dict[str, int]  # tokens by request key
 
-    def start(self, request: RolloutRequest) -> Response:
+    def new_response(self, request: RolloutRequest) -> Response:
         return _LimitedResponse(request, self.limits[request.key])
 
 
@@ -186,8 +186,8 @@ class _LimitedResponse(Response):
         super().__init__(request)
         self._left = limit
 
-    def add(self, ends: Sequence[int], *sampled: np.ndarray) -> None:
-        super().add(ends, *(values[: self._left] for values in sampled))
+    def add(self, eos_token_ids: Sequence[int], *sampled: np.ndarray) -> None:
+        super().add(eos_token_ids, *(values[: self._left] for values in sampled))
         self._left -= len(sampled[0])
         self.ended |= self._left <= 0
 

@@ -74,6 +74,9 @@ class TransformersEngine:
         self._model.train(training)
         return output
 
+    def new_response(self, request: RolloutRequest) -> Response:
+        return Response(request)
+
     def _generate(self, requests: Sequence[RolloutRequest], sampling: SamplingParams) -> Iterator[Trajectory]:
         """Generate STRIDE tokens at a time; drop complete responses from the batch in between."""
         from transformers import GenerationConfig, LogitsProcessorList
@@ -83,7 +86,7 @@ class TransformersEngine:
         ids_BL = torch.tensor([[pad] * (width - len(r.prompt_ids)) + r.prompt_ids for r in requests], device=device)
         mask_BL = torch.tensor([[0] * (width - len(r.prompt_ids)) + [1] * len(r.prompt_ids) for r in requests])
         mask_BL, cache = mask_BL.to(device), None
-        running = [Response(r) for r in requests]
+        running = [self.new_response(r) for r in requests]
         while running and (remaining := sampling.max_tokens - (ids_BL.shape[1] - width)):
             sampler = _Sampler([r.generator for r in running], sampling)
             out = self._decode(
