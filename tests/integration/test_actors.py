@@ -209,10 +209,12 @@ def test_trajectories_to_score_are_serialized_once_for_all_ranks(local_ray):
             self.score_samples = SimpleNamespace(remote=lambda shared: self.received.append(shared) or ray.put([0.5]))
 
     workers = Workers.__new__(Workers)
-    workers._settings, workers._colocated, workers._learner = tiny_settings(), False, [Rank(), Rank()]
+    groups = ActorGroups.__new__(ActorGroups)
+    groups.settings, groups.log, groups.learner = tiny_settings(), print, [Rank(), Rank()]
+    workers._groups, workers._weights = groups, EngineWeights(groups, colocated=False, vocabulary=512)
     batch = make_trajectories([(2, 3)])
     assert workers.score_samples(batch) == [0.5]
-    (first,), (second,) = (rank.received for rank in workers._learner)
+    (first,), (second,) = (rank.received for rank in groups.learner)
     assert isinstance(first, ray.ObjectRef)
     assert first == second
     assert [t.key for t in ray.get(first)] == ["t0"]

@@ -290,7 +290,7 @@ def test_the_teacher_in_the_learners_process_trains_the_same(finished_run, tmp_p
 def test_rollouts_of_two_actors_come_back_in_the_order_of_the_requests(monkeypatch):
     class Two(RolloutGroup):
         def __init__(self):
-            self._faults, self._step = FaultSettings(), 1
+            self._faults, self._tokens_per_step, self._log = FaultSettings(), 1, print
 
         def generate(self, requests, sampling):
             return [[Trajectory(r.key, *[None] * 5) for r in requests[i::2]] for i in (0, 1)]
