@@ -44,7 +44,7 @@ class RolloutActor:
 
     def generate(self, requests: Sequence[RolloutRequest], sampling: SamplingParams) -> list[Trajectory]:
         with self._spans("generate"):
-            return with_correctness(self._engine.generate(requests, sampling), requests, self._tokenizer)
+            return with_correctness(self._engine.generate(requests, sampling), requests, self._tokenizer, sampling.stop)
 
     def stream(self, requests: Sequence[RolloutRequest], sampling: SamplingParams) -> Iterator[list[Trajectory]]:
         """Yield trajectories as they complete, in about BATCHES lists."""
@@ -53,10 +53,10 @@ class RolloutActor:
             for t in self._engine.stream(requests, sampling):
                 batch.append(t)
                 if len(batch) * BATCHES >= len(requests):
-                    yield with_correctness(batch, [by_key[t.key] for t in batch], self._tokenizer)
+                    yield with_correctness(batch, [by_key[t.key] for t in batch], self._tokenizer, sampling.stop)
                     batch = []
         if batch:
-            yield with_correctness(batch, [by_key[t.key] for t in batch], self._tokenizer)
+            yield with_correctness(batch, [by_key[t.key] for t in batch], self._tokenizer, sampling.stop)
 
     def load_weights(self, weights: dict[str, Packed], version: int) -> None:
         with self._spans("load weights"):

@@ -243,6 +243,8 @@ class Learner:
         if not student:
             return
         record.repetition = sum(repetition(t.response_ids) for t in student) / len(student)
+        if self._settings.rollout.stop:  # a response may end without an end-of-sequence token
+            return
         ended = {t.key for t in [t for t in student if t.finish_reason == "stop"][:ENDINGS]}
         if ended and self.version % ENDINGS_INTERVAL == 0:
             local_ended = [t for t in local if t.key in ended]

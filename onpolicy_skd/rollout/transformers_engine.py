@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import platform
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from onpolicy_skd.config.schema import Settings
+from onpolicy_skd.evaluation.stop_texts import stop_length
 from onpolicy_skd.models.lm_head import shift_exp, shift_exp_entropy
 from onpolicy_skd.models.loading import eos_token_ids, load_model, load_tokenizer, pick_device, pick_dtype
 from onpolicy_skd.models.split_model import SplitModel
@@ -77,6 +78,9 @@ class TransformersEngine:
     def new_response(self, request: RolloutRequest) -> Response:
         return Response(request)
 
+    def _text(self, ids: Sequence[int]) -> str:
+        return self._tokenizer.decode(ids, skip_special_tokens=True)
+
     def _generate(self, requests: Sequence[RolloutRequest], sampling: SamplingParams) -> Iterator[Trajectory]:
         """Generate STRIDE tokens at a time; drop complete responses from the batch in between."""
         from transformers import GenerationConfig, LogitsProcessorList
@@ -102,6 +106,7 @@ class TransformersEngine:
             new_BT = out.sequences[:, ids_BL.shape[1] :].cpu().numpy()
             for response, *row in zip(running, new_BT, *sampler.recorded(), strict=True):
                 response.add(self._eos, *row)
+                response.cut_at_stop(sampling.stop, self._text)
             yield from (r.trajectory(self.version) for r in running if r.ended)
             kept = torch.tensor([not r.ended for r in running], device=device).nonzero()[:, 0]
             ids_BL, cache = out.sequences, out.past_key_values
@@ -126,6 +131,17 @@ class Response:
         stops = np.flatnonzero(np.isin(new[0], eos_token_ids))
         self.ended = len(stops) > 0
         self._strides.append(tuple(values[: stops[0] + 1] if self.ended else values for values in new))
+
+    def cut_at_stop(self, stop: Sequence[str], decode: Callable[[Sequence[int]], str]) -> None:
+        """End the response at the first token of the last stride after which its text contains a stop text."""
+        if not stop:
+            return
+        before, last = self._strides[:-1], self._strides[-1]
+        known = sum(len(values[0]) for values in before)
+        ids = np.concatenate([values[0] for values in self._strides]).tolist()
+        if (length := stop_length(ids, stop, decode, known)) is not None:
+            self._strides[-1] = tuple(values[: length - known] for values in last)
+            self.ended = True
 
     def trajectory(self, version: int) -> Trajectory:
         ids, logprobs, *entropies = (np.concatenate(values) for values in zip(*self._strides, strict=True))

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from onpolicy_skd.config.schema import Settings
 from onpolicy_skd.distributed.weight_transfer import Address, WeightSpec
+from onpolicy_skd.evaluation.stop_texts import stop_length
 from onpolicy_skd.models.loading import ModelError, eos_token_ids, load_tokenizer, pick_device, resolve_path
 from onpolicy_skd.rollout.engine import sort_by_request
 from onpolicy_skd.types import RolloutRequest, SamplingParams, Trajectory
@@ -67,6 +68,7 @@ class VLLMEngine:
         self._timeout_s = settings.faults.timeout_s()  # for the learner to send a tensor
         self._devices = cfg.tensor_parallel
         self._sleeps, self._asleep = device == "cuda" and settings.cluster.topology == "colocated", False
+        self._tokenizer = load_tokenizer(path, trust_remote_code)
         self._eos_token_ids = _eos_token_ids(path, trust_remote_code)
         self._request_ids = itertools.count()  # never reused: an abandoned request must not answer for another one
         self._llm = LLM(
@@ -142,12 +144,15 @@ class VLLMEngine:
                     if out.finished:
                         request = pending.pop(out.request_id)
                         entropies = self._entropies(request.key) if sampling.entropy else None
-                        yield self._trajectory(request, out.outputs[0], entropies)
+                        yield self._trajectory(request, out.outputs[0], entropies, sampling.stop)
         finally:  # the caller may have stopped early
             if pending:
                 engine.abort_request(list(pending), internal=False)
                 for request in pending.values() if sampling.entropy else ():
                     self._entropies(request.key)
+
+    def _text(self, ids: Sequence[int]) -> str:
+        return self._tokenizer.decode(ids, skip_special_tokens=True)
 
     def _entropies(self, key: str) -> Mapping[int, float] | None:
         """Return the recorded entropies of a request by position, and forget them; None if there are none."""
@@ -163,22 +168,26 @@ class VLLMEngine:
             max_tokens=sampling.max_tokens,
             seed=request.seed,
             logprobs=0,  # of the sampled token alone
-            detokenize=False,
+            detokenize=bool(sampling.stop),
+            stop=list(sampling.stop),
             output_kind=RequestOutputKind.FINAL_ONLY,
             stop_token_ids=self._eos_token_ids,
             extra_args={"entropy_of": request.key} if sampling.entropy else None,
         )
 
-    def _trajectory(self, request: RolloutRequest, out: Any, entropies: Mapping[int, float] | None) -> Trajectory:
-        ids = np.asarray(out.token_ids, dtype=np.int64)
-        logprobs = [entry[token].logprob for token, entry in zip(out.token_ids, out.logprobs, strict=True)]
+    def _trajectory(
+        self, request: RolloutRequest, out: Any, entropies: Mapping[int, float] | None, stop: Sequence[str]
+    ) -> Trajectory:
+        length = stop_length(out.token_ids, stop, self._text) if stop else None  # vLLM's detokenizer may lag behind
+        ids = np.asarray(out.token_ids[:length], dtype=np.int64)
+        logprobs = [entry[int(token)].logprob for token, entry in zip(ids, out.logprobs, strict=length is None)]
         recorded = None if entropies is None else np.array([entropies[i] for i in range(len(ids))], dtype=np.float32)
         return Trajectory(
             key=request.key,
             prompt_ids=np.asarray(request.prompt_ids, dtype=np.int64),
             response_ids=ids,
             sampler_logprobs=np.asarray(logprobs, dtype=np.float32),
-            finish_reason="stop" if out.finish_reason == "stop" else "length",
+            finish_reason="stop" if length is not None or out.finish_reason == "stop" else "length",
             policy_version=self.version,
             sampler_entropy=recorded,
         )
