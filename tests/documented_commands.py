@@ -18,7 +18,7 @@ TESTS: dict[str, tuple[str, ...]] = {
     ),
     "make soak": (
         "tests/unit/test_documented_commands.py::test_make_targets_start_what_they_name",
-        "tests/integration/test_documented_commands.py::test_a_short_soak_writes_its_report",
+        "tests/integration/test_commands.py::test_a_short_soak_writes_its_report",
     ),
     "python -m eval.agreement": ("tests/unit/eval/test_suite.py::test_the_agreement_command_counts_and_names_answers",),
     "python -m eval.faults": (
@@ -43,25 +43,25 @@ TESTS: dict[str, tuple[str, ...]] = {
     "python -m eval.performance overlap": (
         "tests/unit/eval/test_performance.py::test_steps_and_curves_write_their_keys_and_a_plot",
     ),
-    "python -m eval.soak": ("tests/integration/test_documented_commands.py::test_a_short_soak_writes_its_report",),
+    "python -m eval.soak": ("tests/integration/test_commands.py::test_a_short_soak_writes_its_report",),
     "python -m eval.suite": ("tests/unit/eval/test_suite.py::test_the_suite_on_transformers",),
     "python -m eval.trl_baseline": (
         "tests/integration/test_trl_baseline.py::"
         "test_a_stopped_run_resumes_with_the_same_losses_and_writes_a_run_folder",
     ),
-    "python -m onpolicy_skd.cache build": ("tests/integration/test_documented_commands.py::test_a_cache_is_built",),
-    "python -m onpolicy_skd.cache info": ("tests/integration/test_documented_commands.py::test_a_cache_is_built",),
-    "python -m onpolicy_skd.cache verify": ("tests/integration/test_documented_commands.py::test_a_cache_is_built",),
+    "python -m onpolicy_skd.cache build": ("tests/integration/test_commands.py::test_a_cache_is_built",),
+    "python -m onpolicy_skd.cache info": ("tests/integration/test_commands.py::test_a_cache_is_built",),
+    "python -m onpolicy_skd.cache verify": ("tests/integration/test_commands.py::test_a_cache_is_built",),
     "python -m onpolicy_skd.compare": (
         "tests/unit/comparison/test_comparison.py",
         "tests/integration/test_compare_runs.py",
     ),
     "python -m onpolicy_skd.data.demo_pair": (
-        "tests/integration/test_documented_commands.py::test_the_bundled_pair_is_trained_from_scratch",
+        "tests/integration/test_commands.py::test_the_bundled_pair_is_trained_from_scratch",
     ),
     "python -m onpolicy_skd.prune": ("tests/unit/models/test_models.py",),
     "python -m onpolicy_skd.train": ("tests/integration/test_train.py",),
-    "skd cache": (CLI, "tests/integration/test_documented_commands.py::test_a_cache_is_built"),
+    "skd cache": (CLI, "tests/integration/test_commands.py::test_a_cache_is_built"),
     "skd compare": (CLI, "tests/integration/test_compare_runs.py"),
     "skd eval": (CLI, "tests/unit/test_cli.py::test_arguments_and_exit_code_pass_through"),
     "skd suite": (CLI, "tests/unit/eval/test_suite.py::test_the_suite_on_transformers"),
