@@ -147,12 +147,12 @@ def main(argv: Sequence[str] | None = None, prog: str = "python -m eval.agreemen
 
 
 def _run(files: Sequence[Path]) -> int:
-    found = judge(read(files))
-    strict = [j for j in found if j.strict != j.strict_match]
-    loose = [j for j in found if j.match != j.flexible]
-    print(f"{len(found)} answers")
+    answers = judge(read(files))
+    strict = [j for j in answers if j.strict != j.strict_match]
+    loose = [j for j in answers if j.match != j.flexible]
+    print(f"{len(answers)} answers")
     for name, ours, theirs in (("strict", "strict", "strict_match"), ("match", "match", "flexible")):
-        right = [sum(getattr(j, rule) for j in found) for rule in (ours, theirs)]
+        right = [sum(getattr(j, rule) for j in answers) for rule in (ours, theirs)]
         print(f"{name:>7}: {right[0]} right here, {right[1]} by lm-eval's {FILTERS[name == 'match']}")
     print(f"strict: {len(strict)} disagreements" + "".join(f"\n  {j.key}" for j in strict))
     print(f"match: {len(loose)} disagreements")

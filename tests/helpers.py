@@ -44,12 +44,12 @@ def make_trajectories(
     lengths: list[tuple[int, int]], vocabulary: int = VOCABULARY, seed: int = 0, version: int = 0
 ) -> list[Trajectory]:
     """Random trajectories with the given (prompt, response) lengths; sampler log-probabilities are zeros."""
-    draw = np.random.default_rng(seed)
+    rng = np.random.default_rng(seed)
     return [
         Trajectory(
             key=f"t{number}",
-            prompt_ids=draw.integers(2, vocabulary, prompt),
-            response_ids=draw.integers(2, vocabulary, response),
+            prompt_ids=rng.integers(2, vocabulary, prompt),
+            response_ids=rng.integers(2, vocabulary, response),
             sampler_logprobs=np.zeros(response, np.float32),
             finish_reason="stop",
             policy_version=version,

@@ -52,7 +52,7 @@ INTEGER = r"(?:[0-9]{1,3}(?:(?:,[0-9]{3})+|(?:\u2009[0-9]{3})+|(?: [0-9]{3})+)(?
 DECIMAL = rf"(?:{INTEGER}(?:\.[0-9]+)?|\.[0-9]+)"
 NUMBER = re.compile(
     r"(?P<sign>(?<![\w)])(?<![0-9)%]\s)[-+]\s*)?"
-    rf"(?:(?:(?P<whole>{INTEGER})\s+(?:and\s+)?)?(?P<top>{DECIMAL})\s*/\s*(?P<bottom>{DECIMAL})|(?P<decimal>{DECIMAL}))"
+    rf"(?:(?:(?P<integer>{INTEGER})\s+(?:and\s+)?)?(?P<top>{DECIMAL})\s*/\s*(?P<bottom>{DECIMAL})|(?P<decimal>{DECIMAL}))"
     r"(?:\s*(?P<scale>(?i:hundred|thousand|million|billion|trillion)(?![-\w])|(?<=[0-9])[kKMB](?!\w)))?"
 )
 ZEROS = {"hundred": 2, "thousand": 3, "k": 3, "million": 6, "m": 6, "billion": 9, "b": 9, "trillion": 12}
@@ -146,10 +146,10 @@ def quantity(text: str) -> Quantity | None:
 
 def _read(number: re.Match[str]) -> Quantity | None:
     if number["bottom"]:
-        whole, top, bottom = (_figure(number[group] or "0") for group in ("whole", "top", "bottom"))
-        if bottom == 0 or (number["whole"] and top >= bottom):
+        integer, top, bottom = (_figure(number[group] or "0") for group in ("integer", "top", "bottom"))
+        if bottom == 0 or (number["integer"] and top >= bottom):
             return None
-        value = whole + top / bottom
+        value = integer + top / bottom
     else:
         value = _figure(number["decimal"])
     if number["scale"]:
