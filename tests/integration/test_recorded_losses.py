@@ -31,7 +31,8 @@ SETTINGS = [
     "rollout.engine=transformers", "eval.problems=1", "eval.before=false", "eval.teacher=false",
 ]  # fmt: skip
 OFF_POLICY = ["mode=off_policy", "samples.keep=0.2", "samples.when=prefilter", "samples.prefilter_text=prompt+answer",
-              "classes.sampler=rs_kd", "classes.draws=64", "rollout.placement=learner"]  # fmt: skip
+              "classes.sampler=rs_kd", "classes.draws=64", "rollout.placement=learner",
+              "rollout.threads=null"]  # fmt: skip
 RUNS = {
     "on_policy": [],
     "off_policy_from_cache": OFF_POLICY,
