@@ -20,7 +20,7 @@ FinishReason = Literal["stop", "length"]
 class Prompt:
     """A question, or a sample of packed text, which asks for nothing and is its own response."""
 
-    key: str  # names the data row, the same in every run
+    key: str  # made from the question's text, so the same wherever the data was read from
     token_ids: list[int]
     question: str
     answer: str  # reference answer, in GSM8K's format for GSM8K-like data

@@ -6,6 +6,7 @@ import hashlib
 import itertools
 import json
 import logging
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -198,6 +199,7 @@ def load_prompts(settings: DataSettings, tokenizer: Any, split: str, limit: int 
     output could be judged against.
     """
     prompts, dropped, shots = [], 0, load_shots(settings)
+    repeats: Counter[str] = Counter()
     example_questions = {question for question, _ in shots}
     for row, question, answer in load_questions(settings, split):
         if len(prompts) == limit:
@@ -216,7 +218,10 @@ def load_prompts(settings: DataSettings, tokenizer: Any, split: str, limit: int 
                 f"{row}: the prompt has {len(ids)} tokens, data.max_prompt_tokens={settings.max_prompt_tokens}; "
                 f"raise the limit{', lower data.shots' if shots else ''} or set data.overlong=drop"
             )
-        prompts.append(Prompt(row, ids, question, answer, row=row))
+        digest = question_digest(question)
+        repeats[digest] += 1
+        key = digest if repeats[digest] == 1 else f"{digest}.{repeats[digest]}"
+        prompts.append(Prompt(key, ids, question, answer, row=row))
     if dropped:
         logger.warning("%s split: %d prompts over %d tokens dropped", split, dropped, settings.max_prompt_tokens)
     if not prompts:

@@ -11,8 +11,9 @@ import torch
 from helpers import tiny_settings
 
 from onpolicy_skd.config.errors import ConfigError
+from onpolicy_skd.data.prompts import load_prompts
 from onpolicy_skd.report.metrics_log import MetricsLog
-from onpolicy_skd.run.prepare import open_folder, prepare
+from onpolicy_skd.run.prepare import Run, open_folder, prepare
 from onpolicy_skd.storage import checkpoint
 from onpolicy_skd.storage.files import LockedError, lock
 
@@ -201,3 +202,23 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path, jsonl):
     (tmp_path / "runs").write_text("a file")
     with pytest.raises(ConfigError, match=r"run\.dir=.*runs: .* cannot be written"), open_folder(make(tmp_path, jsonl)):
         pass
+
+
+def test_seeds_depend_on_questions_not_on_where_they_were_read(tmp_path, jsonl):
+    hub = tmp_path / "hub"
+    hub.mkdir()
+    (hub / "train.jsonl").write_text(jsonl["train_file"].read_text())
+    (hub / "test.jsonl").write_text(rows("x"))
+    runs = [make(tmp_path, data) for data in (jsonl, {"source": "hub", "name": str(hub)})]
+    requests = [run.requests(run.train, 0) for run in runs]
+    assert requests[0] == requests[1]
+    assert [p.row for p in runs[0].train] == ["train.jsonl#1", "train.jsonl#2", "train.jsonl#3"]
+    assert len({r.seed for r in requests[0]}) == len(requests[0])
+
+
+def test_two_rows_with_one_question_have_different_keys(jsonl, tmp_path):
+    jsonl["train_file"].write_text(rows("pens", "pens", "cards"))
+    run = make(tmp_path, jsonl)
+    assert len({p.key for p in run.train}) == 3
+    assert isinstance(run, Run)
+    assert [p.key for p in run.train] == [p.key for p in load_prompts(run.settings.data, run.tokenizer, "train")]
