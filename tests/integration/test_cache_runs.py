@@ -56,11 +56,10 @@ def contents(folder):
 def test_a_build_killed_at_a_random_moment_continues_and_ends_with_the_same_bytes(complete_cache, tmp_path):
     folder, rng = tmp_path / "cache", random.Random(0)
     process = start(*build(tmp_path, folder, "classes.sampler=rs_kd"))
-    for line in process.stdout:
-        if line.startswith("cache: "):
-            time.sleep(rng.uniform(0, 0.5))
-            process.kill()
-            break
+    while process.poll() is None and not any(folder.glob("shard-*.json")):
+        time.sleep(0.01)
+    time.sleep(rng.uniform(0, 0.1))
+    process.kill()
     process.communicate()
     assert not (folder / caches.MANIFEST).exists()
     code, said = run("train", *TRAIN, f"run.dir={tmp_path}", f"cache.path={folder}", "classes.sampler=rs_kd")

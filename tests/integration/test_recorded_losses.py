@@ -1,6 +1,7 @@
 """Losses of five short runs against recorded ones: a change of structure must leave them equal bit for bit.
 
-Record them again after a change that alters the computation: ``PYTHONPATH=tests python -m tests.integration.test_recorded_losses --write``.
+Record them again after a change that alters the computation:
+``PYTHONPATH=tests python -m tests.integration.test_recorded_losses --write``.
 """
 
 from __future__ import annotations
