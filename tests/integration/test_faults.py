@@ -192,7 +192,8 @@ def test_the_log_and_the_record_name_the_role_of_a_dead_actor(cluster, tmp_path)
 def test_a_learner_that_is_not_where_the_records_are_saves_nothing(tmp_path):
     """A new learner, after a failed recovery, must not take the place of the trained one's checkpoint."""
     actor = object.__new__(learner_class)
-    actor._learner, actor._rank, actor._out_of_step = SimpleNamespace(version=0, tensors=dict), 0, False
+    learner = SimpleNamespace(version=0, state=SimpleNamespace(tensors=dict))
+    actor._learner, actor._rank, actor._out_of_step = learner, 0, False
     with pytest.raises(files.SaveError, match="at policy version 0, not 41"):
         actor.save(tmp_path, 41, 41, {}, 2)
     assert list(tmp_path.iterdir()) == []
