@@ -130,7 +130,8 @@ def test_each_process_is_killed_once_and_the_losses_are_those_of_an_undisturbed_
             break
     process.wait()
     folder = tmp_path / "r"
-    assert printed.count("fault: its process ended") == 3, printed
+    for role in ("rollout", "teacher", "learner"):
+        assert printed.count(f"fault: {role}: its process ended") == 1, printed
     assert "continuing with step 3 from the newest checkpoint" in printed
     assert not (folder / "summary.json").exists()
     done = run(tmp_path, *common, "resume=auto")
