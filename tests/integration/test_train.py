@@ -253,7 +253,7 @@ def test_rollouts_that_are_learned_from_as_they_come_train_the_same(tmp_path, en
         if line.startswith("step 2/"):
             actors(process.pid, victim)[0].kill()
     assert process.wait() == 0, printed
-    assert printed.count("fault: its process ended") == 1
+    assert printed.count(f"fault: {victim.lower()}: its process ended") == 1
     for record in read(tmp_path / "r" / "metrics.jsonl"):
         if "loss" in record:  # each phase is timed, though they overlap
             assert min(record["seconds"][phase] for phase in ("rollout", "filter", "learn", "sync")) > 0
