@@ -7,7 +7,10 @@ from pathlib import Path
 
 import pytest
 from helpers import ROOT
+from hypothesis import settings
 
+settings.register_profile("no_deadline", deadline=None)  # the time of one example depends on the machine
+settings.load_profile("no_deadline")
 GSM8K = ROOT.parent / "shared" / "data" / "gsm8k"
 
 

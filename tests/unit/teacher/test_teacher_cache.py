@@ -406,7 +406,10 @@ def test_the_teacher_need_not_be_there_to_train_from_its_cache(demo_cache, tmp_p
     ("sections", "match"),
     [
         ({"mode": "on_policy"}, "cache.path=somewhere: accepted with mode=off_policy only"),
-        ({"eval": {"divergence_prompts": 4}}, "eval.divergence_prompts: a cache does not hold the teacher"),
+        (
+            {"eval": {"divergence_prompts": 4}},
+            "eval.divergence_prompts: the teacher.s outputs on held-out texts are not in a cache",
+        ),
         ({"positions": {"metric": "kl"}}, r"positions.metric=kl: needs the teacher's whole distribution"),
         ({"positions": {"policy": "bandit"}}, "positions.policy=bandit: needs"),
         ({"samples": {"metric": "kl", "keep": 0.5}}, "samples.metric=kl: needs"),
