@@ -215,7 +215,7 @@ def run_settings(settings: Settings) -> int:
     with (
         connect(settings) as resources,
         StopSignal(settings.run.max_hours) as stop,
-        open_folder(run) as checkpoint,  # after the cluster was found to have room
+        open_folder(run) as checkpoint,  # only once the cluster has room
     ):
         first_step = checkpoint.step if checkpoint else 0
         with RunLogger(run, first_step, checkpoint.state if checkpoint else {}) as logger:

@@ -122,7 +122,7 @@ def read_yaml(path: Path, seen: Sequence[Path] = ()) -> dict[str, Any]:
 
 
 def merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
-    """Return ``base`` with the values of ``over`` in place of its own, section by section."""
+    """Return ``base`` updated with the values of ``over``, section by section."""
     merged = dict(base)
     for key, value in over.items():
         both = isinstance(value, dict) and isinstance(merged.get(key), dict)

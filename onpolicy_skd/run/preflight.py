@@ -115,7 +115,8 @@ def check_checkpoint(model: str, trust_remote_code: bool) -> None:
     config = loading.load_config(model, trust_remote_code)
     folder = Path(loading.resolve_path(model))
     if folder.is_dir():
-        check_weights(folder, model)
+        loading.check_weights(model)
+        check_weight_headers(folder, model)
     if trust_remote_code:
         return  # its code may not build without weights
     try:
@@ -133,7 +134,7 @@ def check_checkpoint(model: str, trust_remote_code: bool) -> None:
         )
 
 
-def check_weights(folder: Path, model: str) -> None:
+def check_weight_headers(folder: Path, model: str) -> None:
     """Raise ModelError unless ``folder`` has all its safetensors files, with readable headers."""
     from safetensors import SafetensorError, safe_open
 
@@ -143,11 +144,6 @@ def check_weights(folder: Path, model: str) -> None:
             names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
         else:
             names = sorted(path.name for path in folder.glob("*.safetensors"))
-        if not names:
-            raise ModelError(
-                f"model {model!r}: the folder has no *.safetensors file; pickled weights (pytorch_model.bin) are not "
-                "loaded: convert them with save_pretrained"
-            )
         for name in names:
             with safe_open(folder / name, framework="pt"):
                 pass
