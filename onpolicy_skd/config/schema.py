@@ -433,6 +433,9 @@ class AlignmentSettings(Section):
     ema_decay: Annotated[float, Field(ge=0, lt=1)] = setting(
         0.999, "decay of the moving average per step", {"alignment.ema_weight": Above(0)}
     )
+    reference_weight: Annotated[float, Field(ge=0)] = setting(
+        0.0, "weight of an added reverse KL from the frozen initial student, at the same positions; 0: none"
+    )
     beta: Annotated[float, Field(ge=0, le=1)] = setting(
         0.5, "weight of the teacher in the mixture", {"alignment.divergence": "jsd"}
     )

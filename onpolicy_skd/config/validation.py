@@ -366,8 +366,8 @@ RULES = (
 TRL_ONLY = {
     "mode": "on_policy", "positions.policy": "full", "samples.keep": 1.0, "samples.correctness": "any",
     "samples.truncated": "keep", "samples.weight": "uniform", "classes.sampler": "none", "alignment.variant": "full_kd",
-    "alignment.estimator": "exact", "alignment.kd_weight": 1.0, "alignment.ema_weight": 0.0, "rollout.n": 1,
-    "rollout.stop": [], "student.lora_rank": 0,
+    "alignment.estimator": "exact", "alignment.kd_weight": 1.0, "alignment.ema_weight": 0.0,
+    "alignment.reference_weight": 0.0, "rollout.n": 1, "rollout.stop": [], "student.lora_rank": 0,
 }  # fmt: skip
 
 

@@ -20,7 +20,7 @@ from onpolicy_skd.evaluation.diagnostics import repetition
 from onpolicy_skd.learner.forward import Forward
 from onpolicy_skd.learner.metrics import StepRecord, StepSums
 from onpolicy_skd.learner.micro_batch import MicroBatch
-from onpolicy_skd.learner.objective import Objective
+from onpolicy_skd.learner.objective import Objective, frozen_copy
 from onpolicy_skd.learner.optimizer import adamw, learning_rate
 from onpolicy_skd.learner.probe import Probe
 from onpolicy_skd.learner.scoring import Scorer
@@ -84,12 +84,15 @@ class Learner:
         self._settings = settings
         self._steps = steps
         student.model.eval()  # the distribution that is trained must be the one that was sampled from
+        reference = frozen_copy(student) if settings.alignment.reference_weight else None  # each rank holds all of it
         student = ranks.shard(student)
+        if reference:
+            reference.model.to(student.device)
         if settings.student.activation_checkpointing:
             student = dataclasses.replace(student, checkpointed=checkpoint_activations(student.model))
         self.spans = Spans()
         self._forward = Forward(student, teacher, settings, pad_id, ranks, self.spans)
-        objective = Objective(settings, student, teacher, self._forward)
+        objective = Objective(settings, student, teacher, self._forward, reference)
         named = {n: p for n, p in student.model.named_parameters() if p.requires_grad} | objective.parameters
         for name, parameter in named.items():
             if parameter.dtype != torch.float32:
@@ -145,6 +148,8 @@ class Learner:
         norm = full_scalar(torch.nn.utils.clip_grad_norm_(state.named.values(), self._settings.learner.clip))
         self._check_finite(sums, norm, trajectories)
         record = sums.record(state.selector.k(self.version))
+        if self._settings.alignment.reference_weight:
+            record.reference_kl = sums.reference_kl / max(1, sums.selected)
         self._check_gap(record)
         self._add_response_metrics(record, trajectories, opened.local_trajectories)
         record.grad_norm, record.lr = norm, learning_rate(self._settings.learner, self.version, self._steps)
@@ -198,6 +203,8 @@ class Learner:
         finite = torch.isfinite(values_K).cpu().split(selection.counts)
         sums.non_finite += [key for key, finite_k in zip(micro.keys, finite, strict=True) if not finite_k.all()]
         sums.scores |= dict(zip(micro.keys, micro.split(scores_N.detach()), strict=True))
+        if micro.reference_kl_K is not None:
+            sums.reference_kl += float(micro.reference_kl_K.sum())
         sums.loss += loss.item()
         sums.divergence += float(values_K.sum())
         sums.tokens += sum(t.length for t in micro.members)

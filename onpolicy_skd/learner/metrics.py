@@ -37,6 +37,7 @@ class StepRecord:
     train_tokens: int  # prompts and responses
     padding_share: float
     teacher_wait_seconds: float
+    reference_kl: float | None = None  # from the initial student, mean over the selected positions
     repetition: float | None = None  # mean share of repeated n-grams in the student's responses
     teacher_ending: float | None = None  # the teacher's mean probability of the student's end-of-sequence tokens
     arm: int | None = None  # of the bandit
@@ -59,6 +60,7 @@ class StepSums:
 
     loss: float = 0.0
     divergence: float = 0.0  # over selected positions
+    reference_kl: float = 0.0  # over selected positions
     tokens: int = 0
     padded_tokens: int = 0
     positions: int = 0

@@ -56,6 +56,7 @@ class MicroBatch:
         self.alignment = alignment
         self.seeds = seeds
         self.loss_statistics: tuple[Tensor, RowStatistics] | None = None  # indices [K] and statistics, by the loss
+        self.reference_kl_K: Tensor | None = None  # reverse KL from the initial student, by the loss
         self.teacher_wait_seconds = 0.0
         self._spans = spans
         self._all_rows_NG: Tensor | None = None  # the teacher's rows at all positions, once fetched

@@ -2,7 +2,8 @@
 
 Variants (docs/method.md, section 7): ``full_kd``; ``decoupled_kd``; ``at_kd``, decoupled KD whose weights depend on the
 teacher's certainty; ``egad``, a temperature per token and a feature term where the teacher is uncertain.  Any of them
-may add a divergence to a moving average of the student (``alignment.ema_weight``).
+may add a divergence to a moving average of the student (``alignment.ema_weight``) and a reverse KL to the initial
+student (``alignment.reference_weight``).
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from onpolicy_skd.config.schema import Settings
 from onpolicy_skd.learner.forward import Forward
 from onpolicy_skd.learner.micro_batch import MicroBatch
 from onpolicy_skd.loss.divergence import distillation_loss
-from onpolicy_skd.loss.inputs import HiddenRows, Rows
+from onpolicy_skd.loss.inputs import Alignment, HiddenRows, Rows
 from onpolicy_skd.loss.sparse_targets import SparseTargets
 from onpolicy_skd.models.lm_head import RowStatistics
 from onpolicy_skd.models.split_model import SplitModel
@@ -31,9 +32,19 @@ HARD_SHARE = 0.5  # of a batch's positions are hard for at_kd (arXiv 2402.11890,
 
 
 class Objective:
-    """Losses of micro-batches.  The student must be in eval mode: its moving average starts as a copy."""
+    """Losses of micro-batches.  The student must be in eval mode: its moving average starts as a copy.
 
-    def __init__(self, settings: Settings, student: SplitModel, teacher: TeacherRows, forward: Forward) -> None:
+    ``reference``: the initial student, where ``alignment.reference_weight`` asks for it.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        student: SplitModel,
+        teacher: TeacherRows,
+        forward: Forward,
+        reference: SplitModel | None = None,
+    ) -> None:
         cfg = self._cfg = settings.alignment
         self._classes = settings.classes
         self._student = student
@@ -44,7 +55,8 @@ class Objective:
             self._projection = _projection(student.head_VH, teacher.head().shape[1], settings.run.seed)
         self._average: SplitModel | None = None
         if cfg.ema_weight:
-            self._average = SplitModel(copy.deepcopy(student.model).requires_grad_(False), student.vocabulary)
+            self._average = frozen_copy(student)
+        self._reference = reference
 
     @property
     def parameters(self) -> dict[str, torch.nn.Parameter]:
@@ -74,14 +86,24 @@ class Objective:
             uncertain = self._share_of_entropy(micro, indices_K) >= self._cfg.feature_entropy
             distance = hidden_KH.float() @ self._projection.T - teacher.hidden_NG.float()
             loss = loss + self._cfg.feature_weight * torch.dot(weights_K * uncertain, distance.square().mean(-1))
+        plain_rows = Rows(weights_K, targets_K)
         if self._average is not None:
-            with torch.no_grad():
-                average_KH = self._forward.hidden(self._average, micro.batch)[indices_K]
-            average = HiddenRows(average_KH, self._average.head_VH)
             exact = dataclasses.replace(micro.alignment, kd_weight=1.0, estimator="exact")
-            added, _ = distillation_loss(hidden_KH, micro.head_VH, average, Rows(weights_K, targets_K), exact)
+            average = self._rows_of(self._average, micro, indices_K)
+            added, _ = distillation_loss(hidden_KH, micro.head_VH, average, plain_rows, exact)
             loss = loss + self._cfg.ema_weight * added
+        if self._reference is not None:
+            cfg = self._cfg
+            reverse = Alignment(temperature=cfg.temperature, chunk_rows=cfg.chunk_rows, compiled=cfg.compiled)
+            initial = self._rows_of(self._reference, micro, indices_K)
+            added, micro.reference_kl_K = distillation_loss(hidden_KH, micro.head_VH, initial, plain_rows, reverse)
+            loss = loss + cfg.reference_weight * added
         return loss, values_K
+
+    @torch.no_grad()
+    def _rows_of(self, model: SplitModel, micro: MicroBatch, indices_K: Tensor) -> HiddenRows:
+        """Return the distributions of another model at the selected positions of a micro-batch."""
+        return HiddenRows(self._forward.hidden(model, micro.batch)[indices_K], model.head_VH)
 
     @torch.no_grad()
     def after_step(self) -> None:
@@ -123,6 +145,11 @@ class Objective:
         hard = torch.cat([self._hard[key] for key in micro.keys]).to(device)[indices_K]
         easy_pair = torch.tensor([0.0, cfg.easy_weight], device=device)
         return torch.where(hard[:, None], 1.0 - cfg.easy_weight, easy_pair)
+
+
+def frozen_copy(student: SplitModel) -> SplitModel:
+    """Return a copy of a student, which is not sharded, that is not trained."""
+    return SplitModel(copy.deepcopy(student.model).requires_grad_(False), student.vocabulary)
 
 
 def hardest(uncertainty_N: Tensor, share: float) -> Tensor:

@@ -70,6 +70,8 @@ def report(process: ranks.Ranks, folder: Path) -> dict:
             result["divergence"] = learner.scorer.divergence(batch)
             learner.state.restore(torch.load(folder / "checkpoint.pt"), 5)
             result["resumed"] = trained(learner, teacher, 5, first=5)
+    learner, teacher = make(alignment={"reference_weight": 0.5}, learner={"lr": 1e-2})
+    result["steps", "reference"] = trained(learner, teacher, 3)
     learner, teacher = make()
     learner.begin_step(5.0)
     for arrived in (batch[:3], batch[3:4], batch[4:]):
@@ -115,7 +117,7 @@ def test_two_ranks_have_the_gradient_of_one(reports, family, tied):
     assert relative(first["gradient", family, tied], alone["gradient", family, tied]) < 1e-5
 
 
-@pytest.mark.parametrize("name", SELECTIONS)
+@pytest.mark.parametrize("name", [*SELECTIONS, "reference"])
 def test_two_ranks_have_the_losses_and_metrics_of_one(reports, name):
     alone, first, second, _ = reports
     for step, expected in enumerate(alone["steps", name]):

@@ -327,6 +327,7 @@ VARIANTS = {
     "at_kd": {"alignment": {"variant": "at_kd", **FORWARD}, "positions": {"policy": "full"}},
     "egad": {"alignment": {"variant": "egad", "feature_entropy": 0.3}},
     "ema_self": {"alignment": {"ema_weight": 0.5, "ema_decay": 0.5}},
+    "reference": {"alignment": {"reference_weight": 0.5}},
     "rs_kd": {"classes": {"sampler": "rs_kd", "draws": 6}, "alignment": FORWARD},
     "ghost_token": {"classes": {"sampler": "ghost_token", "k": 6}, "alignment": FORWARD},
 }
@@ -477,6 +478,29 @@ def test_the_average_of_the_student_follows_it():
     again = [dataclasses.replace(t, policy_version=1) for t in batch]
     plain.state.restore({n: t for n, t in learner.state.tensors().items() if not n.startswith("objective/")}, 1)
     assert relative(gradients(learner, teacher, again), gradients(plain, other, again)) > 1e-3
+
+
+def test_the_reference_adds_the_reverse_kl_from_the_initial_student():
+    """Checked against float64 and autograd; other divergences and estimators of the teacher's term do not change it."""
+    batch = make_trajectories(LENGTHS)
+    learner, teacher = build(alignment={"reference_weight": 0.7}, learner={"lr": 1e-2, "warmup_steps": 0})
+    initial = copy.deepcopy(learner.student.model)
+    teacher.encode(batch)
+    record = learner.step(batch)
+    assert record.reference_kl == pytest.approx(0.0, abs=1e-6)  # still the initial student
+    state = {n: t.clone() for n, t in learner.state.tensors().items()}
+    later = make_trajectories(LENGTHS, seed=5, version=1)
+    value, distance = dense_gradients(learner.student.model, initial, later, 0.2)
+    for section in ({}, {"divergence": "forward_kl"}, {"estimator": "topk_tail", "kd_weight": 0.5}):
+        learner, teacher = build(alignment={"reference_weight": 0.7, **section})
+        plain, other = build(alignment=section)
+        for each in (learner, plain):
+            each.state.restore(state, 1)
+        actual, without = gradients(learner, teacher, later), gradients(plain, other, later)
+        assert relative({n: (actual[n] - without[n]) / 0.7 for n in actual}, distance) < 1e-3
+        loss = learner.accumulate(later).loss - plain.accumulate(later).loss
+        assert loss == pytest.approx(0.7 * value, rel=1e-3)
+    assert learner.step(later).reference_kl > 1e-3
 
 
 def test_with_all_classes_the_sparse_targets_are_full_kd():
