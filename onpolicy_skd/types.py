@@ -7,9 +7,9 @@ Notation (docs/method.md): a trajectory is prompt ids followed by response ids `
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -26,6 +26,7 @@ class Prompt:
     answer: str  # reference answer, in GSM8K's format for GSM8K-like data
     documents: np.ndarray | None = None  # packed text: as in Trajectory; its tokens are all in token_ids
     row: str = ""  # file or data set and row number, for messages
+    columns: Mapping[str, Any] = field(default_factory=dict)  # the row of the data, for templates and judges
 
 
 @dataclass(frozen=True, slots=True)

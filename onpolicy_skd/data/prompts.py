@@ -8,6 +8,7 @@ import json
 import logging
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,19 +29,34 @@ class DataError(ConfigError):
     """A data file or row that cannot be used; the message names file and row."""
 
 
-def load_questions(settings: DataSettings, split: str) -> Iterator[tuple[str, str, str]]:
-    """Yield (row, question, answer) of each row of ``split`` ("train" or "eval").  Raises DataError."""
+@dataclass(frozen=True, slots=True)
+class Row:
+    """A row of a data set."""
+
+    name: str  # "FILE#LINE", for messages
+    question: str
+    answer: str
+    columns: dict[str, Any]  # as read
+
+
+def load_rows(settings: DataSettings, split: str) -> Iterator[Row]:
+    """Yield each row of ``split`` ("train" or "eval").  Raises DataError."""
     training = split == "train"
     where, rows = _rows(settings, split)
     limit = settings.train_problems + settings.shots if training and settings.train_problems else None
     columns = (settings.question_column, settings.answer_column)
-    for number, row in enumerate(itertools.islice(rows, limit), 1):
+    for number, row in itertools.islice(rows, limit):
         question, answer = text_columns(row, columns, f"{where} row {number}")
-        yield f"{where}#{number}", question, answer
+        yield Row(f"{where}#{number}", question, answer, row)
 
 
-def _rows(settings: DataSettings, split: str) -> tuple[str, Iterator[dict[str, Any]]]:
-    """Return a name of the split's source, for messages, and its rows."""
+def load_questions(settings: DataSettings, split: str) -> Iterator[tuple[str, str, str]]:
+    """Yield (row, question, answer) of each row of ``split``.  Raises DataError."""
+    return ((row.name, row.question, row.answer) for row in load_rows(settings, split))
+
+
+def _rows(settings: DataSettings, split: str) -> tuple[str, Iterator[tuple[int, dict[str, Any]]]]:
+    """Return a name of the split's source, for messages, and its rows by number (of a file: by line)."""
     training = split == "train"
     name = settings.train_split if training else settings.eval_split
     if settings.source == "demo":
@@ -48,15 +64,15 @@ def _rows(settings: DataSettings, split: str) -> tuple[str, Iterator[dict[str, A
             key = "data.train_split" if training else "data.eval_split"
             raise DataError(f"{key}={name}: the demo task has no such split; accepted: {', '.join(demo_task.SPLITS)}")
         count = DEMO_TRAIN_PROBLEMS if training else DEMO_TEST_PROBLEMS
-        return f"demo:{name}", itertools.islice(demo_task.problems(name), count)
+        return f"demo:{name}", enumerate(itertools.islice(demo_task.problems(name), count), 1)
     if settings.source == "jsonl" or settings.path:  # a path is GSM8K's
         named = settings.train_file if training else settings.eval_file
         file = settings.path / f"{name}.jsonl" if settings.path else named
         if file is None:
             raise DataError("data.eval_file: needed to evaluate with data.source=jsonl; give a file or run without it")
-        return file.name, read_jsonl(file)
+        return file.name, numbered_jsonl(file)
     spec = GSM8K if settings.source == "gsm8k" else dict(name=settings.name, subset=settings.subset)
-    return f"{spec['name']}:{name}", read_hub(str(spec["name"]), spec["subset"], name)
+    return f"{spec['name']}:{name}", enumerate(read_hub(str(spec["name"]), spec["subset"], name), 1)
 
 
 def text_columns(row: dict[str, Any], columns: Sequence[str], where: str) -> list[str]:
@@ -91,6 +107,11 @@ def check_text(text: str, where: str) -> None:
 
 def read_jsonl(file: Path) -> Iterator[dict[str, Any]]:
     """Yield one object per line; blank lines are skipped.  Raises DataError naming file and line."""
+    return (row for _, row in numbered_jsonl(file))
+
+
+def numbered_jsonl(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yield what ``read_jsonl`` yields, each object with the number of its line."""
     try:
         with file.open(encoding="utf-8-sig") as lines:  # a byte order mark is no part of the first row
             for number, line in enumerate(lines, 1):
@@ -102,7 +123,7 @@ def read_jsonl(file: Path) -> Iterator[dict[str, Any]]:
                     raise DataError(f"{file} line {number}: not JSON ({error}); one JSON object a line") from None
                 if not isinstance(row, dict):
                     raise DataError(f"{file} line {number}: a {type(row).__name__}, but must be a JSON object")
-                yield row
+                yield number, row
     except UnicodeDecodeError as error:
         raise DataError(f"{file}: not UTF-8 text ({error.reason} at byte {error.start})") from None
     except OSError as error:
@@ -201,27 +222,27 @@ def load_prompts(settings: DataSettings, tokenizer: Any, split: str, limit: int 
     prompts, dropped, shots = [], 0, load_shots(settings)
     repeats: Counter[str] = Counter()
     example_questions = {question for question, _ in shots}
-    for row, question, answer in load_questions(settings, split):
+    for row in load_rows(settings, split):
         if len(prompts) == limit:
             break
-        if question in example_questions:
+        if row.question in example_questions:
             continue
         try:
-            ids = render(question, tokenizer, settings, shots)
+            ids = render(row.question, tokenizer, settings, shots)
         except DataError as error:
-            raise DataError(f"{row}: {error}") from None
+            raise DataError(f"{row.name}: {error}") from None
         if len(ids) > settings.max_prompt_tokens:
             if settings.overlong == "drop":
                 dropped += 1
                 continue
             raise DataError(
-                f"{row}: the prompt has {len(ids)} tokens, data.max_prompt_tokens={settings.max_prompt_tokens}; "
+                f"{row.name}: the prompt has {len(ids)} tokens, data.max_prompt_tokens={settings.max_prompt_tokens}; "
                 f"raise the limit{', lower data.shots' if shots else ''} or set data.overlong=drop"
             )
-        digest = question_digest(question)
+        digest = question_digest(row.question)
         repeats[digest] += 1
         key = digest if repeats[digest] == 1 else f"{digest}.{repeats[digest]}"
-        prompts.append(Prompt(key, ids, question, answer, row=row))
+        prompts.append(Prompt(key, ids, row.question, row.answer, row=row.name, columns=row.columns))
     if dropped:
         logger.warning("%s split: %d prompts over %d tokens dropped", split, dropped, settings.max_prompt_tokens)
     if not prompts:

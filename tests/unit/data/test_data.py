@@ -59,6 +59,9 @@ def test_any_jsonl_with_named_columns(tmp_path):
     assert [q for _, q, _ in load_questions(cfg, "train")] == ["1+1?", "2+2?"]
     with pytest.raises(DataError, match=r"data\.eval_file"):
         list(load_questions(cfg, "eval"))
+    prompts = load_prompts(cfg, TOKENIZER, "train")
+    assert [p.row for p in prompts] == ["rows.jsonl#1", "rows.jsonl#3"]  # lines, blank ones counted
+    assert prompts[1].columns == {"q": "2+2?", "a": "4", "more": 1}
 
 
 @pytest.mark.parametrize(
