@@ -123,6 +123,10 @@ class LearnerActor(SendsWeights):
         """Return the spans since the last call."""
         return self._learner.spans.drain()
 
+    def precision_warning(self) -> str | None:
+        """Return a warning if the compute type sees no updates as small as ``learner.lr``."""
+        return self._learner.precision_warning()
+
     def version(self) -> int:
         """Return the policy version: optimizer steps made."""
         return self._learner.version

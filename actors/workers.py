@@ -63,6 +63,10 @@ class Workers:
         self._groups.wait_ready(log)
         self._weights.sleep()
 
+    def precision_warning(self) -> str | None:
+        """Return a warning if the learner's compute type sees no updates as small as ``learner.lr``."""
+        return self._groups.call_ranks(lambda rank: rank.precision_warning.remote())
+
     # -- a step ----------------------------------------------------------------------------------------------------
 
     def generate(self, requests: Sequence[RolloutRequest], sampling: SamplingParams) -> Refs:

@@ -137,7 +137,7 @@ def language_model(args: argparse.Namespace) -> Any:
     """Return lm-eval's wrapper of the model on the chosen backend.  Raise ConfigError if vLLM cannot run it."""
     print(f"loading {args.model} into {args.backend}", flush=True)
     path, device = models.resolve_path(args.model), models.pick_device(args.device)
-    dtype = "bfloat16" if models.pick_dtype(args.dtype, device) == torch.bfloat16 else "float32"
+    dtype = str(models.pick_dtype(args.dtype, device)).removeprefix("torch.")
     shared: dict[str, Any] = dict(
         pretrained=path, dtype=dtype, max_length=max_length(args), trust_remote_code=args.trust_remote_code
     )
@@ -282,7 +282,7 @@ def main(argv: Sequence[str] | None = None, prog: str = "python -m eval.suite") 
     parser.add_argument("--chat", action="store_true", help="prompts through the chat template")
     parser.add_argument("--batch-size", type=int, default=16, help="sequences per batch (default: 16)")
     parser.add_argument("--max-length", type=int, default=4096, help="longest prompt with its answer, tokens")
-    parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto")
+    parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--trust-remote-code", action="store_true", help="run Python code that comes with the model")
     args = parser.parse_args(argv)

@@ -145,6 +145,7 @@ def trainer_for(run: Run, student: Any, recorder: TrainerCallback) -> Trainer:
         max_grad_norm=settings.learner.clip,
         gradient_checkpointing=settings.student.activation_checkpointing,
         bf16=dtype == torch.bfloat16,
+        fp16=dtype == torch.float16,
         use_cpu=device == "cpu",
         disable_dropout=True,
         shuffle_dataset=False,

@@ -243,6 +243,8 @@ def run_workers(run: Run, workers: Workers, logger: RunLogger, checkpoint: Check
         logger.evaluation(name, step, evaluation)
 
     retry_on_fault(lambda: workers.wait_ready(logger.log), workers, logger, trained=False)
+    if warning := retry_on_fault(workers.precision_warning, workers, logger, trained=False):
+        logger.warning(checkpoint.step if checkpoint else 0, "precision", warning)
     prompts = retry_on_fault(select, workers, logger, trained=False)
     if not run.knows_its_texts:
         run.check_cached(prompts)

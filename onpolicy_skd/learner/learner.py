@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
+from torch import Tensor
 
 from onpolicy_skd.config.schema import Settings
 from onpolicy_skd.distributed.ranks import Ranks, full_scalar
@@ -22,6 +23,7 @@ from onpolicy_skd.learner.metrics import StepRecord, StepSums
 from onpolicy_skd.learner.micro_batch import MicroBatch
 from onpolicy_skd.learner.objective import Objective, frozen_copy
 from onpolicy_skd.learner.optimizer import adamw, learning_rate
+from onpolicy_skd.learner.precision import UpdateSums, precision_warning, sampled_weights, update_sums
 from onpolicy_skd.learner.probe import Probe
 from onpolicy_skd.learner.scoring import Scorer
 from onpolicy_skd.learner.state import LearnerState
@@ -49,6 +51,10 @@ class NonFiniteLossError(RuntimeError):
 
     def __str__(self) -> str:
         return self.message
+
+
+class GradientOverflowError(NonFiniteLossError):
+    """A float16 gradient that overflowed; nothing was updated, and the loss scale was halved."""
 
 
 @dataclass
@@ -118,9 +124,9 @@ class Learner:
     def step(self, trajectories: Sequence[Trajectory]) -> StepRecord:
         """Make one optimizer step on ``trajectories``, which the teacher must have encoded; return its metrics.
 
-        Raises, with nothing updated, NonFiniteLossError for a loss or gradient that is not finite, SamplerGapError if
-        sampler and learner disagree by more than ``sync.max_gap``, and RuntimeError for trajectories of another policy
-        version.
+        Raises, with nothing updated, NonFiniteLossError for a loss or gradient that is not finite
+        (GradientOverflowError if a smaller loss scale may help), SamplerGapError if sampler and learner disagree by
+        more than ``sync.max_gap``, and RuntimeError for trajectories of another policy version.
         """
         self.begin_step(sum(t.weight for t in trajectories))
         self.add_trajectories(trajectories)
@@ -156,8 +162,10 @@ class Learner:
         for group in state.optimizer.param_groups:
             group["lr"] = record.lr
         self._start_bandit(trajectories)
+        before = sampled_weights(state.named)
         with self.spans("optimizer"):
             state.optimizer.step()
+        self._add_precision_metrics(record, before)
         state.version += 1
         state.optimizer.zero_grad(set_to_none=True)
         state.objective.after_step()
@@ -194,7 +202,8 @@ class Learner:
         shares = torch.tensor([t.weight / total for t in micro.members])
         shares_K = shares.repeat_interleave(torch.tensor(selection.counts)).to(selection.weights_K.device)
         with self.spans("loss"):
-            loss, values_K = self.state.objective.loss(micro, selection, selection.weights_K * shares_K)
+            weights_K = selection.weights_K * (shares_K * self.state.loss_scale.value)  # every gradient has them
+            loss, values_K = self.state.objective.loss(micro, selection, weights_K)
         sums.add_student_statistics(micro, selection, self.version)  # before backward reshards the head
         with self.spans("backward"):
             loss.backward()
@@ -205,7 +214,7 @@ class Learner:
         sums.scores |= dict(zip(micro.keys, micro.split(scores_N.detach()), strict=True))
         if micro.reference_kl_K is not None:
             sums.reference_kl += float(micro.reference_kl_K.sum())
-        sums.loss += loss.item()
+        sums.loss += loss.item() / self.state.loss_scale.value
         sums.divergence += float(values_K.sum())
         sums.tokens += sum(t.length for t in micro.members)
         sums.padded_tokens += micro.batch.input_ids.numel()
@@ -220,10 +229,11 @@ class Learner:
         return self._open
 
     def _rescale(self, sums: StepSums, factor: float) -> None:
-        """Scale loss and gradients from the expected to the actual sum of weights."""
+        """Scale loss and gradients from the expected to the actual sum of weights; undo the loss scale."""
+        sums.loss *= factor
+        factor /= self.state.loss_scale.value
         if factor == 1.0:
             return
-        sums.loss *= factor
         for parameter in self.state.named.values():
             if parameter.grad is not None:
                 parameter.grad.mul_(factor)
@@ -270,11 +280,29 @@ class Learner:
         if math.isfinite(sums.loss) and math.isfinite(norm) and not sums.non_finite:
             return
         self.state.optimizer.zero_grad(set_to_none=True)
-        samples = sums.non_finite or [t.key for t in trajectories]
+        samples, scale = sums.non_finite or [t.key for t in trajectories], self.state.loss_scale
+        if math.isfinite(sums.loss) and not sums.non_finite and scale.can_halve():
+            scale.overflowed()
+            raise GradientOverflowError(f"the gradient overflowed; the loss scale is {scale.value:g} from now on", [])
         shown = ", ".join(samples[:3]) + (", ..." if len(samples) > 3 else "")
         raise NonFiniteLossError(
             f"loss {sums.loss:g}, gradient norm {norm:g}, from {len(samples)} samples ({shown})", samples
         )
+
+    def _add_precision_metrics(self, record: StepRecord, before: Tensor) -> None:
+        """Add how much of the update a forward sees; ``before``: ``sampled_weights`` before it."""
+        state = self.state
+        shares = state.ranks.gather(update_sums(before, sampled_weights(state.named), state.dtype))
+        sums = UpdateSums(*map(sum, zip(*shares, strict=True)))
+        record.update_changed = sums.changed / sums.weights
+        record.update_visible = sums.visible / sums.intended if sums.intended else None
+        if state.loss_scale.active:
+            record.loss_scale, record.overflows = state.loss_scale.value, state.loss_scale.overflows
+        state.loss_scale.stepped()
+
+    def precision_warning(self) -> str | None:
+        """Return a warning if the compute type sees no updates as small as ``learner.lr``."""
+        return precision_warning(sampled_weights(self.state.named), self._settings.learner.lr, self.state.dtype)
 
     def _check_gap(self, record: StepRecord) -> None:
         bound, gap = self._settings.sync.max_gap, record.sampler_gap

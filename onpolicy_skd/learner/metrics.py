@@ -43,6 +43,10 @@ class StepRecord:
     arm: int | None = None  # of the bandit
     probe_divergence: float | None = None
     reward: float | None = None
+    update_changed: float | None = None  # share of weights whose value in the compute type the update changed
+    update_visible: float | None = None  # size of the update in the compute type over its size in float32
+    loss_scale: float | None = None  # of this step; float16 only
+    overflows: int | None = None  # steps skipped so far because a float16 gradient overflowed
     grad_norm: float = 0.0
     lr: float = 0.0
     learner_seconds: float = 0.0

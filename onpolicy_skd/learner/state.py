@@ -18,6 +18,7 @@ from onpolicy_skd.distributed.ranks import Ranks, shard_like
 from onpolicy_skd.distributed.weight_transfer import WeightSpec
 from onpolicy_skd.learner.objective import Objective
 from onpolicy_skd.learner.optimizer import load_optimizer_tensors, optimizer_tensors
+from onpolicy_skd.learner.precision import LossScale
 from onpolicy_skd.learner.probe import Probe
 from onpolicy_skd.models.generation_config import savable_generation_config
 from onpolicy_skd.models.lora import LORA, merged_parameters
@@ -40,12 +41,15 @@ class LearnerState:
     version: int = 0  # optimizer steps done
     probe: Probe | None = None  # of the bandit
 
+    def __post_init__(self) -> None:
+        self.loss_scale = LossScale(self.dtype)
+
     def reshard(self) -> None:
         """Drop gathered parameters: the shards are about to be read or written."""
         self.ranks.reshard(self.student)
 
     def tensors(self) -> dict[str, Tensor]:
-        """Return all tensors of a checkpoint by name: masters, optimizer moments, selector, objective and probe.
+        """Return all tensors of a checkpoint by name: masters, moments, selector, objective, probe, loss scale.
 
         Rank 0 gets full tensors, so that a run may resume with another number of ranks; other ranks' are not usable.
         """
@@ -54,6 +58,7 @@ class LearnerState:
             "selector": self.selector.state_dict(),
             "objective": self.objective.state_dict(),
             "probe": self.probe.state_dict() if self.probe else {},
+            "loss_scale": self.loss_scale.state_dict(),
         }
         tensors = {f"{section}/{n}": t.detach() for section, named in sections.items() for n, t in named.items()}
         tensors |= optimizer_tensors(self.optimizer, self.named)
@@ -79,6 +84,7 @@ class LearnerState:
                 parameter.copy_(shard_like(sections["model"][name], parameter))
         load_optimizer_tensors(self.optimizer, self.named, tensors, shard_like)
         self.version = version
+        self.loss_scale.load_state_dict(sections["loss_scale"])
         if version:  # a checkpoint from before the first step has no state of these
             self.selector.load_state_dict(sections["selector"])
             self.objective.load_state_dict(sections["objective"])

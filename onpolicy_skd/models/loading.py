@@ -127,11 +127,13 @@ def load_student(settings: Settings, device: str, compute_device: str) -> Any:
 
 
 def saved_dtype(settings: Settings) -> torch.dtype:
-    """Return the dtype of the saved student: its checkpoint's, unless ``learner.compute_dtype`` asks for float32."""
+    """Return the dtype of the saved student: its checkpoint's, or that of ``learner.compute_dtype`` if finer."""
     if settings.learner.compute_dtype == "float32":
         return torch.float32
     config = load_config(settings.student.model, settings.student.trust_remote_code)
-    return getattr(config.get_text_config(), "dtype", None) or torch.float32
+    dtype = getattr(config.get_text_config(), "dtype", None) or torch.float32
+    coarse = settings.learner.compute_dtype == "float16" and dtype == torch.bfloat16
+    return torch.float16 if coarse else dtype  # bfloat16 would undo small updates
 
 
 def _from_pretrained(kind: Any, model: str, **options: Any) -> Any:
@@ -212,7 +214,7 @@ def pick_dtype(setting: str, device: str) -> torch.dtype:
     """Return the dtype of a setting; ``auto`` is bfloat16 on GPUs and float32 on CPUs."""
     if setting == "auto":
         return torch.bfloat16 if device == "cuda" else torch.float32
-    return {"float32": torch.float32, "bfloat16": torch.bfloat16}[setting]
+    return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[setting]
 
 
 def weights_digest(model: str) -> list[str]:

@@ -19,6 +19,7 @@ class Event(StrEnum):
     EVALUATION = "evaluation"
     EMPTY_BATCH = "empty_batch"
     SKIPPED = "skipped"
+    OVERFLOW = "overflow"
     WARNING = "warning"
     FAULT = "fault"
     UNSAVED = "unsaved"

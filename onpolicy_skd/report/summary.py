@@ -162,15 +162,15 @@ def _incidents(summary: dict[str, Any], records: Sequence[dict[str, Any]]) -> st
         f"{r['down_seconds']:.0f} s"
         for r in events_of(records, Event.FAULT)
     ]
-    empty, skipped, unsaved = (
+    empty, skipped, overflows, unsaved = (
         [f"step {r['step'] + 1}" for r in events_of(records, event)]
-        for event in (Event.EMPTY_BATCH, Event.SKIPPED, Event.UNSAVED)
+        for event in (Event.EMPTY_BATCH, Event.SKIPPED, Event.OVERFLOW, Event.UNSAVED)
     )
     restarts = ", ".join(f"{role} {count}" for role, count in summary.get("restarts", {}).items()) or "none"
     lines = [f"## Warnings and restarts\n\nActors restarted: {restarts}. Warnings: {len(warnings)}."]
-    if empty or skipped:
+    if empty or skipped or overflows:
         lines.append(f"Steps without an update: {len(empty)} with no sample left, {len(skipped)} with a loss that is "
-                     "not finite.")  # fmt: skip
+                     f"not finite, {len(overflows)} with a float16 gradient that overflowed.")  # fmt: skip
     if unsaved:
         lines.append(f"Checkpoints that could not be written: {', '.join(unsaved)}.")
     bullets = "\n".join(f"- {line}" for line in [*warnings, *faults])

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from onpolicy_skd.evaluation.evaluate import Evaluation
-from onpolicy_skd.learner.learner import NonFiniteLossError
+from onpolicy_skd.learner.learner import GradientOverflowError, NonFiniteLossError
 from onpolicy_skd.learner.metrics import StepRecord
 from onpolicy_skd.report import summary
 from onpolicy_skd.report.console import Display
@@ -228,8 +228,12 @@ class RunLogger:
         self._steps, self._version = step + 1, metrics.version  # not before the record is safe
         self._display.step(record)
         for guard, text in self._health.check(record):
-            self._metrics.write({"step": step, "event": Event.WARNING, "guard": guard, "text": text})
-            self.log(f"warning ({guard}): {text}")
+            self.warning(step, guard, text)
+
+    def warning(self, step: int, guard: str, text: str) -> None:
+        """Log and record a warning."""
+        self._metrics.write({"step": step, "event": Event.WARNING, "guard": guard, "text": text})
+        self.log(f"warning ({guard}): {text}")
 
     def timeline(self, workers: TrainingWorkers, step: int, timer: PhaseTimer) -> None:
         """Write which process was busy when, in a step that has just ended."""
@@ -251,8 +255,16 @@ class RunLogger:
         )
 
     def skipped(self, step: int, report: FilterReport, error: NonFiniteLossError) -> None:
-        """Record a step without an update.  Raises RunError after more than ``learner.max_skipped`` of them."""
+        """Record a step without an update.
+
+        Raises RunError after more than ``learner.max_skipped`` of them; overflows of float16 gradients do not count,
+        since each halves the loss scale.
+        """
         self._steps = step + 1
+        if isinstance(error, GradientOverflowError):
+            self._metrics.write({"step": step, "event": Event.OVERFLOW, "generated": report.generated})
+            self.log(f"step {step + 1}: no update: {error}")
+            return
         self._skipped += 1
         bound = self._run.settings.learner.max_skipped
         reason = {"reason": str(error), "samples": error.samples}

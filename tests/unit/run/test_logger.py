@@ -8,6 +8,7 @@ from helpers import make_trajectories, tiny_settings
 
 from onpolicy_skd.config.errors import ConfigError
 from onpolicy_skd.evaluation.evaluate import Evaluation
+from onpolicy_skd.learner.learner import GradientOverflowError
 from onpolicy_skd.learner.metrics import StepRecord
 from onpolicy_skd.report.metrics_log import read
 from onpolicy_skd.run.logger import PhaseTimer, RunLogger
@@ -123,3 +124,18 @@ def test_the_best_student_is_not_chosen_by_the_test_problems():
     with pytest.raises(ConfigError, match=r"run.keep_best=true: .* data.validation_problems"):
         tiny_settings(run={"keep_best": True})
     assert tiny_settings(run={"keep_best": True}, data={"validation_problems": 8}).run.keep_best
+
+
+def test_overflows_and_start_up_warnings_are_events_that_end_no_run(run):
+    report = validity(make_trajectories([(2, 3)] * 4), 97)
+    with RunLogger(run, 0, {}) as logger:
+        logger.warning(0, "precision", "learner.lr is too small")
+        for step in range(9):
+            logger.skipped(step, report, GradientOverflowError("the gradient overflowed", []))
+        assert logger.state()["skipped"] == 0
+        logger.conclude("failed", "a test")
+    events = [(r["step"], r["event"]) for r in read(run.folder / "metrics.jsonl")]
+    assert events == [(0, "warning"), *((step, "overflow") for step in range(9))]
+    page = (run.folder / "report.md").read_text()
+    assert "9 with a float16 gradient that overflowed" in page
+    assert "- step 1, precision: learner.lr is too small" in page
