@@ -123,7 +123,7 @@ class RemoteTeacher:
         self._encoded += encoded
         shares = balance_by_tokens([t.length for t in trajectories], len(self._actors))
         actor_of = {i: number for number, share in enumerate(shares) for i in share}
-        self._holders |= {t.key: (actor_of[i], len(t.response_ids)) for i, t in enumerate(trajectories)}
+        self._holders |= {t.key: (actor_of[i], len(t.target_ids)) for i, t in enumerate(trajectories)}
 
     def head(self) -> Tensor:
         if self._head is None:

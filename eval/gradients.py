@@ -53,7 +53,7 @@ def measure(settings: Settings, samples: int) -> dict[str, Any]:
     teacher = Teacher(teacher_model, teacher_cfg.tokens_per_batch, pad_id, settings.alignment.temperature)
     batch = run.references(run.train, 0)[:samples]
     teacher.encode(batch)
-    positions = [(t.key, range(len(t.response_ids))) for t in batch]
+    positions = [(t.key, range(len(t.target_ids))) for t in batch]
 
     def gradient(classes: ClassSettings) -> list[Tensor]:
         learner = Learner(student, teacher, settings.model_copy(update={"classes": classes}), pad_id, 1)

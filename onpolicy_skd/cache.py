@@ -86,7 +86,7 @@ class Samples:
             self._first.append(len(self.digests))
             for t in run.every_reference([prompt]):
                 self.digests.append(t.digest)
-                self.positions.append(len(t.response_ids))
+                self.positions.append(len(t.target_ids))
 
     def of(self, indices: range) -> list[Trajectory]:
         first = bisect_right(self._first, indices.start) - 1

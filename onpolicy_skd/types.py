@@ -1,7 +1,8 @@
 """Records that travel between rollout, teacher, learner and driver.
 
 Notation (docs/method.md): a trajectory is prompt ids followed by response ids ``y_1..y_n``.  Position t predicts
-``y_t``; the **eligible positions** are exactly the n positions whose target is a response token.
+``y_t``; the **eligible positions** are exactly the n positions whose target is a response token, in a conversation the
+tokens of the assistant's turns.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ class Prompt:
 class Trajectory:
     key: str  # "PROMPT KEY/SAMPLE", unique within a step
     prompt_ids: np.ndarray  # int64 [prompt tokens]
-    response_ids: np.ndarray  # int64 [n]; ends with the end-of-sequence token if one was produced
+    response_ids: np.ndarray  # int64 [response tokens]; ends with the end-of-sequence token if one was produced
     sampler_logprobs: np.ndarray  # float32 [n]; nats, of the unmodified model at temperature 1
     finish_reason: FinishReason  # "length": no end of sequence within the limit
     policy_version: int | None  # optimizer steps behind the weights that sampled it; None: not sampled by the student
@@ -41,6 +42,12 @@ class Trajectory:
     weight: float = 1.0  # of this sample in the batch's mean
     documents: np.ndarray | None = None  # int64; tokens, after the first, at which attention restarts
     sampler_entropy: np.ndarray | None = None  # float32 [n]; nats, as sampler_logprobs; None: not recorded
+    supervised: np.ndarray | None = None  # bool [response tokens]: those that are targets; None: all
+
+    @property
+    def target_ids(self) -> np.ndarray:
+        """The n response tokens that are targets of the eligible positions."""
+        return self.response_ids if self.supervised is None else self.response_ids[self.supervised]
 
     @property
     def length(self) -> int:
@@ -52,6 +59,8 @@ class Trajectory:
         digest = hashlib.sha256(len(self.prompt_ids).to_bytes(8, "little"))
         for ids in (self.prompt_ids, self.response_ids, () if self.documents is None else self.documents):
             digest.update(np.asarray(ids, dtype="<i8").tobytes())
+        if self.supervised is not None:
+            digest.update(self.supervised.tobytes())
         return digest.digest()[:8]
 
     @property

@@ -111,7 +111,7 @@ def small_cache(folder: Path) -> tuple[Path, list[Trajectory], list[torch.Tensor
                    "stop", None) for i in range(12)
     ]  # fmt: skip
     folder.mkdir(parents=True)
-    cut = caches.cut([len(t.response_ids) for t in texts], 60)
+    cut = caches.cut([len(t.target_ids) for t in texts], 60)
     shards = [
         caches.write_shard(folder, i, [texts[j] for j in indices], teacher, settings, vocabulary)
         for i, indices in enumerate(cut)

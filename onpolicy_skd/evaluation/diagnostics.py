@@ -41,7 +41,7 @@ def token_view(trajectory: Trajectory, diagnostics: PositionDiagnostics, tokeniz
         "key": trajectory.key,
         "prompt": tokenizer.decode(trajectory.prompt_ids.tolist()),
         "finish_reason": trajectory.finish_reason,
-        "tokens": [tokenizer.decode([i]) for i in trajectory.response_ids.tolist()],
+        "tokens": [tokenizer.decode([i]) for i in trajectory.target_ids.tolist()],
         "entropy": [round(float(x), 4) for x in diagnostics.entropy],
         "divergence": [round(float(x), 4) for x in diagnostics.divergence],
         "selected": diagnostics.selected.tolist(),

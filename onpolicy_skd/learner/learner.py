@@ -272,7 +272,7 @@ class Learner:
         """Return the teacher's probability of the last token of each."""
         if not trajectories:
             return []
-        last_B = torch.tensor([len(t.response_ids) for t in trajectories]).cumsum(0) - 1
+        last_B = torch.tensor([len(t.target_ids) for t in trajectories]).cumsum(0) - 1
         _, logprob_N = self._teacher.entropy_and_logprob([t.key for t in trajectories])
         return logprob_N.cpu()[last_B].exp().tolist()
 

@@ -123,7 +123,7 @@ class StepSums:
 
     def _add_gaps(self, micro: MicroBatch, indices: Tensor, logprob: Tensor, version: int) -> None:
         """Add the distance of the sampler's log-probabilities from ``logprob``, the learner's at ``indices``."""
-        age_N = torch.cat([torch.full((len(t.response_ids),), _age(t, version)) for t in micro.members])
+        age_N = torch.cat([torch.full((len(t.target_ids),), _age(t, version)) for t in micro.members])
         age_N = age_N.to(indices.device)
         sampler_N = torch.from_numpy(np.concatenate([t.sampler_logprobs for t in micro.members])).to(indices.device)
         difference, age = (sampler_N[indices] - logprob).abs(), age_N[indices]

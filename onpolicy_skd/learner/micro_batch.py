@@ -146,7 +146,7 @@ class MicroBatch:
         """
         if rows_NG is None:
             if self._all_rows_NG is None:
-                self._all_rows_NG = self._fetch([(t.key, range(len(t.response_ids))) for t in self.members])
+                self._all_rows_NG = self._fetch([(t.key, range(len(t.target_ids))) for t in self.members])
             rows_NG = self._all_rows_NG
         targets = self.batch.targets
         rows = Rows(torch.ones(len(targets), device=targets.device), targets)

@@ -68,7 +68,7 @@ class Objective:
         if self._cfg.variant == "at_kd":
             _, logprob_N = teacher.entropy_and_logprob([t.key for t in trajectories])
             hard_N = hardest(1.0 - logprob_N.exp(), HARD_SHARE)
-            masks = hard_N.split([len(t.response_ids) for t in trajectories])
+            masks = hard_N.split([len(t.target_ids) for t in trajectories])
             self._hard = {t.key: mask for t, mask in zip(trajectories, masks, strict=True)}
 
     def loss(self, micro: MicroBatch, selection: Selection, weights_K: Tensor) -> tuple[Tensor, Tensor]:

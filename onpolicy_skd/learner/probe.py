@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -11,6 +13,10 @@ from torch import Tensor
 
 from onpolicy_skd.teacher.teacher import TeacherRows
 from onpolicy_skd.types import Trajectory
+
+ARRAYS = {  # of a trajectory, with their names in a state
+    "prompt_ids": "prompt", "response_ids": "response", "documents": "documents", "supervised": "supervised",
+}  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,18 +29,15 @@ class Probe:
     @classmethod
     def of(cls, trajectories: Sequence[Trajectory], teacher: TeacherRows) -> Probe:
         """Make a probe of ``trajectories``, which the teacher must have encoded."""
-        rows = {f"probe/{i}": teacher.rows([(t.key, range(len(t.response_ids)))]) for i, t in enumerate(trajectories)}
-        return cls(
-            [_trajectory(i, t.prompt_ids, t.response_ids, t.documents) for i, t in enumerate(trajectories)], rows
-        )
+        rows = {f"probe/{i}": teacher.rows([(t.key, range(len(t.target_ids)))]) for i, t in enumerate(trajectories)}
+        return cls([_trajectory(i, {n: getattr(t, n) for n in ARRAYS}) for i, t in enumerate(trajectories)], rows)
 
     def state_dict(self) -> dict[str, Tensor]:
         state = {}
         for i, t in enumerate(self.trajectories):
-            state |= {f"{i}/prompt": torch.as_tensor(t.prompt_ids), f"{i}/response": torch.as_tensor(t.response_ids)}
+            arrays = {name: getattr(t, field) for field, name in ARRAYS.items()}
+            state |= {f"{i}/{name}": torch.as_tensor(a) for name, a in arrays.items() if a is not None}
             state[f"{i}/rows"] = self.rows[t.key]
-            if t.documents is not None:
-                state[f"{i}/documents"] = torch.as_tensor(t.documents)
         return state
 
     @classmethod
@@ -42,12 +45,11 @@ class Probe:
         numbers = range(sum(name.endswith("/rows") for name in state))
         trajectories = []
         for i in numbers:
-            documents = state.get(f"{i}/documents")
-            prompt, response = state[f"{i}/prompt"].numpy(), state[f"{i}/response"].numpy()
-            trajectories.append(_trajectory(i, prompt, response, None if documents is None else documents.numpy()))
+            saved = {field: state.get(f"{i}/{name}") for field, name in ARRAYS.items()}
+            trajectories.append(_trajectory(i, {f: None if a is None else a.numpy() for f, a in saved.items()}))
         return cls(trajectories, {f"probe/{i}": state[f"{i}/rows"] for i in numbers})
 
 
-def _trajectory(number: int, prompt: np.ndarray, response: np.ndarray, documents: np.ndarray | None) -> Trajectory:
-    zeros = np.zeros(len(response), np.float32)
-    return Trajectory(f"probe/{number}", prompt, response, zeros, "stop", None, documents=documents)
+def _trajectory(number: int, arrays: Mapping[str, Any]) -> Trajectory:
+    t = Trajectory(f"probe/{number}", **arrays, sampler_logprobs=np.empty(0), finish_reason="stop", policy_version=None)
+    return dataclasses.replace(t, sampler_logprobs=np.zeros(len(t.target_ids), np.float32))

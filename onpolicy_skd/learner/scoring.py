@@ -101,7 +101,7 @@ class Scorer:
             return [values_n.sum() for values_n in micro.split(micro.divergence(kind, rows_NG))]
 
         total = sum(self._forward.each(trajectories, self._state.version, totals))
-        return total / sum(len(t.response_ids) for t in trajectories)
+        return total / sum(len(t.target_ids) for t in trajectories)
 
     @torch.no_grad()
     def diagnose_positions(self, trajectories: Sequence[Trajectory]) -> list[PositionDiagnostics]:

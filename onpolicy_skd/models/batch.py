@@ -52,7 +52,7 @@ def collate(
     documents = 0
     rows, columns, targets = [], [], []
     for (row, start), t in zip(places, trajectories, strict=True):
-        if not len(t.response_ids) or not len(t.prompt_ids):
+        if not len(t.target_ids) or not len(t.prompt_ids):
             raise ValueError(f"trajectory {t.key}: needs at least one prompt and one response token")
         ids[row, start : start + t.length] = np.concatenate([t.prompt_ids, t.response_ids])
         mask[row, start : start + t.length] = 1
@@ -62,15 +62,16 @@ def collate(
             document[row, start + begin : start + t.length] = documents
         positions[row, start : start + t.length] = _restarting(document[row, start : start + t.length])
         first = start + len(t.prompt_ids) - 1  # the last prompt token predicts y_1
-        rows.append(np.full(len(t.response_ids), row))
-        columns.append(np.arange(first, first + len(t.response_ids)))
-        targets.append(t.response_ids)
+        offsets = np.arange(len(t.response_ids)) if t.supervised is None else np.flatnonzero(t.supervised)
+        rows.append(np.full(len(offsets), row))
+        columns.append(first + offsets)
+        targets.append(t.target_ids)
     if document.any():
         same = (document[:, None, :, None] == document[:, None, None, :]) & mask[:, None, None, :].astype(bool)
         mask = (same & np.tri(length, dtype=bool)) | np.eye(length, dtype=bool)  # padding attends to itself only
     padded = (torch.as_tensor(a, device=device) for a in (ids, mask, positions))
     flat = (torch.as_tensor(np.concatenate(a), device=device) for a in (rows, columns, targets))
-    return Batch(*padded, *flat, counts=[len(t.response_ids) for t in trajectories])
+    return Batch(*padded, *flat, counts=[len(t.target_ids) for t in trajectories])
 
 
 def first_fit(lengths: Sequence[int], width: int) -> list[tuple[int, int]]:

@@ -22,7 +22,7 @@ def validity(
     for t in trajectories:
         if correctness != "any" and t.correct is None:
             raise ValueError(f"trajectory {t.key} has no correctness, which samples.correctness={correctness} needs")
-        if len(t.response_ids) == 0:
+        if len(t.target_ids) == 0:
             reasons["empty"] += 1
         elif t.finish_reason == "length" and drop_truncated:
             reasons["truncated"] += 1

@@ -11,7 +11,7 @@ import torch
 
 from onpolicy_skd.types import Trajectory
 
-ARRAYS = ("prompt_ids", "response_ids", "sampler_logprobs", "sampler_entropy", "documents")
+ARRAYS = ("prompt_ids", "response_ids", "sampler_logprobs", "sampler_entropy", "documents", "supervised")
 
 
 def trajectories_to_tensors(

@@ -198,7 +198,7 @@ def write_shard(
 ) -> Shard:
     """Encode ``trajectories`` and write them as one shard, whose bytes depend on these arguments alone."""
     layout, keys = Layout.of(settings, v), [t.key for t in trajectories]
-    counts = [len(t.response_ids) for t in trajectories]
+    counts = [len(t.target_ids) for t in trajectories]
     teacher.encode(trajectories)
     try:
         request = [(t.key, range(n)) for t, n in zip(trajectories, counts, strict=True)]

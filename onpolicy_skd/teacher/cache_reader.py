@@ -88,7 +88,7 @@ class TeacherCache:
         at = int(np.searchsorted(self._digests, digest))
         if at == len(self._digests) or self._digests[at] != digest:
             return None
-        return self._locations[at] if self._locations[at][2] == len(trajectory.response_ids) else None
+        return self._locations[at] if self._locations[at][2] == len(trajectory.target_ids) else None
 
     def _sample(self, trajectory: Trajectory) -> tuple[Any, int, int, int, int]:
         location = self._find(trajectory)

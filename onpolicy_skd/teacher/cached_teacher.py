@@ -37,16 +37,16 @@ class CachedClasses:
     def encode(self, trajectories: Sequence[Trajectory]) -> None:
         for t in trajectories:
             if t.key not in self._encoded or self._encoded[t.key][0] != t.digest:
-                self._encoded[t.key] = (t.digest, self._cache.classes(t), torch.as_tensor(t.response_ids))
+                self._encoded[t.key] = (t.digest, self._cache.classes(t), torch.as_tensor(t.target_ids))
 
     def classes(self, request: RowRequest, seeds: Sequence[int], options: ClassSettings) -> SparseTargets:
         """See ``TeacherRows.classes``; ignores ``seeds``: the draws were made when the cache was built."""
         requested, targets = [], []
         for key, at in request:
-            _, cached, response_ids = self._encoded[key]
+            _, cached, target_ids = self._encoded[key]
             index = torch.as_tensor(at, dtype=torch.long)
             requested.append(SparseTargets(cached.ids_NC[index], cached.probs_NC[index]))
-            targets.append(response_ids[index])
+            targets.append(target_ids[index])
         sparse = concatenate(requested)
         if options.sampler == "rs_kd":
             return sparse

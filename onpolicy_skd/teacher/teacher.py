@@ -76,7 +76,7 @@ class HiddenRowsTeacher(ABC):
     def encode(self, trajectories: Sequence[Trajectory]) -> None:
         for t, hidden_nG in self._hidden_of([t for t in trajectories if not self._has(t)]):
             self._hidden[t.key], self._encoded[t.key] = hidden_nG, t
-            self._targets[t.key] = torch.as_tensor(t.response_ids, device=hidden_nG.device)
+            self._targets[t.key] = torch.as_tensor(t.target_ids, device=hidden_nG.device)
 
     def rows(self, request: RowRequest) -> Tensor:
         return torch.cat(self._picked(request)).clone()  # a copy outside inference mode, which autograd accepts

@@ -73,7 +73,12 @@ def test_seeds_are_stable_and_differ():
 def test_trajectories_survive_a_checkpoint(tmp_path):
     batch = make_trajectories([(3, 5), (2, 7)], version=4)
     batch[1] = dataclasses.replace(
-        batch[1], correct=True, weight=0.5, sampler_entropy=np.ones(7, np.float32), documents=np.array([2])
+        batch[1],
+        correct=True,
+        weight=0.5,
+        sampler_entropy=np.ones(7, np.float32),
+        documents=np.array([2]),
+        supervised=np.arange(7) < 6,
     )
     records, tensors = trajectories_to_tensors(batch)
     checkpoint.save(tmp_path, 1, {"ahead": records}, tensors, keep=1)
