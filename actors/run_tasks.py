@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,7 @@ from onpolicy_skd.run.exits import EXIT_FAILED, cause_of
 
 Name = TypeVar("Name")
 LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
+STOP_TIMEOUT_S = 600.0  # for the step that a run is in, and its checkpoint
 DIES_WITH_PARENT = 1  # prctl's PR_SET_PDEATHSIG
 
 
@@ -50,6 +52,11 @@ def run_command(arguments: list[str], log: Path, address: str, folder: Path) -> 
             env=environment,
             preexec_fn=_stop_with_parent,  # noqa: PLW1509 (one system call, nothing that another thread could hold)
         )
+        try:
+            while process.poll() is None:
+                time.sleep(0.5)  # ray.cancel interrupts Python code, not a system call that waits
+        except KeyboardInterrupt:
+            process.terminate()
         return process.wait()
 
 
@@ -79,21 +86,37 @@ def parallel_runs(settings: Settings, limit: int | None = None) -> int:
 
 
 def run_all(work: Iterable[Command[Name]], count: int) -> Iterator[tuple[Name, int]]:
-    """Run all commands, ``count`` at a time; yield names with exit codes as they end."""
+    """Run all commands, ``count`` at a time; yield names with exit codes as they end.
+
+    Closing the generator, or a signal in it, stops the commands that run: each saves a checkpoint first.
+    """
     address, gpus = ray.get_runtime_context().gcs_address, ray.cluster_resources().get("GPU", 0.0)
     waiting: dict[ray.ObjectRef, Name] = {}
     left = iter(work)
-    while True:
-        while len(waiting) < count and (item := next(left, None)) is not None:
-            task = run_command.options(num_gpus=1.0 if item.owns_device and gpus else 0.0)
-            waiting[task.remote(item.arguments, item.log.absolute(), address, Path.cwd())] = item.name
-        if not waiting:
-            return
-        (done,), _ = ray.wait(list(waiting), num_returns=1)
-        name = waiting.pop(done)
-        try:
-            code: int = ray.get(done)
-        except RayError as error:  # its worker died: this run has failed, the others continue
-            print(f"{cause_of(error)}", file=sys.stderr)
-            code = EXIT_FAILED
-        yield name, code
+    try:
+        while True:
+            while len(waiting) < count and (item := next(left, None)) is not None:
+                task = run_command.options(num_gpus=1.0 if item.owns_device and gpus else 0.0)
+                waiting[task.remote(item.arguments, item.log.absolute(), address, Path.cwd())] = item.name
+            if not waiting:
+                return
+            (done,), _ = ray.wait(list(waiting), num_returns=1)
+            name = waiting.pop(done)
+            try:
+                code: int = ray.get(done)
+            except RayError as error:  # its worker died: this run has failed, the others continue
+                print(f"{cause_of(error)}", file=sys.stderr)
+                code = EXIT_FAILED
+            yield name, code
+    finally:
+        _stop(list(waiting))
+
+
+def _stop(tasks: list[ray.ObjectRef]) -> None:
+    """Let the commands of ``tasks`` stop with a checkpoint, and wait for them."""
+    if not tasks:
+        return
+    print(f"{len(tasks)} runs save a checkpoint and stop; a second signal exits at once", file=sys.stderr)
+    for task in tasks:
+        ray.cancel(task)
+    ray.wait(tasks, num_returns=len(tasks), timeout=STOP_TIMEOUT_S)

@@ -12,6 +12,7 @@ import functools
 import json
 import sys
 from collections.abc import Iterator, Sequence
+from contextlib import closing
 from pathlib import Path
 
 from ray.exceptions import RayError
@@ -24,7 +25,8 @@ from onpolicy_skd.config.errors import ConfigError
 from onpolicy_skd.config.loading import dump, merge, parse_override
 from onpolicy_skd.run.exits import EXIT_FAILED, EXIT_OK, EXIT_STOPPED, run_cli
 from onpolicy_skd.run.prepare import prepare
-from onpolicy_skd.storage.files import write_text
+from onpolicy_skd.run.stop import Stopped, StopSignal
+from onpolicy_skd.storage.files import lock, write_text
 
 
 def compare(
@@ -32,17 +34,9 @@ def compare(
 ) -> int:
     """Run what is missing and write the report; return how many runs have not finished.  Raises ConfigError."""
     folder = comparison.grid.dir
-    statuses = ("waiting", "started", "failed") if retry else ("waiting", "started")
-    missing = [r for r in comparison.runs if r.status in statuses]
-    if missing:
-        (folder / "configs").mkdir(parents=True, exist_ok=True)
-        with connect(missing[0].settings):
-            count = min(parallel_runs(run.settings, parallel) for run in missing)
-            print(f"{len(missing)} of {len(comparison.runs)} runs to do, {count} at a time", flush=True)
-            for done, (run, code) in enumerate(run_all(_commands(missing, folder), count), 1):
-                _note_failure(run, code)
-                outcome = results.shown(run) if run.status == "finished" else f"{run.status}, exit code {code}"
-                print(f"{done}/{len(missing)} {run.settings.run.name}: {outcome}", flush=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    with lock(folder / ".lock", f"dir={folder}"):
+        _run_missing(comparison, retry, parallel)
     failed = [r for r in comparison.runs if r.status != "finished"]
     for run in failed:
         print(f"{run.settings.run.name}: {run.summary.get('reason') or run.status}; its output: {_log(run, folder)}")
@@ -50,6 +44,24 @@ def compare(
     if failed:
         print(f"{len(failed)} runs have not finished; --retry tries those that failed again")
     return len(failed)
+
+
+def _run_missing(comparison: Comparison, retry: bool, parallel: int | None) -> None:
+    """Run what is missing, in parallel.  A signal stops the runs with a checkpoint each, and raises Stopped."""
+    folder = comparison.grid.dir
+    statuses = ("waiting", "started", "failed") if retry else ("waiting", "started")
+    missing = [r for r in comparison.runs if r.status in statuses]
+    if not missing:
+        return
+    (folder / "configs").mkdir(exist_ok=True)
+    with connect(missing[0].settings), StopSignal():  # in this order: Ray sets handlers too
+        count = min(parallel_runs(run.settings, parallel) for run in missing)
+        print(f"{len(missing)} of {len(comparison.runs)} runs to do, {count} at a time", flush=True)
+        with closing(run_all(_commands(missing, folder), count)) as outcomes:
+            for done, (run, code) in enumerate(outcomes, 1):
+                _note_failure(run, code)
+                outcome = results.shown(run) if run.status == "finished" else f"{run.status}, exit code {code}"
+                print(f"{done}/{len(missing)} {run.settings.run.name}: {outcome}", flush=True)
 
 
 def write_report(comparison: Comparison, folder: Path) -> Path:
@@ -104,7 +116,7 @@ def dry_run(comparison: Comparison) -> None:
 
 
 def main(argv: Sequence[str] | None = None, prog: str = "python -m onpolicy_skd.compare") -> int:
-    """Run the command line; return the exit code: 0 all finished, 1 some failed, 2 bad input."""
+    """Run the command line; return the exit code: 0 all finished, 1 some failed, 2 bad input, 3 stopped."""
     parser = argparse.ArgumentParser(
         prog=prog, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -116,7 +128,11 @@ def main(argv: Sequence[str] | None = None, prog: str = "python -m onpolicy_skd.
     parser.add_argument("--report", type=Path, metavar="FOLDER", help="folder of the report (default: dir of the grid)")
     parser.add_argument("--parallel", type=int, help="most runs at a time (default: as many as fit)")
     parser.add_argument("overrides", nargs="*", metavar="a.b=value", help="override the grid: settings.run.steps=5")
-    return run_cli(lambda: _run(parser.parse_args(argv)), RayError)
+    try:
+        return run_cli(lambda: _run(parser.parse_args(argv)), RayError)
+    except Stopped as stopped:
+        print(f"{stopped}: stopped; the same command continues", file=sys.stderr)
+        return EXIT_STOPPED
 
 
 def _run(args: argparse.Namespace) -> int:

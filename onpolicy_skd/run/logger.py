@@ -21,7 +21,7 @@ from onpolicy_skd.report.timeline import write_timeline
 from onpolicy_skd.run.exits import RunError, cause_of, first_line
 from onpolicy_skd.run.health import HealthMonitor
 from onpolicy_skd.run.prepare import Run
-from onpolicy_skd.run.stop import Stopped
+from onpolicy_skd.run.stop import as_stopped
 from onpolicy_skd.run.supervisor import Recovery
 from onpolicy_skd.storage.files import SaveError, write_text
 from onpolicy_skd.tracing import Span, within
@@ -97,8 +97,8 @@ class RunLogger:
 
     def __exit__(self, *error: Any) -> None:
         self._display.__exit__(*error)
-        if isinstance(error[1], Stopped):
-            self.conclude("stopped", f"{error[1]} outside the steps")
+        if stopped := as_stopped(error[1]):
+            self.conclude("stopped", f"{stopped} outside the steps")
         self._metrics.close()
 
     def log(self, text: str) -> None:

@@ -23,6 +23,15 @@ class Stopped(BaseException):
     """A signal outside the steps; like KeyboardInterrupt, no ``except Exception`` catches it."""
 
 
+def as_stopped(error: BaseException | None) -> Stopped | None:
+    """Return the Stopped that ``error`` is or that caused it.
+
+    Ray's C code reports the exception of a signal handler as the cause of a SystemError.
+    """
+    cause = error.__cause__ if isinstance(error, SystemError) else error
+    return cause if isinstance(cause, Stopped) else None
+
+
 class StopSignal:
     """``with StopSignal() as stop: ... with stop.orderly(): while not stop.requested: ...``
 
@@ -42,9 +51,11 @@ class StopSignal:
         self._previous_handlers = {number: signal.signal(number, self._on_signal) for number in SIGNALS}
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
         for number, handler in self._previous_handlers.items():
             signal.signal(number, handler)  # type: ignore[arg-type]
+        if isinstance(error, SystemError) and (stopped := as_stopped(error)):
+            raise stopped from None
 
     @property
     def requested(self) -> bool:

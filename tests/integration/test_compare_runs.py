@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -131,3 +132,30 @@ def test_a_failed_run_is_reported_and_tried_again_when_asked(tmp_path):
     code, said = compare(path, "--retry")
     assert code == 0, said
     assert "1 of 2 runs to do" in said
+
+
+@pytest.mark.slow
+def test_an_interrupted_comparison_stops_its_runs_with_a_checkpoint(tmp_path):
+    """A second comparison in its folder is refused while it runs."""
+    row = {"name": "SE-KD", "modes": ["on_policy"]}
+    path = write_grid(tmp_path, seeds=[1], baseline="SE-KD", rows=[row])
+    options = ("settings.run.steps=400", "settings.run.checkpoint_every=0")
+    process = subprocess.Popen(
+        command(path, *options), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT, env=ENVIRONMENT
+    )
+    metrics = tmp_path / "out" / "runs" / "se_kd-on_policy-1" / "metrics.jsonl"
+    while not (metrics.exists() and '"step": 1' in metrics.read_text()):
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.2)
+    code, said = compare(path, *options)
+    assert code == 2
+    assert f"dir={tmp_path / 'out'} is in use by process {process.pid}" in said
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 3, out + err
+    assert "SIGINT: stopped; the same command continues" in err
+    assert "Traceback" not in err
+    summary = json.loads((metrics.parent / "summary.json").read_text())
+    assert summary["status"] == "stopped"
+    assert 2 <= summary["steps"] < 400
+    assert (metrics.parent / "checkpoints" / f"step-{summary['steps']:08d}").is_dir()

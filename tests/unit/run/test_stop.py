@@ -70,3 +70,11 @@ def test_a_signal_in_the_middle_of_a_print_is_a_request(monkeypatch):
     with StopSignal() as stop, stop.orderly():
         print("a long line", file=sys.stderr, flush=True)
         assert stop.requested
+
+
+def test_a_signal_that_rays_c_code_wrapped_is_raised_as_itself():
+    """``ray.wait`` reports an exception of a signal handler as the cause of a SystemError."""
+    with pytest.raises(Stopped, match="SIGTERM"), StopSignal():
+        raise SystemError("returned a result with an exception set") from Stopped("SIGTERM")
+    with pytest.raises(SystemError, match="another"), StopSignal():
+        raise SystemError("another")
