@@ -29,7 +29,7 @@ from ray.exceptions import (
 )
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from onpolicy_skd.run.exits import first_line
+from onpolicy_skd.config.errors import first_line
 
 FAULTS = (RayActorError, GetTimeoutError, ObjectLostError, ObjectStoreFullError, OutOfDiskError, OutOfMemoryError,
           NodeDiedError, WorkerCrashedError)  # fmt: skip

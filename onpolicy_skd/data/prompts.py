@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from onpolicy_skd.config.errors import ConfigError
+from onpolicy_skd.config.errors import ConfigError, first_line
 from onpolicy_skd.config.schema import DataSettings
 from onpolicy_skd.data import demo_task
 from onpolicy_skd.types import Prompt, seed_of
@@ -140,7 +140,7 @@ def read_hub(name: str, subset: str | None, split: str, streaming: bool = False)
     except Exception as error:  # the hub client raises many kinds
         raise DataError(
             f"data set {name} ({subset or 'default'}, {split}) cannot be loaded from the hub: "
-            f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}; "
+            f"{type(error).__name__}: {first_line(error)}; "
             "give local files (data.path, data.source=jsonl, or data.train_file of text)"
         ) from error
 
@@ -162,7 +162,8 @@ def render(question: str, tokenizer: Any, settings: DataSettings, shots: Sequenc
     """Return the prompt token ids of ``question``, after the examples ``shots`` and without an end of sequence.
 
     Examples are user and assistant turns of a chat template; in plain text, lm-eval's format: a space before an answer
-    and an empty line after it.  Raises DataError if the tokenizer has no chat template, or if no token is left.
+    and an empty line after it.  Raises DataError if the tokenizer has no chat template, if the template fails, or if no
+    token is left.
     """
     text = question + settings.instruction
     if settings.template == "plain":
@@ -184,12 +185,19 @@ def render(question: str, tokenizer: Any, settings: DataSettings, shots: Sequenc
                 {"role": "assistant", "content": answer},
             )
         ]
-        ids = tokenizer.apply_chat_template(
-            [*system, *turns, {"role": "user", "content": text}],
-            add_generation_prompt=True,
-            enable_thinking=settings.thinking,
-            return_dict=False,
-        )
+        try:
+            ids = tokenizer.apply_chat_template(
+                [*system, *turns, {"role": "user", "content": text}],
+                add_generation_prompt=True,
+                enable_thinking=settings.thinking,
+                return_dict=False,
+            )
+        except Exception as error:  # a template is a program: jinja2, and what its expressions raise
+            hint = " (data.system is set; some templates accept no system message)" if system else ""
+            raise DataError(
+                f"data.template=chat: the template fails: {type(error).__name__}: {first_line(error)}{hint}; correct "
+                "the chat template of the student's tokenizer, or use data.template=plain"
+            ) from None
     if not ids:
         raise DataError(f"data.template={settings.template}: the prompt of {question[:40]!r} has no tokens")
     return ids

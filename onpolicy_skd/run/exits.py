@@ -27,10 +27,6 @@ def run_cli(action: Callable[[], int], *failures: type[Exception]) -> int:
         return EXIT_STOPPED
 
 
-def first_line(error: object) -> str:
-    return (str(error).splitlines() or [""])[0]
-
-
 def cause_of(error: Exception) -> Exception:
     """Return the exception that an actor raised, without Ray's wrapper and traceback."""
     return getattr(error, "cause", None) or error

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+from onpolicy_skd.config.errors import first_line
 from onpolicy_skd.evaluation.evaluate import Evaluation
 from onpolicy_skd.learner.learner import GradientOverflowError, NonFiniteLossError
 from onpolicy_skd.learner.metrics import StepRecord
@@ -18,7 +19,7 @@ from onpolicy_skd.report import summary
 from onpolicy_skd.report.console import Display
 from onpolicy_skd.report.metrics_log import Event, MetricsLog, events_of, read, steps_of
 from onpolicy_skd.report.timeline import write_timeline
-from onpolicy_skd.run.exits import RunError, cause_of, first_line
+from onpolicy_skd.run.exits import RunError, cause_of
 from onpolicy_skd.run.health import HealthMonitor
 from onpolicy_skd.run.prepare import Run
 from onpolicy_skd.run.stop import as_stopped

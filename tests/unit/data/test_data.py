@@ -1,3 +1,4 @@
+import copy
 import dataclasses
 import itertools
 import json
@@ -109,6 +110,15 @@ def test_a_prompt_without_tokens_is_refused_by_row(tmp_path):
     tokenizer.chat_template = "{{ '' }}"
     (tmp_path / "a.jsonl").write_text('{"question": "1+1?", "answer": "2"}\n')
     with pytest.raises(DataError, match=r"a\.jsonl#1: data\.template=chat: .* has no tokens"):
+        load_prompts(settings_for(source="jsonl", train_file=str(tmp_path / "a.jsonl")), tokenizer, "train")
+
+
+def test_a_template_that_fails_on_a_later_row_is_refused_by_row(tmp_path):
+    tokenizer = copy.deepcopy(TOKENIZER)
+    tokenizer.chat_template = "{{ raise_exception('too long') if messages[0].content | length > 5 else messages[0].content }}"
+    rows = ['{"question": "1+1?", "answer": "2"}', '{"question": "1+1+1?", "answer": "3"}']
+    (tmp_path / "a.jsonl").write_text("\n".join(rows))
+    with pytest.raises(DataError, match=r"a.jsonl#2: data.template=chat: the template fails: .*too long"):
         load_prompts(settings_for(source="jsonl", train_file=str(tmp_path / "a.jsonl")), tokenizer, "train")
 
 
