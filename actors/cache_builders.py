@@ -56,7 +56,9 @@ class CacheBuilders:
             role = self._resources.teacher
             self._log(f"starting {role.count} x {role.name}")
             remote = TeacherActor.options(**role.options()).remote
-            self._teachers = [remote(self._settings, self._vocabulary, self._pad_id) for _ in range(role.count)]
+            self._teachers = [
+                remote(role.on_device(self._settings), self._vocabulary, self._pad_id) for _ in range(role.count)
+            ]
             wait_ready({"teacher": self._teachers}, self._log)
         return self._teachers
 
@@ -66,7 +68,7 @@ class CacheBuilders:
         settings = self._settings
         teachers = self._actors()[:1] if settings.samples.metric in TEACHER_METRICS else ()
         learner: Any = LearnerActor.options(**self._resources.learner.options()).remote(
-            settings, self._vocabulary, 1, teachers, scoring_only=True
+            self._resources.learner.on_device(settings), self._vocabulary, 1, teachers, scoring_only=True
         )
         try:
             wait_ready({"learner": [learner]}, self._log)

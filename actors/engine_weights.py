@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from actors.groups import ActorGroups
-from actors.weight_proof import prove_update
+from actors.weight_proof import check_sleep, greedy_answers, prove_update
 from actors.weight_sync import build_sync
+from onpolicy_skd.types import Trajectory
 
 UNKNOWN = -1  # version of an engine that just started or slept: it must get weights before it generates
 
@@ -21,6 +22,7 @@ class EngineWeights:
         self._engine_version = 0  # engines start from the same checkpoint as the learner
         self._sending = False
         self._proved = False  # that an update reaches every parameter
+        self._answers: list[Trajectory] | None = None  # of engines before their first sleep, by the initial weights
 
     def connect(self) -> None:
         """Build the connection from learner to engines; again after any actor was replaced."""
@@ -30,11 +32,13 @@ class EngineWeights:
     def push(self) -> None:
         """Send the learner's weights to every rollout engine, unless the engines hold them.
 
-        The first call proves that engines take every parameter.  Raises ModelError if they do not.
+        The first call proves that engines take every parameter, and that sleep lost nothing.  Raises ModelError if
+        either is not so.
         """
         if self._groups.engines and not (self._proved and self._engine_version == self.learner_version):
             self._sending = True
             if not self._proved:
+                self._check_sleep()
                 prove_update(self._groups, self._sync, self.learner_version, self._vocabulary)
                 self._proved = True
             self._sync.push(self.learner_version, self._groups.timeout_s())
@@ -44,8 +48,21 @@ class EngineWeights:
     def sleep(self) -> None:
         """Let colocated engines give back their memory, and with it their weights."""
         if self._colocated and self._awake:
+            if self._answers is None and not self._proved:
+                self._answers = self._greedy_answers()
             self._groups.get([engine.sleep.remote() for engine in self._groups.engines], "rollout")
             self._engine_version, self._awake = UNKNOWN, False
+
+    def _greedy_answers(self) -> list[Trajectory]:
+        groups = self._groups
+        longest = groups.settings.max_model_length
+        return greedy_answers(groups.rollouts, len(groups.engines), self._vocabulary, longest)
+
+    def _check_sleep(self) -> None:
+        """Compare colocated engines that slept with themselves before; only with the same, initial weights."""
+        if self._answers and self._engine_version == UNKNOWN and self.learner_version == 0:
+            self._sync.push(0, self._groups.timeout_s())
+            check_sleep(self._answers, self._greedy_answers())
 
     def take_interrupted(self) -> bool:
         """Return True once after a push that failed midway, if it may have left engines with mixed weights."""

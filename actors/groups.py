@@ -34,15 +34,15 @@ class ActorGroups:
         self._resources = resources
         learner, teacher, rollout = resources.roles
         self._start_teacher = lambda number: TeacherActor.options(**placement.options(teacher, number)).remote(
-            settings, vocabulary, pad_id, number, teacher.count
+            teacher.on_device(settings), vocabulary, pad_id, number, teacher.count
         )
         self._start_rank = lambda rank: LearnerActor.options(**placement.options(learner, rank)).remote(
-            settings, vocabulary, steps, self.teachers, rank
+            learner.on_device(settings), vocabulary, steps, self.teachers, rank
         )
         self.learner: list[Any] = []  # one actor for each rank
         self.teachers: list[Any] = []
         self.rollouts = RolloutGroup(
-            settings.student, settings, lambda n: placement.options(rollout, n), rollout.count, log
+            settings.student, rollout.on_device(settings), lambda n: placement.options(rollout, n), rollout.count, log
         )
 
     def start_trainers(self) -> None:

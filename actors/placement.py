@@ -36,6 +36,16 @@ class Role:
     count: int
     gpus: float  # of each actor
 
+    def on_device(self, settings: Settings) -> Settings:
+        """Return ``settings`` for an actor of this role, which must use the GPU that it is given and no other.
+
+        run.device=auto would take the CPU where torch cannot use the GPU, and a GPU that Ray has not given it.
+        """
+        if settings.run.device != "auto":
+            return settings
+        run = settings.run.model_copy(update={"device": "cuda" if self.gpus else "cpu"})
+        return settings.model_copy(update={"run": run})
+
     def options(self) -> dict[str, Any]:
         """Return arguments of ``ActorClass.options`` for an actor anywhere in the cluster."""
         environment = {"TOKENIZERS_PARALLELISM": "false"} | {n: os.environ[n] for n in FORWARDED if n in os.environ}

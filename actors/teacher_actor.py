@@ -64,7 +64,8 @@ class TeacherActor:
         with self._init_error.keep():
             use_cores(settings.teacher.threads, count, settings)
             self._teacher = build_teacher(settings, vocabulary, pad_id)
-        self._spans = Spans()
+        on_gpu = pick_device(settings.run.device) == "cuda"
+        self._spans = Spans(torch.cuda.synchronize if on_gpu else None)  # a wait per batch: rows are asked for next
 
     def drain(self) -> list[Span]:
         return self._spans.drain()

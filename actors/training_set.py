@@ -35,7 +35,8 @@ def engine(run: Run, resources: Resources, who: str) -> Iterator[RolloutGroup]:
     """Yield one rollout engine with the weights of ``who`` ("student" or "teacher"); kill it afterwards."""
     settings = with_absolute_paths(run.settings)
     model_cfg = settings.teacher if who == "teacher" else settings.student
-    group = RolloutGroup(model_cfg, settings, lambda _: resources.rollout.options(), 1)
+    role = resources.rollout
+    group = RolloutGroup(model_cfg, role.on_device(settings), lambda _: role.options(), 1)
     try:
         wait_ready({f"{who} engine": group.actors})
         yield group

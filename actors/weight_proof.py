@@ -12,11 +12,13 @@ from collections.abc import Sequence
 import numpy as np
 
 from actors.groups import ActorGroups
+from actors.rollout_actor import RolloutGroup
 from actors.weight_sync import WeightSync
 from onpolicy_skd.models.loading import ModelError
-from onpolicy_skd.types import RolloutRequest, SamplingParams
+from onpolicy_skd.types import RolloutRequest, SamplingParams, Trajectory
 
 REQUESTS, TOKENS = 4, 16  # of each engine; tokens of a prompt and of its response
+SLEEP_TOLERANCE = 0.05  # nats between two answers of one engine with the same weights
 TOLERANCE = {True: 0.01, False: 0.15}  # nats between engine and learner; True: both compute in float32
 
 
@@ -41,13 +43,43 @@ def prove_update(groups: ActorGroups, sync: WeightSync, version: int, vocabulary
     )
 
 
+def greedy_answers(rollouts: RolloutGroup, engines: int, vocabulary: int, longest: int) -> list[Trajectory]:
+    """Return greedy responses of the engines to random prompts, the same at each call."""
+    requests, length = _requests(engines, vocabulary, longest)
+    return rollouts.gather(requests, SamplingParams(length, temperature=0.0))
+
+
+def check_sleep(before: Sequence[Trajectory], after: Sequence[Trajectory]) -> None:
+    """Raise ModelError unless engines give the same answers after they slept and got the same weights again.
+
+    Sleep discards what is neither a parameter nor a named buffer, and some models have such tensors.  Log-probabilities
+    are compared up to the first token that differs: where two are about equally likely, GPU kernels may choose either.
+    """
+    gaps = []
+    for a, b in zip(before, after, strict=True):
+        shared = min(len(a.response_ids), len(b.response_ids))
+        different = np.flatnonzero(a.response_ids[:shared] != b.response_ids[:shared])
+        compared = different[0] + 1 if len(different) else shared
+        gaps.append(np.abs(a.sampler_logprobs[:compared] - b.sampler_logprobs[:compared]).mean())
+    gap = float(np.mean(gaps))
+    if not gap <= SLEEP_TOLERANCE:
+        raise ModelError(
+            f"cluster.topology=colocated: after its first sleep the rollout engine, with the same weights, differs by "
+            f"{gap:.3g} nats per token from before: sleep loses a part of this model; use cluster.topology=split or "
+            "rollout.engine=transformers"
+        )
+
+
+def _requests(engines: int, vocabulary: int, longest: int) -> tuple[list[RolloutRequest], int]:
+    """Return requests with random prompts, and the tokens of a prompt, as many as of its response."""
+    length = min(TOKENS, longest // 2)
+    prompts = np.random.default_rng(0).integers(0, vocabulary, (REQUESTS * engines, length)).tolist()
+    return [RolloutRequest(f"proof/{i}", prompt, i) for i, prompt in enumerate(prompts)], length
+
+
 def _gap(groups: ActorGroups, sync: WeightSync, version: int, vocabulary: int, kinds: Sequence[str] | None) -> float:
     """Return the largest mean difference of a response's log-probabilities, with noise in ``kinds`` of parameters."""
-    cfg = groups.settings
-    rng = np.random.default_rng(0)
-    length = min(TOKENS, cfg.max_model_length // 2)
-    prompts = rng.integers(0, vocabulary, (REQUESTS * len(groups.engines), length)).tolist()
-    requests = [RolloutRequest(f"proof/{i}", prompt, i) for i, prompt in enumerate(prompts)]
+    requests, length = _requests(len(groups.engines), vocabulary, groups.settings.max_model_length)
     groups.call_ranks(lambda rank: rank.perturb.remote(kinds))
     try:
         sync.push(version, groups.timeout_s())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple
 
@@ -18,17 +18,25 @@ class Span(NamedTuple):
 
 
 class Spans:
-    """Recorder of spans: ``with spans("backbone"): ...``."""
+    """Recorder of spans: ``with spans("backbone"): ...``.
 
-    def __init__(self) -> None:
+    ``wait`` is called at both ends of a span if it is set: a GPU still computes when the call that started it returns.
+    """
+
+    def __init__(self, wait: Callable[[], None] | None = None) -> None:
+        self.wait = wait
         self._spans: deque[Span] = deque(maxlen=KEPT)
 
     @contextmanager
     def __call__(self, name: str) -> Iterator[None]:
+        if self.wait:
+            self.wait()
         start = time.time()
         try:
             yield
         finally:
+            if self.wait:
+                self.wait()
             self._spans.append(Span(name, start, time.time()))
 
     def drain(self) -> list[Span]:

@@ -82,7 +82,11 @@ class SamplingParams:
 
 @dataclass(frozen=True, slots=True)
 class RolloutRequest:
-    """A response to generate; its seed makes it the same in any batch, on any actor."""
+    """A response to generate.
+
+    On one machine's CPU its seed makes it the same in any batch, on any actor.  GPU kernels round differently in
+    another batch; there vLLM's VLLM_BATCH_INVARIANT=1 does the same at a cost.
+    """
 
     key: str
     prompt_ids: list[int]

@@ -135,6 +135,8 @@ class Learner:
     def begin_step(self, weight: float) -> None:
         """Begin a step whose trajectories arrive in batches; ``weight``: the expected sum of their weights."""
         self._open = _OpenStep(weight)
+        in_timeline = self.version == self._settings.run.timeline and self.student.device.type == "cuda"
+        self.spans.wait = torch.cuda.synchronize if in_timeline else None
         self.state.optimizer.zero_grad(set_to_none=True)
 
     def add_trajectories(self, trajectories: Sequence[Trajectory]) -> None:
@@ -311,5 +313,6 @@ class Learner:
                 f"the sampler's log-probabilities differ from the learner's by {gap:.4g} nats on average (at most "
                 f"{record.sampler_gap_max:.4g}), sync.max_gap={bound}: the rollout engine does not hold the weights of "
                 f"policy version {self.version}, or computes in a much coarser type. Check rollout.dtype and "
-                "sync.method; raise sync.max_gap only if the difference is understood"
+                "sync.method; raise sync.max_gap only if the difference is understood (in a mixture of experts engine "
+                "and learner may choose different experts for a token)"
             )

@@ -1,7 +1,8 @@
 """The LM head, applied to a few rows at a time: no ``[N, V]`` tensor of logits ever exists.
 
-Names carry shapes: N rows, V vocabulary, H hidden size.  Logits are formed in the compute dtype of the hidden states
-and reduced in float32.  Sizes are in rows and elements, entropies and log-probabilities in nats.
+Names carry shapes: N rows, V vocabulary, H hidden size.  Logits are products of hidden states and head in the compute
+dtype, summed and reduced in float32; ``project`` says where they are rounded in between.  Sizes are in rows and
+elements, entropies and log-probabilities in nats.
 """
 
 from __future__ import annotations
@@ -59,6 +60,24 @@ def blocks(logits_cV: Tensor) -> Iterator[slice]:
         yield slice(start, start + size)
 
 
+def project(hidden_cH: Tensor, head_HV: Tensor, out_cV: Tensor) -> Tensor:
+    """Write the float32 logits of ``hidden_cH`` to ``out_cV`` and return it.
+
+    Sums of coarser products stay in float32 on GPUs, as in the engines there (``head_dtype`` of vLLM); on CPUs, whose
+    products have no such output, learner, teacher and engine all round them to the compute dtype.
+    """
+    if hidden_cH.dtype == torch.float32:
+        return torch.mm(hidden_cH, head_HV, out=out_cV)
+    if keeps_float32_sums(hidden_cH.device):
+        return torch.mm(hidden_cH, head_HV, out_dtype=torch.float32, out=out_cV)
+    return out_cV.copy_(hidden_cH @ head_HV)
+
+
+def keeps_float32_sums(device: torch.device) -> bool:
+    """Return True if products of coarse types can have a float32 output there."""
+    return device.type == "cuda"
+
+
 class Projector:
     """Computes the logits of one chunk after another in one float32 buffer, which avoids page faults of new memory.
 
@@ -71,12 +90,7 @@ class Projector:
 
     def __call__(self, hidden_cH: Tensor) -> Tensor:
         """Return float32 logits ``[c, V]``."""
-        logits_cV = self._buffer[: len(hidden_cH)]
-        if hidden_cH.dtype == torch.float32:
-            torch.mm(hidden_cH, self._head_HV, out=logits_cV)
-        else:
-            logits_cV.copy_(hidden_cH @ self._head_HV)
-        return logits_cV
+        return project(hidden_cH, self._head_HV, self._buffer[: len(hidden_cH)])
 
 
 def shift_exp(logits_bV: Tensor) -> tuple[Tensor, Tensor]:

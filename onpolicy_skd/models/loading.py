@@ -206,7 +206,11 @@ def shared_vocabulary(student_config: Any, teacher_config: Any, tokenizer_size: 
 def pick_device(setting: str) -> str:
     """Return cuda or cpu.  Raises ModelError if cuda is required but absent."""
     if setting == "cuda" and not torch.cuda.is_available():
-        raise ModelError("run.device=cuda: no CUDA device is visible here; accepted: auto, cpu")
+        built = f"torch is built for CUDA {torch.version.cuda}, which may need a newer driver (nvidia-smi shows it)"
+        raise ModelError(
+            "run.device=cuda, or a GPU of the cluster: torch sees no CUDA device here; "
+            f"{built if torch.version.cuda else 'torch is a CPU build'}; accepted: run.device=cpu"
+        )
     return ("cuda" if torch.cuda.is_available() else "cpu") if setting == "auto" else setting
 
 

@@ -1,4 +1,7 @@
-"""The transformers engine: ``model.generate`` with a sampler by which a seed gives the same response in any batch."""
+"""The transformers engine: ``model.generate`` with a sampler that draws each response from a seed of that response.
+
+On one machine's CPU a seed gives the same response in any batch; GPU kernels depend on the batch.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,7 @@ from torch import Tensor
 
 from onpolicy_skd.config.schema import Settings
 from onpolicy_skd.evaluation.stop_texts import stop_length
-from onpolicy_skd.models.lm_head import shift_exp, shift_exp_entropy
+from onpolicy_skd.models.lm_head import keeps_float32_sums, project, shift_exp, shift_exp_entropy
 from onpolicy_skd.models.loading import eos_token_ids, load_model, load_tokenizer, pick_device, pick_dtype
 from onpolicy_skd.models.split_model import SplitModel
 from onpolicy_skd.rollout.engine import sort_by_request
@@ -43,8 +46,11 @@ class TransformersEngine:
         self._eos = eos_token_ids(self._model.generation_config, self._tokenizer)
         self._autocast = torch.autocast(device, dtype=dtype, enabled=self._shared and dtype != torch.float32)
         head = self._model.get_output_embeddings()
-        if device == "cpu" and type(head) is torch.nn.Linear and head.bias is None:
-            head.forward = partial(_project, head)
+        if type(head) is torch.nn.Linear and head.bias is None:
+            if dtype != torch.float32 and keeps_float32_sums(head.weight.device):
+                head.forward = partial(_project_to_float32, head, dtype)
+            elif device == "cpu":
+                head.forward = partial(_project, head)
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
         if not self._shared:
@@ -182,6 +188,14 @@ def _project(head: torch.nn.Linear, input: Tensor) -> Tensor:
         return torch.nn.functional.linear(input, head.weight)
     logits_VB = torch.mm(head.weight, input.reshape(rows, -1).T)
     return logits_VB.T.contiguous().view(*input.shape[:-1], -1)
+
+
+def _project_to_float32(head: torch.nn.Linear, dtype: torch.dtype, input: Tensor) -> Tensor:
+    """Return ``input @ head.T`` of products in ``dtype``, not rounded to it: what the learner computes."""
+    rows_NH = input.to(dtype).flatten(0, -2)
+    logits_NV = torch.empty(len(rows_NH), len(head.weight), device=input.device)
+    with torch.autocast(input.device.type, enabled=False):
+        return project(rows_NH, head.weight.to(dtype).T, logits_NV).view(*input.shape[:-1], -1)
 
 
 class _Sampler:

@@ -26,19 +26,28 @@ if TYPE_CHECKING:
 
 # The engine lives in the caller's process: it starts in seconds, dies with its actor, and takes weights as objects.
 # Compiling the sampler costs seconds for no gain on CPU. Both must be set before vLLM is imported.
-_ENVIRONMENT = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEVEL": "ERROR"}
-_CPU_ENVIRONMENT = {"TORCH_COMPILE_DISABLE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+_ENVIRONMENT = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_NO_USAGE_STATS": "1"}
+_DEVICE_ENVIRONMENT = {
+    "cpu": {"TORCH_COMPILE_DISABLE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_LOGGING_LEVEL": "ERROR"},
+    "cuda": {"VLLM_LOGGING_LEVEL": "WARNING"},
+}
+_FLOAT32_HEAD = {"head_dtype": "float32"}  # logits as the learner forms them (models/lm_head.py)
 _RECORDING = {"VLLM_USE_V2_MODEL_RUNNER": "0"}  # the runner that EntropyRecorder is made for
 WORKER = "onpolicy_skd.rollout.vllm_worker"
 LM_EVAL_KV_CACHE_MIB = 2048
 
 
-def require_vllm() -> None:
-    """Raise ModelError if vLLM is not installed; does not import it."""
+def require_vllm(device: str = "auto") -> None:
+    """Raise ModelError if vLLM is not installed, or is its GPU build and ``device`` is cpu; does not import it."""
     if importlib.util.find_spec("vllm") is None:
         raise ModelError(
             "rollout.engine=vllm: vLLM is not installed; install this package with its extra 'cpu' or 'gpu', "
             "or set rollout.engine=transformers"
+        )
+    if device == "cpu" and "cpu" not in _vllm_version():
+        raise ModelError(
+            "rollout.engine=vllm, run.device=cpu: vLLM here is its GPU build, which would take a GPU that the run was "
+            "not given; accepted with run.device=cpu: rollout.engine=transformers, or vLLM's CPU build"
         )
 
 
@@ -53,7 +62,7 @@ class VLLMEngine:
         path = resolve_path(model)
         dtype = cfg.dtype if cfg.dtype != "auto" else ("bfloat16" if device == "cuda" else "float32")
         max_length = settings.max_model_length
-        engine_kwargs: dict[str, Any] = dict(gpu_memory_utilization=cfg.gpu_memory)
+        engine_kwargs: dict[str, Any] = dict(gpu_memory_utilization=cfg.gpu_memory, hf_overrides=_FLOAT32_HEAD)
         if device == "cpu":
             engine_kwargs = _cpu_engine_kwargs(max_length, cfg.kv_cache_mib)
         if cfg.tensor_parallel > 1:
@@ -121,7 +130,11 @@ class VLLMEngine:
             self._llm.apply_model(_worker().repack_heads)
         if self._asleep:
             self._llm.wake_up(["kv_cache"])
-        self._llm.reset_prefix_cache()  # a weight update keeps it, but its entries belong to the old weights
+        if not self._llm.reset_prefix_cache():  # a weight update keeps it, but its entries belong to the old weights
+            raise RuntimeError(
+                "vLLM did not drop its prefix cache after a weight update, because a request still holds part of it; "
+                "responses would mix old and new weights"
+            )
         self.version, self._asleep = version, False
 
     def sleep(self) -> None:
@@ -199,8 +212,8 @@ def _worker() -> Any:
 
 def _set_environment(device: str, more: Mapping[str, str] | None = None) -> None:
     """Set the environment variables that vLLM reads at import.  Raises ModelError if it is not installed."""
-    require_vllm()
-    for name, value in (_ENVIRONMENT | (_CPU_ENVIRONMENT if device == "cpu" else {}) | dict(more or {})).items():
+    require_vllm(device)
+    for name, value in (_ENVIRONMENT | _DEVICE_ENVIRONMENT[device] | dict(more or {})).items():
         os.environ.setdefault(name, value)
 
 

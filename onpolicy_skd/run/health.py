@@ -59,9 +59,9 @@ def guards(max_gap: float) -> tuple[Guard, ...]:
             below=True,
         ),
         Guard(
-            "gap", "sampler_gap", lambda start: 0.5 * max_gap,
-            "sampler and learner differ by {now:.4f} nats per token, more than half of sync.max_gap; use the same "
-            "dtype for rollout.dtype and learner.compute_dtype",
+            "gap", "sampler_gap", lambda start: min(0.5 * max_gap, max(3 * start, 0.05 * max_gap)),
+            "sampler and learner differ by {now:.4f} nats per token, {start:.4f} at the start: more than half of "
+            "sync.max_gap, or three times the start; use the same dtype for rollout.dtype and learner.compute_dtype",
         ),
         Guard(
             "ending", "teacher_ending", lambda start: 0.1,

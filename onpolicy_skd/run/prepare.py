@@ -167,7 +167,7 @@ def prepare(settings: Settings, log: Callable[[str], None] = print, generates: b
     if settings.rollout.engine == "vllm" and settings.generates and generates:
         from onpolicy_skd.rollout.vllm_engine import require_vllm
 
-        require_vllm()
+        require_vllm(settings.run.device)
     Selector(settings.positions, settings.run.seed)  # imports the user's metrics and policies
     student = settings.student
     tokenizer = models.load_tokenizer(student.model, student.trust_remote_code)

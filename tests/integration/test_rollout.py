@@ -256,7 +256,7 @@ def test_a_colocated_engine_frees_its_memory_and_wakes_in_two_steps():
 
     class LLM:
         def __getattr__(self, name):
-            return lambda *given, **named: log.append(f"{name}{[*given[0]] if given and name == 'wake_up' else ''}")
+            return lambda *given, **named: not log.append(f"{name}{[*given[0]] if given and name == 'wake_up' else ''}")
 
     engine = VLLMEngine.__new__(VLLMEngine)
     engine._llm, engine._on_cpu, engine._sleeps, engine._asleep, engine.version = LLM(), False, True, False, 0
