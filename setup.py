@@ -8,5 +8,5 @@ from setuptools import find_packages, setup
 setup(
     packages=[*find_packages(include=["onpolicy_skd*", "actors*", "eval*"]), "onpolicy_skd.configs"],
     package_dir={"onpolicy_skd.configs": "configs"},
-    package_data={"onpolicy_skd": ["assets/**/*"], "onpolicy_skd.configs": ["**/*.yaml"]},
+    package_data={"onpolicy_skd": ["py.typed", "assets/**/*"], "onpolicy_skd.configs": ["**/*.yaml"]},
 )

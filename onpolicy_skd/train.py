@@ -9,12 +9,15 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import signal
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from typing import TypeVar
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any, TypeVar
 
 import ray
 from ray.exceptions import GetTimeoutError, RayError
@@ -23,6 +26,7 @@ from actors.cluster import connect
 from actors.placement import Resources
 from actors.training_set import add_teacher_references, engine, retry_engine_on_fault, selected_prompts
 from actors.workers import Refs, Workers
+from onpolicy_skd.config import validation
 from onpolicy_skd.config.loading import load_settings
 from onpolicy_skd.config.schema import Settings
 from onpolicy_skd.evaluation.diagnostics import means, token_view
@@ -36,6 +40,7 @@ from onpolicy_skd.run.prepare import Run, check_resume, open_folder, prepare
 from onpolicy_skd.run.stop import Stopped, StopSignal
 from onpolicy_skd.selection.prefilter import as_text
 from onpolicy_skd.storage.checkpoint import Checkpoint
+from onpolicy_skd.storage.files import RunPaths
 from onpolicy_skd.types import FilterReport, Prompt, RolloutRequest, seed_of
 
 T = TypeVar("T")
@@ -194,7 +199,7 @@ def main(argv: Sequence[str] | None = None, prog: str = "python -m onpolicy_skd.
         about = (__doc__ or "").splitlines()[0]
         given = sys.argv[1:] if argv is None else argv
         with StopSignal():
-            return run_cli(lambda: run_settings(load_settings(given, prog, about)), RayError)
+            return run_cli(lambda: run_settings(load_settings(given, prog, about)).exit_code, RayError)
     except Stopped as stopped:
         name = str(stopped)
     except SystemExit as error:
@@ -205,8 +210,30 @@ def main(argv: Sequence[str] | None = None, prog: str = "python -m onpolicy_skd.
     return EXIT_STOPPED
 
 
-def run_settings(settings: Settings) -> int:
-    """Make one run, from settings to summary.json; return the exit code."""
+@dataclass(frozen=True, slots=True)
+class RunResult:
+    """A run that has ended: the content of its summary.json (docs/outputs.md) and the files of its folder."""
+
+    summary: dict[str, Any]
+    paths: RunPaths
+
+    @property
+    def finished(self) -> bool:
+        """False for a run that was stopped; the same settings with ``resume="auto"`` continue it."""
+        return self.summary["status"] == "finished"
+
+    @property
+    def exit_code(self) -> int:
+        return EXIT_OK if self.finished else EXIT_STOPPED
+
+
+def run_settings(settings: Settings) -> RunResult:
+    """Make one run, from settings to summary.json; the student is in ``result.paths.final``.
+
+    Joins the running Ray cluster or starts a local one for the time of the run.  Call it in the main thread: Ctrl-C
+    and SIGTERM stop the run with a checkpoint.  Raises ConfigError for bad input, RunError or RayError for a failure.
+    """
+    validation.check(settings)
     preflight(settings)
     run = prepare(settings)
     if run.knows_its_texts:
@@ -229,7 +256,7 @@ def run_settings(settings: Settings) -> int:
                 stack.push(logger.on_failure(workers, RayError))
                 run_workers(run, workers, logger, checkpoint, stop)
         logger.conclude("finished" if logger.finished else "stopped")
-        return EXIT_OK if logger.finished else EXIT_STOPPED
+    return RunResult(json.loads(run.paths.summary.read_text(encoding="utf-8")), run.paths)
 
 
 def run_workers(run: Run, workers: Workers, logger: RunLogger, checkpoint: Checkpoint | None, stop: StopSignal) -> None:
@@ -306,6 +333,17 @@ def teacher_evaluation(run: Run, resources: Resources, log: Callable[[str], None
 
     return retry_engine_on_fault(run.settings, "teacher engine", action, log)
 
+
+class _CallableModule(ModuleType):
+    """The class of this module: ``from onpolicy_skd import train`` gives the module, and ``train(settings)`` a run."""
+
+    def __call__(self, settings: Settings) -> RunResult:
+        return run_settings(settings)
+
+    __call__.__doc__ = run_settings.__doc__
+
+
+sys.modules[__name__].__class__ = _CallableModule
 
 if __name__ == "__main__":
     sys.exit(main())

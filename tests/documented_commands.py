@@ -63,6 +63,7 @@ TESTS: dict[str, tuple[str, ...]] = {
     "python -m onpolicy_skd.train": ("tests/integration/test_train.py",),
     "skd cache": (CLI, "tests/integration/test_commands.py::test_a_cache_is_built"),
     "skd compare": (CLI, "tests/integration/test_compare_runs.py"),
+    "skd configs": (CLI, "tests/unit/config/test_shipped.py::test_the_list_has_every_config_with_its_comment"),
     "skd eval": (CLI, "tests/unit/test_cli.py::test_arguments_and_exit_code_pass_through"),
     "skd suite": (CLI, "tests/unit/eval/test_suite.py::test_the_suite_on_transformers"),
     "skd train": ("tests/integration/test_wheel.py::test_a_run_by_name_from_an_empty_folder",),

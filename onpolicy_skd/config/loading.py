@@ -11,7 +11,7 @@ import argparse
 import difflib
 import functools
 import reprlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
@@ -144,9 +144,14 @@ def parse_override(text: str) -> dict[str, Any]:
         node = _parse_value(text, value)
     elif value in ("", "null") and field.default is None:
         node = None
+    return nest(key, node)
+
+
+def nest(key: str, value: Any) -> Any:
+    """Return ``value`` inside the sections of a dotted key: ``nest("a.b", 1)`` is ``{"a": {"b": 1}}``."""
     for name in reversed(key.split(".")):
-        node = {name: node}
-    return node
+        value = {name: value}
+    return value
 
 
 def _parse_value(text: str, value: str) -> Any:
@@ -177,6 +182,16 @@ def load_settings(argv: Sequence[str], prog: str = "python -m onpolicy_skd.train
     parser.add_argument("overrides", nargs="*", metavar="a.b=value", help="settings that win over the file's")
     args = parser.parse_args(argv)
     return build_settings(args.config, [parse_override(text) for text in args.overrides])
+
+
+def load_config(config: str | Path | None = None, overrides: Mapping[str, Any] | None = None) -> Settings:
+    """Return the settings of a config, for Python: ``load_config("demo", {"run.steps": 20})``.
+
+    ``config`` is a YAML file or the name of a shipped config; None takes all defaults.  ``overrides`` maps dotted keys
+    to values.  Raises ConfigError with one line per problem.
+    """
+    trees = [nest(key, value) for key, value in (overrides or {}).items()]
+    return build_settings(None if config is None else Path(config), trees)
 
 
 def build_settings(file: Path | None, overrides: Sequence[dict[str, Any]] = ()) -> Settings:

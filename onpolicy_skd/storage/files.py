@@ -124,6 +124,12 @@ class RunPaths:
         return self.folder.parent / "references"
 
 
+def config_beside(model: str | Path) -> Path | None:
+    """Return config.yaml of the run folder that holds ``model`` (``runs/NAME/final``); None if there is none."""
+    file = RunPaths(Path(model).parent).config
+    return file if file.exists() else None
+
+
 @contextmanager
 def lock(path: Path, subject: str) -> Iterator[None]:
     """Keep other processes away from what ``path`` guards.
