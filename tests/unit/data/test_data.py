@@ -115,7 +115,9 @@ def test_a_prompt_without_tokens_is_refused_by_row(tmp_path):
 
 def test_a_template_that_fails_on_a_later_row_is_refused_by_row(tmp_path):
     tokenizer = copy.deepcopy(TOKENIZER)
-    tokenizer.chat_template = "{{ raise_exception('too long') if messages[0].content | length > 5 else messages[0].content }}"
+    tokenizer.chat_template = (
+        "{{ raise_exception('too long') if messages[0].content | length > 5 else messages[0].content }}"
+    )
     rows = ['{"question": "1+1?", "answer": "2"}', '{"question": "1+1+1?", "answer": "3"}']
     (tmp_path / "a.jsonl").write_text("\n".join(rows))
     with pytest.raises(DataError, match=r"a.jsonl#2: data.template=chat: the template fails: .*too long"):
