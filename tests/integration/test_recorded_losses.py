@@ -8,17 +8,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from unittest import mock
 
 import pytest
 import torch
 from helpers import ROOT
-from ray.cluster_utils import Cluster
+from ray_helpers import ray_cluster
 
 from onpolicy_skd import cache, train
 
@@ -43,17 +39,6 @@ RUNS = {
 }
 
 
-@contextmanager
-def ray_cluster(folder: Path) -> Iterator[str]:
-    """Start a Ray node for all runs and yield its address; only processes with ``folder`` as RAY_TMPDIR find it."""
-    with mock.patch.dict(os.environ, RAY_TMPDIR=str(folder)):
-        cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "include_dashboard": False})
-        try:
-            yield str(cluster.address)
-        finally:
-            cluster.shutdown()
-
-
 def run_losses(name: str, folder: Path, address: str) -> dict[str, list[float]]:
     """Train the run ``name`` in ``folder`` and return its loss and divergence per step."""
     arguments = ["--config", str(DEMO), *SETTINGS, f"run.dir={folder}", f"run.name={name}",
@@ -73,12 +58,6 @@ def arithmetic() -> dict[str, str]:
     return {"torch": torch.__version__, "cpu_capability": torch.backends.cpu.get_cpu_capability()}
 
 
-@pytest.fixture(scope="module")
-def address() -> Iterator[str]:
-    with tempfile.TemporaryDirectory() as folder, ray_cluster(Path(folder)) as address:  # short: sockets lie in it
-        yield address
-
-
 @pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) if n == "two_ranks" else n for n in RUNS])
 def test_losses_equal_the_recorded_ones(name, address, tmp_path):
     recorded = json.loads(RECORD.read_text())
@@ -90,7 +69,7 @@ def test_losses_equal_the_recorded_ones(name, address, tmp_path):
 
 def write() -> None:
     """Record the losses of all runs in ``recorded_losses.json``."""
-    with tempfile.TemporaryDirectory() as name, ray_cluster(Path(name)) as address:
+    with tempfile.TemporaryDirectory() as name, ray_cluster() as address:
         runs = {run: run_losses(run, Path(name), address) for run in RUNS}
     RECORD.write_text(json.dumps({"arithmetic": arithmetic(), "runs": runs}, indent=2) + "\n")
 

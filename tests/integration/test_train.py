@@ -1,4 +1,7 @@
-"""The driver end to end: real Ray, real vLLM, the bundled pair.  Each run is a process of its own, as a user's is."""
+"""The driver end to end: real Ray, real vLLM, the bundled pair.
+
+Runs whose process or private Ray matters are a separate process, as a user's is; the others share a Ray.
+"""
 
 import json
 import os
@@ -26,6 +29,7 @@ BASE = [
     "data.validation_problems=16",
 ]  # fmt: skip
 TRANSFORMERS = ["rollout.engine=transformers"]  # starts in half the time of vLLM
+ONE_ACTOR = [*TRANSFORMERS, "rollout.placement=learner", "teacher.placement=learner"]
 SECRETS = dict.fromkeys(("HF_TOKEN", "WANDB_API_KEY", "AWS_SECRET_ACCESS_KEY"), "nobody-should-read-this")
 LOSSES = ("loss", "grad_norm", "entropy", "divergence_selected", "positions", "lr")
 
@@ -47,6 +51,17 @@ def run(folder, *overrides, timeout=300, paths=()):
         env=environment,
         check=False,
     )
+
+
+@pytest.fixture
+def run_here(address, capsys):
+    """Make a run in this process, on the Ray that this module shares."""
+
+    def run(folder, *overrides):
+        code = train.main([*BASE, f"run.dir={folder}", f"cluster.address={address}", *overrides])
+        return subprocess.CompletedProcess(overrides, code, *capsys.readouterr())
+
+    return run
 
 
 def losses(folder, keys=LOSSES):
@@ -145,7 +160,7 @@ def test_each_process_is_killed_once_and_the_losses_are_those_of_an_undisturbed_
         assert actual == (pytest.approx(expected, rel=0.05) if ON_GPU else expected)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
 def test_a_signal_to_the_process_group_ends_with_a_checkpoint(tmp_path, number):
     """Ctrl-C in a terminal, ``timeout`` and schedulers signal the whole group; Ray's processes must survive that."""
     process = subprocess.Popen(
@@ -216,6 +231,7 @@ def test_a_run_does_not_lean_on_the_private_ray_of_another(tmp_path):
     assert "finished after 4 steps" in out
 
 
+@pytest.mark.slow
 def test_two_actors_of_every_role_do_what_one_does(finished_run, tmp_path):
     """Rollouts that agree with the learner at every step show that weights arrive whole, in time and in place."""
     two = ["rollout.actors=2", "teacher.actors=2", "learner.ranks=2", "sync.method=broadcast"]
@@ -281,8 +297,8 @@ def test_a_run_with_overlap_resumes_with_the_losses_of_an_undisturbed_one(tmp_pa
 
 
 @pytest.mark.slow
-def test_the_teacher_in_the_learners_process_trains_the_same(finished_run, tmp_path):
-    done = run(tmp_path, "teacher.placement=learner", "run.steps=5", "run.name=r")
+def test_the_teacher_in_the_learners_process_trains_the_same(finished_run, run_here, tmp_path):
+    done = run_here(tmp_path, "teacher.placement=learner", "run.steps=5", "run.name=r")
     assert done.returncode == 0, done.stdout + done.stderr
     for actual, expected in zip(losses(tmp_path / "r"), losses(finished_run[0]), strict=True):
         assert actual == pytest.approx(expected, rel=1e-4)
@@ -301,40 +317,39 @@ def test_rollouts_of_two_actors_come_back_in_the_order_of_the_requests(monkeypat
     assert [t.key for t in Two().gather(requests, SamplingParams(8))] == [r.key for r in requests]
 
 
-def test_prefilter_scores_once_and_spends_nothing_on_what_it_drops(tmp_path):
-    options = [*TRANSFORMERS, "samples.keep=0.25", "samples.when=prefilter", "data.train_problems=64", "run.epochs=1"]
-    done = run(tmp_path, *options, "run.steps=null", "run.name=first")
+def test_prefilter_scores_once_and_spends_nothing_on_what_it_drops(run_here, tmp_path):
+    options = [*ONE_ACTOR, "samples.keep=0.25", "samples.when=prefilter", "data.train_problems=64", "run.epochs=1"]
+    done = run_here(tmp_path, *options, "run.steps=null", "run.name=first")
     assert done.returncode == 0, done.stdout + done.stderr
     assert "16 of 64 prompts kept" in done.stdout
     steps = [r for r in read(tmp_path / "first" / "metrics.jsonl") if "loss" in r]
     assert [r["generated"] for r in steps] == [8, 8]
-    again = run(tmp_path, *options, "run.steps=1", "run.name=second")
+    again = run_here(tmp_path, *options, "run.steps=1", "run.name=second")
     assert "reused from" in again.stdout
 
 
-def test_each_steps_rollouts_are_ranked_and_dropped_ones_counted(tmp_path):
+def test_each_steps_rollouts_are_ranked_and_dropped_ones_counted(run_here, tmp_path):
     """By entropies that the engine in the learner's process recorded."""
-    placement = ["rollout.placement=learner", "rollout.entropy=engine"]
-    done = run(tmp_path, *TRANSFORMERS, *placement, "samples.keep=0.25", "run.steps=2", "run.name=r",
-               "teacher.placement=learner")  # fmt: skip
+    options = ["rollout.entropy=engine", "samples.keep=0.25", "run.steps=2", "run.name=r"]
+    done = run_here(tmp_path, *ONE_ACTOR, *options)
     assert done.returncode == 0, done.stdout + done.stderr
     steps = [r for r in read(tmp_path / "r" / "metrics.jsonl") if "loss" in r]
     assert [(r["generated"], r["samples"], r["dropped"]) for r in steps] == [(32, 8, {"not_selected": 24})] * 2
     assert all(r["sampler_gap"] < GAP and r["entropy_gap"] < 10 * GAP for r in steps)
 
 
-def test_a_batch_left_empty_is_an_event_and_not_a_crash(tmp_path):
-    done = run(tmp_path, *TRANSFORMERS, "rollout.max_tokens=4", "run.steps=2", "run.name=r")
+def test_a_batch_left_empty_is_an_event_and_not_a_crash(run_here, tmp_path):
+    done = run_here(tmp_path, *ONE_ACTOR, "rollout.max_tokens=4", "run.steps=2", "run.name=r")
     assert done.returncode == 0, done.stdout + done.stderr
     events = [r for r in read(tmp_path / "r" / "metrics.jsonl") if r.get("event") == "empty_batch"]
     assert [r["dropped"] for r in events] == [{"truncated": 8}, {"truncated": 8}]
     assert "samples.truncated=keep" in done.stdout
 
 
-def test_a_sampler_without_the_learners_weights_stops_the_run(tmp_path):
+def test_a_sampler_without_the_learners_weights_stops_the_run(run_here, tmp_path):
     """bfloat16 rollouts of a float32 learner stand in for a lost update."""
-    done = run(tmp_path, "rollout.engine=transformers", "rollout.dtype=bfloat16", "run.steps=1", "run.name=r",
-               "sync.max_gap=1e-5")  # fmt: skip
+    done = run_here(tmp_path, "rollout.engine=transformers", "rollout.dtype=bfloat16", "run.steps=1", "run.name=r",
+                    "sync.max_gap=1e-5", "teacher.placement=learner")  # fmt: skip
     assert done.returncode == 1
     assert "sync.max_gap=1e-05" in done.stderr
     assert "Traceback" not in done.stderr
@@ -362,7 +377,7 @@ def without_weights(folder: Path) -> str:
     return str(shutil.copytree(resolve_path("bundled:demo_student"), folder, ignore=ignored))
 
 
-def test_bad_input_is_one_clear_error_and_a_non_zero_exit(tmp_path):
+def test_bad_input_is_one_clear_error_and_a_non_zero_exit(run_here, tmp_path):
     rows = tmp_path / "rows.jsonl"
     rows.write_text('{"question": "1+1?", "answer": "2"}\nnot json\n')
     (tmp_path / "used").mkdir()
@@ -379,18 +394,9 @@ def test_bad_input_is_one_clear_error_and_a_non_zero_exit(tmp_path):
         ("run.name=used",): "already holds a run",
         (f"student.model={without_weights(tmp_path / 'empty')}",): "safetensors",
     }  # fmt: skip
-    processes = {
-        overrides: subprocess.Popen(command(tmp_path, *overrides), cwd=ROOT, stderr=subprocess.PIPE, text=True)
-        for overrides in cases
-        if "run.device=cuda" not in overrides
-    }
     for overrides, needle in cases.items():
-        if overrides in processes:
-            _, err = processes[overrides].communicate(timeout=200)
-            code = processes[overrides].returncode
-        else:
-            done = run(tmp_path, *overrides)
-            code, err = done.returncode, done.stderr
+        done = run_here(tmp_path, *overrides)
+        code, err = done.returncode, done.stderr
         assert code == 2, (overrides, err)
         assert needle in err
         assert "Traceback" not in err
@@ -405,18 +411,18 @@ def test_vllm_asked_for_but_not_installed(monkeypatch, capsys, tmp_path):
     assert "rollout.engine=transformers" in capsys.readouterr().err
 
 
-def test_the_worked_example_of_the_docs_runs(tmp_path):
+def test_the_worked_example_of_the_docs_runs(run_here, tmp_path):
     """docs/extending.md: its module and the settings of its command, in real actors."""
     page = (ROOT / "docs" / "extending.md").read_text()
     module = page.split("```python\n")[1].split("```")[0]
     (tmp_path / "surprise.py").write_text(module)
     line = next(text for text in page.splitlines() if "positions.metric=surprise" in text)
     overrides = [word for word in line.split() if word.startswith("positions.")]
-    done = run(tmp_path, *TRANSFORMERS, *overrides, "run.steps=2", "run.name=r", paths=[tmp_path])
+    done = run(tmp_path, *ONE_ACTOR, *overrides, "run.steps=2", "run.name=r", paths=[tmp_path])
     assert done.returncode == 0, done.stdout + done.stderr
     for record in losses(tmp_path / "r", ("positions_selected", "positions", "entropy")):
         assert 0 < record["positions_selected"] < record["positions"]
-    refused = run(tmp_path, *TRANSFORMERS, *overrides, "run.steps=2", "run.name=s")
+    refused = run_here(tmp_path, *ONE_ACTOR, *overrides, "run.steps=2", "run.name=s")
     assert refused.returncode == 2
     assert "positions.policy=surprise:above_mean: cannot be imported" in refused.stderr
 
@@ -430,7 +436,7 @@ def test_steps_whose_loss_is_not_finite_are_skipped_and_then_end_the_run(tmp_pat
         "    selection.weights_K[0] = float('nan')\n"
         "    return selection\n"
     )
-    done = run(tmp_path, *TRANSFORMERS, "positions.policy=broken:weights", "run.steps=5", "learner.max_skipped=1",
+    done = run(tmp_path, *ONE_ACTOR, "positions.policy=broken:weights", "run.steps=5", "learner.max_skipped=1",
                "run.name=r", paths=[tmp_path])  # fmt: skip
     assert done.returncode == 1
     assert "error: 2 steps had a loss or gradient that is not finite, learner.max_skipped=1" in done.stderr
@@ -442,11 +448,11 @@ def test_steps_whose_loss_is_not_finite_are_skipped_and_then_end_the_run(tmp_pat
     assert (tmp_path / "r" / "checkpoints" / "step-00000002").is_dir()  # with weights that are as they were
 
 
-def test_off_policy_the_reference_answers_teach(tmp_path):
+def test_off_policy_the_reference_answers_teach(run_here, tmp_path):
     """The same learner, fed with reference answers; the rollout engine serves evaluations alone."""
     off = ["mode=off_policy", "classes.sampler=rs_kd", "positions.policy=gls", "alignment.ema_weight=0.1",
            "run.steps=4", "run.name=r", "eval.before=true"]  # fmt: skip
-    done = run(tmp_path, *TRANSFORMERS, *off)
+    done = run_here(tmp_path, *ONE_ACTOR, *off)
     assert done.returncode == 0, done.stdout + done.stderr
     records = [r for r in read(tmp_path / "r" / "metrics.jsonl") if "loss" in r]
     assert [r["version"] for r in records] == [1, 2, 3, 4]
@@ -458,12 +464,12 @@ def test_off_policy_the_reference_answers_teach(tmp_path):
 
 
 @pytest.mark.slow
-def test_half_of_a_batch_may_be_the_teachers_own_answers(tmp_path):
+def test_half_of_a_batch_may_be_the_teachers_own_answers(run_here, tmp_path):
     """mode=mixed with sequence-level KD: the teacher writes its answers once, and a second run reads them."""
     mixed = ["mode=mixed", "rollout.share=0.5", "references.source=teacher", "references.temperature=0",
              "data.train_problems=24", "run.steps=3"]  # fmt: skip
     for name, needle in (("first", "has answered 24/24"), ("second", "reused from")):
-        done = run(tmp_path, *TRANSFORMERS, *mixed, f"run.name={name}")
+        done = run_here(tmp_path, *TRANSFORMERS, *mixed, f"run.name={name}")
         assert done.returncode == 0, done.stdout + done.stderr
         assert needle in done.stdout
     steps = [r for r in read(tmp_path / "first" / "metrics.jsonl") if "loss" in r]
@@ -472,11 +478,11 @@ def test_half_of_a_batch_may_be_the_teachers_own_answers(tmp_path):
     assert losses(tmp_path / "second") == losses(tmp_path / "first")
 
 
-def test_the_teacher_ranks_and_math_verify_judges(tmp_path):
+def test_the_teacher_ranks_and_math_verify_judges(run_here, tmp_path):
     """Samples and positions by KL with the teacher in its actor, on wrong answers, weighted by pass rates."""
-    done = run(tmp_path, *TRANSFORMERS, "samples.metric=kl", "samples.keep=0.5", "samples.correctness=wrong",
-               "samples.weight=paced", "rollout.n=4", "learner.batch_size=32", "positions.metric=kl", "run.steps=2",
-               "run.name=r")  # fmt: skip
+    options = ["samples.metric=kl", "samples.keep=0.5", "samples.correctness=wrong", "samples.weight=paced",
+               "rollout.n=4", "learner.batch_size=32", "positions.metric=kl", "run.steps=2"]  # fmt: skip
+    done = run_here(tmp_path, *TRANSFORMERS, "rollout.placement=learner", *options, "run.name=r")
     assert done.returncode == 0, done.stdout + done.stderr
     for record in read(tmp_path / "r" / "metrics.jsonl"):
         dropped = record.get("dropped", {"right": 1, "no_pace": 1})
@@ -484,8 +490,8 @@ def test_the_teacher_ranks_and_math_verify_judges(tmp_path):
         assert dropped["no_pace"] > 0
 
 
-def test_resuming_with_other_settings_is_refused_by_name(finished_run):
-    done = run(finished_run[0].parent, "run.name=r", "resume=auto", "run.steps=5", "learner.lr=0.5",
+def test_resuming_with_other_settings_is_refused_by_name(finished_run, run_here):
+    done = run_here(finished_run[0].parent, "run.name=r", "resume=auto", "run.steps=5", "learner.lr=0.5",
                "eval.divergence_prompts=9")  # fmt: skip
     assert done.returncode == 2
     assert "learner.lr: 0.001 then, 0.5 now" in done.stderr
