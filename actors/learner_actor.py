@@ -22,7 +22,7 @@ from onpolicy_skd.distributed.ranks import Ranks
 from onpolicy_skd.distributed.rendezvous import Rendezvous, init_process_group
 from onpolicy_skd.distributed.weight_transfer import Address
 from onpolicy_skd.evaluation.diagnostics import PositionDiagnostics
-from onpolicy_skd.evaluation.exact_match import with_correctness
+from onpolicy_skd.evaluation.judge import with_correctness
 from onpolicy_skd.learner.learner import Learner, NonFiniteLossError, SamplerGapError
 from onpolicy_skd.learner.metrics import StepRecord
 from onpolicy_skd.learner.optimizer import learner_threads
@@ -137,7 +137,8 @@ class LearnerActor(SendsWeights):
             raise RuntimeError("rollout.placement=actor: this learner has no engine")
         self._engine.load_weights((), self._learner.version)
         with self._learner.spans("generate"):
-            return with_correctness(self._engine.generate(requests, sampling), requests, self._tokenizer)
+            trajectories = self._engine.generate(requests, sampling)
+            return with_correctness(trajectories, requests, self._tokenizer, sampling.stop, self._settings.eval.judge)
 
     # -- steps -----------------------------------------------------------------------------------------------------
 

@@ -13,7 +13,7 @@ from actors.placement import use_cores
 from actors.serialization import Packed, unpack_named
 from onpolicy_skd.config.schema import Settings, StudentSettings, TeacherSettings
 from onpolicy_skd.distributed.weight_transfer import Address, WeightSpec
-from onpolicy_skd.evaluation.exact_match import with_correctness
+from onpolicy_skd.evaluation.judge import with_correctness
 from onpolicy_skd.models.loading import load_tokenizer
 from onpolicy_skd.rollout.build import build_engine
 from onpolicy_skd.rollout.engine import sort_by_request
@@ -33,6 +33,7 @@ class RolloutActor:
             use_cores(settings.rollout.threads, settings.rollout.actors, settings)
             self._engine: Any = build_engine(model_cfg.model, settings, model_cfg.trust_remote_code)
             self._tokenizer = load_tokenizer(model_cfg.model, model_cfg.trust_remote_code)
+        self._judge = settings.eval.judge
         self._spans = Spans()
 
     def drain(self) -> list[Span]:
@@ -44,7 +45,7 @@ class RolloutActor:
 
     def generate(self, requests: Sequence[RolloutRequest], sampling: SamplingParams) -> list[Trajectory]:
         with self._spans("generate"):
-            return with_correctness(self._engine.generate(requests, sampling), requests, self._tokenizer, sampling.stop)
+            return self._judged(self._engine.generate(requests, sampling), requests, sampling)
 
     def stream(self, requests: Sequence[RolloutRequest], sampling: SamplingParams) -> Iterator[list[Trajectory]]:
         """Yield trajectories as they complete, in about BATCHES lists."""
@@ -53,10 +54,15 @@ class RolloutActor:
             for t in self._engine.stream(requests, sampling):
                 batch.append(t)
                 if len(batch) * BATCHES >= len(requests):
-                    yield with_correctness(batch, [by_key[t.key] for t in batch], self._tokenizer, sampling.stop)
+                    yield self._judged(batch, [by_key[t.key] for t in batch], sampling)
                     batch = []
         if batch:
-            yield with_correctness(batch, [by_key[t.key] for t in batch], self._tokenizer, sampling.stop)
+            yield self._judged(batch, [by_key[t.key] for t in batch], sampling)
+
+    def _judged(
+        self, trajectories: Sequence[Trajectory], requests: Sequence[RolloutRequest], sampling: SamplingParams
+    ) -> list[Trajectory]:
+        return with_correctness(trajectories, requests, self._tokenizer, sampling.stop, self._judge)
 
     def load_weights(self, weights: dict[str, Packed], version: int) -> None:
         with self._spans("load weights"):

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from eval.suite import load_tasks
 from onpolicy_skd.config.errors import ConfigError
-from onpolicy_skd.data.prompts import read_jsonl
+from onpolicy_skd.data.rows import read_jsonl
 from onpolicy_skd.evaluation.exact_match import ANSWER_TAIL, THINKING, judged_text, score
 from onpolicy_skd.evaluation.quantity import has_number, quantity
 from onpolicy_skd.run.exits import EXIT_FAILED, EXIT_OK, run_cli

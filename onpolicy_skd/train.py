@@ -307,7 +307,10 @@ def student_evaluation(run: Run, workers: Workers, prompts: Sequence[Prompt] = (
 def evaluate_with_progress(run: Run, generate: Generate, prompts: Sequence[Prompt], label: str) -> Evaluation:
     """Score greedy answers to ``prompts`` and report progress."""
     with ProgressReporter(label, len(prompts)) as progress:
-        return evaluate(generate, prompts, run.tokenizer, run.greedy, on_record=lambda _: progress.advance())
+        judge = run.settings.eval.judge
+        return evaluate(
+            generate, prompts, run.tokenizer, run.greedy, on_record=lambda _: progress.advance(), judge=judge
+        )
 
 
 def add_divergences(run: Run, workers: Workers, prompts: Sequence[Prompt], evaluation: Evaluation) -> None:
@@ -319,8 +322,9 @@ def add_divergences(run: Run, workers: Workers, prompts: Sequence[Prompt], evalu
     evaluation.result.update(means(list(diagnostics.values())))
     shown = [t for t in rollouts if t.key in diagnostics][:TOKEN_VIEWS]
     evaluation.views.extend(token_view(t, diagnostics[t.key], run.tokenizer) for t in shown)
-    answers = [as_text(p, "prompt+answer", run.tokenizer) for p in prompts]
-    evaluation.result["divergence_reference"] = means(workers.diagnose_positions(answers))["divergence"]
+    answers = [as_text(p, "prompt+answer", run.tokenizer) for p in prompts if p.has_reference]
+    if answers:
+        evaluation.result["divergence_reference"] = means(workers.diagnose_positions(answers))["divergence"]
 
 
 def teacher_evaluation(run: Run, resources: Resources, log: Callable[[str], None]) -> Evaluation:

@@ -8,6 +8,7 @@ tokens of the assistant's turns.
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -18,16 +19,48 @@ FinishReason = Literal["stop", "length"]
 
 
 @dataclass(frozen=True, slots=True)
+class Chat:
+    """A conversation as a chat template takes it."""
+
+    messages: list[dict[str, Any]]
+    tools: list[dict[str, Any]] | None = None
+    thinking: bool = False  # thinking mode of templates that have one
+
+    @property
+    def prompt(self) -> list[dict[str, Any]]:
+        """The messages before the turn to generate: all but the last, if that is the assistant's."""
+        return self.messages[:-1] if self.messages[-1]["role"] == "assistant" else self.messages
+
+    @property
+    def question(self) -> str:
+        """The text of ``prompt``: the user's words or, if there is more, a transcript."""
+        if [m["role"] for m in self.prompt] == ["user"] and not self.tools:
+            return self.prompt[0]["content"]
+        lines = [f"{m['role']}: {m['content']}" + _as_json(m.get("tool_calls")) for m in self.prompt]
+        return "\n\n".join([*(["tools: " + _as_json(self.tools)] if self.tools else []), *lines])
+
+
+def _as_json(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False, default=str) if value else ""
+
+
+@dataclass(frozen=True, slots=True)
 class Prompt:
     """A question, or a sample of packed text, which asks for nothing and is its own response."""
 
     key: str  # made from the question's text, so the same wherever the data was read from
     token_ids: list[int]
     question: str
-    answer: str  # reference answer, in GSM8K's format for GSM8K-like data
+    answer: str  # reference answer, in GSM8K's format for GSM8K-like data; empty: none
     documents: np.ndarray | None = None  # packed text: as in Trajectory; its tokens are all in token_ids
     row: str = ""  # file or data set and row number, for messages
     columns: Mapping[str, Any] = field(default_factory=dict)  # the row of the data, for templates and judges
+    chat: Chat | None = None  # of data.messages_column
+
+    @property
+    def has_reference(self) -> bool:
+        """True if the data has a response to this prompt: an answer, or turns of the assistant."""
+        return any(m["role"] == "assistant" for m in self.chat.messages) if self.chat else bool(self.answer)
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +124,8 @@ class RolloutRequest:
     key: str
     prompt_ids: list[int]
     seed: int
-    answer: str | None = None  # the reference answer, where correctness is needed
+    answer: str | None = None  # the reference answer, where correctness is needed; empty: a judge decides
+    columns: Mapping[str, Any] | None = None  # the row of the data, for that judge
 
 
 @dataclass(slots=True)

@@ -16,7 +16,7 @@ from onpolicy_skd.config import loading as command_line
 from onpolicy_skd.config.errors import ConfigError
 from onpolicy_skd.config.schema import DataSettings
 from onpolicy_skd.data import demo_task
-from onpolicy_skd.data.prompts import load_questions
+from onpolicy_skd.data.rows import load_questions
 from onpolicy_skd.models.loading import load_model
 from onpolicy_skd.models.split_model import SplitModel
 from onpolicy_skd.storage import checkpoint

@@ -60,6 +60,16 @@ class Above(float):
         return f" above {float(self):g}"
 
 
+class Given:
+    """Any value but none."""
+
+    def __contains__(self, value: Any, /) -> bool:
+        return value is not None
+
+    def __str__(self) -> str:
+        return ""
+
+
 class Below(float):
     """Numbers below this one."""
 
@@ -211,7 +221,12 @@ class DataSettings(Section):
     train_split: str = setting("train", "split to train on", {"data.source": ("gsm8k", "demo", "hub", "text")})
     eval_split: str = setting("test", "split to evaluate on", {"data.source": ("gsm8k", "demo", "hub")}, resumable=True)
     question_column: str = setting("question", "column with the question")
-    answer_column: str = setting("answer", "column with the reference answer")
+    answer_column: str = setting("answer", "column with the reference answer; empty: rows have none")
+    messages_column: str | None = setting(
+        None, "column with a conversation (role, content, tool_calls), in place of a question, e.g. messages",
+        {"data.source": ("gsm8k", "jsonl", "hub"), "data.template": "chat"},
+    )  # fmt: skip
+    tools_column: str = setting("tools", "column with the tools of a conversation", {"data.messages_column": Given()})
     text_column: str = setting("text", "column with the document", TEXT)
     sequence_length: Annotated[int, Field(ge=2)] = setting(512, "tokens per sample", TEXT)
     tokens: Positive | None = setting(None, "token budget, held-out samples included; empty: all", TEXT)
@@ -230,7 +245,9 @@ class DataSettings(Section):
     plain: str = setting(
         "Question: {question}\nAnswer:", "prompt for base models; must contain {question}", {"data.template": "plain"}
     )
-    system: str | None = setting(None, "system message", {"data.template": "chat"})
+    system: str | None = setting(
+        None, "system message; conversations that have one keep theirs", {"data.template": "chat"}
+    )
     instruction: str = setting("", "text to append to every question")
     thinking: bool = setting(False, "thinking mode of templates that have one (Qwen3)", {"data.template": "chat"})
     max_prompt_tokens: Positive = setting(512, "longest prompt, tokens")
@@ -321,9 +338,10 @@ class ReferenceSettings(Section):
     annotations: Literal["keep", "strip"] = setting(
         "keep", "GSM8K's calculator annotations, <<48/2=24>>", REFERENCES | {"references.source": ("answers", "file")}
     )
-    supervise: Literal["response", "all"] = setting(
-        "response", "tokens to supervise; all: the question's too, as in the SE-KD paper's code", REFERENCES
-    )
+    supervise: Literal["response", "last", "all"] = setting(
+        "response", "tokens to supervise. response: the answer, in conversations all turns of the assistant; last: its "
+        "last turn; all: the question's tokens too, as in the SE-KD paper's code", REFERENCES,
+    )  # fmt: skip
     samples: Positive = setting(
         1, "rollouts of the teacher per prompt, used alternately", REFERENCES | {"references.source": "teacher"}
     )
@@ -529,6 +547,9 @@ class EvalSettings(Section):
     )  # fmt: skip
     max_tokens: Positive | None = setting(
         None, "longest response in evaluation, tokens; empty: rollout.max_tokens", resumable=True
+    )
+    judge: Annotated[str, AfterValidator(BuiltinOrPlugin(Literal["exact_match"]))] = setting(
+        "exact_match", "judge of answers whose row has no reference answer; exact_match: every row needs one"
     )
     divergence_prompts: NonNegative = setting(
         0, "held-out prompts on which each evaluation measures the divergence", resumable=True

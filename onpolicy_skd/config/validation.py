@@ -62,6 +62,23 @@ def _data(settings: Settings) -> str | None:
     return None
 
 
+def _messages(settings: Settings) -> str | None:
+    """Refuse settings of questions and answers with conversations."""
+    if settings.data.messages_column is None:
+        return None
+    data, refs = settings.data, settings.references
+    questions_only = {
+        "data.shots": data.shots,
+        "data.instruction": data.instruction,
+        "references.source=file": refs.source == "file",
+        "references.annotations=strip": refs.annotations == "strip",
+    }
+    for name, chosen in questions_only.items():
+        if chosen:
+            return f"{name}: made for questions and answers; not accepted with data.messages_column"
+    return None
+
+
 def _positions(settings: Settings) -> str | None:
     cfg = settings.positions
     pair = f"positions.metric={cfg.metric}, positions.policy={cfg.policy}: "
@@ -345,6 +362,7 @@ RULES = (
     _keep_best,
     _unused,
     _data,
+    _messages,
     _positions,
     _schedule,
     _token_budgets,

@@ -17,7 +17,7 @@ from typing import Any, overload
 import numpy as np
 
 from onpolicy_skd.config.schema import DataSettings
-from onpolicy_skd.data.prompts import DataError, check_text, read_hub, read_jsonl
+from onpolicy_skd.data.rows import DataError, check_text, read_hub, read_jsonl
 from onpolicy_skd.storage.files import replacing, sha256, write_text
 from onpolicy_skd.types import Prompt
 

@@ -2,147 +2,22 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import itertools
-import json
 import logging
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
 
-from onpolicy_skd.config.errors import ConfigError, first_line
 from onpolicy_skd.config.schema import DataSettings
-from onpolicy_skd.data import demo_task
-from onpolicy_skd.types import Prompt, seed_of
+from onpolicy_skd.data.chat import chat_ids, naming
+from onpolicy_skd.data.rows import DataError, Row, load_questions, load_rows
+from onpolicy_skd.types import Chat, Prompt, seed_of
 
 logger = logging.getLogger(__name__)
-DEMO_TRAIN_PROBLEMS = 20_000
-DEMO_TEST_PROBLEMS = 1_000
-GSM8K = dict(name="openai/gsm8k", subset="main")
-
-
-class DataError(ConfigError):
-    """A data file or row that cannot be used; the message names file and row."""
-
-
-@dataclass(frozen=True, slots=True)
-class Row:
-    """A row of a data set."""
-
-    name: str  # "FILE#LINE", for messages
-    question: str
-    answer: str
-    columns: dict[str, Any]  # as read
-
-
-def load_rows(settings: DataSettings, split: str) -> Iterator[Row]:
-    """Yield each row of ``split`` ("train" or "eval").  Raises DataError."""
-    training = split == "train"
-    where, rows = _rows(settings, split)
-    limit = settings.train_problems + settings.shots if training and settings.train_problems else None
-    columns = (settings.question_column, settings.answer_column)
-    for number, row in itertools.islice(rows, limit):
-        question, answer = text_columns(row, columns, f"{where} row {number}")
-        yield Row(f"{where}#{number}", question, answer, row)
-
-
-def load_questions(settings: DataSettings, split: str) -> Iterator[tuple[str, str, str]]:
-    """Yield (row, question, answer) of each row of ``split``.  Raises DataError."""
-    return ((row.name, row.question, row.answer) for row in load_rows(settings, split))
-
-
-def _rows(settings: DataSettings, split: str) -> tuple[str, Iterator[tuple[int, dict[str, Any]]]]:
-    """Return a name of the split's source, for messages, and its rows by number (of a file: by line)."""
-    training = split == "train"
-    name = settings.train_split if training else settings.eval_split
-    if settings.source == "demo":
-        if name not in demo_task.SPLITS:
-            key = "data.train_split" if training else "data.eval_split"
-            raise DataError(f"{key}={name}: the demo task has no such split; accepted: {', '.join(demo_task.SPLITS)}")
-        count = DEMO_TRAIN_PROBLEMS if training else DEMO_TEST_PROBLEMS
-        return f"demo:{name}", enumerate(itertools.islice(demo_task.problems(name), count), 1)
-    if settings.source == "jsonl" or settings.path:  # a path is GSM8K's
-        named = settings.train_file if training else settings.eval_file
-        file = settings.path / f"{name}.jsonl" if settings.path else named
-        if file is None:
-            raise DataError("data.eval_file: needed to evaluate with data.source=jsonl; give a file or run without it")
-        return file.name, numbered_jsonl(file)
-    spec = GSM8K if settings.source == "gsm8k" else dict(name=settings.name, subset=settings.subset)
-    return f"{spec['name']}:{name}", enumerate(read_hub(str(spec["name"]), spec["subset"], name), 1)
-
-
-def text_columns(row: dict[str, Any], columns: Sequence[str], where: str) -> list[str]:
-    """Return the texts in ``columns`` of a row.  Raises DataError, naming ``where``, if one is missing, not text or
-    blank."""
-    texts = []
-    for column in columns:
-        text = row.get(column)
-        if not isinstance(text, str):
-            raise DataError(
-                f"{where}: column {column!r} is missing or not text; this row has "
-                f"{', '.join(map(repr, row)) or 'no columns'} (set data.question_column / data.answer_column)"
-            )
-        check_text(text, f"{where}: column {column!r}")
-        if not text.strip():
-            raise DataError(f"{where}: column {column!r} is empty; give a text or remove the row")
-        texts.append(text)
-    return texts
-
-
-def check_text(text: str, where: str) -> None:
-    """Raise DataError, naming ``where``, for text that no tokenizer can encode."""
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError as error:
-        half = ascii(text[error.start])
-        raise DataError(
-            f"{where} holds half of a surrogate pair ({half} at character {error.start}), which is no text; write the "
-            "full character"
-        ) from None
-
-
-def read_jsonl(file: Path) -> Iterator[dict[str, Any]]:
-    """Yield one object per line; blank lines are skipped.  Raises DataError naming file and line."""
-    return (row for _, row in numbered_jsonl(file))
-
-
-def numbered_jsonl(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Yield what ``read_jsonl`` yields, each object with the number of its line."""
-    try:
-        with file.open(encoding="utf-8-sig") as lines:  # a byte order mark is no part of the first row
-            for number, line in enumerate(lines, 1):
-                if not line.strip():
-                    continue
-                try:
-                    row = json.loads(line)
-                except (json.JSONDecodeError, RecursionError) as error:
-                    raise DataError(f"{file} line {number}: not JSON ({error}); one JSON object a line") from None
-                if not isinstance(row, dict):
-                    raise DataError(f"{file} line {number}: a {type(row).__name__}, but must be a JSON object")
-                yield number, row
-    except UnicodeDecodeError as error:
-        raise DataError(f"{file}: not UTF-8 text ({error.reason} at byte {error.start})") from None
-    except OSError as error:
-        raise DataError(f"{file}: cannot be read ({error.strerror})") from None
-
-
-def read_hub(name: str, subset: str | None, split: str, streaming: bool = False) -> Iterator[dict[str, Any]]:
-    """Yield the rows of a hub data set; ``streaming``: without a copy on disk.  Raises DataError."""
-    from datasets import load_dataset  # takes seconds to import and is needed for hub data only
-
-    try:
-        rows: Any = load_dataset(name, subset, split=split, streaming=streaming)
-        yield from rows
-    except Exception as error:  # the hub client raises many kinds
-        raise DataError(
-            f"data set {name} ({subset or 'default'}, {split}) cannot be loaded from the hub: "
-            f"{type(error).__name__}: {first_line(error)}; "
-            "give local files (data.path, data.source=jsonl, or data.train_file of text)"
-        ) from error
 
 
 def load_shots(settings: DataSettings) -> list[tuple[str, str]]:
@@ -173,8 +48,6 @@ def render(question: str, tokenizer: Any, settings: DataSettings, shots: Sequenc
             settings.plain.replace("{question}", q + settings.instruction) + f"{gap}{answer}\n\n" for q, answer in shots
         ]
         ids = _without_suffix("".join([*examples, prompt]), tokenizer)
-    elif not tokenizer.chat_template:
-        raise DataError("data.template=chat: the student's tokenizer has no chat template; use data.template=plain")
     else:
         system = [{"role": "system", "content": settings.system}] if settings.system is not None else []
         turns = [
@@ -185,19 +58,8 @@ def render(question: str, tokenizer: Any, settings: DataSettings, shots: Sequenc
                 {"role": "assistant", "content": answer},
             )
         ]
-        try:
-            ids = tokenizer.apply_chat_template(
-                [*system, *turns, {"role": "user", "content": text}],
-                add_generation_prompt=True,
-                enable_thinking=settings.thinking,
-                return_dict=False,
-            )
-        except Exception as error:  # a template is a program: jinja2, and what its expressions raise
-            hint = " (data.system is set; some templates accept no system message)" if system else ""
-            raise DataError(
-                f"data.template=chat: the template fails: {type(error).__name__}: {first_line(error)}{hint}; correct "
-                "the chat template of the student's tokenizer, or use data.template=plain"
-            ) from None
+        messages = [*system, *turns, {"role": "user", "content": text}]
+        ids = chat_ids(Chat(messages, None, settings.thinking), tokenizer)
     if not ids:
         raise DataError(f"data.template={settings.template}: the prompt of {question[:40]!r} has no tokens")
     return ids
@@ -235,10 +97,8 @@ def load_prompts(settings: DataSettings, tokenizer: Any, split: str, limit: int 
             break
         if row.question in example_questions:
             continue
-        try:
-            ids = render(row.question, tokenizer, settings, shots)
-        except DataError as error:
-            raise DataError(f"{row.name}: {error}") from None
+        with naming(row.name):
+            ids = prompt_ids(row, tokenizer, settings, shots)
         if len(ids) > settings.max_prompt_tokens:
             if settings.overlong == "drop":
                 dropped += 1
@@ -250,14 +110,31 @@ def load_prompts(settings: DataSettings, tokenizer: Any, split: str, limit: int 
         digest = question_digest(row.question)
         repeats[digest] += 1
         key = digest if repeats[digest] == 1 else f"{digest}.{repeats[digest]}"
-        prompts.append(Prompt(key, ids, row.question, row.answer, row=row.name, columns=row.columns))
+        prompts.append(Prompt(key, ids, row.question, row.answer, row=row.name, columns=row.columns, chat=row.chat))
     if dropped:
         logger.warning("%s split: %d prompts over %d tokens dropped", split, dropped, settings.max_prompt_tokens)
     if not prompts:
         raise DataError(f"data: no prompt is left in the {split} split of source {settings.source}")
     if split == "eval":
-        check_references(prompts)
+        check_references(p for p in prompts if p.answer)
     return prompts
+
+
+def prompt_ids(row: Row, tokenizer: Any, settings: DataSettings, shots: Sequence[tuple[str, str]] = ()) -> list[int]:
+    """Return the prompt token ids of ``row``: of its conversation up to the turn to generate, or of its question."""
+    if row.chat:
+        return chat_ids(dataclasses.replace(row.chat, messages=row.chat.prompt), tokenizer)
+    return render(row.question, tokenizer, settings, shots)
+
+
+def check_judged(prompts: Iterable[Prompt], judge: str) -> None:
+    """Raise DataError for a prompt without a reference answer, unless the user gave a judge (``eval.judge``)."""
+    without = next((p for p in prompts if not p.answer), None)
+    if without is not None and judge == "exact_match":
+        raise DataError(
+            f"{without.row}: has no reference answer (data.answer_column), so no output could be judged; give the "
+            "answers, or a judge by eval.judge=module:function"
+        )
 
 
 def check_references(prompts: Iterable[Prompt]) -> None:

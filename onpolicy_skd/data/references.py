@@ -18,7 +18,9 @@ import numpy as np
 
 from onpolicy_skd.config.errors import ConfigError
 from onpolicy_skd.config.schema import Settings
-from onpolicy_skd.data.prompts import answer_ids, read_jsonl, text_columns
+from onpolicy_skd.data.chat import conversation, naming
+from onpolicy_skd.data.prompts import answer_ids
+from onpolicy_skd.data.rows import read_jsonl, text_columns
 from onpolicy_skd.models.loading import weights_digest
 from onpolicy_skd.report.progress import ProgressReporter
 from onpolicy_skd.storage.files import RunPaths, write_text
@@ -30,20 +32,37 @@ BATCH = 256  # prompts that the teacher answers between two writes to disk
 
 @dataclass(frozen=True, slots=True)
 class Response:
-    ids: list[int]  # end of sequence included, if there is one
+    ids: list[int]  # end of sequence included, if there is one; of a conversation its prompt too
     finish_reason: FinishReason = "stop"
+    mask: np.ndarray | None = None  # of a conversation: bool, the tokens of the assistant
 
 
 Responses = Mapping[str, Sequence[Response]]  # by prompt key, at least one for each
 
 
 def trajectory(prompt: Prompt, response: Response, key: str, supervise: str) -> Trajectory:
-    """Return ``response`` as a trajectory; ``supervise`` is "response", or "all": the question's tokens too."""
-    ids = np.asarray([*prompt.token_ids, *response.ids], dtype=np.int64)
-    start = len(prompt.token_ids) if supervise == "response" else 1
-    return Trajectory(
-        key, ids[:start], ids[start:], np.zeros(len(ids) - start, np.float32), response.finish_reason, None
-    )
+    """Return ``response`` as a trajectory; ``supervise="all"``: the question's tokens are targets too."""
+    ids = np.asarray([*(() if response.mask is not None else prompt.token_ids), *response.ids], dtype=np.int64)
+    supervised = None
+    if supervise == "all":
+        start = 1
+    elif response.mask is None:
+        start = len(prompt.token_ids)
+    else:
+        start = int(response.mask.argmax())  # the first token of the assistant
+        supervised = None if response.mask[start:].all() else response.mask[start:]
+    count = len(ids) - start if supervised is None else int(supervised.sum())
+    zeros = np.zeros(count, np.float32)
+    return Trajectory(key, ids[:start], ids[start:], zeros, response.finish_reason, None, supervised=supervised)
+
+
+def of_data(prompt: Prompt, tokenizer: Any, supervise: str = "response") -> Response:
+    """Return the response that the data has to ``prompt``.  Raises DataError, naming the row, if it is unusable."""
+    if prompt.chat is None:
+        return Response(answer_ids(prompt.answer, tokenizer))
+    with naming(prompt.row):
+        ids, mask = conversation(prompt.chat, tokenizer, last=supervise == "last")
+    return Response(ids, mask=mask)
 
 
 def of_text(prompt: Prompt, key: str) -> Trajectory:
@@ -60,25 +79,44 @@ def from_text(settings: Settings, prompts: Sequence[Prompt], tokenizer: Any) -> 
     Raises ConfigError for a prompt without one, or with longer ones only, unless ``data.overlong=drop``.
     """
     cfg, limit = settings.references, settings.rollout.max_tokens
-    texts = {p.key: [p.answer] for p in prompts} if cfg.source == "answers" else _from_file(settings, prompts)
+    of_prompt = _reader(settings, prompts, tokenizer)
     kept, responses = [], {}
     for prompt in prompts:
-        answers = texts.get(prompt.key, [])
-        if cfg.annotations == "strip":
-            answers = [ANNOTATION.sub("", a) for a in answers]
-        encoded = [answer_ids(a, tokenizer) for a in answers]
-        fitting = [Response(ids) for ids in encoded if len(ids) <= limit]
+        candidates = of_prompt(prompt)
+        lengths = [len(r.ids) - (0 if r.mask is None else len(prompt.token_ids)) for r in candidates]
+        fitting = [r for r, length in zip(candidates, lengths, strict=True) if length <= limit]
         if fitting:
             kept.append(prompt)
             responses[prompt.key] = fitting
         elif settings.data.overlong == "error":
-            why = f"{len(encoded[0])} tokens, rollout.max_tokens={limit}" if encoded else f"no row in {cfg.file}"
-            raise ConfigError(f"{prompt.row}: its reference answer has {why}; correct that or set data.overlong=drop")
+            if lengths:
+                why = f"its reference answer has {lengths[0]} tokens, rollout.max_tokens={limit}"
+            elif cfg.source == "file":
+                why = f"its reference answer has no row in {cfg.file}"
+            else:
+                why = "has no reference answer"
+            raise ConfigError(f"{prompt.row}: {why}; correct that or set data.overlong=drop")
     if not kept:
         raise ConfigError(
             f"mode={settings.mode}: no prompt has a reference answer of rollout.max_tokens={limit} or less"
         )
     return kept, responses
+
+
+def _reader(settings: Settings, prompts: Sequence[Prompt], tokenizer: Any) -> Callable[[Prompt], list[Response]]:
+    """Return the function that returns the responses to a prompt, from the data or from ``references.file``."""
+    cfg = settings.references
+    answers = _from_file(settings, prompts) if cfg.source == "file" else {}
+
+    def read(prompt: Prompt) -> list[Response]:
+        if prompt.chat:
+            return [of_data(prompt, tokenizer, cfg.supervise)]
+        texts = answers.get(prompt.key, []) if cfg.source == "file" else [prompt.answer] if prompt.answer else []
+        if cfg.annotations == "strip":
+            texts = [ANNOTATION.sub("", text) for text in texts]
+        return [Response(answer_ids(text, tokenizer)) for text in texts]
+
+    return read
 
 
 def _from_file(settings: Settings, prompts: Sequence[Prompt]) -> dict[str, list[str]]:

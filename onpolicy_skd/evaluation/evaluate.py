@@ -10,7 +10,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from onpolicy_skd.evaluation.exact_match import score, wilson
+from onpolicy_skd.evaluation.exact_match import wilson
+from onpolicy_skd.evaluation.judge import verdict
 from onpolicy_skd.evaluation.stop_texts import before_stop
 from onpolicy_skd.storage.files import write_text
 from onpolicy_skd.types import Prompt, RolloutRequest, SamplingParams, Trajectory, seed_of
@@ -49,11 +50,12 @@ def evaluate(
     seed: int = 0,
     known: Iterable[dict[str, Any]] = (),
     on_record: Callable[[dict[str, Any]], None] = lambda _: None,
+    judge: str = "exact_match",
 ) -> Evaluation:
     """Generate ``samples`` answers to every prompt and judge them by both rules.
 
     ``known`` are records of an earlier evaluation: their answers are not generated again.  ``on_record`` receives each
-    new record when its answer is complete.
+    new record when its answer is complete.  ``judge`` judges answers to prompts without a reference (``eval.judge``).
     """
     prompt_of = {f"{p.key}/{i}": p for p in prompts for i in range(samples)}
     records = {r["key"]: r for r in known}
@@ -63,14 +65,14 @@ def evaluate(
         if key not in records
     ]
     for trajectory in generate(requests, sampling) if requests else ():
-        record = _record(trajectory, prompt_of[trajectory.key], tokenizer, sampling.stop)
+        record = _record(trajectory, prompt_of[trajectory.key], tokenizer, sampling.stop, judge)
         records[trajectory.key] = record
         on_record(record)
     ordered = [records[key] for key in prompt_of]
     return Evaluation(summarize(ordered, samples), ordered)
 
 
-def _record(trajectory: Trajectory, prompt: Prompt, tokenizer: Any, stop: Sequence[str]) -> dict[str, Any]:
+def _record(trajectory: Trajectory, prompt: Prompt, tokenizer: Any, stop: Sequence[str], judge: str) -> dict[str, Any]:
     output = before_stop(tokenizer.decode(trajectory.response_ids.tolist(), skip_special_tokens=True), stop)
     return {
         "key": trajectory.key,
@@ -80,7 +82,7 @@ def _record(trajectory: Trajectory, prompt: Prompt, tokenizer: Any, stop: Sequen
         "output": output,
         "finish_reason": trajectory.finish_reason,
         "tokens": len(trajectory.response_ids),
-        **asdict(score(output, prompt.answer)),
+        **asdict(verdict(output, prompt.answer, prompt.columns, judge)),
     }
 
 

@@ -8,23 +8,19 @@ number), read all of it as one quantity, compare. What is no quantity is compare
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import logging
 import math
 import re
 import signal
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 from math_verify import LatexExtractionConfig, parse, verify
 
 from onpolicy_skd.evaluation.quantity import CHARACTERS, NUMBER, Quantity, has_number, normalized, quantity
-from onpolicy_skd.evaluation.stop_texts import before_stop
-from onpolicy_skd.types import RolloutRequest, Trajectory
 
 ANSWER_TAIL = 4_000  # characters from the end that may hold the final answer
 LONGEST_ANSWER = 100  # characters of a box, of a formula, and of the answer that a record keeps
@@ -68,22 +64,6 @@ def score(output: str, answer: str) -> Score:
         strict=strict is not None and _plain(strict.group(1)) == reference_number(answer),
         extracted=extracted and extracted[:LONGEST_ANSWER],
     )
-
-
-def with_correctness(
-    trajectories: Sequence[Trajectory], requests: Sequence[RolloutRequest], tokenizer: Any, stop: Sequence[str] = ()
-) -> list[Trajectory]:
-    """Return ``trajectories`` (one per request) with ``correct`` set where the request brings the reference answer.
-
-    What follows one of the ``stop`` texts is not judged.
-    """
-    results = []
-    for t, request in zip(trajectories, requests, strict=True):
-        if request.answer is not None:
-            output = before_stop(tokenizer.decode(t.response_ids.tolist(), skip_special_tokens=True), stop)
-            t = dataclasses.replace(t, correct=score(output, request.answer).match)  # noqa: PLW2901
-        results.append(t)
-    return results
 
 
 def reference_number(answer: str) -> str:

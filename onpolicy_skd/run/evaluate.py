@@ -12,7 +12,7 @@ from typing import Any
 from onpolicy_skd.config.errors import ConfigError
 from onpolicy_skd.config.loading import load_config
 from onpolicy_skd.config.schema import Settings
-from onpolicy_skd.data.prompts import load_prompts
+from onpolicy_skd.data.prompts import check_judged, load_prompts
 from onpolicy_skd.evaluation.evaluate import Evaluation
 from onpolicy_skd.evaluation.evaluate import evaluate as judge_answers
 from onpolicy_skd.evaluation.record_file import RecordFile
@@ -49,6 +49,7 @@ def evaluate(
     settings = settings or load_config(config_beside(model))
     tokenizer = load_tokenizer(model, settings.student.trust_remote_code)
     prompts = load_prompts(settings.data, tokenizer, "eval", problems or settings.eval.problems or None)
+    check_judged(prompts, settings.eval.judge)
     sampling = SamplingParams(
         settings.eval.max_tokens or settings.rollout.max_tokens,
         temperature if temperature is not None else float(samples > 1),
@@ -70,8 +71,9 @@ def evaluate(
                     file.append(record)
 
             evaluation = judge_answers(
-                generate, prompts, tokenizer, sampling, samples, settings.run.seed, known, on_record
-            )
+                generate, prompts, tokenizer, sampling, samples, settings.run.seed, known, on_record,
+                settings.eval.judge,
+            )  # fmt: skip
         seconds = round(time.perf_counter() - start, 1)
         result = {"model": model, "seconds": seconds, "resumed": len(known), **evaluation.result}
         if file:
@@ -97,4 +99,5 @@ def _provenance(model: str, settings: Settings, sampling: SamplingParams) -> dic
         "max_tokens": sampling.max_tokens,
         "temperature": sampling.temperature,
         "stop": list(sampling.stop),
+        "judge": settings.eval.judge,
     }

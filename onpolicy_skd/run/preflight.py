@@ -12,7 +12,8 @@ from typing import Any, TypeVar
 
 from onpolicy_skd.config.errors import ConfigError, first_line
 from onpolicy_skd.config.schema import DataSettings, Settings
-from onpolicy_skd.data.prompts import DataError, load_questions, render
+from onpolicy_skd.data.prompts import prompt_ids
+from onpolicy_skd.data.rows import DataError, load_rows
 from onpolicy_skd.models import loading
 from onpolicy_skd.models.generation_config import savable_generation_config
 from onpolicy_skd.models.loading import ModelError
@@ -60,17 +61,17 @@ def check_tokenizer(tokenizer: Any, model: str) -> None:
 
 def check_template(data: DataSettings, tokenizer: Any) -> None:
     """Render the first training row within a time limit.  Raises DataError."""
-    key, question, *_ = next(iter(load_questions(data, "train")), (None, ""))
-    if key is None:
+    row = next(iter(load_rows(data, "train")), None)
+    if row is None:
         return  # which prepare refuses by the name of the split
     try:
-        _with_timeout(lambda: render(question, tokenizer, data))
+        _with_timeout(lambda: prompt_ids(row, tokenizer, data))
     except ConfigError as error:
-        raise DataError(f"{key}: {error}") from None
+        raise DataError(f"{row.name}: {error}") from None
     except TimeoutError:
         raise DataError(
-            f"data.template={data.template}: rendering {key} took more than {TEMPLATE_TIMEOUT_S:g} s; look for a loop "
-            "in the chat template"
+            f"data.template={data.template}: rendering {row.name} took more than {TEMPLATE_TIMEOUT_S:g} s; look for "
+            "a loop in the chat template"
         ) from None
 
 

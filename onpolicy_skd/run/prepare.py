@@ -16,8 +16,9 @@ from onpolicy_skd.config.loading import dump, flat, read_yaml, resolve
 from onpolicy_skd.config.schema import Settings, rules_of, walk
 from onpolicy_skd.data import references
 from onpolicy_skd.data.packed_text import pack
-from onpolicy_skd.data.prompts import check_references, hold_out, load_prompts, prompts_of_step
+from onpolicy_skd.data.prompts import check_judged, check_references, hold_out, load_prompts, prompts_of_step
 from onpolicy_skd.data.references import Responses
+from onpolicy_skd.evaluation.judge import find_judge
 from onpolicy_skd.models import loading as models
 from onpolicy_skd.selection.positions import num_selected
 from onpolicy_skd.selection.selector import Selector
@@ -109,6 +110,7 @@ class Run:
                 p.token_ids,
                 seed_of(seed, step, place, p.key, i),
                 p.answer if settings.judges_rollouts else None,
+                p.columns if settings.judges_rollouts and not p.answer else None,
             )
             for place, p in self._prompts(prompts, step)[: self._rolled_out]
             for i in range(settings.rollout.n)
@@ -169,13 +171,17 @@ def prepare(settings: Settings, log: Callable[[str], None] = print, generates: b
 
         require_vllm(settings.run.device)
     Selector(settings.positions, settings.run.seed)  # imports the user's metrics and policies
+    find_judge(settings.eval.judge)
     student = settings.student
     tokenizer = models.load_tokenizer(student.model, student.trust_remote_code)
     vocabulary = _vocabulary(settings, tokenizer)
     if settings.data.source == "text":
         return _text_run(settings, tokenizer, vocabulary, log)
     train, validation = _train_prompts(settings, tokenizer)
-    check_references([*validation, *(train if settings.judges_rollouts else [])])
+    judged = [*validation, *(train if settings.judges_rollouts else [])]
+    check_references(p for p in judged if p.answer)
+    if settings.samples.when == "prefilter" and settings.samples.prefilter_text == "prompt+answer":
+        _check_scored(train, tokenizer)
     responses: Responses = {}
     if settings.mode != "on_policy" and settings.references.source != "teacher":
         train, responses = references.from_text(settings, train, tokenizer)
@@ -183,8 +189,20 @@ def prepare(settings: Settings, log: Callable[[str], None] = print, generates: b
     cfg = settings.eval
     limit = max(cfg.problems, cfg.during, cfg.divergence_prompts) if cfg.problems else None
     held_out = load_prompts(settings.data, tokenizer, "eval", limit) if has_eval else []
+    check_judged([*judged, *held_out], settings.eval.judge)
     digest = _data_digest(train, responses)
     return Run(settings, tokenizer, vocabulary, train, held_out, responses, validation, digest)
+
+
+def _check_scored(prompts: Sequence[Prompt], tokenizer: Any) -> None:
+    """Raise ConfigError, naming the row, for a prompt without the text that the prefilter scores."""
+    for prompt in prompts:
+        if not prompt.has_reference:
+            raise ConfigError(
+                f"{prompt.row}: has no reference answer to score; accepted: samples.prefilter_text=prompt or rollout"
+            )
+        if prompt.chat:
+            references.of_data(prompt, tokenizer)
 
 
 def _text_run(settings: Settings, tokenizer: Any, vocabulary: int, log: Callable[[str], None]) -> Run:
@@ -202,7 +220,7 @@ def _data_digest(prompts: Sequence[Prompt], responses: Responses) -> str:
     """Return a digest that changes with any prompt, answer or reference, and with their order."""
     digest = hashlib.sha256()
     for prompt in prompts:
-        ids = [response.ids for response in responses.get(prompt.key, ())]
+        ids = [r.ids if r.mask is None else [r.ids, r.mask.tolist()] for r in responses.get(prompt.key, ())]
         digest.update(json.dumps([prompt.token_ids, prompt.answer, ids]).encode())
     return digest.hexdigest()
 

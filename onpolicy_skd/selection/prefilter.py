@@ -13,9 +13,8 @@ from typing import Any
 import numpy as np
 
 from onpolicy_skd.config.schema import Settings
+from onpolicy_skd.data import references
 from onpolicy_skd.data.packed_text import Lazy
-from onpolicy_skd.data.prompts import answer_ids
-from onpolicy_skd.data.references import of_text
 from onpolicy_skd.models.loading import weights_digest
 from onpolicy_skd.report.progress import ProgressReporter
 from onpolicy_skd.selection.samples import TEACHER_METRICS, top_share
@@ -70,11 +69,10 @@ def as_text(prompt: Prompt, text: str, tokenizer: Any) -> Trajectory:
     For packed text these are all its tokens, whatever ``text`` says.
     """
     if prompt.documents is not None:
-        return of_text(prompt, prompt.key)
-    if text == "prompt":
-        ids, response = prompt.token_ids[:1], prompt.token_ids[1:]
-    else:
-        ids, response = prompt.token_ids, answer_ids(prompt.answer, tokenizer)
+        return references.of_text(prompt, prompt.key)
+    if text == "prompt+answer":
+        return references.trajectory(prompt, references.of_data(prompt, tokenizer), prompt.key, "response")
+    ids, response = prompt.token_ids[:1], prompt.token_ids[1:]
     zeros = np.zeros(len(response), np.float32)
     return Trajectory(prompt.key, np.asarray(ids), np.asarray(response), zeros, "stop", None)
 
@@ -99,7 +97,7 @@ def fingerprint(settings: Settings, prompts: Sequence[Prompt]) -> str:
     if samples_cfg.prefilter_text == "rollout" or samples_cfg.metric == "random":
         digest.update(json.dumps([settings.run.seed, settings.rollout.model_dump(mode="json")]).encode())
     for prompt in prompts:
-        fields = [prompt.key, prompt.token_ids, prompt.answer]
+        fields = [prompt.key, prompt.token_ids, prompt.answer, *(prompt.chat.messages if prompt.chat else [])]
         if prompt.documents is not None:
             fields.append(prompt.documents.tolist())
         digest.update(json.dumps(fields).encode())

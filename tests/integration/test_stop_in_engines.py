@@ -6,7 +6,7 @@ import pytest
 import torch
 from helpers import tiny_settings
 
-from onpolicy_skd.evaluation.exact_match import with_correctness
+from onpolicy_skd.evaluation.judge import with_correctness
 from onpolicy_skd.evaluation.stop_texts import stop_length
 from onpolicy_skd.learner.learner import Learner
 from onpolicy_skd.models.loading import load_model, load_tokenizer

@@ -11,15 +11,8 @@ from hypothesis import strategies as st
 from tokenizers.processors import TemplateProcessing
 
 from onpolicy_skd.data import demo_task
-from onpolicy_skd.data.prompts import (
-    DataError,
-    hold_out,
-    load_prompts,
-    load_questions,
-    prompts_of_step,
-    read_jsonl,
-    render,
-)
+from onpolicy_skd.data.prompts import hold_out, load_prompts, prompts_of_step, render
+from onpolicy_skd.data.rows import DataError, load_questions, read_jsonl
 from onpolicy_skd.evaluation.exact_match import reference_number
 from onpolicy_skd.models.loading import load_tokenizer
 from onpolicy_skd.run.prepare import Run, prepare

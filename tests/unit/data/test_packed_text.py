@@ -18,8 +18,8 @@ from onpolicy_skd import train
 from onpolicy_skd.config.errors import ConfigError
 from onpolicy_skd.config.loading import resolve
 from onpolicy_skd.data.packed_text import pack, samples
-from onpolicy_skd.data.prompts import DataError
 from onpolicy_skd.data.references import of_text
+from onpolicy_skd.data.rows import DataError
 from onpolicy_skd.evaluation.diagnostics import PositionDiagnostics
 from onpolicy_skd.learner.learner import Learner
 from onpolicy_skd.learner.probe import Probe

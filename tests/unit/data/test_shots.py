@@ -6,7 +6,8 @@ import pytest
 from helpers import tiny_settings
 
 from onpolicy_skd.config.errors import ConfigError
-from onpolicy_skd.data.prompts import DataError, load_prompts, load_shots
+from onpolicy_skd.data.prompts import load_prompts, load_shots
+from onpolicy_skd.data.rows import DataError
 from onpolicy_skd.models.loading import load_tokenizer
 
 TOKENIZER = load_tokenizer("bundled:demo_student")

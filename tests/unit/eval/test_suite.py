@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from eval import agreement, calibration, suite
 from onpolicy_skd.config.errors import ConfigError
-from onpolicy_skd.data.prompts import read_jsonl
+from onpolicy_skd.data.rows import read_jsonl
 from onpolicy_skd.models import loading as models
 from onpolicy_skd.models import split_model
 

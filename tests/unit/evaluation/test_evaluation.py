@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from eval import gsm8k as evaluation
-from onpolicy_skd.data.prompts import load_questions
+from onpolicy_skd.data.rows import load_questions
 from onpolicy_skd.evaluation import evaluate, exact_match
 from onpolicy_skd.evaluation.exact_match import final_answer, reference_number, score, wilson
 from onpolicy_skd.models.loading import load_tokenizer

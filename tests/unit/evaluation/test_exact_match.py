@@ -9,7 +9,8 @@ from helpers import ROOT, tiny_settings
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from onpolicy_skd.data.prompts import DataError, load_prompts, load_questions
+from onpolicy_skd.data.prompts import load_prompts
+from onpolicy_skd.data.rows import DataError, load_questions
 from onpolicy_skd.evaluation.exact_match import check_reference, final_answer, judged_text, score
 from onpolicy_skd.evaluation.quantity import Quantity, quantity
 from onpolicy_skd.models.loading import load_tokenizer
