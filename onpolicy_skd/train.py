@@ -34,6 +34,7 @@ from onpolicy_skd.evaluation.evaluate import Evaluation, Generate, evaluate
 from onpolicy_skd.learner.learner import NonFiniteLossError
 from onpolicy_skd.report.progress import ProgressReporter
 from onpolicy_skd.run.exits import EXIT_OK, EXIT_STOPPED, run_cli
+from onpolicy_skd.run.hub import push
 from onpolicy_skd.run.logger import PhaseTimer, RunLogger
 from onpolicy_skd.run.preflight import preflight
 from onpolicy_skd.run.prepare import Run, check_resume, open_folder, prepare
@@ -256,6 +257,8 @@ def run_settings(settings: Settings) -> RunResult:
                 stack.push(logger.on_failure(workers, RayError))
                 run_workers(run, workers, logger, checkpoint, stop)
         logger.conclude("finished" if logger.finished else "stopped")
+    if logger.finished and settings.hub.push:
+        push(settings, print)
     return RunResult(json.loads(run.paths.summary.read_text(encoding="utf-8")), run.paths)
 
 

@@ -61,7 +61,7 @@ def make_trajectories(
 def tiny_settings(**sections) -> Settings:
     """Small float32 settings, with the gap bound out of the way unless a test sets it."""
     tree: dict = {
-        "run": {"tensorboard": False},
+        "run": {"trackers": []},
         "data": {"source": "demo", "max_prompt_tokens": 96},
         "student": {"model": "bundled:demo_student"},
         "teacher": {"model": "bundled:demo_teacher", "dtype": "float32"},

@@ -25,7 +25,7 @@ from onpolicy_skd.storage.files import RunPaths
 
 ROOT = Path(__file__).parents[2]
 SMALL = [
-    "--config", "demo", "learner.batch_size=4", "run.tensorboard=false",
+    "--config", "demo", "learner.batch_size=4", "run.trackers=[]",
     "run.evaluate_every=0", "run.checkpoint_every=1", "eval.problems=4", "eval.teacher=false", "eval.before=false",
     "faults.restarts=1000", "faults.backoff_seconds=0", "faults.deadline_minutes=1", "resume=auto",
 ]  # fmt: skip

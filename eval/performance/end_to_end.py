@@ -82,7 +82,7 @@ def settings_for(folder: Path, shape: Shape, device: str, k: float) -> Settings:
     dtype = "bfloat16" if device == "cuda" else "float32"
     return resolve(
         {
-            "run": {"dir": str(folder), "steps": WARM + TIMED, "device": device, "tensorboard": False},
+            "run": {"dir": str(folder), "steps": WARM + TIMED, "device": device, "trackers": []},
             "data": {"source": "demo", "max_prompt_tokens": 96},
             "student": {"model": str(folder / "student")},
             "teacher": {"model": str(folder / "teacher"), "dtype": dtype, "placement": "learner"},

@@ -147,6 +147,17 @@ def _plain_name(name: str) -> str:
     return name
 
 
+def _repository(name: str) -> str:
+    """Return the name of a hub repository.  Raises ValueError."""
+    from huggingface_hub.utils import HFValidationError, validate_repo_id
+
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        raise ValueError("must be OWNER/NAME or NAME: letters, digits and -_. , at most 96 characters") from None
+    return name
+
+
 ModelName = Annotated[str, AfterValidator(_expand_model)]
 FilePath = Annotated[Path, AfterValidator(_expand_home)]
 
@@ -191,7 +202,10 @@ class RunSettings(Section):
         2, "step whose activity per process is drawn in timeline.json and timeline.png; empty: none",
         affects_result=False,
     )  # fmt: skip
-    tensorboard: bool = setting(True, "write TensorBoard events to the run folder", affects_result=False)
+    trackers: list[Literal["tensorboard", "wandb", "trackio", "mlflow"]] = setting(
+        ["tensorboard"], "experiment trackers that get metrics, settings, plots and token views, e.g. "
+        "[tensorboard,wandb]; []: none", affects_result=False,
+    )  # fmt: skip
 
     @property
     def folder(self) -> Path:
@@ -556,6 +570,14 @@ class EvalSettings(Section):
     )
 
 
+class HubSettings(Section):
+    push: Annotated[str, AfterValidator(_repository)] | None = setting(
+        None, "repository on the Hugging Face hub, OWNER/NAME or NAME, that receives final/ at the end of the run",
+        affects_result=False,
+    )  # fmt: skip
+    private: bool = setting(True, "make a new repository private", affects_result=False)
+
+
 class FaultSettings(Section):
     restarts: NonNegative = setting(
         5, "failures of a role's actors within an hour that a restart may repair; one more ends the run, with a "
@@ -622,6 +644,7 @@ class Settings(Section):
     cache: CacheSettings = CacheSettings()
     sync: SyncSettings = SyncSettings()
     eval: EvalSettings = EvalSettings()
+    hub: HubSettings = HubSettings()
     faults: FaultSettings = FaultSettings()
     cluster: ClusterSettings = ClusterSettings()
 

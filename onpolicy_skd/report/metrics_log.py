@@ -1,4 +1,4 @@
-"""The run's metrics: one JSON object a line, and the same numbers to TensorBoard."""
+"""The run's metrics: one JSON object a line, and the same numbers to trackers."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
+from onpolicy_skd.report.trackers import Trackers
 from onpolicy_skd.storage.files import RunPaths, write_text
 
 
@@ -29,7 +30,7 @@ class MetricsLog:
     """Appends records to ``metrics.jsonl``; on resume, drops those of steps that will be repeated."""
 
     def __init__(
-        self, folder: Path, first_step: int = 0, tensorboard: bool = False, resumed: bool | None = None
+        self, folder: Path, first_step: int = 0, resumed: bool | None = None, trackers: Trackers | None = None
     ) -> None:
         """``resumed`` tells whether the existing records belong to this run; by default if ``first_step`` is not 0."""
         self.path = RunPaths(folder).metrics
@@ -37,10 +38,10 @@ class MetricsLog:
         kept = [r for r in read(self.path) if _is_kept(r, first_step)] if resumed else []
         write_text(self.path, "".join(json.dumps(r) + "\n" for r in kept))
         self._file = self.path.open("ab", buffering=0)
-        self._tracker = _tensorboard(folder, first_step) if tensorboard else None
+        self._trackers = trackers
 
     def write(self, record: dict[str, Any]) -> None:
-        """Append ``record``, which must hold ``step``; TensorBoard gets nested numbers as ``outer/inner``.
+        """Append ``record``, which must hold ``step``; trackers get its numbers.
 
         Raises OSError.
         """
@@ -49,13 +50,11 @@ class MetricsLog:
         if self._file.write(line) < len(line):
             self._file.truncate(end)  # half a line would be taken for damage
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.path))
-        if self._tracker:
-            self._tracker.log(_flat(record), step=record["step"])
+        if self._trackers:
+            self._trackers.log(record)
 
     def close(self) -> None:
         self._file.close()
-        if self._tracker:
-            self._tracker.finish()
 
 
 def _is_kept(record: dict[str, Any], first_step: int) -> bool:
@@ -87,23 +86,3 @@ def steps_of(records: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def events_of(records: Iterable[dict[str, Any]], event: Event) -> list[dict[str, Any]]:
     return [r for r in records if r.get("event") == event]
-
-
-def _flat(record: dict[str, Any], prefix: str = "") -> dict[str, float]:
-    flat: dict[str, float] = {}
-    for name, value in record.items():
-        if isinstance(value, dict):
-            flat |= _flat(value, f"{prefix}{name}/")
-        elif isinstance(value, int | float) and name != "step":
-            flat[prefix + name] = value
-    return flat
-
-
-def _tensorboard(folder: Path, first_step: int) -> Any:
-    from accelerate import PartialState
-    from accelerate.tracking import TensorBoardTracker
-
-    PartialState(cpu=True)  # which the tracker reads; the driver owns no device
-    tracker = TensorBoardTracker("tensorboard", logging_dir=str(folder), purge_step=first_step)
-    tracker.start()
-    return tracker

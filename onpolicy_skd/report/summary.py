@@ -101,7 +101,7 @@ def _page(summary: dict[str, Any], settings: Settings, records: Sequence[dict[st
         f"{summary['steps']} steps in {summary['seconds']:.0f} s, seed {summary['seed']}. Positions: "
         f"{settings.positions.policy} by {settings.positions.metric}, k = {settings.positions.k:g}. Samples: "
         f"l = {settings.samples.keep:g} ({settings.samples.when}). Status: {summary['status']}{reason}.",
-        _evaluations(summary, settings),
+        evaluation_table(summary, settings),
         _training(steps_of(records), settings.alignment.divergence),
         _incidents(summary, records),
         "Every step is in `metrics.jsonl`, every setting in `config.yaml`, every judged answer in `evaluations/`.",
@@ -109,7 +109,7 @@ def _page(summary: dict[str, Any], settings: Settings, records: Sequence[dict[st
     return "\n\n".join(filter(None, sections)) + "\n"
 
 
-def _evaluations(summary: dict[str, Any], settings: Settings) -> str:
+def evaluation_table(summary: dict[str, Any], settings: Settings) -> str:
     """Return the table of exact match and the divergences on held-out data."""
     lines = []
     if summary["problems"]:

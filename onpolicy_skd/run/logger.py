@@ -15,10 +15,12 @@ from onpolicy_skd.config.errors import first_line
 from onpolicy_skd.evaluation.evaluate import Evaluation
 from onpolicy_skd.learner.learner import GradientOverflowError, NonFiniteLossError
 from onpolicy_skd.learner.metrics import StepRecord
-from onpolicy_skd.report import summary
+from onpolicy_skd.report import card, summary
 from onpolicy_skd.report.console import Display
 from onpolicy_skd.report.metrics_log import Event, MetricsLog, events_of, read, steps_of
 from onpolicy_skd.report.timeline import write_timeline
+from onpolicy_skd.report.trackers import Trackers
+from onpolicy_skd.run import hub
 from onpolicy_skd.run.exits import RunError, cause_of
 from onpolicy_skd.run.health import HealthMonitor
 from onpolicy_skd.run.prepare import Run
@@ -89,8 +91,9 @@ class RunLogger:
         self._has_checkpoint = bool(state)
         self._seconds_before = state.get("seconds", 0.0)
         self._start_time = time.monotonic()
-        self._open(first_step, state, bool(state))
         self._display = Display(run.steps, first_step, run.settings.alignment.divergence)
+        self._trackers = Trackers(run.settings, first_step, bool(state), self.log)
+        self._open(first_step, state, bool(state))
 
     def __enter__(self) -> RunLogger:
         self._display.__enter__()
@@ -101,6 +104,8 @@ class RunLogger:
         if stopped := as_stopped(error[1]):
             self.conclude("stopped", f"{stopped} outside the steps")
         self._metrics.close()
+        if error[0] is not None:
+            self._trackers.close()  # conclude() does where nothing went wrong
 
     def log(self, text: str) -> None:
         self._display.log(text)
@@ -115,6 +120,8 @@ class RunLogger:
         self.log(f"{len(run.train)} prompts, {run.steps} steps of {run.settings.rollouts_per_step} trajectories")
         if self._resumed:
             self.log(f"resuming after step {self._steps}")
+        if run.settings.hub.push and not hub.has_login():
+            self.log(f"warning: hub.push={run.settings.hub.push}: {hub.NO_LOGIN} before the run ends")
         self.log("starting " + ", ".join(f"{role.count} x {role.name}" for role in roles if role.count))
 
     def _open(self, first_step: int, state: dict[str, Any], resumed: bool) -> None:
@@ -123,7 +130,7 @@ class RunLogger:
         self._version = state.get("version", 0)  # of the learner after these steps
         self._skipped = state.get("skipped", 0)
         self.last_eval_step = state.get("last_eval_step", 0)  # of the last evaluation during training
-        self._metrics = MetricsLog(self._run.folder, first_step, self._run.settings.run.tensorboard, resumed)
+        self._metrics = MetricsLog(self._run.folder, first_step, resumed, self._trackers)
         records = read(self._metrics.path)
         self._health = HealthMonitor(self._run.settings.sync.max_gap)
         for record in steps_of(records):
@@ -204,6 +211,7 @@ class RunLogger:
             checkpoint = recovery.checkpoint
             step = checkpoint.step if checkpoint else 0
             self._metrics.close()
+            self._trackers.rewind(step)
             self._open(step, checkpoint.state if checkpoint else {}, True)
         self.fault(recovery, step)
         origin = " from the newest checkpoint" if recovery.rolled_back else ""
@@ -313,11 +321,13 @@ class RunLogger:
         return leave
 
     def conclude(self, status: str, reason: str | None = None) -> None:
-        """Write summary.json and report.md; log the closing lines."""
+        """Write summary, report and a finished run's model card; log the closing lines; end the trackers."""
         settings = self._run.settings
         result = summary.build(settings, self.evaluations, status, self._steps, self._seconds(), reason)
         result |= {"restarts": self._restarts, "best_step": self.best_step}
         report = summary.write(self._run.folder, result, settings)
+        if status == "finished":
+            card.write(settings, result)
         shares, intervals = result["exact_match"], result["exact_match_interval"]
         for name in summary.EVALUATIONS:
             if shares[name] is not None:
@@ -325,6 +335,10 @@ class RunLogger:
         self.log(f"{status} after {self._steps} steps, {result['seconds']:.0f} s; report: {report}")
         if status == "stopped":
             self.log("the same command with resume=auto continues from the last checkpoint")
+        paths = self._run.paths
+        token_views = sorted(paths.evaluations.glob("tokens-*.jsonl"))
+        self._trackers.send([paths.curves, paths.timeline_image], token_views, self._steps)
+        self._trackers.close()
 
     def _seconds(self) -> float:
         return self._seconds_before + time.monotonic() - self._start_time

@@ -17,6 +17,7 @@ from onpolicy_skd.data.rows import DataError, load_rows
 from onpolicy_skd.models import loading
 from onpolicy_skd.models.generation_config import savable_generation_config
 from onpolicy_skd.models.loading import ModelError
+from onpolicy_skd.report.trackers import check_trackers
 
 T = TypeVar("T")
 TEMPLATE_TIMEOUT_S = 3.0  # a template renders a row in milliseconds
@@ -28,6 +29,7 @@ def preflight(settings: Settings) -> None:
     Raises ConfigError.
     """
     check_folder(settings.run.folder)
+    check_trackers(settings.run.trackers)
     student, teacher = settings.student, settings.teacher
     tokenizer = loading.load_tokenizer(student.model, student.trust_remote_code)
     check_tokenizer(tokenizer, student.model)

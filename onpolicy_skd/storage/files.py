@@ -68,6 +68,11 @@ class RunPaths:
         return self.folder / "curves.png"
 
     @property
+    def trackers(self) -> Path:
+        """Names of the run at the trackers that a resumed run continues."""
+        return self.folder / "trackers.json"
+
+    @property
     def timeline(self) -> Path:
         """The timeline of one step as a trace; ``timeline_image`` draws it."""
         return self.folder / "timeline.json"

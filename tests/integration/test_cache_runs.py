@@ -17,7 +17,7 @@ from onpolicy_skd.report.metrics_log import read
 from onpolicy_skd.teacher import cache_format as caches
 
 DEMO = ["--config", str(ROOT / "configs" / "demo.yaml"), "mode=off_policy", "data.train_problems=600"]
-TRAIN = [*DEMO, "learner.batch_size=8", "run.tensorboard=false", "run.evaluate_every=0", "eval.problems=8",
+TRAIN = [*DEMO, "learner.batch_size=8", "run.trackers=[]", "run.evaluate_every=0", "eval.problems=8",
          "eval.before=false", "rollout.engine=transformers", "run.steps=3"]  # fmt: skip
 ENVIRONMENT = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}
 

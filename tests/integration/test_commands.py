@@ -11,7 +11,7 @@ from helpers import ROOT
 ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT), "RAY_USAGE_STATS_ENABLED": "0", "OMP_NUM_THREADS": "1"}
 SMALL = [
     "data.train_problems=8", "rollout.engine=transformers", "rollout.max_tokens=128", "learner.batch_size=4",
-    "run.tensorboard=false", "run.device=cpu", "eval.problems=4", "eval.teacher=false",
+    "run.trackers=[]", "run.device=cpu", "eval.problems=4", "eval.teacher=false",
 ]  # fmt: skip
 
 

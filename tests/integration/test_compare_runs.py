@@ -20,7 +20,7 @@ def write_grid(folder, **changes):
     tree = {
         "base": str(ROOT / "configs" / "demo.yaml"), "dir": str(folder / "out"), "seeds": [1, 2], "baseline": "Full KD",
         "settings": {
-            "run": {"steps": 3, "evaluate_every": 0, "checkpoint_every": 1, "tensorboard": False},
+            "run": {"steps": 3, "evaluate_every": 0, "checkpoint_every": 1, "trackers": []},
             "learner": {"batch_size": 8}, "rollout": {"engine": "transformers"}, "teacher": {"placement": "learner"},
             "eval": {"problems": 20, "before": False, "teacher": False},
         },

@@ -16,7 +16,7 @@ from helpers import ROOT
 RAY = str(Path(sys.executable).parent / "ray")
 SMALL = [
     "--config", "configs/demo.yaml", "learner.batch_size=8", "rollout.engine=transformers", "eval.teacher=false",
-    "eval.before=false", "eval.problems=8", "run.evaluate_every=0", "run.tensorboard=false",
+    "eval.before=false", "eval.problems=8", "run.evaluate_every=0", "run.trackers=[]",
 ]  # fmt: skip
 pytestmark = pytest.mark.slow
 

@@ -23,7 +23,7 @@ DEMO = ROOT / "configs" / "demo.yaml"
 STEPS = 5
 METRICS = {"loss": "loss", "divergence": "divergence_selected"}  # name here: name in metrics.jsonl
 SETTINGS = [
-    "run.device=cpu", f"run.steps={STEPS}", "run.evaluate_every=0", "run.checkpoint_every=0", "run.tensorboard=false",
+    "run.device=cpu", f"run.steps={STEPS}", "run.evaluate_every=0", "run.checkpoint_every=0", "run.trackers=[]",
     "data.train_problems=200", "learner.batch_size=8", "learner.threads=1", "teacher.threads=1", "rollout.threads=1",
     "rollout.engine=transformers", "eval.problems=1", "eval.before=false", "eval.teacher=false",
 ]  # fmt: skip

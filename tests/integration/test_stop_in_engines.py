@@ -21,7 +21,7 @@ TOKENIZER = load_tokenizer("bundled:demo_teacher")
 
 def setting(tmp_path, engine="transformers", **sections):
     return tiny_settings(
-        run={"tensorboard": False, "device": "cpu", "dir": str(tmp_path), "steps": 1},
+        run={"trackers": [], "device": "cpu", "dir": str(tmp_path), "steps": 1},
         rollout={"max_tokens": 96, "dtype": "float32", "engine": engine, "stop": list(STOP)},
         learner={"compute_dtype": "float32", "batch_size": 4},
         **sections,

@@ -3,10 +3,12 @@
 Runs whose process or private Ray matters are a separate process, as a user's is; the others share a Ray.
 """
 
+import contextlib
 import json
 import os
 import shutil
 import signal
+import sqlite3
 import subprocess
 import sys
 import time
@@ -15,6 +17,8 @@ from pathlib import Path
 import pytest
 import yaml
 from helpers import GAP, ON_GPU, ROOT
+from hub_server import running_hub
+from huggingface_hub import ModelCard
 
 from actors.rollout_actor import RolloutGroup
 from eval.faults.processes import actors, kill_tree
@@ -24,13 +28,14 @@ from onpolicy_skd.report.metrics_log import read
 from onpolicy_skd.types import RolloutRequest, SamplingParams, Trajectory
 
 BASE = [
-    "--config", str(ROOT / "configs" / "demo.yaml"), "learner.batch_size=8", "run.tensorboard=false",
+    "--config", str(ROOT / "configs" / "demo.yaml"), "learner.batch_size=8", "run.trackers=[]",
     "run.evaluate_every=0", "run.checkpoint_every=2", "eval.problems=16", "eval.teacher=false", "eval.before=false",
     "data.validation_problems=16",
 ]  # fmt: skip
 TRANSFORMERS = ["rollout.engine=transformers"]  # starts in half the time of vLLM
 ONE_ACTOR = [*TRANSFORMERS, "rollout.placement=learner", "teacher.placement=learner"]
 SECRETS = dict.fromkeys(("HF_TOKEN", "WANDB_API_KEY", "AWS_SECRET_ACCESS_KEY"), "nobody-should-read-this")
+VIEWS = ("after-000005", "before-000000", "during-000003")  # evaluations with token views
 LOSSES = ("loss", "grad_norm", "entropy", "divergence_selected", "positions", "lr")
 
 
@@ -38,8 +43,8 @@ def command(folder, *overrides):
     return [sys.executable, "-m", "onpolicy_skd.train", *BASE, f"run.dir={folder}", *overrides]
 
 
-def run(folder, *overrides, timeout=300, paths=()):
-    environment = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"} | SECRETS
+def run(folder, *overrides, timeout=300, paths=(), environment=None):
+    environment = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"} | SECRETS | (environment or {})
     if paths:
         environment["PYTHONPATH"] = os.pathsep.join(map(str, paths))
     return subprocess.run(
@@ -72,9 +77,15 @@ def losses(folder, keys=LOSSES):
 def finished_run(tmp_path_factory):
     """One uninterrupted run of five steps with vLLM and everything on."""
     folder = tmp_path_factory.mktemp("finished")
-    done = run(folder, "run.steps=5", "eval.teacher=true", "eval.before=true", "eval.divergence_prompts=8",
-               "run.evaluate_every=3", "run.tensorboard=true", "run.keep_best=true", "run.name=r")  # fmt: skip
+    with running_hub(SECRETS["HF_TOKEN"]) as hub:
+        environment = hub.environment | {"WANDB_MODE": "offline", "TRACKIO_DIR": str(folder / "trackio")}
+        done = run(folder, "run.steps=5", "eval.teacher=true", "eval.before=true", "eval.divergence_prompts=8",
+                   "run.evaluate_every=3", "run.trackers=[tensorboard,wandb,trackio]", "run.keep_best=true",
+                   "run.name=r", "hub.push=me/pair", environment=environment)  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
+    for name, content in hub.files["me/pair"].items():
+        (folder / "hub").mkdir(exist_ok=True)
+        (folder / "hub" / name).write_bytes(content)
     return folder / "r", done.stdout
 
 
@@ -93,7 +104,8 @@ def test_a_run_leaves_everything_it_promises(finished_run):
     assert summary["best_step"] == json.loads((folder / "best.json").read_text())["step"] == 3
     assert summary["restarts"] == {}
     for name in ("config.yaml", "metrics.jsonl", "report.md", "curves.png", "final/model.safetensors",
-                 "best/model.safetensors", "best/tokenizer.json", "timeline.json", "timeline.png"):  # fmt: skip
+                 "best/model.safetensors", "best/tokenizer.json", "timeline.json", "timeline.png",
+                 "final/README.md", "final/curves.png"):  # fmt: skip
         assert (folder / name).stat().st_size > 0, name
     assert (folder / "curves.png").read_bytes().startswith(b"\x89PNG")
     assert list((folder / "tensorboard").rglob("events*"))
@@ -101,6 +113,90 @@ def test_a_run_leaves_everything_it_promises(finished_run):
     assert yaml.safe_load((folder / "config.yaml").read_text())["learner"]["batch_size"] == 8
     for text in ("exact match  before", "exact match   after", "exact match teacher", str(folder / "report.md")):
         assert text in printed
+
+
+def test_the_hub_has_the_student_and_its_card(finished_run):
+    folder, printed = finished_run
+    received = folder.parent / "hub"
+    assert {path.name for path in received.iterdir()} == {path.name for path in (folder / "final").iterdir()}
+    for path in received.iterdir():
+        assert path.read_bytes() == (folder / "final" / path.name).read_bytes()
+    loaded = ModelCard.load(received / "README.md")
+    assert loaded.data.library_name == "transformers"
+    share = json.loads((folder / "summary.json").read_text())["exact_match"]["after"]
+    assert f"| student after | {100 * share:.1f} % (" in loaded.text
+    assert "/me/pair" in printed.splitlines()[-1]
+
+
+def logged(folder, key):
+    """(step, value) of ``key`` in metrics.jsonl."""
+    return [(r["step"], pytest.approx(r[key])) for r in read(folder / "metrics.jsonl") if key in r]
+
+
+def test_tensorboard_has_the_run(finished_run):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    folder, _ = finished_run
+    events = EventAccumulator(str(folder / "tensorboard"))
+    events.Reload()
+    for key in ("loss", "divergence_reference"):
+        assert [(s.step, s.value) for s in events.Scalars(key)] == logged(folder, key)
+    assert events.Tags()["images"] == ["curves", "timeline"]
+    texts = {tag.removesuffix("/text_summary") for tag in events.Tags()["tensors"]}
+    assert texts == {"config", *(f"tokens-{name}.jsonl" for name in VIEWS)}
+
+
+def test_wandb_has_the_run_without_a_login(finished_run):
+    folder, _ = finished_run
+    (file,) = folder.glob("wandb/offline-run-*/*.wandb")
+    records = list(wandb_records(file))
+    (sent,) = (r.run for r in records if r.HasField("run"))
+    assert (sent.project, sent.display_name) == ("onpolicy_skd", "r")
+    config = {update.key: json.loads(update.value_json) for update in sent.config.update}
+    assert config["learner"]["batch_size"] == 8
+    rows = [
+        {item.key or item.nested_key[0]: json.loads(item.value_json) for item in r.history.item}
+        for r in records
+        if r.HasField("history")
+    ]
+    for key in ("loss", "divergence_reference"):
+        assert [(row["step"], row[key]) for row in rows if key in row] == logged(folder, key)
+    files = {item.path for r in records if r.HasField("files") for item in r.files.files}
+    assert {f"tokens-{name}.jsonl" for name in VIEWS} <= files
+    plots = {Path(name).name.partition("_")[0] for name in files if name.endswith(".png")}
+    assert plots == {"curves", "timeline"}
+    view = file.parent / "files" / f"tokens-{VIEWS[0]}.jsonl"
+    assert view.read_text() == (folder / "evaluations" / view.name).read_text()
+
+
+def wandb_records(file):
+    """Yield the records of wandb's offline file: LevelDB's log format after a header of seven bytes."""
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    data, at, parts = file.read_bytes(), 7, b""
+    while at + 7 <= len(data):
+        if (room := 32768 - at % 32768) < 7:  # the end of a block
+            at += room
+            continue
+        length, kind = int.from_bytes(data[at + 4 : at + 6], "little"), data[at + 6]
+        parts += data[at + 7 : at + 7 + length]
+        at += 7 + length
+        if kind in (1, 4):  # a full record, or the last fragment of one
+            yield Record.FromString(parts)
+            parts = b""
+
+
+def test_trackio_has_the_run(finished_run):
+    folder, _ = finished_run
+    with contextlib.closing(sqlite3.connect(folder.parent / "trackio" / "onpolicy_skd.db")) as database:
+        rows = [(step, json.loads(m)) for step, m in database.execute("SELECT step, metrics FROM metrics ORDER BY id")]
+        ((config,),) = database.execute("SELECT config FROM configs WHERE run_name = 'r'")
+        manifests = [json.loads(m) for (m,) in database.execute("SELECT manifest FROM artifact_versions")]
+    for key in ("loss", "divergence_reference"):
+        assert [(step, row[key]) for step, row in rows if key in row] == logged(folder, key)
+    assert json.loads(config)["learner"]["batch_size"] == 8
+    assert {name for _, row in rows for name, value in row.items() if isinstance(value, dict)} == {"curves", "timeline"}
+    assert {manifest[0]["path"] for manifest in manifests} == {f"tokens-{name}.jsonl" for name in VIEWS}
 
 
 def test_secrets_of_the_environment_are_nowhere_in_what_a_run_leaves(finished_run):

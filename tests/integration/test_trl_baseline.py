@@ -19,7 +19,7 @@ OPTIONS = [
     "teacher.model=bundled:demo_teacher", "teacher.dtype=float32", "rollout.max_tokens=32", "rollout.dtype=float32",
     "rollout.engine=transformers", "positions.policy=full", "samples.truncated=keep",
     "learner.batch_size=4", "learner.compute_dtype=float32",
-    "learner.lr=1e-4", "run.tensorboard=false", "run.device=cpu", "run.checkpoint_every=2", "run.steps=4",
+    "learner.lr=1e-4", "run.trackers=[]", "run.device=cpu", "run.checkpoint_every=2", "run.steps=4",
     "eval.problems=4", "eval.teacher=false", "eval.before=false",
 ]  # fmt: skip
 

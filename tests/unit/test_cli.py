@@ -112,7 +112,7 @@ def test_a_run_beside_files_with_our_packages_names(occupied):
     """Ray puts the working directory first on its workers' sys.path."""
     done = python(
         occupied, "-m", "onpolicy_skd.train", "--config", "demo", "run.steps=1", "learner.batch_size=4",
-        "rollout.engine=transformers", "eval.problems=0", "eval.teacher=false", "run.tensorboard=false",
+        "rollout.engine=transformers", "eval.problems=0", "eval.teacher=false", "run.trackers=[]",
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     assert json.loads((occupied / "runs" / "demo" / "summary.json").read_text())["status"] == "finished"

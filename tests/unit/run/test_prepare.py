@@ -29,7 +29,7 @@ def jsonl(tmp_path):
 
 
 def make(tmp_path, data, **sections):
-    run = {"dir": tmp_path / "runs", "tensorboard": False, **sections.pop("run", {})}
+    run = {"dir": tmp_path / "runs", "trackers": [], **sections.pop("run", {})}
     return prepare(tiny_settings(data=data, run=run, **sections))
 
 

@@ -1,0 +1,155 @@
+"""The model card of a run's student: ``final/README.md`` with metadata as the Hugging Face hub reads it."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import shutil
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from huggingface_hub.utils import HFValidationError, validate_repo_id
+
+from onpolicy_skd.config.schema import Settings, rules_of, walk
+from onpolicy_skd.config.validation import value_of
+from onpolicy_skd.report import summary as report
+from onpolicy_skd.report.secrets import redact
+from onpolicy_skd.storage.files import RunPaths, write_text
+
+TAGS = ["onpolicy_skd", "knowledge-distillation", "on-policy-distillation"]
+TRAINED_ON = {
+    "on_policy": "its own responses",
+    "off_policy": "reference texts",
+    "mixed": "its own responses and reference answers",
+}
+USE = """```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained("{name}")
+model = AutoModelForCausalLM.from_pretrained("{name}")
+{prompt}
+output = model.generate(**inputs, max_new_tokens={tokens})
+print(tokenizer.decode(output[0, inputs["input_ids"].shape[1]:], skip_special_tokens=True))
+```"""
+CHAT_PROMPT = """messages = [{"role": "user", "content": "QUESTION"}]
+inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True, return_tensors="pt")"""
+
+
+def write(settings: Settings, summary: dict[str, Any]) -> Path:
+    """Write the card of a finished run, with the run's curves, into ``final/``; return its path.
+
+    No license is named: it follows from those of the models and the data.
+    """
+    paths = RunPaths(settings.run.folder)
+    if paths.curves.exists():
+        shutil.copyfile(paths.curves, paths.final / paths.curves.name)
+    card = ModelCard(f"---\n{_metadata(settings, summary).to_yaml()}\n---\n\n{_text(settings, summary)}")
+    file = paths.final / "README.md"
+    write_text(file, str(card))
+    return file
+
+
+def command(settings: Settings) -> str:
+    """Return one command that repeats a run: every setting that differs from its default and affects the result.
+
+    Folders and files are given by their last name alone, and credentials are left out.
+    """
+    changed = {
+        key: value_of(settings, key)
+        for key, field in walk()
+        if value_of(settings, key) != field.default and (rules_of(field)["affects_result"] or key == "run.name")
+    }
+    return " ".join(["skd train", *(shlex.quote(f"{key}={_shown(value)}") for key, value in changed.items())])
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, str | Path):
+        return redact(_name(value))
+    return "" if value is None else json.dumps(value)
+
+
+def _name(value: str | Path) -> str:
+    """Return a setting's text; of a local path its last name, for the rest says where somebody works."""
+    local = isinstance(value, Path) or Path(value).is_absolute() or (len(value) < 256 and Path(value).is_dir())
+    return Path(value).name if local else value
+
+
+def _is_hub_name(model: str) -> bool:
+    try:
+        validate_repo_id(model)
+    except HFValidationError:
+        return False
+    return "/" in model and not Path(model).exists()
+
+
+def _metadata(settings: Settings, summary: dict[str, Any]) -> ModelCardData:
+    student, dataset = settings.student.model, _hub_dataset(settings)
+    share = summary["exact_match"]["after"]
+    results = [
+        EvalResult(
+            task_type="text-generation",
+            dataset_type=dataset,
+            dataset_name=dataset,
+            dataset_config=settings.data.subset,
+            dataset_split=settings.data.eval_split,
+            metric_type="exact_match",
+            metric_name="exact match (math-verify)",
+            metric_value=round(100 * share, 2),
+        )
+    ] if dataset and share is not None else None  # fmt: skip
+    return ModelCardData(
+        base_model=student if _is_hub_name(student) else None,
+        datasets=[dataset] if dataset else None,
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        tags=TAGS,
+        model_name=summary["run"] if results else None,
+        eval_results=results,
+    )
+
+
+def _hub_dataset(settings: Settings) -> str | None:
+    """Return the hub data set that was trained on; None for local files and the demo task."""
+    data = settings.data
+    if data.source == "gsm8k":
+        return None if data.path else "openai/gsm8k"
+    return data.name if data.name and not Path(data.name).exists() else None
+
+
+def _text(settings: Settings, summary: dict[str, Any]) -> str:
+    data, student, teacher = settings.data, _name(settings.student.model), _name(settings.teacher.model)
+    source = _hub_dataset(settings) or data.train_file or data.name or data.path or data.source
+    versions = ", ".join(f"{name} {version}" for name, version in summary["versions"].items())
+    plot = "![Curves of the run](curves.png)" if RunPaths(settings.run.folder).curves.exists() else ""
+    prompt = CHAT_PROMPT if data.template == "chat" else _plain_prompt(data.plain)
+    sections = [
+        f"# {summary['run']}",
+        f"`{student}`, distilled from `{teacher}` on {TRAINED_ON[settings.mode]} by onpolicy_skd, on-policy selective "
+        f"distillation: {settings.alignment.divergence} at {_positions(settings)}, {summary['steps']} optimizer steps "
+        f"of {settings.learner.batch_size} samples. Data: `{_name(source)}`.",
+        "## Results",
+        report.evaluation_table(summary, settings),
+        plot,
+        "## Use",
+        USE.format(name=summary["run"], prompt=prompt, tokens=settings.eval.max_tokens or settings.rollout.max_tokens),
+        "## Reproduce",
+        f"```\n{command(settings)}\n```",
+        f"Versions: {versions}.",
+        "## License",
+        "Not set. It follows from the licenses of the student, the teacher and the data: add `license: NAME` to the "
+        "metadata at the top of this file.",
+    ]
+    return "\n\n".join(filter(None, sections)) + "\n"
+
+
+def _positions(settings: Settings) -> str:
+    """Say which positions were supervised."""
+    cfg = settings.positions
+    if cfg.policy == "full":
+        return "all positions"
+    return f"{100 * cfg.k:g} % of the positions ({cfg.policy} by {cfg.metric})"
+
+
+def _plain_prompt(plain: str) -> str:
+    return f'inputs = tokenizer({plain.replace("{question}", "QUESTION")!r}, return_tensors="pt")'

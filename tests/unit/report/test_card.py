@@ -1,0 +1,98 @@
+"""The model card: metadata as the hub reads it, figures of the summary, and a command that repeats the run."""
+
+import shlex
+
+import pytest
+from helpers import tiny_settings
+from huggingface_hub import ModelCard
+
+from onpolicy_skd.config.loading import build_settings, load_settings
+from onpolicy_skd.config.schema import rules_of, walk
+from onpolicy_skd.config.validation import value_of
+from onpolicy_skd.report import card
+
+SUMMARY = {
+    "run": "r", "steps": 7, "problems": 1319, "versions": {"python": "3.11.7", "torch": "2.13.0"},
+    "exact_match": {"before": 0.25, "after": 0.5, "teacher": None},
+    "exact_match_interval": {"before": [0.2, 0.3], "after": [0.45, 0.55], "teacher": None},
+    "strict_match": {"before": 0.25, "after": 0.5, "teacher": None},
+    "strict_match_interval": {"before": [0.2, 0.3], "after": [0.45, 0.55], "teacher": None},
+    "divergence": {"before": 0.5, "after": 0.25}, "divergence_reference": {"before": None, "after": None},
+}  # fmt: skip
+
+
+@pytest.fixture
+def write(tmp_path):
+    """Return a function that writes the card of a run with the given settings, and loads it as the hub would."""
+
+    def build(**sections):
+        settings = tiny_settings(**({"run": {"dir": tmp_path, "name": "r"}} | sections))
+        (settings.run.folder / "final").mkdir(parents=True)
+        (settings.run.folder / "curves.png").write_bytes(b"\x89PNG")
+        return ModelCard.load(card.write(settings, SUMMARY))
+
+    return build
+
+
+def test_the_card_of_a_run_on_hub_models_and_data(write, tmp_path):
+    loaded = write(
+        data={"source": "gsm8k"},
+        student={"model": "Qwen/Qwen3-1.7B"},
+        teacher={"model": "Qwen/Qwen3-8B", "dtype": "auto"},
+        positions={"k": 0.1},
+    )
+    data = loaded.data
+    assert (data.base_model, data.datasets, data.library_name) == ("Qwen/Qwen3-1.7B", ["openai/gsm8k"], "transformers")
+    assert data.license is None
+    (result,) = data.eval_results
+    assert (result.dataset_type, result.metric_type, result.metric_value) == ("openai/gsm8k", "exact_match", 50.0)
+    for line in (
+        "`Qwen/Qwen3-1.7B`, distilled from `Qwen/Qwen3-8B` on its own responses",
+        "reverse_kl at 10 % of the positions (top_k by student_entropy), 7 optimizer steps of 16 samples",
+        "| student before | 25.0 % (20.0 to 30.0) | 25.0 % (20.0 to 30.0) |",
+        "| student after | 50.0 % (45.0 to 55.0) | 50.0 % (45.0 to 55.0) |",
+        "reverse_kl per token of the student's rollouts: 0.5000 nats before, 0.2500 after.",
+        "![Curves of the run](curves.png)",
+        "Versions: python 3.11.7, torch 2.13.0.",
+        "add `license: NAME`",
+    ):
+        assert line in loaded.text
+    assert (tmp_path / "r" / "final" / "curves.png").read_bytes() == b"\x89PNG"
+
+
+def test_local_models_and_files_are_named_without_their_folders(write, tmp_path):
+    student, data = tmp_path / "students" / "mine", tmp_path / "data" / "train.jsonl"
+    student.mkdir(parents=True)
+    loaded = write(student={"model": str(student)}, data={"source": "jsonl", "train_file": data, "eval_file": data})
+    assert loaded.data.base_model is None
+    assert loaded.data.datasets is None
+    assert loaded.data.eval_results is None
+    assert "`mine`, distilled from `bundled:demo_teacher`" in loaded.text
+    assert "data.train_file=train.jsonl" in loaded.text
+    assert str(tmp_path) not in loaded.content
+
+
+def test_credentials_stay_out_of_the_card(write, monkeypatch):
+    monkeypatch.setenv("MY_API_KEY", "abcdefgh12345678")
+    loaded = write(data={"source": "demo", "system": "abcdefgh12345678"})
+    assert "data.system=***" in loaded.text
+    assert "abcdefgh12345678" not in loaded.content
+
+
+@pytest.mark.parametrize("config", ["demo", "gsm8k_on_policy", "paper/table5/on_se_kd", "qwen_coder_cpu"])
+def test_the_command_repeats_the_settings_that_affect_the_result(config):
+    changes = ["--config", config, "rollout.stop=[\"it's\", '\\n\\n']", "student.lora_rank=4", "learner.lr=5e-6"]
+    settings = load_settings([*changes, "data.instruction= Think; then answer."])
+    verb, *rest = shlex.split(card.command(settings).removeprefix("skd "))
+    assert verb == "train"
+    again = load_settings(rest)
+    differ = {
+        key for key, field in walk()
+        if rules_of(field)["affects_result"] and value_of(settings, key) != value_of(again, key)
+    }  # fmt: skip
+    assert differ == set()
+    assert again.run.name == settings.run.name
+
+
+def test_a_run_on_defaults_is_one_word():
+    assert card.command(build_settings(None)) == "skd train"
