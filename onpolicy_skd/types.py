@@ -56,6 +56,7 @@ class Prompt:
     row: str = ""  # file or data set and row number, for messages
     columns: Mapping[str, Any] = field(default_factory=dict)  # the row of the data, for templates and judges
     chat: Chat | None = None  # of data.messages_column
+    source: int = 0  # number of its source in data.mix
 
     @property
     def has_reference(self) -> bool:

@@ -181,7 +181,7 @@ def _settings(path: Path, grid: Grid, row: Row, mode: Mode, seed: int) -> Settin
 
 def _check_answers(settings: Settings) -> None:
     data = settings.data
-    if data.source == "text" or (data.source == "jsonl" and not (data.eval_file or data.path)):
+    if data.source == "text" or not data.has_eval:
         condition = "" if data.source == "text" else " without data.eval_file"
         raise ConfigError(
             f"data.source={data.source}{condition}: has no problems to answer; a comparison needs exact match"

@@ -215,7 +215,9 @@ class RunSettings(Section):
 TEXT = {"data.source": "text"}
 
 
-class DataSettings(Section):
+class SourceSettings(Section):
+    """Where rows come from and what their columns are."""
+
     source: Literal["gsm8k", "demo", "jsonl", "hub", "text"] = setting(
         "gsm8k",
         "gsm8k: openai/gsm8k or local files under data.path; demo: the generated task; jsonl: data.train_file and "
@@ -238,9 +240,25 @@ class DataSettings(Section):
     answer_column: str = setting("answer", "column with the reference answer; empty: rows have none")
     messages_column: str | None = setting(
         None, "column with a conversation (role, content, tool_calls), in place of a question, e.g. messages",
-        {"data.source": ("gsm8k", "jsonl", "hub"), "data.template": "chat"},
+        {"data.source": ("jsonl", "hub"), "data.template": "chat"},
     )  # fmt: skip
     tools_column: str = setting("tools", "column with the tools of a conversation", {"data.messages_column": Given()})
+    train_problems: Positive | None = setting(None, "use only the first N training problems")
+    shots: NonNegative = setting(
+        0, "few-shot examples in every prompt: the first N rows of the training split, which are not trained on"
+    )
+    instruction: str = setting("", "text to append to every question")
+
+
+class MixSource(SourceSettings):
+    weight: Annotated[float, Field(gt=0)] = setting(1.0, "share of its prompts, relative to the other sources")
+
+
+class DataSettings(SourceSettings):
+    mix: list[MixSource] = setting(
+        [], "sources to mix: each a mapping of the settings above, without data., and its weight, for example "
+        "[{source: demo, weight: 2}, {source: jsonl, train_file: chats.jsonl, messages_column: messages}]",
+    )  # fmt: skip
     text_column: str = setting("text", "column with the document", TEXT)
     sequence_length: Annotated[int, Field(ge=2)] = setting(512, "tokens per sample", TEXT)
     tokens: Positive | None = setting(None, "token budget, held-out samples included; empty: all", TEXT)
@@ -248,10 +266,6 @@ class DataSettings(Section):
         "separate", "separate: attention and positions restart at each document; joined: they continue, as published",
         TEXT,
     )  # fmt: skip
-    train_problems: Positive | None = setting(None, "use only the first N training problems")
-    shots: NonNegative = setting(
-        0, "few-shot examples in every prompt: the first N rows of the training split, which are not trained on"
-    )
     validation_problems: NonNegative = setting(
         0, "training problems to hold out for evaluations during training; their text alone decides which"
     )
@@ -262,10 +276,21 @@ class DataSettings(Section):
     system: str | None = setting(
         None, "system message; conversations that have one keep theirs", {"data.template": "chat"}
     )
-    instruction: str = setting("", "text to append to every question")
     thinking: bool = setting(False, "thinking mode of templates that have one (Qwen3)", {"data.template": "chat"})
     max_prompt_tokens: Positive = setting(512, "longest prompt, tokens")
     overlong: Literal["error", "drop"] = setting("error", "error: refuse longer prompts; drop: leave them out")
+
+    @property
+    def sources(self) -> list[DataSettings]:
+        """Settings of each source of ``mix``, or these."""
+        shared = self.model_dump(exclude={"mix", *SourceSettings.model_fields})
+        by_source = [{name: getattr(source, name) for name in SourceSettings.model_fields} for source in self.mix]
+        return [DataSettings.model_construct(**shared, **fields) for fields in by_source] or [self]
+
+    @property
+    def has_eval(self) -> bool:
+        """True if there is a split to evaluate on."""
+        return any(source.source != "jsonl" or source.eval_file for source in self.sources)
 
 
 class StudentSettings(Section):

@@ -9,7 +9,7 @@ import functools
 from typing import Any
 
 from onpolicy_skd.config.errors import ConfigError
-from onpolicy_skd.config.schema import SAMPLING_POLICIES, Section, Settings, rules_of, walk
+from onpolicy_skd.config.schema import SAMPLING_POLICIES, Section, Settings, SourceSettings, rules_of, walk
 
 LOOK_AT_TARGET = ("student_ce", "teacher_ce", "ce_ratio", "ce_ratio_plus_entropy")  # metrics that know y_t
 ASK_TEACHER = (
@@ -76,6 +76,23 @@ def _messages(settings: Settings) -> str | None:
     for name, chosen in questions_only.items():
         if chosen:
             return f"{name}: made for questions and answers; not accepted with data.messages_column"
+    return None
+
+
+def _mix(settings: Settings) -> str | None:
+    """Apply the rules of data sources to each of ``data.mix``, and refuse them beside it."""
+    data = settings.data
+    if not data.mix:
+        return None
+    for name, field in SourceSettings.model_fields.items():
+        if getattr(data, name) != field.default:
+            return f"data.{name}={getattr(data, name)}: with data.mix each source has its own; move it there"
+    for number, source in enumerate(data.sources):
+        if source.source == "text":
+            return f"data.mix[{number}]: source=text: packed text asks for no response; accepted: the other sources"
+        for rule in (_unused, _data, _messages):
+            if message := rule(settings.model_copy(update={"data": source})):
+                return f"data.mix[{number}]: {message}"
     return None
 
 
@@ -363,6 +380,7 @@ RULES = (
     _unused,
     _data,
     _messages,
+    _mix,
     _positions,
     _schedule,
     _token_budgets,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import itertools
 import logging
@@ -85,12 +86,30 @@ def answer_ids(answer: str, tokenizer: Any) -> list[int]:
 def load_prompts(settings: DataSettings, tokenizer: Any, split: str, limit: int | None = None) -> list[Prompt]:
     """Return the (first ``limit``) prompts of ``split``; overlong ones are dropped and counted, if so configured.
 
-    Problems that are examples of ``data.shots`` are left out.
+    Prompts of ``data.mix`` come source by source in the training split, and alternately in the eval split, from the
+    sources that have one.  Problems that are examples of ``data.shots`` are left out.
     Raises DataError, also for a prompt over ``data.max_prompt_tokens``, and in the eval split for an answer that no
     output could be judged against.
     """
+    repeats: Counter[str] = Counter()  # of a question, over all sources
+    by_source = [
+        _load_source(number, source, tokenizer, split, limit, repeats)
+        for number, source in enumerate(settings.sources)
+        if split == "train" or source.has_eval or not settings.has_eval
+    ]
+    if split == "train":
+        return list(itertools.islice(itertools.chain.from_iterable(by_source), limit))
+    rounds = itertools.zip_longest(*by_source)
+    prompts = [p for prompts in rounds for p in prompts if p is not None][:limit]
+    check_references(p for p in prompts if p.answer)
+    return prompts
+
+
+def _load_source(
+    number: int, settings: DataSettings, tokenizer: Any, split: str, limit: int | None, repeats: Counter[str]
+) -> list[Prompt]:
+    """Return the prompts of one source; ``repeats`` counts questions for their keys."""
     prompts, dropped, shots = [], 0, load_shots(settings)
-    repeats: Counter[str] = Counter()
     example_questions = {question for question, _ in shots}
     for row in load_rows(settings, split):
         if len(prompts) == limit:
@@ -110,13 +129,11 @@ def load_prompts(settings: DataSettings, tokenizer: Any, split: str, limit: int 
         digest = question_digest(row.question)
         repeats[digest] += 1
         key = digest if repeats[digest] == 1 else f"{digest}.{repeats[digest]}"
-        prompts.append(Prompt(key, ids, row.question, row.answer, row=row.name, columns=row.columns, chat=row.chat))
+        prompts.append(Prompt(key, ids, row.question, row.answer, None, row.name, row.columns, row.chat, number))
     if dropped:
         logger.warning("%s split: %d prompts over %d tokens dropped", split, dropped, settings.max_prompt_tokens)
     if not prompts:
         raise DataError(f"data: no prompt is left in the {split} split of source {settings.source}")
-    if split == "eval":
-        check_references(p for p in prompts if p.answer)
     return prompts
 
 
@@ -186,13 +203,34 @@ def prompts_of_step(count: int, per_step: int, step: int, seed: int) -> list[int
     return indices
 
 
-_permutations: dict[tuple[int, int, int], np.ndarray] = {}
+def mixed_prompts_of_step(
+    members: Sequence[Sequence[int]], weights: Sequence[float], per_step: int, step: int, seed: int
+) -> list[int]:
+    """Return the indices of the prompts of ``step`` of a mix, a pure function as ``prompts_of_step`` is.
+
+    ``members`` are the indices of each source's prompts.  Each place draws its source in proportion to ``weights``, and
+    takes the next prompt of that source, whose epochs are permutations of its prompts.
+    """
+    start, end = step * per_step, (step + 1) * per_step
+    drawn = _drawn_sources(tuple(weights), seed, 1 << (end - 1).bit_length())
+    taken = np.bincount(drawn[:start], minlength=len(weights))
+    indices = []
+    for source in drawn[start:end].tolist():
+        count = len(members[source])
+        epoch, offset = divmod(int(taken[source]), count)
+        indices.append(members[source][int(_permutation(count, seed_of(seed, "source", source), epoch)[offset])])
+        taken[source] += 1
+    return indices
 
 
+@functools.lru_cache(2)
+def _drawn_sources(weights: tuple[float, ...], seed: int, places: int) -> np.ndarray:
+    """Return the source of each of the first ``places`` places of a run; more places begin with the same ones."""
+    borders = np.cumsum(weights) / sum(weights)
+    uniform = np.random.default_rng(seed_of(seed, "mix")).random(places)
+    return np.minimum(np.searchsorted(borders, uniform, side="right"), len(weights) - 1).astype(np.int16)
+
+
+@functools.lru_cache(16)
 def _permutation(count: int, seed: int, epoch: int) -> np.ndarray:
-    key = (count, seed, epoch)
-    if key not in _permutations:
-        if len(_permutations) > 4:
-            _permutations.clear()
-        _permutations[key] = np.random.default_rng([seed, epoch]).permutation(count)
-    return _permutations[key]
+    return np.random.default_rng([seed, epoch]).permutation(count)

@@ -62,7 +62,12 @@ def check_tokenizer(tokenizer: Any, model: str) -> None:
 
 
 def check_template(data: DataSettings, tokenizer: Any) -> None:
-    """Render the first training row within a time limit.  Raises DataError."""
+    """Render the first training row of each source within a time limit.  Raises DataError."""
+    for source in data.sources:
+        _check_first_row(source, tokenizer)
+
+
+def _check_first_row(data: DataSettings, tokenizer: Any) -> None:
     row = next(iter(load_rows(data, "train")), None)
     if row is None:
         return  # which prepare refuses by the name of the split

@@ -16,7 +16,14 @@ from onpolicy_skd.config.loading import dump, flat, read_yaml, resolve
 from onpolicy_skd.config.schema import Settings, rules_of, walk
 from onpolicy_skd.data import references
 from onpolicy_skd.data.packed_text import pack
-from onpolicy_skd.data.prompts import check_judged, check_references, hold_out, load_prompts, prompts_of_step
+from onpolicy_skd.data.prompts import (
+    check_judged,
+    check_references,
+    hold_out,
+    load_prompts,
+    mixed_prompts_of_step,
+    prompts_of_step,
+)
 from onpolicy_skd.data.references import Responses
 from onpolicy_skd.evaluation.judge import find_judge
 from onpolicy_skd.models import loading as models
@@ -47,6 +54,7 @@ class Run:
     responses: Responses = field(default_factory=dict)  # references by prompt key
     validation: Sequence[Prompt] = ()  # held out of the training data, for evaluations during training
     data_digest: str = ""  # changes with the training data
+    _indices: tuple[Sequence[Prompt], list[list[int]]] | None = None  # prompts and their indices by source of a mix
 
     @property
     def folder(self) -> Path:
@@ -157,8 +165,26 @@ class Run:
 
     def _prompts(self, prompts: Sequence[Prompt], step: int) -> list[tuple[int, Prompt]]:
         """Return the prompts of ``step``, numbered: the numbers keep keys apart if a small set repeats in a step."""
-        indices = prompts_of_step(len(prompts), self.settings.prompts_per_step, step, self.settings.run.seed)
+        per_step, seed, mix = self.settings.prompts_per_step, self.settings.run.seed, self.settings.data.mix
+        if mix:
+            indices = mixed_prompts_of_step(self._by_source(prompts), [s.weight for s in mix], per_step, step, seed)
+        else:
+            indices = prompts_of_step(len(prompts), per_step, step, seed)
         return list(enumerate(prompts[i] for i in indices))
+
+    def _by_source(self, prompts: Sequence[Prompt]) -> list[list[int]]:
+        """Return the indices of the prompts of each source of ``data.mix``.  Raises ConfigError if one has none."""
+        if self._indices is None or self._indices[0] is not prompts:
+            members: list[list[int]] = [[] for _ in self.settings.data.mix]
+            for index, prompt in enumerate(prompts):
+                members[prompt.source].append(index)
+            if not all(members):
+                raise ConfigError(
+                    f"data.mix[{members.index([])}]: none of its prompts is left after data.validation_problems, "
+                    "data.overlong=drop and samples.when=prefilter; leave it out of the mix, or change these"
+                )
+            self._indices = prompts, members
+        return self._indices[1]
 
 
 def prepare(settings: Settings, log: Callable[[str], None] = print, generates: bool = True) -> Run:
@@ -185,10 +211,9 @@ def prepare(settings: Settings, log: Callable[[str], None] = print, generates: b
     responses: Responses = {}
     if settings.mode != "on_policy" and settings.references.source != "teacher":
         train, responses = references.from_text(settings, train, tokenizer)
-    has_eval = settings.data.source != "jsonl" or settings.data.eval_file or settings.data.path
     cfg = settings.eval
     limit = max(cfg.problems, cfg.during, cfg.divergence_prompts) if cfg.problems else None
-    held_out = load_prompts(settings.data, tokenizer, "eval", limit) if has_eval else []
+    held_out = load_prompts(settings.data, tokenizer, "eval", limit) if settings.data.has_eval else []
     check_judged([*judged, *held_out], settings.eval.judge)
     digest = _data_digest(train, responses)
     return Run(settings, tokenizer, vocabulary, train, held_out, responses, validation, digest)
@@ -222,6 +247,8 @@ def _data_digest(prompts: Sequence[Prompt], responses: Responses) -> str:
     for prompt in prompts:
         ids = [r.ids if r.mask is None else [r.ids, r.mask.tolist()] for r in responses.get(prompt.key, ())]
         digest.update(json.dumps([prompt.token_ids, prompt.answer, ids]).encode())
+        if prompt.source:
+            digest.update(f"source {prompt.source}".encode())
     return digest.hexdigest()
 
 
@@ -230,9 +257,13 @@ def _train_prompts(settings: Settings, tokenizer: Any) -> tuple[list[Prompt], li
     data = settings.data
     if not data.validation_problems:
         return load_prompts(data, tokenizer, "train"), []
-    prompts = load_prompts(data.model_copy(update={"train_problems": None}), tokenizer, "train")
+    unlimited = {"train_problems": None}
+    mix = [source.model_copy(update=unlimited) for source in data.mix]
+    prompts = load_prompts(data.model_copy(update=unlimited | {"mix": mix}), tokenizer, "train")
     train, validation = hold_out(prompts, data.validation_problems)
-    return train[: data.train_problems], validation
+    by_source = [[p for p in train if p.source == number] for number in range(len(data.sources))]
+    limits = [source.train_problems for source in data.sources]
+    return [p for prompts, limit in zip(by_source, limits, strict=True) for p in prompts[:limit]], validation
 
 
 def _vocabulary(settings: Settings, tokenizer: Any) -> int:
