@@ -33,7 +33,7 @@ def arguments(tmp_path, monkeypatch):
     chats = f"{{source: jsonl, train_file: {file}, eval_file: {file}, messages_column: messages}}"
     mix = f"[{{source: demo, weight: 2}}, {chats}]"
     return [
-        "--config", str(ROOT / "configs" / "demo.yaml"), f"data.mix={mix}", "mode=mixed", "data.max_prompt_tokens=400",
+        "--config", str(ROOT / "configs" / "demo.yaml"), f"data.mix={mix}", "mode=mixed", "data.max_prompt_tokens=360",
         "data.source=gsm8k", "data.train_problems=null", f"run.dir={tmp_path}", "eval.judge=user_judge:short",
         "rollout.engine=transformers", "rollout.placement=learner", "teacher.placement=learner",
         "learner.batch_size=8", "run.tensorboard=false", "run.evaluate_every=0", "run.checkpoint_every=2",
