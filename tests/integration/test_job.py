@@ -37,7 +37,8 @@ def cluster():
     }  # fmt: skip
     head = subprocess.Popen(
         [RAY, "start", "--head", "--block", "--port", str(free_port()), "--node-ip-address", "127.0.0.1",
-         "--dashboard-host", "127.0.0.1", "--dashboard-port", str(dashboard), "--num-cpus", "2"],
+         "--dashboard-host", "127.0.0.1", "--dashboard-port", str(dashboard), "--num-cpus", "2",
+         "--dashboard-agent-listen-port", str(free_port())],  # where another Ray runs, the default port is taken
         env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
     )  # fmt: skip
 
@@ -47,9 +48,9 @@ def cluster():
             command, capture_output=True, text=True, env=environment, timeout=timeout, cwd=ROOT, check=False
         )
 
-    deadline = time.monotonic() + 90
-    while job("list").returncode != 0:
-        assert time.monotonic() < deadline, "the test's Ray head did not come up"
+    deadline = time.monotonic() + 120
+    while (tried := job("submit", "--no-wait", "--", "true")).returncode != 0:  # the head is up before its job agent
+        assert time.monotonic() < deadline, tried.stdout + tried.stderr
         time.sleep(2)
     yield job
     os.killpg(head.pid, signal.SIGTERM)
@@ -78,7 +79,7 @@ def test_a_jobs_bad_setting_fails_the_job_with_one_error(cluster, tmp_path):
 def test_job_stop_leaves_a_checkpoint_that_resumes(cluster, tmp_path):
     folder = tmp_path / "stopped"
     assert submit(cluster, folder, "run.steps=300", wait=False).returncode == 0
-    deadline = time.monotonic() + 200
+    deadline = time.monotonic() + 400
     while "step 2/" not in cluster("logs", "stopped").stdout:
         assert time.monotonic() < deadline, cluster("logs", "stopped").stdout
         time.sleep(2)

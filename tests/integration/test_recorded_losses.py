@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 import tempfile
 from pathlib import Path
 
@@ -54,8 +55,12 @@ def run_losses(name: str, folder: Path, address: str) -> dict[str, list[float]]:
 
 
 def arithmetic() -> dict[str, str]:
-    """Return what decides about the last bits of a result."""
-    return {"torch": torch.__version__, "cpu_capability": torch.backends.cpu.get_cpu_capability()}
+    """Return what decides about the last bits of a result: MKL has other kernels on other processors."""
+    info = Path("/proc/cpuinfo").read_text().split("\n\n")[0] if sys.platform == "linux" else ""
+    fields = dict(map(str.strip, line.split(":", 1)) for line in info.splitlines() if ":" in line)
+    processor = " ".join(fields.get(name, "unknown") for name in ("vendor_id", "cpu family", "model"))
+    capability = torch.backends.cpu.get_cpu_capability()
+    return {"torch": torch.__version__, "cpu_capability": capability, "processor": processor}
 
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) if n == "two_ranks" else n for n in RUNS])
