@@ -53,6 +53,7 @@ def contents(folder):
     return {f.name: f.read_bytes() for f in sorted(folder.iterdir())}
 
 
+@pytest.mark.slow
 def test_a_build_killed_at_a_random_moment_continues_and_ends_with_the_same_bytes(complete_cache, tmp_path):
     folder, rng = tmp_path / "cache", random.Random(0)
     process = start(*build(tmp_path, folder, "classes.sampler=rs_kd"))
@@ -109,6 +110,7 @@ def test_only_what_the_sample_filter_keeps_is_cached(tmp_path):
     assert "scores of 600 prompts reused" in said
 
 
+@pytest.mark.slow
 def test_packed_text_is_distilled_with_a_teacher_and_from_a_cache(tmp_path):
     """No rollout engine starts; the cache is of hidden states, so that the runs differ by rounding alone."""
     rows = (json.dumps({"text": f"{p['question']}\n{p['answer']}"}) for p in itertools.islice(problems("train"), 400))

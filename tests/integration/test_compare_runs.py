@@ -59,6 +59,7 @@ def table(folder):
     return [{k: r[k] for k in ("row", "mode", "seeds", "exact_match", "strict", "difference")} for r in record["rows"]]
 
 
+@pytest.mark.slow
 def test_the_command_of_the_readme_runs_where_no_ray_is_running(tmp_path):
     """The child joins the private Ray of the comparison, also on a host with a network address."""
     tree = yaml.safe_load((ROOT / "configs" / "compare_demo.yaml").read_text())

@@ -8,6 +8,7 @@ from eval.performance.overlap import busy_seconds
 from onpolicy_skd.tracing import Span
 
 
+@pytest.mark.slow
 def test_the_loss_benchmark_compares_equal_losses_and_writes_its_keys(tmp_path, capsys):
     file = tmp_path / "deep" / "loss.json"
     assert performance.main(["loss", "--json", str(file), "--shapes", "tiny", "--rounds", "1"]) == 0

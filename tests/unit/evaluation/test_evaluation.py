@@ -212,7 +212,7 @@ def test_a_stop_text_is_no_part_of_the_judged_answer():
     assert record["output"] == "#### 7\nQuestion: 8"
 
 
-@pytest.mark.parametrize("engine", ["vllm", "transformers"])
+@pytest.mark.parametrize("engine", [pytest.param("vllm", marks=pytest.mark.slow), "transformers"])
 def test_command_line_on_the_bundled_teacher(tmp_path, capsys, engine):
     code = evaluation.main(
         ["--model", "bundled:demo_teacher", "--problems", "40", "--out", str(tmp_path), "data.source=demo",
