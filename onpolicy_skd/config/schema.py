@@ -24,7 +24,8 @@ NonNegative = Annotated[int, Field(ge=0)]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 PositionMetric = Literal[
     "student_entropy", "teacher_entropy", "student_ce", "teacher_ce", "kl", "reverse_kl", "kl_plus_entropy",
-    "ce_ratio", "ce_ratio_plus_entropy", "tip_soft_or", "random", "prefix",
+    "ce_ratio", "ce_ratio_plus_entropy", "tip_soft_or", "tip_q3", "ta_opd", "teacher_mass", "overlap", "margin",
+    "random", "prefix",
 ]  # fmt: skip
 PositionPolicy = Literal[
     "top_k", "gls", "curriculum", "sampled", "sampled_unbiased", "weighted", "full", "bandit"
@@ -423,6 +424,9 @@ class PositionSettings(Section):
     policy: Annotated[str, AfterValidator(BuiltinOrPlugin(PositionPolicy))] = setting(
         "top_k", "rule that turns scores into a selection"
     )
+    top_classes: Annotated[int, Field(ge=2)] = setting(
+        16, "K: the student's most likely classes, over which teacher_mass, overlap and margin are taken"
+    )
     k: Share = setting(0.2, "share of each response's positions to supervise")
     k_start: Share | None = setting(None, "first value of k, which then grows over schedule_steps")
     schedule_steps: Positive = setting(1_000, "steps from k_start to k")
@@ -466,10 +470,13 @@ class AlignmentSettings(Section):
     divergence: Literal["reverse_kl", "forward_kl", "jsd"] = setting(
         "reverse_kl", "divergence to minimize; the default with mode=off_policy is forward_kl"
     )
-    estimator: Literal["exact", "topk_tail", "sampled"] = setting(
-        "exact", "exact: all classes; topk_tail: the teacher's top_k classes and the rest; sampled: the sampled token"
+    estimator: Literal["exact", "topk_tail", "student_topk_tail", "sampled"] = setting(
+        "exact", "exact: all classes; topk_tail: the teacher's top_k classes and the rest; student_topk_tail: the "
+        "student's and the rest; sampled: the sampled token",
+    )  # fmt: skip
+    top_k: Positive = setting(
+        64, "classes with an entry each", {"alignment.estimator": ("topk_tail", "student_topk_tail")}
     )
-    top_k: Positive = setting(64, "teacher's classes with an entry each", {"alignment.estimator": "topk_tail"})
     target_weight: Annotated[float, Field(ge=0)] = setting(1.0, "weight alpha of the target class", DECOUPLED)
     other_weight: Annotated[float, Field(ge=0)] = setting(1.0, "weight beta of the other classes", DECOUPLED)
     easy_weight: Annotated[float, Field(ge=0, le=1)] = setting(

@@ -14,9 +14,9 @@ from onpolicy_skd.config.schema import SAMPLING_POLICIES, Section, Settings, Sou
 LOOK_AT_TARGET = ("student_ce", "teacher_ce", "ce_ratio", "ce_ratio_plus_entropy")  # metrics that know y_t
 ASK_TEACHER = (
     *("teacher_entropy", "teacher_ce", "kl", "reverse_kl", "kl_plus_entropy", "ce_ratio", "ce_ratio_plus_entropy"),
-    "tip_soft_or",
+    *("tip_soft_or", "tip_q3", "ta_opd", "teacher_mass", "overlap", "margin"),
 )  # metrics that need the teacher's full distribution
-WHOLE_BATCH = ("tip_soft_or",)  # metrics scaled by their ranges over the batch
+WHOLE_BATCH = ("tip_soft_or", "tip_q3", "ta_opd")  # metrics scaled by their ranges over the batch
 
 
 def check(settings: Settings) -> None:
@@ -107,7 +107,7 @@ def _positions(settings: Settings) -> str | None:
             cfg.metric == "prefix" and cfg.policy == "gls"
         ),
         "scores scaled within each batch cannot be compared with earlier batches; accepted: top_k": (
-            cfg.metric == "tip_soft_or" and cfg.policy == "gls"
+            cfg.metric in WHOLE_BATCH and cfg.policy == "gls"
         ),
         "a bandit chooses among positions.arms; leave positions.metric out": (
             cfg.policy == "bandit" and cfg.metric != "student_entropy"

@@ -76,7 +76,16 @@ class Forward:
             hidden_NH, head_VH = self.hidden(self._student, batch, embedded_BLH), self._student.head_VH
         seeds = [seed_of(self._settings.run.seed, version, "positions", t.key) for t in members]
         return MicroBatch(
-            members, batch, embedded_BLH, hidden_NH, head_VH, self._teacher, self._alignment, seeds, self._spans
+            members,
+            batch,
+            embedded_BLH,
+            hidden_NH,
+            head_VH,
+            self._teacher,
+            self._alignment,
+            seeds,
+            self._spans,
+            self._settings.positions.top_classes,
         )
 
     def _empty_micro_batch(self) -> None:

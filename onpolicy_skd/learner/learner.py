@@ -36,6 +36,7 @@ from onpolicy_skd.types import Trajectory, check_version
 
 ENDINGS = 4  # responses whose last token the teacher scores ...
 ENDINGS_INTERVAL = 4  # ... once in so many steps: it reads all their positions
+SIGNALS_INTERVAL = 8  # steps between measurements of teacher mass and overlap, which read the teacher's rows everywhere
 
 
 class SamplerGapError(RuntimeError):
@@ -201,6 +202,8 @@ class Learner:
     def _backward(self, micro: MicroBatch, ranges: Ranges | None, total: float, sums: StepSums) -> None:
         """Select, form the loss of a micro-batch and add its gradient; ``total``: sum of all samples' weights."""
         scores_N, selection = micro.select_positions(self.state.selector, self.version, ranges)
+        if self.version % SIGNALS_INTERVAL == 0 and self._settings.classes.sampler == "none":
+            sums.add_teacher_signals(micro)
         shares = torch.tensor([t.weight / total for t in micro.members])
         shares_K = shares.repeat_interleave(torch.tensor(selection.counts)).to(selection.weights_K.device)
         with self.spans("loss"):

@@ -37,6 +37,8 @@ class StepRecord:
     train_tokens: int  # prompts and responses
     padding_share: float
     teacher_wait_seconds: float
+    teacher_mass: float | None = None  # mean over the eligible positions of the teacher's mass on the student's top K
+    overlap: float | None = None  # mean share of the student's top K classes among the teacher's
     reference_kl: float | None = None  # from the initial student, mean over the selected positions
     repetition: float | None = None  # mean share of repeated n-grams in the student's responses
     teacher_ending: float | None = None  # the teacher's mean probability of the student's end-of-sequence tokens
@@ -81,6 +83,9 @@ class StepSums:
     entropy: float = 0.0
     entropy_selected: float = 0.0
     student_logprob: float = 0.0
+    teacher_mass: float = 0.0
+    overlap: float = 0.0
+    signal_positions: int = 0  # at which the two above were measured
     gap_max: float = 0.0
     scores: dict[str, Tensor] = field(default_factory=dict)  # position scores by trajectory
     non_finite: list[str] = field(default_factory=list)  # trajectories with a divergence that is not finite
@@ -121,6 +126,12 @@ class StepSums:
         self.entropy_selected += float(entropy_K.sum())
         self.student_logprob += float(logprob_N.sum())
 
+    def add_teacher_signals(self, micro: MicroBatch) -> None:
+        """Add the agreement of student and teacher at all positions."""
+        self.teacher_mass += float(micro.teacher_signals.teacher_mass_N.sum())
+        self.overlap += float(micro.teacher_signals.overlap_N.sum())
+        self.signal_positions += len(micro.teacher_signals.overlap_N)
+
     def _add_gaps(self, micro: MicroBatch, indices: Tensor, logprob: Tensor, version: int) -> None:
         """Add the distance of the sampler's log-probabilities from ``logprob``, the learner's at ``indices``."""
         age_N = torch.cat([torch.full((len(t.target_ids),), _age(t, version)) for t in micro.members])
@@ -148,6 +159,8 @@ class StepSums:
             sampler_gap_max=self.gap_max if self.gap_positions else None,
             policy_gap=self.policy_gap / self.policy_gap_positions if self.policy_gap_positions else None,
             entropy_gap=self.entropy_gap / self.entropy_gap_positions if self.entropy_gap_positions else None,
+            teacher_mass=self.teacher_mass / self.signal_positions if self.signal_positions else None,
+            overlap=self.overlap / self.signal_positions if self.signal_positions else None,
             k=k,
             samples=self.samples,
             positions=self.positions,

@@ -20,6 +20,7 @@ from onpolicy_skd.config.schema import ClassSettings
 from onpolicy_skd.loss.divergence import distillation_loss
 from onpolicy_skd.loss.inputs import Alignment, HiddenRows, Rows
 from onpolicy_skd.loss.sparse_targets import SparseTargets
+from onpolicy_skd.loss.teacher_signals import TeacherSignals, teacher_signals
 from onpolicy_skd.models.batch import Batch
 from onpolicy_skd.models.lm_head import RowStatistics, row_statistics
 from onpolicy_skd.selection.metrics import Ranges, Signals
@@ -46,6 +47,7 @@ class MicroBatch:
         alignment: Alignment,
         seeds: Sequence[int],
         spans: Spans,
+        top_classes: int,
     ) -> None:
         self.members = members
         self.batch = batch
@@ -59,6 +61,7 @@ class MicroBatch:
         self.reference_kl_K: Tensor | None = None  # reverse KL from the initial student, by the loss
         self.teacher_wait_seconds = 0.0
         self._spans = spans
+        self._top_classes = top_classes  # K of the signals over the student's most likely classes
         self._all_rows_NG: Tensor | None = None  # the teacher's rows at all positions, once fetched
 
     @property
@@ -103,7 +106,7 @@ class MicroBatch:
             self.batch.counts,
             self.seeds,
             lambda: self.entropy_and_logprob,
-            self.divergence,
+            lambda: self.teacher_signals,
             ranges,
             self.hidden_NH.device,
         )
@@ -119,6 +122,14 @@ class MicroBatch:
         """The teacher's entropy and log-probability of the target at all N positions, nats."""
         entropy_N, logprob_N = self._timed(lambda: self.teacher.entropy_and_logprob(self.keys))
         return entropy_N.to(self.hidden_NH.device), logprob_N.to(self.hidden_NH.device)
+
+    @cached_property
+    def teacher_signals(self) -> TeacherSignals:
+        """The comparison of both distributions at all N positions, by a pass over both heads without gradient."""
+        cfg, teacher = self.alignment, HiddenRows(self._all_rows(), self.teacher.head())
+        hidden_NH, head_VH = self.hidden_NH.detach(), self.head_VH.detach()
+        with self._spans("teacher signals"):
+            return teacher_signals(hidden_NH, head_VH, teacher, self._top_classes, cfg.temperature, cfg.chunk_rows)
 
     def rows(self, selection: Selection) -> HiddenRows:
         """Return the teacher at the selected positions; only these cross the wire, unless all have done so before."""
@@ -144,10 +155,7 @@ class MicroBatch:
 
         ``rows_NG``: the teacher's hidden states, if they need not be fetched.
         """
-        if rows_NG is None:
-            if self._all_rows_NG is None:
-                self._all_rows_NG = self._fetch([(t.key, range(len(t.target_ids))) for t in self.members])
-            rows_NG = self._all_rows_NG
+        rows_NG = self._all_rows() if rows_NG is None else rows_NG
         targets = self.batch.targets
         rows = Rows(torch.ones(len(targets), device=targets.device), targets)
         teacher = HiddenRows(rows_NG, self.teacher.head())
@@ -161,6 +169,12 @@ class MicroBatch:
     def means(self, values_N: Tensor) -> list[Tensor]:
         """Return the mean of each sequence."""
         return [values_n.mean() for values_n in self.split(values_N)]
+
+    def _all_rows(self) -> Tensor:
+        """Return the teacher's hidden states at all N positions ``[N, G]``, fetched once."""
+        if self._all_rows_NG is None:
+            self._all_rows_NG = self._fetch([(t.key, range(len(t.target_ids))) for t in self.members])
+        return self._all_rows_NG
 
     def _fetch(self, request: RowRequest) -> Tensor:
         return self._timed(lambda: self.teacher.rows(request)).to(self.hidden_NH.device)

@@ -124,18 +124,19 @@ class Scorer:
 
     @torch.no_grad()
     def ranges(self, trajectories: Sequence[Trajectory]) -> Ranges | None:
-        """Return the batch's ranges of student entropy and KL, by a separate forward; None if no score needs them."""
+        """Return the batch's ranges of the signals that its scores need, by a separate forward; None if none."""
         version = self._state.version
-        if not self._state.selector.needs_ranges(version):
+        names = self._state.selector.ranges(version)
+        if not names:
             return None
         local = []
         for _, micro in self._forward.micro_batches(trajectories, version):
             signals = micro.signals()
-            local.append(torch.stack([*signals.entropy_N.aminmax(), *signals.kl_N.aminmax()]).cpu())
+            local.append(torch.stack([torch.stack(getattr(signals, name).aminmax()) for name in names]).cpu())
             del micro
-        rows = [row for share in self._forward.ranks.gather(local) for row in share]
-        low_h, high_h, low_d, high_d = torch.stack(rows).T
-        return Ranges((low_h.min().item(), high_h.max().item()), (low_d.min().item(), high_d.max().item()))
+        bounds_MR2 = torch.stack([bounds for share in self._forward.ranks.gather(local) for bounds in share])
+        low_R, high_R = bounds_MR2[..., 0].amin(0).tolist(), bounds_MR2[..., 1].amax(0).tolist()
+        return dict(zip(names, zip(low_R, high_R, strict=True), strict=True))
 
 
 def _ce_ratio(micro: MicroBatch) -> list[Tensor]:

@@ -130,7 +130,7 @@ def _eager_block(
         log_p = log_softmax_(soften_(teacher, temperature))
         if rows.decoupled_N2 is not None:
             values, gradient, q = decoupled(log_q, log_p, targets, rows.decoupled_N2)
-        elif alignment.estimator == "topk_tail":
+        elif alignment.estimator in ("topk_tail", "student_topk_tail"):
             values, gradient, q = topk_tail(log_q, log_p, alignment)
         elif alignment.estimator == "sampled":
             values, gradient, q = sampled(log_q, log_p, targets, alignment)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from onpolicy_skd.loss.inputs import Alignment
 from onpolicy_skd.loss.sparse_targets import SparseTargets
+from onpolicy_skd.models.lm_head import largest
 
 LOG_ZERO = -1e4  # stands for log 0 where two such logarithms are subtracted
 MAX_LOG_RATIO = 40.0  # bound of log p - log q where a density ratio is formed: exp stays finite in float32
@@ -129,11 +130,13 @@ def terms_over_q(log_q: Tensor, log_p: Tensor, alignment: Alignment) -> tuple[Te
 
 
 def topk_tail(log_q: Tensor, log_p: Tensor, alignment: Alignment) -> RowGradients:
-    """Compute the divergence over the teacher's ``top_k`` classes and one group of all others; overwrites ``log_q``.
+    """Compute the divergence over ``top_k`` classes and one group of all others; overwrites ``log_q``.
 
-    Classes of the group share its gradient in proportion to q.
+    They are the teacher's most likely classes, or the student's for ``student_topk_tail``.  Classes of the group share
+    its gradient in proportion to q.
     """
-    ids = log_p.topk(min(alignment.top_k, log_p.shape[1])).indices
+    ranked = log_q if alignment.estimator == "student_topk_tail" else log_p
+    ids = largest(ranked, min(alignment.top_k, log_p.shape[1])).indices
     tail_log_q = without(log_q, ids)
     group_q = torch.cat([log_q.gather(1, ids), log_mass(tail_log_q)], 1)
     group_p = torch.cat([log_p.gather(1, ids), log_mass(without(log_p, ids))], 1)

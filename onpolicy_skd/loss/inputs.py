@@ -12,7 +12,7 @@ from onpolicy_skd.config.schema import AlignmentSettings
 from onpolicy_skd.models.lm_head import Projector
 
 KINDS = ("reverse_kl", "forward_kl", "jsd")
-ESTIMATORS = ("exact", "topk_tail", "sampled")
+ESTIMATORS = ("exact", "topk_tail", "student_topk_tail", "sampled")
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,8 +20,8 @@ class Alignment:
     """The loss of a position: kd_weight * divergence + (1 - kd_weight) * cross-entropy.
 
     ``estimator`` of the divergence: ``exact``; ``topk_tail``, over the teacher's ``top_k`` classes and one group that
-    holds the rest of both distributions; ``sampled``, from the target alone, whose value and gradient are unbiased if
-    the target was drawn from q.
+    holds the rest of both distributions; ``student_topk_tail``, the same with the student's classes; ``sampled``, from
+    the target alone, whose value and gradient are unbiased if the target was drawn from q.
     """
 
     divergence: str = "reverse_kl"

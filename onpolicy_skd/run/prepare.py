@@ -196,7 +196,7 @@ def prepare(settings: Settings, log: Callable[[str], None] = print, generates: b
         from onpolicy_skd.rollout.vllm_engine import require_vllm
 
         require_vllm(settings.run.device)
-    Selector(settings.positions, settings.run.seed)  # imports the user's metrics and policies
+    check_selector(settings)
     find_judge(settings.eval.judge)
     student = settings.student
     tokenizer = models.load_tokenizer(student.model, student.trust_remote_code)
@@ -228,6 +228,16 @@ def _check_scored(prompts: Sequence[Prompt], tokenizer: Any) -> None:
             )
         if prompt.chat:
             references.of_data(prompt, tokenizer)
+
+
+def check_selector(settings: Settings) -> None:
+    """Import the user's metrics and policies.  Raises ConfigError for one that does not fit."""
+    selector = Selector(settings.positions, settings.run.seed)
+    if settings.pipeline.streaming and selector.ranges(0):
+        raise ConfigError(
+            f"pipeline.streaming: positions.metric={settings.positions.metric} looks at the whole batch before it "
+            "chooses; accepted: false"
+        )
 
 
 def _text_run(settings: Settings, tokenizer: Any, vocabulary: int, log: Callable[[str], None]) -> Run:

@@ -6,30 +6,24 @@ function and one line in ``METRICS``, or a function in your code named ``module:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 
 import torch
 from torch import Tensor
 
+from onpolicy_skd.loss.teacher_signals import TeacherSignals
+
 LEAST_CE = 1e-6  # nats; floor of the teacher's cross-entropy in ce_ratio
-Range = tuple[float, float]
-
-
-@dataclass(frozen=True, slots=True)
-class Ranges:
-    """Smallest and largest values over the eligible positions of a whole optimizer batch, nats."""
-
-    entropy: Range
-    kl: Range
+Ranges = Mapping[str, tuple[float, float]]  # least and largest value of a signal over a whole optimizer batch, by name
 
 
 class Signals:
     """Numbers of the N eligible positions of B sequences, in nats, each computed when it is first read.
 
-    ``teacher_entropy_N`` and ``teacher_ce_N`` cost two numbers per position on the wire, ``kl_N`` and
-    ``reverse_kl_N`` the teacher's hidden rows at all eligible positions and a pass over both heads.
+    ``teacher_entropy_N`` and ``teacher_ce_N`` cost two numbers per position on the wire.  ``kl_N``, ``reverse_kl_N``,
+    ``teacher_mass_N``, ``overlap_N`` and ``margin_N`` share the teacher's hidden rows at all eligible positions and one
+    pass over both heads.
     """
 
     def __init__(
@@ -38,7 +32,7 @@ class Signals:
         counts: Sequence[int],
         seeds: Sequence[int],
         entropy_and_logprob: Callable[[], tuple[Tensor, Tensor]] | None = None,
-        divergence: Callable[[str], Tensor] | None = None,
+        teacher_signals: Callable[[], TeacherSignals] | None = None,
         ranges: Ranges | None = None,
         device: torch.device | str = "cpu",
     ) -> None:
@@ -46,8 +40,8 @@ class Signals:
         self.counts = counts  # eligible positions of each sequence; sums to N
         self.seeds = seeds  # one per sequence, for random metrics
         self._fetch_entropy_and_logprob = entropy_and_logprob  # () -> H(p_t) and log p_t(y_t)
-        self._divergence = divergence  # "forward_kl" or "reverse_kl" -> its value per position
-        self._ranges = ranges
+        self._fetch_teacher_signals = teacher_signals
+        self._ranges = ranges or {}
         self.device = device
 
     @cached_property
@@ -81,26 +75,60 @@ class Signals:
         return -self._entropy_and_logprob[1]
 
     @cached_property
-    def kl_N(self) -> Tensor:
-        """KL(p_t || q_t)."""
-        return self._value("forward_kl")
-
-    @cached_property
-    def reverse_kl_N(self) -> Tensor:
-        """KL(q_t || p_t)."""
-        return self._value("reverse_kl")
+    def _teacher_signals(self) -> TeacherSignals:
+        if self._fetch_teacher_signals is None:
+            raise RuntimeError("this position score needs the teacher, and there is none here")
+        return self._fetch_teacher_signals()
 
     @property
-    def ranges(self) -> Ranges:
-        """Ranges over the whole optimizer batch, computed beforehand for the metrics in ``WHOLE_BATCH`` only."""
-        if self._ranges is None:
-            raise RuntimeError("the ranges of the optimizer batch are known for metrics listed in WHOLE_BATCH only")
-        return self._ranges
+    def kl_N(self) -> Tensor:
+        """KL(p_t || q_t)."""
+        return self._teacher_signals.forward_kl_N.clamp(min=0.0)  # rounding may leave a divergence just below 0
 
-    def _value(self, kind: str) -> Tensor:
-        if self._divergence is None:
-            raise RuntimeError("this position score needs the teacher, and there is none here")
-        return self._divergence(kind).clamp(min=0.0)  # rounding may leave a divergence just below 0
+    @property
+    def reverse_kl_N(self) -> Tensor:
+        """KL(q_t || p_t)."""
+        return self._teacher_signals.reverse_kl_N.clamp(min=0.0)
+
+    @property
+    def teacher_mass_N(self) -> Tensor:
+        """The teacher's probability of the student's ``positions.top_classes`` most likely classes."""
+        return self._teacher_signals.teacher_mass_N
+
+    @property
+    def overlap_N(self) -> Tensor:
+        """Share of these classes that are among the teacher's as many most likely ones."""
+        return self._teacher_signals.overlap_N
+
+    @property
+    def margin_N(self) -> Tensor:
+        """The teacher's largest minus second largest probability within these classes."""
+        return self._teacher_signals.margin_N
+
+    def scaled(self, name: str) -> Tensor:
+        """Return a signal, for example ``kl_N``, scaled to [0, 1] over the whole optimizer batch; 0 if all are equal.
+
+        Raises RuntimeError if the metric was not marked with ``scaled_over_batch(name)``, which has the range measured.
+        """
+        if name not in self._ranges:
+            raise RuntimeError(f"the range of {name} is not known; mark the metric with @scaled_over_batch({name!r})")
+        low, high = self._ranges[name]
+        values_N = getattr(self, name)
+        return ((values_N - low) / (high - low)).clamp(0.0, 1.0) if high > low else torch.zeros_like(values_N)
+
+
+Metric = Callable[[Signals], Tensor]
+RANGES: dict[Metric, tuple[str, ...]] = {}  # signals that a metric reads scaled
+
+
+def scaled_over_batch(*names: str) -> Callable[[Metric], Metric]:
+    """Mark a metric that reads ``signals.scaled(name)`` for these names: a forward of its batch finds their ranges."""
+
+    def mark(metric: Metric) -> Metric:
+        RANGES[metric] = names
+        return metric
+
+    return mark
 
 
 def student_entropy(signals: Signals) -> Tensor:
@@ -148,11 +176,37 @@ def ce_ratio_plus_entropy(signals: Signals) -> Tensor:
     return ce_ratio(signals) + signals.entropy_N
 
 
+@scaled_over_batch("entropy_N", "kl_N")
 def tip_soft_or(signals: Signals) -> Tensor:
     """1 - (1 - h)(1 - d): h, d are student entropy and KL, scaled to [0, 1] over the optimizer batch (TIP)."""
-    h = _scaled(signals.entropy_N, signals.ranges.entropy)
-    d = _scaled(signals.kl_N, signals.ranges.kl)
-    return 1.0 - (1.0 - h) * (1.0 - d)
+    return 1.0 - (1.0 - signals.scaled("entropy_N")) * (1.0 - signals.scaled("kl_N"))
+
+
+@scaled_over_batch("entropy_N", "kl_N")
+def tip_q3(signals: Signals) -> Tensor:
+    """(1 - h) d, with tip_soft_or's h and d: where the student is sure and the teacher disagrees (TIP)."""
+    return (1.0 - signals.scaled("entropy_N")) * signals.scaled("kl_N")
+
+
+@scaled_over_batch("kl_N", "teacher_mass_N")
+def ta_opd(signals: Signals) -> Tensor:
+    """Scaled KL times scaled teacher mass: disagreement about classes that the student considers (TA-OPD)."""
+    return signals.scaled("kl_N") * signals.scaled("teacher_mass_N")
+
+
+def teacher_mass(signals: Signals) -> Tensor:
+    """The teacher's probability of the student's top classes: where it is small, the teacher's classes are others."""
+    return signals.teacher_mass_N
+
+
+def overlap(signals: Signals) -> Tensor:
+    """Share of the student's top classes among the teacher's."""
+    return signals.overlap_N
+
+
+def margin(signals: Signals) -> Tensor:
+    """The teacher's largest minus second largest probability within the student's top classes."""
+    return signals.margin_N
 
 
 def random(signals: Signals) -> Tensor:
@@ -170,8 +224,6 @@ def prefix(signals: Signals) -> Tensor:
     return torch.cat(steps).to(signals.entropy_N.device)
 
 
-Metric = Callable[[Signals], Tensor]
-
 METRICS: dict[str, Metric] = {
     "student_entropy": student_entropy,
     "teacher_entropy": teacher_entropy,
@@ -183,12 +235,12 @@ METRICS: dict[str, Metric] = {
     "ce_ratio": ce_ratio,
     "ce_ratio_plus_entropy": ce_ratio_plus_entropy,
     "tip_soft_or": tip_soft_or,
+    "tip_q3": tip_q3,
+    "ta_opd": ta_opd,
+    "teacher_mass": teacher_mass,
+    "overlap": overlap,
+    "margin": margin,
     "random": random,
     "prefix": prefix,
 }
-WHOLE_BATCH = frozenset({"tip_soft_or"})  # their scores depend on the ranges of the optimizer batch
-
-
-def _scaled(values_N: Tensor, bounds: Range) -> Tensor:
-    low, high = bounds
-    return ((values_N - low) / (high - low)).clamp(0.0, 1.0) if high > low else torch.zeros_like(values_N)
+WHOLE_BATCH = frozenset(name for name, metric in METRICS.items() if metric in RANGES)

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from onpolicy_skd.config import plugins
+from onpolicy_skd.config.errors import ConfigError
 from onpolicy_skd.config.schema import PositionSettings
-from onpolicy_skd.selection import metrics
-from onpolicy_skd.selection.metrics import METRICS, Signals
+from onpolicy_skd.selection.metrics import METRICS, RANGES, Metric, Signals
 from onpolicy_skd.selection.positions import POLICIES, Context, Selection, scheduled_k
 from onpolicy_skd.types import seed_of
 
@@ -91,13 +91,18 @@ class Bandit:
 class Selector:
     """Metric, policy, their schedule and their state, as configured under ``positions``.
 
-    Raises ConfigError for a metric or policy of the user that cannot be imported.
+    Raises ConfigError for a metric or policy of the user that cannot be imported or does not fit.
     """
 
     def __init__(self, settings: PositionSettings, seed: int) -> None:
         self._settings = settings
         self._policy = plugins.find(settings.policy, POLICIES, "positions.policy")
         self._metric = plugins.find(settings.metric, METRICS, "positions.metric")
+        if settings.policy == "gls" and self._metric in RANGES:
+            raise ConfigError(
+                f"positions.metric={settings.metric}, positions.policy=gls: scores scaled within each batch cannot be "
+                "compared with earlier batches; accepted: top_k"
+            )
         self._queue = ScoreQueue(settings.queue) if settings.policy == "gls" else None
         self.bandit = Bandit(settings.arms, settings.bandit_gamma, seed) if settings.policy == "bandit" else None
 
@@ -105,9 +110,9 @@ class Selector:
         """Return the name of the metric at ``step``."""
         return self.bandit.arms[self.bandit.arm(step)] if self.bandit else self._settings.metric
 
-    def needs_ranges(self, step: int) -> bool:
-        """Return True if the scores of ``step`` depend on the ranges over the whole optimizer batch."""
-        return self.metric(step) in metrics.WHOLE_BATCH
+    def ranges(self, step: int) -> tuple[str, ...]:
+        """Return the signals whose ranges over the whole optimizer batch the scores of ``step`` depend on."""
+        return RANGES.get(self._metric_of(step), ())
 
     def k(self, step: int) -> float:
         """Return the share of positions at ``step``."""
@@ -116,14 +121,16 @@ class Selector:
     def select(self, signals: Signals, step: int) -> tuple[Tensor, Selection]:
         """Return the scores ``[N]`` and the positions selected by them."""
         k = self.k(step)
-        metric = METRICS[self.metric(step)] if self.bandit else self._metric
         threshold = self._queue.threshold(k) if self._queue else None
         if self._settings.policy == "full":  # needs no scores, which may cost a pass over the LM head
             scores_N = torch.zeros(sum(signals.counts), device=signals.device)
         else:
-            scores_N = metric(signals)
+            scores_N = self._metric_of(step)(signals)
         context = Context(k, step, signals.seeds, threshold, self._settings)
         return scores_N, self._policy(scores_N, signals.counts, context)
+
+    def _metric_of(self, step: int) -> Metric:
+        return METRICS[self.metric(step)] if self.bandit else self._metric
 
     def observe(self, scores_N: Tensor) -> None:
         """Record the scores of an optimizer batch, in the order of its trajectories; call once per step."""

@@ -23,6 +23,7 @@ UNEVEN = [*LENGTHS, (8, 60)]  # one fills a micro-batch: the ranks have differen
 SELECTIONS = {
     "top_k": {"k": 0.2},
     "tip": {"metric": "tip_soft_or", "k": 0.3},  # scaled over the batch
+    "ta_opd": {"metric": "ta_opd", "k": 0.3, "top_classes": 5},
     "teacher": {"metric": "teacher_entropy", "k": 0.3},  # needs no scores of the student
     "full": {"policy": "full"},
     "gls": {"policy": "gls", "k": 0.3, "queue": 100},  # keeps all scores

@@ -313,6 +313,8 @@ VARIANTS = {
     "kl": {"positions": {"metric": "kl"}},
     "ce_ratio_plus_entropy": {"positions": {"metric": "ce_ratio_plus_entropy"}},
     "tip_soft_or": {"positions": {"metric": "tip_soft_or"}},
+    "ta_opd": {"positions": {"metric": "ta_opd", "top_classes": 5}},
+    "teacher_mass": {"positions": {"metric": "teacher_mass", "k": 0.4}},
     "random": {"positions": {"metric": "random"}},
     "gls": {"positions": {"policy": "gls", "k": 0.3, "queue": 90}},
     "curriculum": {"positions": {"policy": "curriculum", "curriculum_steps": 5}},
@@ -322,6 +324,7 @@ VARIANTS = {
     "budget_schedule": {"positions": {"k_start": 0.1, "k": 0.9, "schedule_steps": 4}},
     "bandit": {"positions": {"policy": "bandit", "arms": ["reverse_kl", "tip_soft_or", "random"], "bandit_probe": 3}},
     "topk_tail": {"alignment": {"estimator": "topk_tail", "top_k": 5}},
+    "student_topk_tail": {"alignment": {"estimator": "student_topk_tail", "top_k": 5}},
     "sampled_token": {"alignment": {"estimator": "sampled"}},
     "decoupled_kd": {"alignment": {"variant": "decoupled_kd", "other_weight": 3.0, **FORWARD}},
     "at_kd": {"alignment": {"variant": "at_kd", **FORWARD}, "positions": {"policy": "full"}},
@@ -393,6 +396,38 @@ def test_every_variant_lowers_the_divergence(name):
     for version in range(30):
         learner.step([dataclasses.replace(t, policy_version=version) for t in batch])
     assert learner.scorer.divergence(batch) < 0.85 * before
+
+
+def test_mass_and_overlap_are_means_over_all_positions_of_some_steps():
+    learner, teacher = build(budget=60, positions={"top_classes": 7})
+    batch = make_trajectories(LENGTHS)
+    teacher.encode(batch)
+    masses, overlaps = [], []
+    for t in batch:
+        ids, first = torch.as_tensor(np.concatenate([t.prompt_ids, t.response_ids]))[None], len(t.prompt_ids) - 1
+        with torch.no_grad():
+            q, p = (m(input_ids=ids).logits[0, first:-1].double().softmax(-1)
+                    for m in (learner.student.model, teacher._model.model))  # fmt: skip
+        top, of_teacher = q.topk(7).indices, p.topk(7).indices
+        masses += p.gather(1, top).sum(1).tolist()
+        overlaps += (top[:, :, None] == of_teacher[:, None]).any(-1).double().mean(1).tolist()
+    record = learner.step(batch)
+    assert record.teacher_mass == pytest.approx(np.mean(masses), rel=1e-4)
+    assert record.overlap == pytest.approx(np.mean(overlaps), rel=1e-6)
+    later = learner.step([dataclasses.replace(t, policy_version=1) for t in batch]).as_dict()
+    assert not {"teacher_mass", "overlap"} & later.keys()
+    equal, teacher = build(teacher=tiny_model("qwen3", False))
+    teacher.encode(batch)
+    assert equal.step(batch).overlap == 1.0
+
+
+def test_a_score_and_the_metrics_of_a_step_share_the_teachers_rows(monkeypatch):
+    learner, teacher = build(positions={"metric": "margin"})
+    batch, requests, rows = make_trajectories(LENGTHS), [], teacher.rows
+    teacher.encode(batch)
+    monkeypatch.setattr(teacher, "rows", lambda request: requests.append(request) or rows(request))
+    learner.step(batch)
+    assert len(requests) == 1
 
 
 def test_at_kd_treats_the_less_sure_half_of_the_batch_as_hard():

@@ -220,25 +220,27 @@ def test_statistics_of_extreme_logits_stay_finite():
 # -- estimators ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("estimator", ["topk_tail", "student_topk_tail"])
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("top_k", [101, 500])
-def test_topk_tail_is_exact_when_k_is_the_vocabulary(kind, top_k):
+def test_topk_tail_is_exact_when_k_is_the_vocabulary(kind, top_k, estimator):
     inputs = make(scale=1.5)
-    tail = Alignment(kind, 0.3, 1.5, 0.7, estimator="topk_tail", top_k=top_k)
+    tail = Alignment(kind, 0.3, 1.5, 0.7, estimator=estimator, top_k=top_k)
     exact = Alignment(kind, 0.3, 1.5, 0.7)
     assert_close(ours(inputs, tail), [t.double() for t in ours(inputs, exact)], 1e-4)
 
 
+@pytest.mark.parametrize("estimator", ["topk_tail", "student_topk_tail"])
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("top_k", [1, 7, 100])
-def test_topk_tail_equals_its_float64_reference(kind, top_k):
-    """Both distributions are merged into the teacher's top classes and the rest, then differentiated by autograd."""
-    inputs, alignment = make(), Alignment(kind, 0.3, estimator="topk_tail", top_k=top_k, chunk_rows=5)
+def test_topk_tail_equals_its_float64_reference(kind, top_k, estimator):
+    """Both distributions are merged into one model's top classes and the rest, then differentiated by autograd."""
+    inputs, alignment = make(), Alignment(kind, 0.3, estimator=estimator, top_k=top_k, chunk_rows=5)
     hidden, head, other, other_head, weights = (t.double() for t in inputs[:5])
     hidden.requires_grad_()
     head.requires_grad_()
     q, p = torch.softmax(hidden @ head.T, -1), torch.softmax(other @ other_head.T, -1)
-    ids = p.topk(top_k).indices
+    ids = (p if estimator == "topk_tail" else q).topk(top_k).indices
     q, p = (torch.cat([d.gather(1, ids), 1 - d.gather(1, ids).sum(1, keepdim=True)], 1) for d in (q, p))
     m = 0.3 * p + 0.7 * q
     rows = {

@@ -13,7 +13,7 @@ from helpers import tiny_settings
 from onpolicy_skd.config.errors import ConfigError
 from onpolicy_skd.data.prompts import load_prompts
 from onpolicy_skd.report.metrics_log import MetricsLog
-from onpolicy_skd.run.prepare import Run, open_folder, prepare
+from onpolicy_skd.run.prepare import Run, check_selector, open_folder, prepare
 from onpolicy_skd.storage import checkpoint
 from onpolicy_skd.storage.files import LockedError, lock
 
@@ -222,3 +222,16 @@ def test_two_rows_with_one_question_have_different_keys(jsonl, tmp_path):
     assert len({p.key for p in run.train}) == 3
     assert isinstance(run, Run)
     assert [p.key for p in run.train] == [p.key for p in load_prompts(run.settings.data, run.tokenizer, "train")]
+
+
+def test_a_metric_that_looks_at_the_whole_batch_is_refused_with_streaming(tmp_path, monkeypatch):
+    (tmp_path / "user_ranges.py").write_text(
+        "from onpolicy_skd.selection.metrics import scaled_over_batch\n"
+        "@scaled_over_batch('kl_N')\ndef score(signals):\n    return signals.scaled('kl_N')\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    positions, pipeline = {"metric": "user_ranges:score"}, {"streaming": True}
+    with pytest.raises(ConfigError, match=r"pipeline\.streaming: positions\.metric=user_ranges:score looks at the"):
+        check_selector(tiny_settings(positions=positions, pipeline=pipeline))
+    check_selector(tiny_settings(positions=positions))
+    check_selector(tiny_settings(pipeline=pipeline))

@@ -15,8 +15,9 @@ from onpolicy_skd.config.errors import ConfigError
 from onpolicy_skd.config.schema import ClassSettings, PositionMetric, PositionPolicy, PositionSettings
 from onpolicy_skd.loss import sparse_targets as classes
 from onpolicy_skd.loss.sparse_targets import TRUNCATIONS, Draws, SparseTargets, sample
+from onpolicy_skd.loss.teacher_signals import TeacherSignals
 from onpolicy_skd.selection import metrics, positions, samples
-from onpolicy_skd.selection.metrics import METRICS, Ranges, Signals
+from onpolicy_skd.selection.metrics import METRICS, Signals
 from onpolicy_skd.selection.positions import POLICIES, Context, num_selected
 from onpolicy_skd.selection.selector import Bandit, ScoreQueue, Selector
 from onpolicy_skd.types import Trajectory
@@ -213,8 +214,9 @@ def test_the_queue_holds_the_last_scores_and_gives_their_quantile(batches, k, si
 
 
 def test_ranges_are_asked_for_only_by_metrics_of_the_whole_batch():
-    assert Selector(PositionSettings(metric="tip_soft_or"), 0).needs_ranges(0)
-    assert not Selector(PositionSettings(metric="kl"), 0).needs_ranges(0)
+    assert Selector(PositionSettings(metric="tip_soft_or"), 0).ranges(0) == ("entropy_N", "kl_N")
+    assert Selector(PositionSettings(metric="ta_opd"), 0).ranges(0) == ("kl_N", "teacher_mass_N")
+    assert Selector(PositionSettings(metric="kl"), 0).ranges(0) == ()
 
 
 def signals_of(entropy, counts):
@@ -301,6 +303,7 @@ def test_exp3_update_is_the_published_one():
 ENTROPY, CE = torch.tensor([0.1, 0.3, 0.2]), torch.tensor([1.0, 2.0, 3.0])
 T_ENTROPY, T_LOGPROB = torch.tensor([0.5, 0.4, 0.3]), torch.tensor([-0.5, -4.0, 0.0])
 KL, REVERSE = torch.tensor([0.7, -1e-9, 0.9]), torch.tensor([0.6, 0.2, 0.8])
+MASS, OVERLAP, MARGIN = torch.tensor([0.9, 0.2, 0.6]), torch.tensor([1.0, 0.25, 0.5]), torch.tensor([0.8, 0.1, 0.3])
 
 
 def with_teacher(calls=None, ranges=None):
@@ -308,14 +311,14 @@ def with_teacher(calls=None, ranges=None):
         calls.append("entropy_and_logprob") if calls is not None else None
         return T_ENTROPY, T_LOGPROB
 
-    def divergence(kind):
-        calls.append(kind) if calls is not None else None
-        return KL if kind == "forward_kl" else REVERSE
+    def teacher_signals():
+        calls.append("teacher_signals") if calls is not None else None
+        return TeacherSignals(KL, REVERSE, MASS, OVERLAP, MARGIN)
 
-    return Signals(student(ENTROPY, CE), [2, 1], [7, 8], entropy_and_logprob, divergence, ranges)
+    return Signals(student(ENTROPY, CE), [2, 1], [7, 8], entropy_and_logprob, teacher_signals, ranges)
 
 
-WHOLE = Ranges((0.1, 0.3), (0.0, 0.9))
+WHOLE = {"entropy_N": (0.1, 0.3), "kl_N": (0.0, 0.9), "teacher_mass_N": (0.2, 1.0)}
 
 EXPECTED = {
     "student_entropy": ([0.1, 0.3, 0.2], []),
@@ -323,12 +326,17 @@ EXPECTED = {
     "prefix": ([0.0, -1.0, 0.0], []),
     "teacher_entropy": ([0.5, 0.4, 0.3], ["entropy_and_logprob"]),
     "teacher_ce": ([0.5, 4.0, 0.0], ["entropy_and_logprob"]),
-    "kl": ([0.7, 0.0, 0.9], ["forward_kl"]),
-    "reverse_kl": ([0.6, 0.2, 0.8], ["reverse_kl"]),
-    "kl_plus_entropy": ([0.8, 0.3, 1.1], ["forward_kl"]),
+    "kl": ([0.7, 0.0, 0.9], ["teacher_signals"]),
+    "reverse_kl": ([0.6, 0.2, 0.8], ["teacher_signals"]),
+    "kl_plus_entropy": ([0.8, 0.3, 1.1], ["teacher_signals"]),
     "ce_ratio": ([2.0, 0.5, 3e6], ["entropy_and_logprob"]),
     "ce_ratio_plus_entropy": ([2.1, 0.8, 3e6], ["entropy_and_logprob"]),
-    "tip_soft_or": ([0.7 / 0.9, 1.0, 1.0], ["forward_kl"]),
+    "tip_soft_or": ([0.7 / 0.9, 1.0, 1.0], ["teacher_signals"]),
+    "tip_q3": ([0.7 / 0.9, 0.0, 0.5], ["teacher_signals"]),
+    "ta_opd": ([0.7 / 0.9 * 0.7 / 0.8, 0.0, 0.5], ["teacher_signals"]),
+    "teacher_mass": ([0.9, 0.2, 0.6], ["teacher_signals"]),
+    "overlap": ([1.0, 0.25, 0.5], ["teacher_signals"]),
+    "margin": ([0.8, 0.1, 0.3], ["teacher_signals"]),
 }
 
 
@@ -336,21 +344,37 @@ EXPECTED = {
 def test_a_metric_equals_its_formula_and_asks_the_teacher_for_no_more_than_it_needs(name):
     expected, asked = EXPECTED[name]
     calls = []
-    assert METRICS[name](with_teacher(calls, WHOLE)).tolist() == pytest.approx(expected, rel=1e-5)
+    assert METRICS[name](with_teacher(calls, WHOLE)).tolist() == pytest.approx(expected, rel=1e-5, abs=1e-9)
     assert calls == asked
 
 
 def test_tip_scales_over_the_ranges_of_the_batch():
-    scores = metrics.tip_soft_or(with_teacher(ranges=Ranges((0.1, 0.5), (0.0, 1.4))))
+    scores = metrics.tip_soft_or(with_teacher(ranges=WHOLE | {"entropy_N": (0.1, 0.5), "kl_N": (0.0, 1.4)}))
     h, d = [0.0, 0.5, 0.25], [0.5, 0.0, 0.9 / 1.4]
     assert scores.tolist() == pytest.approx([1 - (1 - a) * (1 - b) for a, b in zip(h, d, strict=True)])
-    flat = metrics.tip_soft_or(with_teacher(ranges=Ranges((0.3, 0.3), (0.0, 0.9))))
+    flat = metrics.tip_soft_or(with_teacher(ranges=WHOLE | {"entropy_N": (0.3, 0.3)}))
     assert flat.tolist() == pytest.approx([0.7 / 0.9, 0.0, 1.0])  # equal entropies tell nothing apart
 
 
 def test_missing_ranges_are_an_error():
-    with pytest.raises(RuntimeError, match="WHOLE_BATCH"):
+    with pytest.raises(RuntimeError, match=r"mark the metric with @scaled_over_batch\('entropy_N'\)"):
         metrics.tip_soft_or(with_teacher())
+
+
+def test_a_metric_in_user_code_gets_the_ranges_that_it_asks_for(tmp_path, monkeypatch):
+    (tmp_path / "user_scaled.py").write_text(
+        "from onpolicy_skd.selection.metrics import scaled_over_batch\n"
+        "@scaled_over_batch('margin_N', 'overlap_N')\n"
+        "def sure(signals):\n    return signals.scaled('margin_N') + signals.scaled('overlap_N')\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    selector = Selector(PositionSettings(metric="user_scaled:sure"), 0)
+    assert selector.ranges(0) == ("margin_N", "overlap_N")
+    ranges = {"margin_N": (0.0, 1.0), "overlap_N": (0.0, 2.0)}
+    scores, _ = selector.select(with_teacher(ranges=ranges), 0)
+    assert scores.tolist() == pytest.approx([1.3, 0.225, 0.55])
+    with pytest.raises(ConfigError, match=r"positions\.policy=gls: scores scaled within each batch"):
+        Selector(PositionSettings(metric="user_scaled:sure", policy="gls"), 0)
 
 
 def test_random_is_a_function_of_each_sequences_seed():

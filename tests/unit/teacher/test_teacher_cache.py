@@ -20,7 +20,7 @@ from onpolicy_skd.loss.sparse_targets import Draws, SparseTargets, rs_kd
 from onpolicy_skd.models.loading import load_model
 from onpolicy_skd.models.split_model import split
 from onpolicy_skd.run.prepare import prepare
-from onpolicy_skd.selection.metrics import METRICS, Ranges, Signals
+from onpolicy_skd.selection.metrics import METRICS, RANGES, Signals
 from onpolicy_skd.teacher import cache_format as caches
 from onpolicy_skd.teacher import cache_provenance as provenance
 from onpolicy_skd.teacher import cache_reader
@@ -319,8 +319,8 @@ def test_metrics_that_ask_the_teacher_are_those_refused_with_a_few_classes():
         raise CacheError("asked")
 
     refused = set()
-    ranges = Ranges((0.0, 1.0), (0.0, 1.0))
     for name, metric in METRICS.items():
+        ranges = dict.fromkeys(RANGES.get(metric, ()), (0.0, 1.0))
         try:
             metric(Signals(lambda: (torch.ones(4), torch.ones(4)), [4], [0], refuse, refuse, ranges))
         except CacheError:
