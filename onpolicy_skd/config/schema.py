@@ -31,6 +31,8 @@ PositionPolicy = Literal[
     "top_k", "gls", "curriculum", "sampled", "sampled_unbiased", "weighted", "full", "bandit"
 ]  # fmt: skip
 
+MixtureGate = Literal["none", "constant", "eopd", "zones"]
+
 SAMPLING_POLICIES = ("sampled", "sampled_unbiased")  # policies that sample positions
 TRUNCATIONS = ("top_k", "top_k_normalised", "top_p", "ghost_token", "naive_fix", "label_smoothing")  # class samplers
 
@@ -460,6 +462,45 @@ class ClassSettings(Section):
     p: Share = setting(0.98, "probability mass to keep", {"classes.sampler": "top_p"})
 
 
+MIXED = {"alignment.mixture.gate": ("constant", "eopd", "zones")}
+ENTROPIES = {"alignment.mixture.gate": ("eopd", "zones")}
+ZONES = {"alignment.mixture.gate": "zones"}
+SCHEDULED = MIXED | {"alignment.mixture.start": Given()}
+Weights = Annotated[list[Annotated[float, Field(ge=0)]], Field(min_length=2, max_length=2)]  # of reverse and forward KL
+
+
+class MixtureSettings(Section):
+    gate: Annotated[str, AfterValidator(BuiltinOrPlugin(MixtureGate))] = setting(
+        "none", "weights a, b of each position's loss a * reverse KL + b * forward KL. none: alignment.divergence "
+        "alone; constant: the same everywhere; eopd: forward KL added where the teacher is unsure; zones: by the "
+        "entropies of both",
+    )  # fmt: skip
+    reverse_weight: Annotated[float, Field(ge=0, le=1)] = setting(
+        0.5, "lambda: the weights are lambda and 1 - lambda", {"alignment.mixture.gate": "constant"}
+    )
+    forward_weight: Annotated[float, Field(ge=0)] = setting(
+        1.0, "weight b where the teacher is unsure; a is 1", {"alignment.mixture.gate": "eopd"}
+    )
+    student_threshold: Annotated[float, Field(ge=0)] = setting(
+        1.0, "entropy above which the student counts as unsure, nats", ZONES
+    )
+    teacher_threshold: Annotated[float, Field(ge=0)] = setting(
+        1.0, "entropy above which the teacher counts as unsure, nats", ENTROPIES
+    )
+    both_sure: Weights = setting([0.0, 0.0], "weights [a, b] where both are sure; [0, 0] skips a position", ZONES)
+    student_sure: Weights = setting([0.0, 1.0], "weights [a, b] where the student alone is sure", ZONES)
+    teacher_sure: Weights = setting([1.0, 0.0], "weights [a, b] where the teacher alone is sure", ZONES)
+    both_unsure: Weights = setting([1.0, 1.0], "weights [a, b] where both are unsure", ZONES)
+    start: Weights | None = setting(None, "weights [a, b] at the first step, wherever the gate's are not 0", MIXED)
+    schedule: Literal["constant", "linear", "cosine"] = setting(
+        "linear", "way from start to the gate's weights; constant: start holds for all the steps", SCHEDULED
+    )
+    steps: Positive = setting(1_000, "optimizer steps from start to the gate's weights", SCHEDULED)
+    skew: Annotated[float, Field(ge=0, lt=1)] = setting(
+        0.0, "share of the first distribution that each KL mixes into its second, as in DistiLLM; 0: plain KLs", MIXED
+    )
+
+
 DECOUPLED, EGAD = {"alignment.variant": "decoupled_kd"}, {"alignment.variant": "egad"}
 
 
@@ -470,6 +511,14 @@ class AlignmentSettings(Section):
     divergence: Literal["reverse_kl", "forward_kl", "jsd"] = setting(
         "reverse_kl", "divergence to minimize; the default with mode=off_policy is forward_kl"
     )
+    mixture: MixtureSettings = MixtureSettings()
+    clip: Annotated[float, Field(gt=0)] | None = setting(
+        None, "bound of |log p(y) - log q(y)| of the response token y, nats; empty: none"
+    )
+    clip_mode: Literal["mask", "scale"] = setting(
+        "mask", "positions beyond the bound; mask: they have no loss; scale: their loss is scaled down to the bound",
+        {"alignment.clip": Given()},
+    )  # fmt: skip
     estimator: Literal["exact", "topk_tail", "student_topk_tail", "sampled"] = setting(
         "exact", "exact: all classes; topk_tail: the teacher's top_k classes and the rest; student_topk_tail: the "
         "student's and the rest; sampled: the sampled token",

@@ -159,6 +159,20 @@ def _alignment(settings: Settings) -> str | None:
     return None
 
 
+def _mixture(settings: Settings) -> str | None:
+    cfg, sampler = settings.alignment, settings.classes.sampler
+    mixed = cfg.mixture.gate != "none"
+    if sampler != "none" and (mixed or cfg.clip is not None):
+        key = f"alignment.mixture.gate={cfg.mixture.gate}" if mixed else f"alignment.clip={cfg.clip}"
+        return f"{key}: needs the teacher's whole distribution; accepted with classes.sampler=none only"
+    if mixed and (cfg.variant != "full_kd" or cfg.estimator != "exact"):
+        return (
+            f"alignment.mixture.gate={cfg.mixture.gate}: mixes exact divergences; accepted with "
+            "alignment.variant=full_kd and alignment.estimator=exact only"
+        )
+    return None
+
+
 def _sampled_tokens(settings: Settings) -> str | None:
     """Refuse settings under which the single-token estimator is biased."""
     cfg, rollout, positions = settings.alignment, settings.rollout, settings.positions
@@ -385,6 +399,7 @@ RULES = (
     _schedule,
     _token_budgets,
     _alignment,
+    _mixture,
     _sampled_tokens,
     _staleness,
     _placement,
@@ -403,7 +418,8 @@ TRL_ONLY = {
     "mode": "on_policy", "positions.policy": "full", "samples.keep": 1.0, "samples.correctness": "any",
     "samples.truncated": "keep", "samples.weight": "uniform", "classes.sampler": "none", "alignment.variant": "full_kd",
     "alignment.estimator": "exact", "alignment.kd_weight": 1.0, "alignment.ema_weight": 0.0,
-    "alignment.reference_weight": 0.0, "rollout.n": 1, "rollout.stop": [], "student.lora_rank": 0,
+    "alignment.reference_weight": 0.0, "alignment.mixture.gate": "none", "alignment.clip": None,
+    "rollout.n": 1, "rollout.stop": [], "student.lora_rank": 0,
 }  # fmt: skip
 
 

@@ -82,7 +82,7 @@ class Forward:
             hidden_NH,
             head_VH,
             self._teacher,
-            self._alignment,
+            self._alignment.at(version),
             seeds,
             self._spans,
             self._settings.positions.top_classes,

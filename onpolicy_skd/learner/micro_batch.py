@@ -6,7 +6,6 @@ An entropy takes this way: ``statistics`` (one pass over the LM head) -> ``entro
 
 from __future__ import annotations
 
-import dataclasses
 import time
 from collections.abc import Callable, Sequence
 from functools import cached_property
@@ -159,8 +158,8 @@ class MicroBatch:
         targets = self.batch.targets
         rows = Rows(torch.ones(len(targets), device=targets.device), targets)
         teacher = HiddenRows(rows_NG, self.teacher.head())
-        alignment = dataclasses.replace(self.alignment, divergence=kind, kd_weight=1.0, estimator="exact")
-        return distillation_loss(self.hidden_NH.detach(), self.head_VH.detach(), teacher, rows, alignment)[1]
+        hidden_NH, head_VH = self.hidden_NH.detach(), self.head_VH.detach()
+        return distillation_loss(hidden_NH, head_VH, teacher, rows, self.alignment.exact(kind))[1]
 
     def split(self, values_N: Tensor) -> tuple[Tensor, ...]:
         """Split values by sequence."""

@@ -9,7 +9,6 @@ student (``alignment.reference_weight``).
 from __future__ import annotations
 
 import copy
-import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 
@@ -20,7 +19,7 @@ from onpolicy_skd.config.schema import Settings
 from onpolicy_skd.learner.forward import Forward
 from onpolicy_skd.learner.micro_batch import MicroBatch
 from onpolicy_skd.loss.divergence import distillation_loss
-from onpolicy_skd.loss.inputs import Alignment, HiddenRows, Rows
+from onpolicy_skd.loss.inputs import HiddenRows, Rows
 from onpolicy_skd.loss.sparse_targets import SparseTargets
 from onpolicy_skd.models.lm_head import RowStatistics
 from onpolicy_skd.models.split_model import SplitModel
@@ -88,16 +87,15 @@ class Objective:
             loss = loss + self._cfg.feature_weight * torch.dot(weights_K * uncertain, distance.square().mean(-1))
         plain_rows = Rows(weights_K, targets_K)
         if self._average is not None:
-            exact = dataclasses.replace(micro.alignment, kd_weight=1.0, estimator="exact")
+            exact = micro.alignment.exact(self._cfg.divergence)
             average = self._rows_of(self._average, micro, indices_K)
             added, _ = distillation_loss(hidden_KH, micro.head_VH, average, plain_rows, exact)
             loss = loss + self._cfg.ema_weight * added
         if self._reference is not None:
-            cfg = self._cfg
-            reverse = Alignment(temperature=cfg.temperature, chunk_rows=cfg.chunk_rows, compiled=cfg.compiled)
+            reverse = micro.alignment.exact("reverse_kl")
             initial = self._rows_of(self._reference, micro, indices_K)
             added, micro.reference_kl_K = distillation_loss(hidden_KH, micro.head_VH, initial, plain_rows, reverse)
-            loss = loss + cfg.reference_weight * added
+            loss = loss + self._cfg.reference_weight * added
         return loss, values_K
 
     @torch.no_grad()

@@ -8,6 +8,7 @@
                  m = beta p + (1 - beta) q
     decoupled    a KL(p_y, 1-p_y || q_y, 1-q_y)              a (q_y - p_y) at y, elsewhere
                  + b KL(p^||q^), classes other than y        b (q^_j - p^_j) - a (q_y - p_y) q^_j
+    mixture      a KL(q||p) + b KL(p||q)                     a q_j (log q_j - log p_j - KL(q||p)) + b (q_j - p_j)
     sparse       sum t_j (log t_j - log q_j)                 (sum t) q_j - t_j
     cross-entropy of the target y                            q_j - [j = y]
 
@@ -25,8 +26,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from onpolicy_skd.loss.formulas import decoupled, exact, fused_loss, sampled, soften_, sparse, topk_tail
+from onpolicy_skd.loss.formulas import decoupled, exact, fused_loss, mixed, sampled, soften_, sparse, topk_tail, trust
 from onpolicy_skd.loss.inputs import Alignment, HiddenRows, Rows
+from onpolicy_skd.loss.mixture import GateRows
 from onpolicy_skd.loss.sparse_targets import SparseTargets
 from onpolicy_skd.models.lm_head import Projector, RowStatistics, blocks, chunk_size, chunks, log_softmax_
 
@@ -66,6 +68,7 @@ class _DistillationLoss(torch.autograd.Function):
         values_N = torch.empty(len(student_NH), dtype=torch.float32, device=student_NH.device)
         fused = alignment.compiled and alignment.estimator == "exact" and isinstance(teacher, HiddenRows)
         fused = fused and rows.temperature_N is None and rows.decoupled_N2 is None
+        fused = fused and alignment.mixture is None and alignment.clip is None
         for chunk in chunks(len(student_NH), size):
             logits_cV = student_logits(student_NH[chunk])
             teacher_c: Any = chunk_of(chunk)
@@ -120,15 +123,27 @@ def _eager_block(
     """
     temperature = alignment.temperature if rows.temperature_N is None else rows.temperature_N[:, None]
     targets = rows.targets_N[:, None]
-    log_q = log_softmax_(soften_(logits, temperature), stats and stats.entropy_N)
+    mixture, weights = alignment.mixture, rows.weights_N
+    entropy = stats.entropy_N if stats else torch.empty_like(weights) if mixture else None
+    log_q = log_softmax_(soften_(logits, temperature), entropy)
     target_log_q = log_q.gather(1, targets)[:, 0]
     if stats:
         stats.logprob_N.copy_(target_log_q)
     if isinstance(teacher, SparseTargets):
         values, gradient, q = sparse(log_q, teacher)
     else:
-        log_p = log_softmax_(soften_(teacher, temperature))
-        if rows.decoupled_N2 is not None:
+        teacher_entropy = torch.empty_like(weights) if mixture else None
+        log_p = log_softmax_(soften_(teacher, temperature), teacher_entropy)
+        log_ratio = log_p.gather(1, targets)[:, 0] - target_log_q
+        if alignment.clip is not None:
+            weights = weights * trust(log_ratio, alignment.clip, alignment.clip_mode)
+        if mixture and entropy is not None and teacher_entropy is not None:
+            known = (entropy, teacher_entropy, log_ratio)
+            (values, gradient, q), pairs = mixed(
+                log_q, log_p, mixture.options.skew, lambda *divergences: mixture.weights(GateRows(*known, *divergences))
+            )
+            weights = weights * pairs.any(1)  # (0, 0) skips a position, its cross-entropy too
+        elif rows.decoupled_N2 is not None:
             values, gradient, q = decoupled(log_q, log_p, targets, rows.decoupled_N2)
         elif alignment.estimator in ("topk_tail", "student_topk_tail"):
             values, gradient, q = topk_tail(log_q, log_p, alignment)
@@ -142,8 +157,8 @@ def _eager_block(
         loss = loss - (1.0 - kd_weight) * target_log_q
         cross_entropy = q.scatter_add_(1, targets, -torch.ones_like(targets, dtype=q.dtype))
         gradient = gradient.mul_(kd_weight).add_(cross_entropy, alpha=1.0 - kd_weight)
-    torch.mul(gradient, rows.weights_N[:, None] / temperature, out=logits)
-    return torch.dot(loss, rows.weights_N), values
+    torch.mul(gradient, weights[:, None] / temperature, out=logits)
+    return torch.dot(loss, weights), values
 
 
 def _compiled_chunk(

@@ -6,6 +6,7 @@ Shapes: b rows, V classes; ``log_q`` and ``log_p`` are the student's and the tea
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -17,6 +18,9 @@ from onpolicy_skd.models.lm_head import largest
 
 LOG_ZERO = -1e4  # stands for log 0 where two such logarithms are subtracted
 MAX_LOG_RATIO = 40.0  # bound of log p - log q where a density ratio is formed: exp stays finite in float32
+
+
+Weigh = Callable[[Tensor, Tensor], Tensor]  # reverse and forward KL [b] each -> their weights [b, 2]
 
 
 class RowGradients(NamedTuple):
@@ -127,6 +131,53 @@ def terms_over_q(log_q: Tensor, log_p: Tensor, alignment: Alignment) -> tuple[Te
     log_m = torch.logaddexp(log_p + math.log(beta), log_q + math.log1p(-beta))
     student_term = (1.0 - beta) * (log_q - log_m)
     return beta * p_over_q * (log_p - log_m) + student_term, student_term
+
+
+def mixed(log_q: Tensor, log_p: Tensor, skew: float, weigh: Weigh) -> tuple[RowGradients, Tensor]:
+    """Compute a * KL(q||p) + b * KL(p||q); return it and the weights; **overwrites** ``log_q`` and ``log_p``.
+
+    ``weigh`` maps the two divergences ``[b]`` to the weights (a, b).  With ``skew`` s > 0 each KL's second distribution
+    is mixed with its first: KL(q || (1-s) p + s q) and KL(p || (1-s) q + s p) (DistiLLM, arXiv 2402.03898).
+    """
+    if skew:
+        return _mixed_skewed(log_q, log_p, skew, weigh)
+    p = log_p.exp()
+    ratio = torch.sub(log_q, log_p, out=log_p)
+    q = log_q.exp_()
+    reverse, forward = torch.linalg.vecdot(q, ratio), -torch.linalg.vecdot(p, ratio)
+    pairs = weigh(reverse, forward)
+    a, b = pairs.split(1, dim=1)
+    gradient = ratio.sub_(reverse[:, None]).mul_(a).add_(b).mul_(q).sub_(p.mul_(b))
+    return RowGradients(a[:, 0] * reverse + b[:, 0] * forward, gradient, q), pairs
+
+
+def _mixed_skewed(log_q: Tensor, log_p: Tensor, skew: float, weigh: Weigh) -> tuple[RowGradients, Tensor]:
+    """Compute ``mixed`` with skew s > 0.
+
+    With m and n the two mixtures, q dD/dq is q (log q - log m - s q/m) for the reverse and -(1-s) p q/n for the forward
+    term, each up to a constant times q; both ratios are bounded.
+    """
+    q, p, others, share = log_q.exp(), log_p.exp(), math.log1p(-skew), math.log(skew)
+    log_n = torch.logaddexp(log_q + others, log_p + share)
+    forward = torch.linalg.vecdot(p, log_p - log_n)
+    slope_forward = log_n.neg_().add_(log_q).exp_().mul_(p).mul_(skew - 1.0)
+    ratio = log_q.sub_(torch.logaddexp(log_p.add_(others), log_q + share))
+    reverse = torch.linalg.vecdot(q, ratio)
+    pairs = weigh(reverse, forward)
+    a, b = pairs.split(1, dim=1)
+    slope = ratio.sub_(ratio.exp().mul_(skew)).mul_(q).mul_(a).add_(slope_forward.mul_(b))
+    gradient = slope.sub_(q * slope.sum(1, keepdim=True))
+    return RowGradients(a[:, 0] * reverse + b[:, 0] * forward, gradient, q), pairs
+
+
+def trust(log_ratio: Tensor, clip: float, mode: str) -> Tensor:
+    """Return the factor of each row's loss, given log p(y) - log q(y): 1 where its size is within ``clip``.
+
+    Beyond, it is 0 for ``mask``, and for ``scale`` the bound over the size.  Sources: TrOPD (arXiv 2606.01249) and
+    REOPOLD (arXiv 2603.11137), in our reading.
+    """
+    size = log_ratio.abs()
+    return (size <= clip).float() if mode == "mask" else clip / size.clamp(min=clip)
 
 
 def topk_tail(log_q: Tensor, log_p: Tensor, alignment: Alignment) -> RowGradients:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from onpolicy_skd.config.schema import AlignmentSettings
+from onpolicy_skd.loss.mixture import Mixture
 from onpolicy_skd.models.lm_head import Projector
 
 KINDS = ("reverse_kl", "forward_kl", "jsd")
@@ -32,6 +33,9 @@ class Alignment:
     estimator: str = "exact"
     top_k: int = 64
     compiled: bool = False  # exact divergences by torch.compile instead of the eager block
+    mixture: Mixture | None = None  # of reverse and forward KL, which replaces the divergence
+    clip: float | None = None  # bound of |log p(y) - log q(y)|, nats; positions beyond are masked or scaled to it
+    clip_mode: str = "mask"
 
     def __post_init__(self) -> None:
         if self.divergence not in KINDS:
@@ -41,8 +45,21 @@ class Alignment:
 
     @classmethod
     def from_settings(cls, cfg: AlignmentSettings) -> Alignment:
-        """Return the settings under ``alignment`` that one call of the loss needs."""
-        return cls(**{f.name: getattr(cfg, f.name) for f in dataclasses.fields(cls)})
+        """Return the settings under ``alignment`` that one call of the loss needs.
+
+        Raises ConfigError for a gate of the user that cannot be imported.
+        """
+        fields = {f.name: getattr(cfg, f.name) for f in dataclasses.fields(cls)}
+        return cls(**fields | {"mixture": Mixture.from_settings(cfg.mixture)})
+
+    def at(self, step: int) -> Alignment:
+        """Return the loss after ``step`` optimizer steps, on which a mixture may depend."""
+        return dataclasses.replace(self, mixture=self.mixture.at(step)) if self.mixture else self
+
+    def exact(self, divergence: str) -> Alignment:
+        """Return the plain ``divergence`` at the same temperature."""
+        changes = {"kd_weight": 1.0, "estimator": "exact", "mixture": None, "clip": None}
+        return dataclasses.replace(self, divergence=divergence, **changes)
 
     @property
     def kind(self) -> str:

@@ -26,6 +26,7 @@ from onpolicy_skd.data.prompts import (
 )
 from onpolicy_skd.data.references import Responses
 from onpolicy_skd.evaluation.judge import find_judge
+from onpolicy_skd.loss.mixture import Mixture
 from onpolicy_skd.models import loading as models
 from onpolicy_skd.selection.positions import num_selected
 from onpolicy_skd.selection.selector import Selector
@@ -196,7 +197,7 @@ def prepare(settings: Settings, log: Callable[[str], None] = print, generates: b
         from onpolicy_skd.rollout.vllm_engine import require_vllm
 
         require_vllm(settings.run.device)
-    check_selector(settings)
+    check_plugins(settings)
     find_judge(settings.eval.judge)
     student = settings.student
     tokenizer = models.load_tokenizer(student.model, student.trust_remote_code)
@@ -230,8 +231,9 @@ def _check_scored(prompts: Sequence[Prompt], tokenizer: Any) -> None:
             references.of_data(prompt, tokenizer)
 
 
-def check_selector(settings: Settings) -> None:
-    """Import the user's metrics and policies.  Raises ConfigError for one that does not fit."""
+def check_plugins(settings: Settings) -> None:
+    """Import the user's metrics, policies and gates.  Raises ConfigError for one that does not fit."""
+    Mixture.from_settings(settings.alignment.mixture)
     selector = Selector(settings.positions, settings.run.seed)
     if settings.pipeline.streaming and selector.ranges(0):
         raise ConfigError(

@@ -326,6 +326,20 @@ VARIANTS = {
     "topk_tail": {"alignment": {"estimator": "topk_tail", "top_k": 5}},
     "student_topk_tail": {"alignment": {"estimator": "student_topk_tail", "top_k": 5}},
     "sampled_token": {"alignment": {"estimator": "sampled"}},
+    "eopd": {"alignment": {"mixture": {"gate": "eopd", "teacher_threshold": 2.0, "skew": 0.1}}},
+    "zones": {
+        "alignment": {
+            "mixture": {
+                "gate": "zones",
+                "student_threshold": 2.0,
+                "teacher_threshold": 2.0,
+                "start": [0.0, 1.0],
+                "schedule": "cosine",
+                "steps": 5,
+            }
+        }
+    },
+    "clip": {"alignment": {"clip": 2.0, "clip_mode": "scale"}},
     "decoupled_kd": {"alignment": {"variant": "decoupled_kd", "other_weight": 3.0, **FORWARD}},
     "at_kd": {"alignment": {"variant": "at_kd", **FORWARD}, "positions": {"policy": "full"}},
     "egad": {"alignment": {"variant": "egad", "feature_entropy": 0.3}},

@@ -13,7 +13,7 @@ from helpers import tiny_settings
 from onpolicy_skd.config.errors import ConfigError
 from onpolicy_skd.data.prompts import load_prompts
 from onpolicy_skd.report.metrics_log import MetricsLog
-from onpolicy_skd.run.prepare import Run, check_selector, open_folder, prepare
+from onpolicy_skd.run.prepare import Run, check_plugins, open_folder, prepare
 from onpolicy_skd.storage import checkpoint
 from onpolicy_skd.storage.files import LockedError, lock
 
@@ -232,6 +232,6 @@ def test_a_metric_that_looks_at_the_whole_batch_is_refused_with_streaming(tmp_pa
     monkeypatch.syspath_prepend(tmp_path)
     positions, pipeline = {"metric": "user_ranges:score"}, {"streaming": True}
     with pytest.raises(ConfigError, match=r"pipeline\.streaming: positions\.metric=user_ranges:score looks at the"):
-        check_selector(tiny_settings(positions=positions, pipeline=pipeline))
-    check_selector(tiny_settings(positions=positions))
-    check_selector(tiny_settings(pipeline=pipeline))
+        check_plugins(tiny_settings(positions=positions, pipeline=pipeline))
+    check_plugins(tiny_settings(positions=positions))
+    check_plugins(tiny_settings(pipeline=pipeline))
