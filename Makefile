@@ -1,4 +1,5 @@
-# make demo | test | test-slow | faults | soak | coverage | lint | lock -- each sets up what it needs in ./.venv first.
+# make demo | test | test-slow | examples | docs | faults | soak | coverage | lint | lock -- each sets up what it needs in
+# ./.venv first.
 #
 # BACKEND  cpu or gpu; found by itself (gpu where nvidia-smi lists one)
 # PYTHON   the Python (3.11 to 3.13) that makes the virtual environment
@@ -23,8 +24,9 @@ COMPILE := $(UV) pip compile --no-header --no-annotate --no-emit-package onpolic
 unexport PYTHONDONTWRITEBYTECODE
 export HF_HUB_DISABLE_TELEMETRY := 1
 export RAY_USAGE_STATS_ENABLED := 0
+export NO_MKDOCS_2_WARNING := 1
 
-.PHONY: demo test test-slow faults soak coverage lint lock setup clean
+.PHONY: demo test test-slow examples docs faults soak coverage lint lock setup clean
 
 demo: $(READY)
 	rm -rf runs/demo
@@ -35,6 +37,14 @@ test: $(READY)
 
 test-slow: $(READY)
 	$(RUN) -m pytest -m slow
+
+# The notebook and the scripts of examples/, executed.
+examples: $(READY)
+	$(RUN) -m pytest -m slow tests/integration/test_examples.py
+
+# The documentation as a site in site/; a broken link is an error.
+docs: $(READY)
+	$(RUN) -m mkdocs build --strict
 
 # Processes killed, disks filled, files damaged: what becomes of runs (docs/reliability.md). About 40 minutes on two cores.
 faults: $(READY)
@@ -89,4 +99,4 @@ lock:
 	rm -f .overrides.txt
 
 clean:
-	rm -rf $(VENV) build *.egg-info
+	rm -rf $(VENV) build site *.egg-info

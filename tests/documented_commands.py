@@ -12,6 +12,14 @@ TESTS: dict[str, tuple[str, ...]] = {
     "make test": ("tests/unit/test_documented_commands.py::test_make_targets_start_what_they_name",),
     "make test-slow": ("tests/unit/test_documented_commands.py::test_make_targets_start_what_they_name",),
     "make setup": ("tests/unit/test_documented_commands.py::test_make_targets_start_what_they_name",),
+    "make docs": (
+        "tests/unit/test_documented_commands.py::test_make_targets_start_what_they_name",
+        "tests/integration/test_pages.py::test_every_page_of_the_site_fits_and_fetches_nothing_from_elsewhere",
+    ),
+    "make examples": (
+        "tests/unit/test_documented_commands.py::test_make_targets_start_what_they_name",
+        "tests/integration/test_examples.py",
+    ),
     "make faults": (
         "tests/unit/test_documented_commands.py::test_make_targets_start_what_they_name",
         "tests/integration/test_faults.py::test_the_suite_writes_its_summary_and_fails_if_anything_was_wrong",

@@ -17,10 +17,10 @@ from onpolicy_skd.comparison.results import MODES, ModeDifference, RowResult
 VIEWS = 4  # rollouts shown token by token for each of the rows shown
 FULL_COLOR = 2.0  # nats of student entropy at which a token's color is full
 STYLE = """
-:root { color-scheme: light dark; --ink: #1b1f24; --paper: #ffffff; --soft: #6a737d; --line: #d8dee4; --band: #f3f5f7;
-  --hot: 213, 94, 0; --mark: #0072b2; }
+:root { color-scheme: light dark; --ink: #1b1f24; --paper: #ffffff; --soft: #5c656e; --line: #d8dee4; --band: #f3f5f7;
+  --hot: 235, 120, 30; --mark: #0072b2; }
 @media (prefers-color-scheme: dark) { :root { --ink: #e6e8eb; --paper: #14171b; --soft: #9aa4ae; --line: #333a42;
-  --band: #1d2228; --hot: 240, 140, 50; --mark: #6cb8f0; } }
+  --band: #1d2228; --hot: 165, 76, 0; --mark: #6cb8f0; } }
 * { box-sizing: border-box; }
 body { margin: 0 auto; padding: 1.5rem 1rem 4rem; max-width: 76rem; background: var(--paper); color: var(--ink);
   font: 16px/1.55 system-ui, sans-serif; }
@@ -41,6 +41,8 @@ figcaption { color: var(--soft); font-size: .9rem; }
 .tokens { font: .9rem/2 ui-monospace, monospace; white-space: pre-wrap; overflow-wrap: anywhere; margin-top: .5rem; }
 .t { border-radius: .2rem; background: rgba(var(--hot), var(--a)); }
 .t:hover, .t:focus { outline: 2px solid var(--soft); }
+.t:focus::after { content: attr(title); position: fixed; inset: auto 0 0 0; z-index: 1; padding: .8rem 1rem;
+  background: var(--ink); color: var(--paper); font: 1rem/1.4 system-ui, sans-serif; text-align: center; }
 .s { box-shadow: inset 0 0 0 1.5px var(--mark); } details > summary { cursor: pointer; }
 @media print { body { max-width: none; font-size: 11px; padding: 0; } table { font-size: 9px; }
   th, td { padding: .15rem .25rem; } .wide { overflow: visible; } figure, .rollout, tr { break-inside: avoid; }
@@ -121,8 +123,8 @@ def _token_views(comparison: Comparison) -> Iterator[str]:
     yield "<h2>Tokens</h2>"
     yield (
         "<p>Held-out rollouts of the trained students. The stronger the color, the higher the student's entropy "
-        f"(full at {FULL_COLOR:g} nats); outlined: positions that training would select. Point at a token for its "
-        "numbers.</p>"
+        f"(full at {FULL_COLOR:g} nats); outlined: positions that training would select. Point at a token or "
+        "click it for its numbers.</p>"
     )
     shown.sort(key=lambda run: run.settings.positions.policy == "full")  # runs that select all positions come last
     for place, run in enumerate(shown):

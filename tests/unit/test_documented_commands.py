@@ -56,6 +56,13 @@ def test_every_documented_command_has_a_test(page):
     assert not missing, f"add to tests/documented_commands.py the tests of {sorted(missing)}"
 
 
+def test_every_page_is_in_the_navigation_of_the_site():
+    navigation = (ROOT / "mkdocs.yml").read_text(encoding="utf-8").partition("\nnav:\n")[2]
+    listed = re.findall(r"- (?:\w+: )?(\S+\.md)$", navigation, re.MULTILINE)
+    absent = {page.name for page in PAGES[1:]} - set(listed)
+    assert not absent, "add these to nav in mkdocs.yml"
+
+
 @pytest.mark.parametrize("command", TESTS)
 def test_every_listed_test_exists(command):
     absent = [test for test in TESTS[command] if not is_there(test)]
@@ -69,6 +76,8 @@ def test_every_listed_test_exists(command):
         ("demo", "-m onpolicy_skd.train --config configs/demo.yaml"),
         ("test", '-m pytest -m "not slow"'),
         ("test-slow", "-m pytest -m slow"),
+        ("examples", "-m pytest -m slow tests/integration/test_examples.py"),
+        ("docs", "-m mkdocs build --strict"),
         ("faults", "-m eval.faults --out runs/faults"),
         ("soak", "-m eval.soak --out runs/soak"),
         ("setup", ""),
