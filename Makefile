@@ -1,5 +1,5 @@
-# make demo | test | test-slow | examples | docs | faults | soak | coverage | lint | lock -- each sets up what it needs in
-# ./.venv first.
+# make demo | test | test-slow | examples | docs | faults | soak | gpu-check | gpu-bench | coverage | lint | lock -- each sets up
+# what it needs in ./.venv first.
 #
 # BACKEND  cpu or gpu; found by itself (gpu where nvidia-smi lists one)
 # PYTHON   the Python (3.11 to 3.13) that makes the virtual environment
@@ -26,7 +26,7 @@ export HF_HUB_DISABLE_TELEMETRY := 1
 export RAY_USAGE_STATS_ENABLED := 0
 export NO_MKDOCS_2_WARNING := 1
 
-.PHONY: demo test test-slow examples docs faults soak coverage lint lock setup clean
+.PHONY: demo test test-slow examples docs faults soak gpu-check gpu-bench coverage lint lock setup clean
 
 demo: $(READY)
 	rm -rf runs/demo
@@ -53,6 +53,14 @@ faults: $(READY)
 # Two thousand steps of the demo's loop, watched for anything that grows. About 15 minutes.
 soak: $(READY)
 	$(RUN) -m eval.soak --out runs/soak
+
+# The GPU path in about ten minutes, each check with a criterion; models from the hub, or ARGS="student.model=FOLDER ...".
+gpu-check: $(READY)
+	$(RUN) -m eval.gpu_check --json runs/gpu_check.json $(ARGS)
+
+# The learner at the shapes of Qwen3-1.7B <- Qwen3-8B, random weights: no models are needed.
+gpu-bench: $(READY)
+	$(RUN) -m eval.gpu_bench --out runs/gpu_bench.json $(ARGS)
 
 # Every branch of the mathematics.
 coverage: $(READY)

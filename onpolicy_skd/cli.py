@@ -34,6 +34,8 @@ PROGRAMS = {
         "gradients": ("eval.gradients", "gradients of sparse targets compared with full KD"),
         "trl": ("eval.trl_baseline", "the same run by TRL's DistillationTrainer"),
         "faults": ("eval.faults.__main__", "inject faults into runs and report the outcome of each"),
+        "gpu-check": ("eval.gpu_check.__main__", "check the GPU path: machine, mathematics, engine, runs"),
+        "gpu-bench": ("eval.gpu_bench", "measure the learner at real shapes on one GPU"),
         "soak": ("eval.soak", "thousands of steps, watched for anything that grows"),
     },
 }

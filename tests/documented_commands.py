@@ -28,10 +28,20 @@ TESTS: dict[str, tuple[str, ...]] = {
         "tests/unit/test_documented_commands.py::test_make_targets_start_what_they_name",
         "tests/integration/test_commands.py::test_a_short_soak_writes_its_report",
     ),
+    "make gpu-check": (
+        "tests/unit/test_documented_commands.py::test_make_targets_start_what_they_name",
+        "tests/unit/eval/test_gpu_check.py::test_the_mathematics_pass_on_a_cpu",
+    ),
+    "make gpu-bench": (
+        "tests/unit/test_documented_commands.py::test_make_targets_start_what_they_name",
+        "tests/unit/eval/test_gpu_bench.py::test_the_toy_shape_writes_figures_and_a_page",
+    ),
     "python -m eval.agreement": ("tests/unit/eval/test_suite.py::test_the_agreement_command_counts_and_names_answers",),
     "python -m eval.faults": (
         "tests/integration/test_faults.py::test_the_suite_writes_its_summary_and_fails_if_anything_was_wrong",
     ),
+    "python -m eval.gpu_bench": ("tests/unit/eval/test_gpu_bench.py::test_the_toy_shape_writes_figures_and_a_page",),
+    "python -m eval.gpu_check": ("tests/unit/eval/test_gpu_check.py::test_the_mathematics_pass_on_a_cpu",),
     "python -m eval.gradients": (
         "tests/unit/eval/test_gradients.py::test_the_command_measures_every_sampler_against_the_exact_gradient",
     ),

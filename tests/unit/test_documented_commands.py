@@ -80,6 +80,8 @@ def test_every_listed_test_exists(command):
         ("docs", "-m mkdocs build --strict"),
         ("faults", "-m eval.faults --out runs/faults"),
         ("soak", "-m eval.soak --out runs/soak"),
+        ("gpu-check", "-m eval.gpu_check --json runs/gpu_check.json"),
+        ("gpu-bench", "-m eval.gpu_bench --out runs/gpu_bench.json"),
         ("setup", ""),
     ],
 )

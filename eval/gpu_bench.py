@@ -1,0 +1,381 @@
+"""Measure the learner at the shapes of Qwen3-1.7B <- Qwen3-8B on one GPU: the loss alone, steps, memory, whole runs.
+
+Weights are random and the vocabulary is the real one, so no models are needed: torch and transformers suffice; TRL and
+Liger are compared if they are installed.  ``--run`` adds steps of a shipped config with vLLM and real models.  Writes a
+JSON file, and a page of results next to the arithmetic.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import importlib.util
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from eval.performance.loss import loss_step, make_inputs
+from eval.performance.measuring import memory, reset_peak
+from onpolicy_skd.config.loading import resolve
+from onpolicy_skd.learner.learner import Learner
+from onpolicy_skd.models.split_model import SplitModel, split
+from onpolicy_skd.report.metrics_log import read, steps_of
+from onpolicy_skd.storage.files import write_text
+from onpolicy_skd.teacher.teacher import RowRequest
+from onpolicy_skd.types import Trajectory
+
+LOSSES = ("dense", "trl", "liger", "ours_k100", "ours_k20", "ours_k5")
+SHARES = {"ours_k100": 1.0, "ours_k20": 0.2, "ours_k5": 0.05}
+PROMPT = 128  # tokens of each prompt
+NOMINAL = {"H100": (989e12, 3.35e12), "H200": (989e12, 4.8e12), "A100": (312e12, 2.04e12)}  # bfloat16 FLOP/s, bytes/s
+
+
+class Shape(NamedTuple):
+    vocabulary: int
+    student: int  # hidden size
+    teacher: int
+    layers: int
+    heads: int
+    rows: int  # of the loss alone
+    responses: int  # of a step, in tokens each
+    tokens: tuple[int, ...]  # of a micro-batch
+
+
+SHAPES = {
+    "qwen3": Shape(151_936, 2048, 4096, 28, 16, 8192, 512, (2048, 8192, 16_384)),
+    "toy": Shape(512, 64, 96, 2, 2, 80, 32, (320, 640)),
+}
+
+
+# -- the card --------------------------------------------------------------------------------------------------------
+
+
+def card(device: str) -> dict[str, Any]:
+    """Return name, memory, and what a large product and a large copy reach here: FLOP/s and bytes/s."""
+    size = 8192 if device == "cuda" else 256
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    product, copy = seconds_of(lambda: a @ b, device), seconds_of(a.clone, device)
+    reached = {"flops": 2 * size**3 / product, "bytes_per_second": 2 * a.numel() * a.element_size() / copy}
+    if device != "cuda":
+        return {"name": "cpu", "torch": torch.__version__, "reached": reached}
+    properties = torch.cuda.get_device_properties(0)
+    nominal = next((peaks for name, peaks in NOMINAL.items() if name in properties.name), None)
+    record = {"name": properties.name, "gb": properties.total_memory / 1e9, "torch": torch.__version__}
+    record |= {"cuda": torch.version.cuda, "reached": reached}
+    return record | ({"nominal": dict(zip(reached, nominal, strict=True))} if nominal else {})
+
+
+def seconds_of(action: Callable[[], Any], device: str, repeat: int = 3) -> float:
+    """Return the seconds of a warm call, the fastest of ``repeat``."""
+    times = []
+    for _ in range(repeat + 1):
+        start = wall(device)
+        action()
+        times.append(wall(device) - start)
+    return min(times[1:])
+
+
+def wall(device: str) -> float:
+    """Return the time, once the device has nothing left to do."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def measured(action: Callable[[], dict[str, Any]], device: str) -> dict[str, Any]:
+    """Return what ``action`` returns and the peak of memory above what was in use; ``error`` where memory ends."""
+    gc.collect()
+    if device == "cuda":
+        torch.cuda.empty_cache()
+    reset_peak(device)
+    before = memory(device, "now")
+    try:
+        result = action()
+    except torch.OutOfMemoryError:
+        return {"error": "out of memory"}
+    return result | {"extra_gb": (memory(device, "peak") - before) / 1024}
+
+
+# -- the loss alone --------------------------------------------------------------------------------------------------
+
+
+def losses(shape: Shape, device: str) -> dict[str, dict[str, Any]]:
+    """Measure forward and backward of each loss over the same rows."""
+    inputs = make_inputs((shape.vocabulary, shape.student, shape.teacher, shape.rows), device)
+    results = {}
+    for name in LOSSES:
+        package = {"trl": "trl", "liger": "liger_kernel"}.get(name)
+        if package and importlib.util.find_spec(package) is None:
+            results[name] = {"error": "not installed"}
+            continue
+        step = liger_step(inputs) if name == "liger" else loss_step(_variant(name), inputs, SHARES.get(name, 1.0))
+        results[name] = measured(lambda step=step: {"ms": 1e3 * seconds_of(step, device)}, device)
+        results[name] |= {"flops": loss_flops(shape, name), "least_bytes": loss_bytes(shape, name)}
+        inputs["student_hidden"].grad = inputs["student_head"].grad = None
+    return results
+
+
+def _variant(name: str) -> str:
+    return "ours" if name in SHARES else name
+
+
+def liger_step(inputs: dict[str, Tensor]) -> Callable[[], Tensor]:
+    """Return a step of Liger's fused linear JSD at its reverse KL."""
+    from liger_kernel.transformers import LigerFusedLinearJSD
+
+    fused = LigerFusedLinearJSD(jsd_beta=1.0)
+    hidden, head = inputs["student_hidden"], inputs["student_head"]
+
+    def step() -> Tensor:
+        hidden.grad = head.grad = None
+        value = fused(hidden, head, inputs["teacher_hidden"], inputs["teacher_head"])
+        value.backward()
+        return value.detach()
+
+    return step
+
+
+def loss_flops(shape: Shape, name: str) -> float:
+    """Return the floating-point operations of the products: logits of both models, two gradients, the entropy pass."""
+    rows = SHARES.get(name, 1.0) * shape.rows
+    once = 2.0 * shape.vocabulary
+    entropy = once * shape.rows * shape.student if SHARES.get(name, 1.0) < 1 else 0.0
+    return entropy + once * rows * (3 * shape.student + shape.teacher)
+
+
+def loss_bytes(shape: Shape, name: str) -> float:
+    """Return the least bytes that must move: heads, the head's gradient, logits of both written and read once."""
+    rows, full = SHARES.get(name, 1.0) * shape.rows, shape.rows if SHARES.get(name, 1.0) < 1 else 0
+    heads = 2 * shape.vocabulary * (2 * shape.student + shape.teacher)
+    return heads + 4 * shape.vocabulary * (2 * full + 5 * rows)
+
+
+# -- steps of the learner --------------------------------------------------------------------------------------------
+
+
+class RandomTeacher:
+    """A teacher whose rows are noise: it costs nothing but its LM head and the rows."""
+
+    def __init__(self, shape: Shape, device: str, dtype: torch.dtype) -> None:
+        self._head = torch.randn(shape.vocabulary, shape.teacher, device=device).to(dtype).div_(shape.teacher**0.5)
+
+    def head(self) -> Tensor:
+        return self._head
+
+    def encode(self, trajectories: Sequence[Trajectory]) -> None:
+        pass
+
+    def rows(self, request: RowRequest) -> Tensor:
+        count = sum(len(positions) for _, positions in request)
+        return torch.randn(count, self._head.shape[1], device=self._head.device).to(self._head.dtype)
+
+    def entropy_and_logprob(self, keys: Sequence[str]) -> tuple[Tensor, Tensor]:
+        raise NotImplementedError("noise has no statistics")
+
+    classes = release = entropy_and_logprob  # type: ignore[assignment]
+
+
+def random_student(shape: Shape, device: str) -> SplitModel:
+    """Return a Qwen3 model of the shape, in float32."""
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    config = Qwen3Config(
+        vocab_size=shape.vocabulary, hidden_size=shape.student, intermediate_size=3 * shape.student,
+        num_hidden_layers=shape.layers, num_attention_heads=shape.heads, num_key_value_heads=max(1, shape.heads // 2),
+        head_dim=shape.student // shape.heads, tie_word_embeddings=True, max_position_embeddings=40_960,
+    )  # fmt: skip
+    with torch.device(device):
+        return split(Qwen3ForCausalLM(config).float(), shape.vocabulary)
+
+
+def random_batch(shape: Shape, tokens: int, version: int) -> list[Trajectory]:
+    """Return trajectories of one length that fill a micro-batch of ``tokens``."""
+    rng, length = np.random.default_rng(version), shape.responses
+    prompt = min(PROMPT, length)
+    return [
+        Trajectory(
+            f"t{i}", rng.integers(2, shape.vocabulary, prompt), rng.integers(2, shape.vocabulary, length),
+            np.zeros(length, np.float32), "length", version,
+        )
+        for i in range(max(1, tokens // (prompt + length)))
+    ]  # fmt: skip
+
+
+def learner_step(
+    shape: Shape, tokens: int, device: str, k: float = 0.2, checkpointing: bool = False, dtype: str = "auto"
+) -> dict[str, Any]:
+    """Measure a warm step of the learner with one micro-batch of ``tokens``."""
+    cfg = resolve(
+        {
+            "data": {"source": "demo"}, "sync": {"max_gap": 1e9}, "positions": {"k": k},
+            "run": {"device": device, "timeline": None}, "student": {"activation_checkpointing": checkpointing},
+            "learner": {"compute_dtype": dtype, "tokens_per_micro_batch": max(tokens, 2048)},
+        }
+    )  # fmt: skip
+
+    def action() -> dict[str, Any]:
+        teacher_type = torch.bfloat16 if device == "cuda" else torch.float32
+        student = random_student(shape, device)
+        learner = Learner(student, RandomTeacher(shape, device, teacher_type), cfg, 0, 10)
+        batches = [random_batch(shape, tokens, version) for version in range(3)]
+        parameters = sum(p.numel() for p in student.model.parameters())
+        trunk = parameters - student.model.get_input_embeddings().weight.numel()
+        seconds = []
+        for batch in batches:
+            start = wall(device)
+            learner.step(batch)
+            seconds.append(wall(device) - start)
+        count = sum(t.length for t in batches[0])
+        flops = (8 if checkpointing else 6) * trunk * count
+        return {"tokens": count, "seconds": min(seconds[1:]), "trunk_flops": flops, "parameters": parameters}
+
+    result = measured(action, device)
+    if "seconds" in result:
+        result["trunk_flops_per_second"] = result["trunk_flops"] / result["seconds"]
+    return {"k": k, "checkpointing": checkpointing} | result
+
+
+def predicted_gb(shape: Shape, tokens: int, k: float, checkpointing: bool) -> float:
+    """Return the estimated peak of a step: weights, gradient and moments; heads; a chunk of logits; activations."""
+    head, layer = shape.vocabulary * shape.student, 12 * shape.student**2  # grouped attention 3, three MLP matrices 9
+    parameters = head + shape.layers * layer
+    positions = k * tokens * shape.responses / (shape.responses + min(PROMPT, shape.responses))
+    chunk = min(positions, 400e6 / shape.vocabulary) * shape.vocabulary * 16
+    kept = 4 * shape.student * tokens * shape.layers + 90 * shape.student * tokens  # inputs of layers, and one layer
+    activations = kept if checkpointing else 58 * shape.student * tokens * shape.layers
+    return (16 * parameters + 2 * shape.vocabulary * shape.teacher + 2 * head + chunk + activations) / 1e9
+
+
+def steps(shape: Shape, device: str) -> list[dict[str, Any]]:
+    """Measure steps by length, with and without recomputed activations, and by share of positions."""
+    middle = shape.tokens[len(shape.tokens) // 2]
+    cases = [(tokens, 0.2, recomputed) for tokens in shape.tokens for recomputed in (False, True)]
+    cases += [(middle, k, False) for k in (0.05, 1.0)]
+    results = []
+    for tokens, k, recomputed in cases:
+        result = learner_step(shape, tokens, device, k, recomputed)
+        results.append(result | {"predicted_gb": predicted_gb(shape, tokens, k, recomputed)})
+        print(f"step of {tokens} tokens, k={k:g}, activations recomputed: {recomputed}: {_line(result)}", flush=True)
+    return results
+
+
+def _line(result: dict[str, Any]) -> str:
+    if "error" in result:
+        return result["error"]
+    rate = result["trunk_flops_per_second"] / 1e12
+    return f"{result['seconds']:.3g} s, {rate:.3g} TFLOP/s in the trunk, {result['extra_gb']:.3g} GB"
+
+
+# -- whole runs ------------------------------------------------------------------------------------------------------
+
+
+def whole_run(config: str, overrides: Sequence[str], count: int = 6) -> dict[str, Any]:
+    """Run ``count`` steps of a shipped config with vLLM; return seconds by phase and tokens per second.
+
+    Raises RuntimeError with the end of its output if the run fails.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = [
+            "--config", config, f"run.dir={folder}", "run.name=bench", f"run.steps={count}", "run.tensorboard=false",
+            "run.checkpoint_every=0", "run.evaluate_every=0", "eval.before=false", "eval.teacher=false",
+            "eval.problems=1", *overrides,
+        ]  # fmt: skip
+        command = [sys.executable, "-m", "onpolicy_skd.train", *arguments]
+        process = subprocess.run(command, capture_output=True, text=True, check=False)
+        if process.returncode:
+            raise RuntimeError((process.stderr or process.stdout)[-2000:])
+        return run_figures(read(Path(folder) / "bench" / "metrics.jsonl"))
+
+
+def run_figures(records: Iterable[dict[str, Any]]) -> dict[str, Any]:
+    """Return means over the steps of a run but the first: seconds by phase, generated tokens per second, gap."""
+    warm = steps_of(records)[1:]
+    phases = {name: float(np.mean([r["seconds"][name] for r in warm])) for name in warm[0]["seconds"]}
+    generated = np.mean([r["response_tokens"] * r["generated"] for r in warm])
+    gaps = [r["sampler_gap"] for r in warm if r.get("sampler_gap") is not None]
+    return {
+        "steps": len(warm),
+        "seconds": phases,
+        "rollout_tokens_per_second": float(generated) / max(phases["rollout"], 1e-9),
+        "learner_memory_gb": max(r.get("learner_memory_mib") or 0.0 for r in warm) / 1024,
+        "sampler_gap": float(np.mean(gaps)) if gaps else None,
+    }
+
+
+# -- results ---------------------------------------------------------------------------------------------------------
+
+
+def page(result: dict[str, Any]) -> str:
+    """Return the results as Markdown, next to the arithmetic."""
+    reached = result["card"]["reached"]
+    peaks = result["card"].get("nominal", reached)
+    lines = [
+        f"# {result['shape']} on {result['card']['name']}, torch {result['card']['torch']}", "",
+        f"Measured: a large product {reached['flops'] / 1e12:.3g} TFLOP/s, a copy "
+        f"{reached['bytes_per_second'] / 1e12:.3g} TB/s. Shares are of "
+        f"{peaks['flops'] / 1e12:.3g} TFLOP/s and {peaks['bytes_per_second'] / 1e12:.3g} TB/s.", "",
+        f"## The loss alone, {result['rows']} rows", "",
+        "| loss | ms | extra GB | share of arithmetic | share of bandwidth, at least |", "|---|---|---|---|---|",
+    ]  # fmt: skip
+    for name, row in result["losses"].items():
+        if "ms" not in row:
+            lines.append(f"| {name} | {row['error']} | | | |")
+            continue
+        seconds = row["ms"] / 1e3
+        arithmetic, moved = row["flops"] / seconds / peaks["flops"], row["least_bytes"] / seconds
+        share = moved / peaks["bytes_per_second"]
+        lines.append(f"| {name} | {row['ms']:.4g} | {row['extra_gb']:.3g} | {arithmetic:.0%} | {share:.0%} |")
+    lines += ["", "## A step of the learner", "",
+              "| tokens | k | activations recomputed | seconds | trunk TFLOP/s | share | extra GB | estimated GB |",
+              "|---|---|---|---|---|---|---|---|"]  # fmt: skip
+    for row in result["steps"]:
+        first = f"| {row.get('tokens', '')} | {row['k']:g} | {'yes' if row['checkpointing'] else 'no'} |"
+        if "error" in row:
+            lines.append(f"{first} {row['error']} | | | | {row['predicted_gb']:.3g} |")
+            continue
+        rate = row["trunk_flops_per_second"]
+        lines.append(f"{first} {row['seconds']:.3g} | {rate / 1e12:.3g} | {rate / peaks['flops']:.0%} | "
+                     f"{row['extra_gb']:.3g} | {row['predicted_gb']:.3g} |")  # fmt: skip
+    if run := result.get("run"):
+        phases = ", ".join(f"{name} {seconds:.3g} s" for name, seconds in run["seconds"].items())
+        lines += ["", f"## {run['config']}, mean of {run['steps']} steps", "",
+                  f"{phases}; {run['rollout_tokens_per_second']:.4g} generated tokens/s; learner "
+                  f"{run['learner_memory_gb']:.3g} GB; sampler gap {run['sampler_gap']} nats."]  # fmt: skip
+    return "\n".join(lines) + "\n"
+
+
+def main(argv: Sequence[str] | None = None, prog: str = "python -m eval.gpu_bench") -> int:
+    parser = argparse.ArgumentParser(prog=prog, description=__doc__)
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    parser.add_argument("--shape", choices=SHAPES, default="qwen3")
+    parser.add_argument("--out", type=Path, default=Path("runs/gpu_bench.json"), help="JSON file; a page next to it")
+    parser.add_argument("--run", metavar="CONFIG", help="also measure whole steps of this config: gsm8k_one_gpu")
+    parser.add_argument("overrides", nargs="*", help="with --run: settings KEY=VALUE, for example student.model=FOLDER")
+    args = parser.parse_args(argv)
+    if args.device == "cuda" and not torch.cuda.is_available():
+        print(f"error: --device cuda: torch {torch.__version__} sees no CUDA device; accepted: cpu", file=sys.stderr)
+        return 2
+    shape = SHAPES[args.shape]
+    result = {"card": card(args.device), "shape": args.shape, "rows": shape.rows, "losses": losses(shape, args.device)}
+    result["steps"] = steps(shape, args.device)
+    if args.run:
+        result["run"] = {"config": args.run} | whole_run(args.run, args.overrides)
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    write_text(args.out, json.dumps(result, indent=2) + "\n")
+    write_text(args.out.with_suffix(".md"), page(result))
+    print(page(result))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

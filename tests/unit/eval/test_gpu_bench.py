@@ -1,0 +1,72 @@
+"""The benchmark of the GPU path, at a toy shape on the CPU: the same code, sums and page."""
+
+import json
+
+import pytest
+import torch
+
+from eval import gpu_bench
+from eval.gpu_bench import LOSSES, SHAPES, loss_bytes, loss_flops, main, measured, page, predicted_gb, run_figures
+
+
+def test_the_toy_shape_writes_figures_and_a_page(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(gpu_bench, "LOSSES", [name for name in LOSSES if name != "trl"])  # slow to import
+    assert main(["--device", "cpu", "--shape", "toy", "--out", str(tmp_path / "bench.json")]) == 0
+    result = json.loads((tmp_path / "bench.json").read_text())
+    assert result["losses"].keys() == set(LOSSES) - {"trl"}
+    for name in ("dense", "ours_k100", "ours_k20", "ours_k5"):
+        assert result["losses"][name]["ms"] > 0
+    assert len(result["steps"]) == 2 * len(SHAPES["toy"].tokens) + 2
+    assert {row["tokens"] for row in result["steps"]} == {320, 640}
+    assert all(row["trunk_flops_per_second"] > 0 for row in result["steps"])
+    text = (tmp_path / "bench.md").read_text()
+    assert text in capsys.readouterr().out
+    assert text.count("\n| ours_k") == 3
+    assert "| 640 | 0.05 | no |" in text
+
+
+def test_without_a_gpu_the_default_device_is_refused(capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert main([]) == 2
+    assert "accepted: cpu" in capsys.readouterr().err
+
+
+def test_what_does_not_fit_is_a_row_of_the_table():
+    def action():
+        raise torch.OutOfMemoryError("full")
+
+    error = measured(action, "cpu")
+    assert error == {"error": "out of memory"}
+    card = {"name": "x", "torch": "2", "reached": {"flops": 1e12, "bytes_per_second": 1e12}}
+    step = {"k": 0.2, "checkpointing": False, "predicted_gb": 90.0} | error
+    text = page({"shape": "qwen3", "card": card, "rows": 8, "losses": {"dense": error}, "steps": [step]})
+    assert "| dense | out of memory |" in text
+    assert "| 0.2 | no | out of memory |" in text
+
+
+def test_arithmetic_of_the_loss():
+    shape = SHAPES["qwen3"]
+    full, fifth = loss_flops(shape, "ours_k100"), loss_flops(shape, "ours_k20")
+    assert full == loss_flops(shape, "dense") == 2 * 151_936 * 8192 * (3 * 2048 + 4096)
+    assert fifth == pytest.approx(0.2 * full + 2 * 151_936 * 8192 * 2048)
+    assert loss_bytes(shape, "ours_k20") < loss_bytes(shape, "ours_k100")
+
+
+def test_the_estimated_peak_is_the_sum_of_its_terms():
+    """16 bytes per weight of 1.72 billion, the two heads in bfloat16, logits, inputs of 28 layers and one layer."""
+    peak = predicted_gb(SHAPES["qwen3"], 8192, 0.2, True)
+    assert peak == pytest.approx(27.5 + 1.24 + 0.62 + 3.2 + 1.88 + 1.51, abs=0.3)
+    assert predicted_gb(SHAPES["qwen3"], 8192, 0.2, False) == pytest.approx(peak - 1.88 - 1.51 + 27.2, abs=0.1)
+
+
+def test_figures_of_a_run_leave_out_its_first_step():
+    def record(step, rollout):
+        return {"step": step, "loss": 1.0, "seconds": {"rollout": rollout, "learn": 2.0}, "response_tokens": 50.0,
+                "generated": 8, "learner_memory_mib": 1024.0 * step, "sampler_gap": 0.01}  # fmt: skip
+
+    figures = run_figures([record(0, 99.0), {"step": 0, "event": "warning"}, record(1, 1.0), record(2, 3.0)])
+    assert figures["steps"] == 2
+    assert figures["seconds"] == {"rollout": 2.0, "learn": 2.0}
+    assert figures["rollout_tokens_per_second"] == 200.0
+    assert figures["learner_memory_gb"] == 2.0
+    assert figures["sampler_gap"] == pytest.approx(0.01)
