@@ -57,6 +57,12 @@ class ActorGroups:
             self.rollouts.actors = self.learner
 
     @property
+    def shares_gpus(self) -> bool:
+        """True if an engine's GPU has other actors too."""
+        rollout = self._resources.rollout
+        return rollout.gpus > 0 and (self._resources.colocated or rollout.gpus < 1)
+
+    @property
     def engines(self) -> list[Any]:
         """Rollout engines that have a process to themselves."""
         return [] if self._engines_in_learner else self.rollouts.actors

@@ -16,6 +16,7 @@ from ray.actor import ActorHandle
 from actors.cluster import DeferredInitError
 from actors.faults import Place, place, reports_faults
 from actors.learner_weights import SendsWeights
+from actors.placement import free_gpu_memory
 from actors.teacher_actor import RemoteTeacher, build_teacher, split_for
 from onpolicy_skd.config.schema import AlignmentSettings, Settings
 from onpolicy_skd.distributed.ranks import Ranks
@@ -58,6 +59,7 @@ class LearnerActor(SendsWeights):
         """``scoring_only``: the driver will call ``score_samples`` alone, which may need no teacher."""
         self._rank, count = rank, 1 if scoring_only else settings.learner.ranks
         self._out_of_step = False  # this rank failed in a step that other ranks may still wait in
+        self._writer = checkpoint.BackgroundWriter()
         self._step_keys: list[str] = []  # trajectories of the open step
         self._settings = settings
         self._engine: TransformersEngine | None = None
@@ -213,7 +215,10 @@ class LearnerActor(SendsWeights):
     def save(
         self, folder: Path, step: int, version: int, state: dict[str, Any], keep: int, *prefetched: Sequence[Trajectory]
     ) -> Path:
-        """Write a checkpoint (rank 0), with rollouts of ``step`` that older weights, which will be gone, generated."""
+        """Write a checkpoint (rank 0), with rollouts of ``step`` that older weights, which will be gone, generated.
+
+        From a GPU it is copied, and written while training goes on: ``finish_saving`` waits for it.
+        """
         if self._learner.version != version:
             actual = f"the learner is at policy version {self._learner.version}, not {version}"
             raise files.SaveError(f"no checkpoint of step {step}: {actual}")
@@ -222,7 +227,14 @@ class LearnerActor(SendsWeights):
         records, tensors = trajectories_to_tensors([t for trajectories in prefetched for t in trajectories])
         state = state | {"version": version, "prefetched_rollouts": records}
         tensors = self._learner.state.tensors() | tensors
-        return folder if self._rank else checkpoint.save(folder, step, state, tensors, keep)
+        if self._rank:
+            return folder
+        on_gpu = self._learner.student.device.type == "cuda"
+        return (self._writer.save if on_gpu else checkpoint.save)(folder, step, state, tensors, keep)
+
+    def finish_saving(self) -> None:
+        """Wait until the last checkpoint is on disk.  Raises SaveError."""
+        self._writer.finish()
 
     def restore(self, path: Path) -> tuple[int, list[Trajectory]]:
         """Load a checkpoint; return the policy version and the prefetched rollouts of the next step."""
@@ -234,6 +246,10 @@ class LearnerActor(SendsWeights):
     def save_pretrained(self, folder: Path) -> None:
         """Write the student as a transformers checkpoint."""
         self._learner.state.save_pretrained(folder, self._tokenizer, self._saved_dtype)
+
+    def free_memory(self) -> None:
+        """Give the memory that the GPU's allocator keeps back to the GPU."""
+        free_gpu_memory()
 
     # -- the teacher -----------------------------------------------------------------------------------------------
 

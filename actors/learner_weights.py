@@ -28,7 +28,7 @@ class SendsWeights:
     _settings: Settings
     _learner: Learner
     _sender: Sender | None = None  # rank 0's, with sync.method=broadcast
-    _copies: Sequence[Tensor] = ()  # of the weights, with sync.method=ipc
+    _copy: Tensor | None = None  # of the weights, with sync.method=ipc
     _unperturbed: Sequence[tuple[Tensor, Tensor]] = ()  # parameter and copy, see ``perturb``
 
     def weights(self) -> dict[str, Packed]:
@@ -63,13 +63,14 @@ class SendsWeights:
 
     def export_weights(self) -> WeightSpec:
         """Copy the weights in this GPU's memory, until ``drop_export``, and return how to map the copy."""
-        self._copies = []
-        weight_spec, self._copies = exported(self._learner.state.weights(self._engine_dtype, everywhere=True))
+        state, self._copy = self._learner.state, None
+        weights = state.weights(self._engine_dtype, everywhere=True)
+        weight_spec, self._copy = exported(weights, state.weight_spec(self._engine_dtype))
         torch.cuda.empty_cache()  # an engine that wakes up may need it
         return weight_spec
 
     def drop_export(self) -> None:
-        self._copies = []
+        self._copy = None
         torch.cuda.ipc_collect()
         torch.cuda.empty_cache()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -21,8 +22,12 @@ from onpolicy_skd.models.loading import pick_device
 CPUS_PER_ROLE = 0.25  # roles alternate on the processors; a small share lets all of them fit on two cores
 TIMEOUT_S = 60  # seconds between two messages
 PRIVATE = "onpolicy_skd_private"  # a resource that marks a Ray which ends with its run
-FORWARDED = ("HF_HOME", "HF_HUB_OFFLINE", "HF_HUB_DISABLE_TELEMETRY", "CUDA_DEVICE_ORDER")
-LOOPBACK = dict.fromkeys(("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"), "lo")  # a private Ray is on one machine
+INTERFACES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
+FORWARDED = (
+    "HF_HOME", "HF_HUB_OFFLINE", "HF_HUB_DISABLE_TELEMETRY", "CUDA_DEVICE_ORDER", "VLLM_BATCH_INVARIANT", *INTERFACES,
+)  # fmt: skip
+TOKEN = "HF_TOKEN"  # on a cluster too: gated models are loaded by actors on other nodes
+LOOPBACK = dict.fromkeys(INTERFACES, "lo")  # a private Ray is on one machine
 Bundle = dict[str, float]
 
 
@@ -53,7 +58,9 @@ class Role:
             environment["OMP_NUM_THREADS"] = "1"  # until the actor calls ``use_cores``
             environment["OMP_WAIT_POLICY"] = "PASSIVE"  # threads that spin while idle would slow the other roles
         if PRIVATE in ray.cluster_resources():
-            environment |= LOOPBACK
+            environment |= LOOPBACK  # and its actors inherit the rest
+        elif TOKEN in os.environ:
+            environment[TOKEN] = os.environ[TOKEN]
         return {
             "num_cpus": CPUS_PER_ROLE,
             "num_gpus": self.gpus,
@@ -120,6 +127,13 @@ def use_cores(threads: int | None, actors: int, settings: Settings) -> None:
         threads = 1 if overlap else max(1, cores // math.ceil(actors / len(nodes)))
     os.environ["OMP_NUM_THREADS"] = str(threads)  # for processes that vLLM starts
     torch.set_num_threads(threads)
+
+
+def free_gpu_memory() -> None:
+    """Give the memory that this process's GPU allocator keeps back to the GPU."""
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        gc.collect()
+        torch.cuda.empty_cache()
 
 
 class Placement:

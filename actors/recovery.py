@@ -125,6 +125,12 @@ class FaultRecovery:
             self._weights.forget_engines()
         if new_learner:
             self._weights.learner_version = 0
+        if groups.shares_gpus and any(engine in failed for engine in groups.engines):
+            # A new engine needs its share of the GPU free, of which the allocators of the others keep a part.
+            alive = {role: [actor for actor in groups.by_role[role] if actor not in failed]
+                     for role in ("learner", "teacher")}  # fmt: skip
+            for role, actors in alive.items():
+                groups.get([actor.free_memory.remote() for actor in actors], role)
         groups.replace(failed)
         self._weights.connect()
         groups.wait_ready(log)

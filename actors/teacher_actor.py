@@ -12,7 +12,7 @@ from torch import Tensor
 
 from actors.cluster import DeferredInitError
 from actors.faults import Place, place, reports_faults
-from actors.placement import use_cores
+from actors.placement import free_gpu_memory, use_cores
 from actors.serialization import Packed, pack, unpack
 from onpolicy_skd.config.schema import ClassSettings, Settings
 from onpolicy_skd.loss.sparse_targets import SparseTargets
@@ -97,6 +97,10 @@ class TeacherActor:
 
     def release(self, keys: Sequence[str]) -> None:
         self._teacher.release(keys)
+
+    def free_memory(self) -> None:
+        """Give the memory that the GPU's allocator keeps back to the GPU."""
+        free_gpu_memory()
 
     def write_shard(self, folder: Path, number: int, trajectories: Sequence[Trajectory]) -> Shard:
         return write_shard(folder, number, trajectories, self._teacher, self._settings, self._vocabulary)

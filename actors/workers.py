@@ -200,11 +200,16 @@ class Workers:
     ) -> Path:
         """Write a checkpoint, with rollouts of ``step`` if they were generated before it.
 
-        Raises SaveError, also if the learner is not at policy ``version``: after a failure it may be new.
+        It may still be written when this returns: ``finish_saving`` waits.  Raises SaveError, also for the checkpoint
+        before it, and if the learner is not at policy ``version``: after a failure it may be new.
         """
         return self._groups.call_ranks(
             lambda rank: rank.save.remote(folder.absolute(), step, version, state, keep, *prefetched_rollouts)
         )
+
+    def finish_saving(self) -> None:
+        """Wait until the last checkpoint is on disk.  Raises SaveError."""
+        self._groups.call_ranks(lambda rank: rank.finish_saving.remote())
 
     def restore(self, path: Path) -> Refs:
         """Load a checkpoint into the learner; return the next step's rollouts, if the checkpoint holds them."""

@@ -286,7 +286,7 @@ def whole_run(config: str, overrides: Sequence[str], count: int = 6) -> dict[str
     """
     with tempfile.TemporaryDirectory() as folder:
         arguments = [
-            "--config", config, f"run.dir={folder}", "run.name=bench", f"run.steps={count}", "run.tensorboard=false",
+            "--config", config, f"run.dir={folder}", "run.name=bench", f"run.steps={count}", "run.trackers=[]",
             "run.checkpoint_every=0", "run.evaluate_every=0", "eval.before=false", "eval.teacher=false",
             "eval.problems=1", *overrides,
         ]  # fmt: skip

@@ -27,18 +27,15 @@ def check(report: Report, device: str, model: str, tokens: int = 128, prompts: i
     """Generate with vLLM, score with the learner's forward, push weights, change them, and generate again."""
     cfg = settings(model, device, tokens)
     engine: Any = build_engine(model, cfg)
-    vocabulary = len(loading.load_tokenizer(model))
-    rng = np.random.default_rng(0)
-    requests = [
-        RolloutRequest(f"p{i}", rng.integers(0, vocabulary, 32).tolist(), i) for i in range(prompts)
-    ]  # fmt: skip
+    rng, known = np.random.default_rng(0), len(loading.load_tokenizer(model))
+    requests = [RolloutRequest(f"p{i}", rng.integers(0, known, 32).tolist(), i) for i in range(prompts)]
     sampling, greedy = SamplingParams(tokens), SamplingParams(tokens, temperature=0.0)
     engine.generate(requests[:2], sampling)  # kernels compile
     start = time.perf_counter()
     sampled = engine.generate(requests, sampling)
     generated = sum(len(t.response_ids) for t in sampled)
     report.note("tokens per second", generated / (time.perf_counter() - start))
-    learner = build_learner(cfg, model, device, vocabulary)
+    learner = build_learner(cfg, model, device)
     coarse = learner.state.dtype != torch.float32
     bound = MAX_GAP if coarse else 1e-3
     before = engine.generate(requests, greedy)
@@ -72,8 +69,9 @@ def settings(model: str, device: str, tokens: int) -> Settings:
     )  # fmt: skip
 
 
-def build_learner(cfg: Settings, model: str, device: str, vocabulary: int) -> Learner:
-    """Return a learner without a teacher."""
+def build_learner(cfg: Settings, model: str, device: str) -> Learner:
+    """Return a learner without a teacher, of the model's full vocabulary, from which the engine samples."""
+    vocabulary = loading.vocabulary_of(loading.load_config(model))
     student = split(loading.load_model(model, torch.float32, device), vocabulary)
     return Learner(student, NoTeacher(), cfg, 0, 1)
 

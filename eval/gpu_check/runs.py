@@ -30,7 +30,7 @@ def check(report: Report, device: str, overrides: Sequence[str] = (), one_gpu: S
     """Make the runs in a temporary folder; ``overrides`` are settings of both, such as the folders of models."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        common = [f"run.dir={folder}", "run.tensorboard=false", f"run.device={device}"]
+        common = [f"run.dir={folder}", "run.trackers=[]", f"run.device={device}"]
         with report.guard("demo"):
             code, output = run([*DEMO, "run.name=demo", *common])
             check_demo(report, code, output, folder / "demo")

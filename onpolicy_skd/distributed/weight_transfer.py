@@ -1,5 +1,6 @@
 """New weights from the learner directly to vLLM's workers, through vLLM's update calls (vllm_engine.py).
 
+Tensors travel packed in byte buffers: a call for each of hundreds of tensors would take longer than the bytes.
 ``broadcast``: the learner's rank 0 and all workers of all engines are one group; NCCL on GPUs, gloo on CPUs.
 ``ipc``: a worker on the learner's GPU maps the memory in which the learner holds a copy.
 """
@@ -7,8 +8,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
-from dataclasses import dataclass
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any
 
@@ -21,6 +24,7 @@ from onpolicy_skd.distributed.rendezvous import Rendezvous, listen
 
 Address = tuple[str, int]
 Named = Iterable[tuple[str, Tensor]]
+BUFFER_BYTES = 2**26  # of a buffer of gloo; a larger tensor has one to itself
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,18 +34,24 @@ class WeightSpec:
     names: list[str]
     dtype_names: list[str]  # such as "bfloat16"
     shapes: list[list[int]]
-    handles: list[dict[str, tuple]] | None = None  # ipc: by the GPU's UUID, the arguments that map each tensor
+    handles: dict[str, tuple] | None = None  # ipc: by the GPU's UUID, the arguments that map the buffer of all tensors
 
     @staticmethod
-    def of(metas: Iterable[tuple[str, torch.dtype, Iterable[int]]], handles: Any = None) -> WeightSpec:
+    def of(metas: Iterable[tuple[str, torch.dtype, Iterable[int]]]) -> WeightSpec:
         names, types, shapes = zip(*metas, strict=True)
-        return WeightSpec([*names], [str(t).removeprefix("torch.") for t in types], [[*s] for s in shapes], handles)
+        return WeightSpec([*names], [str(t).removeprefix("torch.") for t in types], [[*s] for s in shapes])
+
+    @property
+    def sizes(self) -> list[int]:
+        """Bytes of each tensor."""
+        types = (getattr(torch, name) for name in self.dtype_names)
+        return [dtype.itemsize * math.prod(shape) for dtype, shape in zip(types, self.shapes, strict=True)]
 
     @property
     def update(self) -> dict[str, Any]:
         """The spec as vLLM's ``update_info``."""
         info = {"names": self.names, "dtype_names": self.dtype_names, "shapes": self.shapes}
-        return info if self.handles is None else info | {"ipc_handles": self.handles}
+        return info if self.handles is None else info | {"ipc_handles": self.handles, "tensor_sizes": self.sizes}
 
 
 class GlooGroup:
@@ -59,6 +69,47 @@ class GlooGroup:
 
     def destroy(self) -> None:
         self._group.shutdown()
+
+
+def buffers(sizes: Iterable[int], limit: int) -> Iterator[int]:
+    """Yield the number of tensors in each buffer: consecutive ones of at most ``limit`` bytes together, at least one.
+
+    Lazy by one tensor, and the same on both sides, which know the sizes.
+    """
+    count = filled = 0
+    for size in sizes:
+        if count and filled + size > limit:
+            yield count
+            count = filled = 0
+        count, filled = count + 1, filled + size
+    if count:
+        yield count
+
+
+def packed(weights: Named, limit: int) -> Iterator[Tensor]:
+    """Yield the weights as byte buffers, cut as ``buffers`` does."""
+    waiting: list[Tensor] = []
+    filled = 0
+    for _, tensor in weights:
+        flat = as_bytes(tensor)
+        if waiting and filled + flat.numel() > limit:
+            yield torch.cat(waiting)
+            waiting, filled = [], 0
+        waiting.append(flat)
+        filled += flat.numel()
+    if waiting:
+        yield torch.cat(waiting)
+
+
+def unpacked(buffer: Tensor, spec: WeightSpec, places: range) -> list[tuple[str, Tensor]]:
+    """Return the tensors ``places`` of ``spec`` that ``buffer`` holds, as views."""
+    sizes, types = spec.sizes, [getattr(torch, name) for name in spec.dtype_names]
+    flat = buffer.split([sizes[i] for i in places])
+    return [(spec.names[i], b.view(types[i]).view(spec.shapes[i])) for i, b in zip(places, flat, strict=True)]
+
+
+def as_bytes(tensor: Tensor) -> Tensor:
+    return tensor.detach().contiguous().view(-1).view(torch.uint8)
 
 
 class Sender:
@@ -96,17 +147,54 @@ class Sender:
 
     def send(self, weights: Named) -> None:
         """Broadcast the tensors, in the order of their WeightSpec."""
-        for _, tensor in weights:
-            self._group.broadcast(tensor.contiguous(), src=0)
         if self._device == "cuda":
-            torch.cuda.synchronize()
+            from vllm.distributed.weight_transfer.packed_tensor import packed_nccl_broadcast_producer
+
+            torch.cuda.synchronize()  # its streams do not wait for the optimizer's
+            packed_nccl_broadcast_producer(iter(weights), self._group, 0, lambda item: item[1])
+            return
+        for buffer in packed(weights, BUFFER_BYTES):
+            self._group.broadcast(buffer)
 
 
-def exported(weights: Named) -> tuple[WeightSpec, list[Tensor]]:
-    """Return the WeightSpec for ``ipc``, and copies on this GPU that must live until the workers have read them."""
+def exported(weights: Named, spec: WeightSpec) -> tuple[WeightSpec, Tensor]:
+    """Return the WeightSpec for ``ipc``, and a copy on this GPU that must live until the workers have read it."""
     from torch.multiprocessing.reductions import reduce_tensor
 
     uuid = str(torch.cuda.get_device_properties(torch.cuda.current_device()).uuid)
-    kept = [(name, tensor.clone()) for name, tensor in weights]
-    handles = [{uuid: reduce_tensor(tensor)[1]} for _, tensor in kept]
-    return WeightSpec.of(((n, t.dtype, t.shape) for n, t in kept), handles), [t for _, t in kept]
+    with plain_segments():
+        buffer = torch.empty(sum(spec.sizes), dtype=torch.uint8, device="cuda")
+    fill(buffer, weights)
+    torch.cuda.synchronize()
+    return replace(spec, handles={uuid: reduce_tensor(buffer)[1]}), buffer
+
+
+def fill(buffer: Tensor, weights: Named) -> None:
+    """Copy the weights into ``buffer``, one after the other."""
+    start = 0
+    for _, tensor in weights:
+        flat = as_bytes(tensor)
+        buffer[start : start + flat.numel()].copy_(flat)
+        start += flat.numel()
+
+
+@contextmanager
+def plain_segments() -> Iterator[None]:
+    """Allocate GPU memory without expandable segments, which some kernels and containers cannot map elsewhere.
+
+    Many export PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True; it holds again afterwards.
+    """
+    configured = os.environ.get("PYTORCH_ALLOC_CONF") or os.environ.get("PYTORCH_CUDA_ALLOC_CONF", "")
+    expandable = "expandable_segments:True" in configured
+    if expandable:
+        set_allocator(configured.replace("expandable_segments:True", "expandable_segments:False"))
+    try:
+        yield
+    finally:
+        if expandable:
+            set_allocator(configured)
+
+
+def set_allocator(text: str) -> None:
+    """Replace all settings of the GPU allocator."""
+    torch._C._accelerator_setAllocatorSettings(text)  # type: ignore[attr-defined]

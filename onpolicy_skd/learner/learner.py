@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from onpolicy_skd.config.schema import Settings
 from onpolicy_skd.distributed.ranks import Ranks, full_scalar
@@ -27,6 +28,7 @@ from onpolicy_skd.learner.precision import UpdateSums, precision_warning, sample
 from onpolicy_skd.learner.probe import Probe
 from onpolicy_skd.learner.scoring import Scorer
 from onpolicy_skd.learner.state import LearnerState
+from onpolicy_skd.models.lm_head import reserve
 from onpolicy_skd.models.split_model import SplitModel, checkpoint_activations
 from onpolicy_skd.selection.metrics import Ranges
 from onpolicy_skd.selection.selector import Selector
@@ -34,6 +36,7 @@ from onpolicy_skd.teacher.teacher import TeacherRows
 from onpolicy_skd.tracing import Spans
 from onpolicy_skd.types import Trajectory, check_version
 
+BYTES_TO_COME = 12  # of a trained weight, after the first step: gradient and two moments in float32
 ENDINGS = 4  # responses whose last token the teacher scores ...
 ENDINGS_INTERVAL = 4  # ... once in so many steps: it reads all their positions
 SIGNALS_INTERVAL = 8  # steps between measurements of teacher mass and overlap, which read the teacher's rows everywhere
@@ -104,6 +107,8 @@ class Learner:
         for name, parameter in named.items():
             if parameter.dtype != torch.float32:
                 raise ValueError(f"student parameter {name} is {parameter.dtype}; masters must be float32")
+        local = [p.to_local() if isinstance(p, DTensor) else p for p in named.values()]
+        reserve(student.device, BYTES_TO_COME * sum(p.numel() for p in local))
         selector, optimizer = Selector(settings.positions, settings.run.seed), adamw(named, settings.learner)
         self.state = LearnerState(student, named, optimizer, selector, objective, ranks, self._forward.dtype)
         self.scorer = Scorer(self.state, self._forward, teacher, settings)

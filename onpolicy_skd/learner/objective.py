@@ -147,7 +147,7 @@ class Objective:
 
 def frozen_copy(student: SplitModel) -> SplitModel:
     """Return a copy of a student, which is not sharded, that is not trained."""
-    return SplitModel(copy.deepcopy(student.model).requires_grad_(False), student.vocabulary)
+    return SplitModel(copy.deepcopy(student.model).requires_grad_(False), student.vocabulary, causal=student.causal)
 
 
 def hardest(uncertainty_N: Tensor, share: float) -> Tensor:

@@ -23,6 +23,7 @@ class Batch:
     columns: torch.Tensor  # int64 [N]; its column: the token *before* its target
     targets: torch.Tensor  # int64 [N]; y_t
     counts: list[int]  # eligible positions of each sequence; sums to N
+    right_padded: bool = False  # and no documents: the causal mask alone keeps every token from seeing others' padding
 
     def eligible(self, hidden_BLH: torch.Tensor) -> torch.Tensor:
         """Return the hidden states at the eligible positions ``[N, H]``."""
@@ -69,9 +70,10 @@ def collate(
     if document.any():
         same = (document[:, None, :, None] == document[:, None, None, :]) & mask[:, None, None, :].astype(bool)
         mask = (same & np.tri(length, dtype=bool)) | np.eye(length, dtype=bool)  # padding attends to itself only
+    right_padded = padding_side == "right" and mask.ndim == 2
     padded = (torch.as_tensor(a, device=device) for a in (ids, mask, positions))
     flat = (torch.as_tensor(np.concatenate(a), device=device) for a in (rows, columns, targets))
-    return Batch(*padded, *flat, counts=[len(t.target_ids) for t in trajectories])
+    return Batch(*padded, *flat, counts=[len(t.target_ids) for t in trajectories], right_padded=right_padded)
 
 
 def first_fit(lengths: Sequence[int], width: int) -> list[tuple[int, int]]:

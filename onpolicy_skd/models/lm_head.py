@@ -40,11 +40,20 @@ def _logits_for(free_bytes: int) -> int:
     return min(MAX_LOGITS_PER_CHUNK, max(LOGITS_PER_CHUNK, free_bytes // 8 // BYTES_PER_LOGIT))
 
 
+_reserved: dict[torch.device, int] = {}  # bytes
+
+
+def reserve(device: torch.device, size: int) -> None:
+    """Keep ``size`` bytes of a GPU out of what chunks may take: gradients and optimizer state will need them."""
+    _reserved[device] = size
+    _free_memory.cache_clear()
+
+
 @functools.cache  # measured once: sums in chunks of another size would round differently
 def _free_memory(device: torch.device) -> int:
-    """Return the bytes that are free on the device or held by its allocator."""
-    reserved = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return torch.cuda.mem_get_info(device)[0] + reserved
+    """Return the bytes that are free on the device or held by its allocator, without those of ``reserve``."""
+    held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return max(0, torch.cuda.mem_get_info(device)[0] + held - _reserved.get(device, 0))
 
 
 def chunks(rows: int, size: int) -> Iterator[slice]:

@@ -25,6 +25,7 @@ class SplitModel:
     model: Any  # a transformers PreTrainedModel
     vocabulary: int  # rows of the head in use
     takes_embeddings: bool = True  # the backbone gives the same states from embeddings as from their ids
+    causal: bool = False  # what follows a token changes nothing, so padding on the right needs no mask
     forward: Any = None  # replaces a call of the backbone where the model is sharded (ranks.py)
     checkpointed: tuple[Any, ...] = ()  # layers whose activations are computed again in the backward pass
 
@@ -69,9 +70,15 @@ class SplitModel:
             table.weight.grad.index_put_((ids,), gradient_TH, accumulate=True)
 
     def hidden(self, batch: Batch, embedded_BLH: Tensor | None = None) -> Tensor:
-        """Return the last hidden states ``[N, H]``, after the final norm, at the eligible positions."""
-        mask = batch.attention_mask
-        if mask.ndim == 4:
+        """Return the last hidden states ``[N, H]``, after the final norm, at the eligible positions.
+
+        Where padding is on the right, a causal model gets no mask: transformers makes one with four dimensions of it,
+        which excludes FlashAttention and grouped keys and values.
+        """
+        mask, position_ids = batch.attention_mask, batch.position_ids
+        if batch.right_padded and self.causal:
+            mask = position_ids = None
+        elif mask.ndim == 4:
             mask = _mask_for(self.model, mask)
         if torch.is_grad_enabled():
             for layer in self.checkpointed:
@@ -80,7 +87,7 @@ class SplitModel:
             input_ids=batch.input_ids if embedded_BLH is None else None,
             inputs_embeds=embedded_BLH,
             attention_mask=mask,
-            position_ids=batch.position_ids,
+            position_ids=position_ids,
             use_cache=False,
         )
         return batch.eligible(out.last_hidden_state)
@@ -181,9 +188,9 @@ def split(model: Any, vocabulary: int) -> SplitModel:
     model.eval()
     hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
     _check_head(model, head, ids, hidden, vocabulary)
-    takes_embeddings = _takes_embeddings(model, ids, hidden)
+    takes_embeddings, causal = _takes_embeddings(model, ids, hidden), _is_causal(model, ids, hidden)
     model.train(was_training)
-    return SplitModel(model, vocabulary, takes_embeddings)
+    return SplitModel(model, vocabulary, takes_embeddings, causal)
 
 
 def _check_head(model: Any, head: Any, ids: Tensor, hidden_BLH: Tensor, vocabulary: int) -> None:
@@ -227,6 +234,15 @@ def _check_head(model: Any, head: Any, ids: Tensor, hidden_BLH: Tensor, vocabula
         raise ModelError(
             f"{name}: its LM head does not read the last hidden state (a scale or a layer between them?); {accepted}"
         )
+
+
+def _is_causal(model: Any, ids: Tensor, hidden_BLH: Tensor) -> bool:
+    """Return True if tokens after ``ids`` and no mask give ``hidden_BLH`` too."""
+    longer = torch.cat([ids, ids[:, :1].expand_as(ids)], 1)
+    hidden = model.base_model(input_ids=longer, use_cache=False).last_hidden_state[:, : ids.shape[1]]
+    tolerance = 1e-3 if hidden.dtype == torch.float32 else 5e-2
+    scale = float(hidden_BLH.abs().max())
+    return torch.allclose(hidden.float(), hidden_BLH.float(), rtol=tolerance, atol=tolerance * scale)
 
 
 def _takes_embeddings(model: Any, ids: Tensor, hidden_BLH: Tensor) -> bool:

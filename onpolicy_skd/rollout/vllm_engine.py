@@ -111,7 +111,7 @@ class VLLMEngine:
             info = dict(master_address=host, master_port=port, rank_offset=first, world_size=count)
             info |= dict(timeout_s=self._timeout_s) if self._on_cpu else {}
         self._llm.shutdown_weight_transfer_engine()  # of an earlier group
-        self._llm.init_weight_transfer_engine({"init_info": info | {"packed": False}})
+        self._llm.init_weight_transfer_engine({"init_info": info | {"packed": True}})
 
     def receive(self, weight_spec: WeightSpec, version: int) -> None:
         """Load the weights that the learner is sending."""

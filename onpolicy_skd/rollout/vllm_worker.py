@@ -20,7 +20,7 @@ from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 from vllm.v1.sample.logits_processor import LogitsProcessor
 from vllm.v1.sample.logits_processor.builtin import process_dict_updates
 
-from onpolicy_skd.distributed.weight_transfer import GlooGroup
+from onpolicy_skd.distributed.weight_transfer import BUFFER_BYTES, GlooGroup, WeightSpec, buffers, unpacked
 from onpolicy_skd.models.lm_head import entropy_of
 
 ENTROPIES: dict[str, dict[int, float]] = {}  # by request and position
@@ -87,11 +87,15 @@ class GlooWeightTransferEngine(NCCLWeightTransferEngine):
 
     def receive_weights(self, update_info: NCCLWeightTransferUpdateInfo) -> None:
         model: Any = self.model
-        for name, dtype, shape in zip(update_info.names, update_info.dtype_names, update_info.shapes, strict=True):
-            weight = torch.empty(shape, dtype=getattr(torch, dtype))
+        spec = WeightSpec(update_info.names, update_info.dtype_names, update_info.shapes)
+        first, sizes = 0, spec.sizes
+        for count in buffers(sizes, BUFFER_BYTES):
+            places = range(first, first + count)
+            buffer = torch.empty(sum(sizes[first : first + count]), dtype=torch.uint8)
+            first += count
             assert self._gloo is not None  # vLLM calls init_transfer_engine first
-            self._gloo.broadcast(weight)
-            model.load_weights([(name, weight)])
+            self._gloo.broadcast(buffer)
+            model.load_weights(unpacked(buffer, spec, places))
 
     def shutdown(self) -> None:
         if gloo := getattr(self, "_gloo", None):

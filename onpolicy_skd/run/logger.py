@@ -56,6 +56,8 @@ class TrainingWorkers(Protocol):
         /,
     ) -> Path: ...
 
+    def finish_saving(self) -> None: ...
+
     def save_pretrained(self, folder: Path) -> None: ...
 
     def spans(self) -> dict[str, list[Span]]: ...
@@ -164,8 +166,8 @@ class RunLogger:
     def save(self, workers: TrainingWorkers, step: int, required: bool, rollout_refs: Sequence[Any] = ()) -> None:
         """Save a checkpoint.  If that fails, end the run where the checkpoint is ``required``, else log it."""
         try:
-            self._save(workers, step, rollout_refs)
-            self._has_checkpoint = True
+            self._save(workers, step, required, rollout_refs)
+            self._has_checkpoint |= any(self.checkpoints.glob("step-*"))  # not one that is still being written
         except SaveError as error:
             reason = str(cause_of(error))
             if required:
@@ -174,9 +176,11 @@ class RunLogger:
             with contextlib.suppress(OSError):  # the same disk
                 self._metrics.write({"step": step, "event": Event.UNSAVED, "reason": reason})
 
-    def _save(self, workers: TrainingWorkers, step: int, rollout_refs: Sequence[Any] = ()) -> None:
+    def _save(self, workers: TrainingWorkers, step: int, wait: bool, rollout_refs: Sequence[Any] = ()) -> None:
         keep = self._run.settings.run.keep_checkpoints
         workers.save(self.checkpoints, step, self._version, self.state(), keep, rollout_refs)
+        if wait:
+            workers.finish_saving()
 
     def validated(self, workers: TrainingWorkers, step: int, evaluation: Evaluation) -> None:
         """Log an evaluation during training; with ``run.keep_best`` save the student of the best one as best/."""
@@ -309,7 +313,7 @@ class RunLogger:
         def leave(_: type | None, error: BaseException | None, __: Any) -> bool:
             if isinstance(error, (RunError, OSError, *failures)):
                 try:
-                    self._save(workers, self._steps)
+                    self._save(workers, self._steps, wait=True)
                 except failures as unsaved:
                     self.log(f"no checkpoint of this moment: {first_line(cause_of(unsaved))}")
                 try:

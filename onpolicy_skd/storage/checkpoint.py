@@ -10,6 +10,7 @@ import json
 import logging
 import shutil
 from collections.abc import Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -82,9 +83,40 @@ def save(folder: Path, step: int, state: dict[str, Any], tensors: Mapping[str, T
     return final
 
 
+class BackgroundWriter:
+    """Writes checkpoints on a thread, so that a learner on a GPU trains while its copy goes to disk."""
+
+    def __init__(self) -> None:
+        self._executor = ThreadPoolExecutor(1, "checkpoint")
+        self._pending: Future[Path] | None = None
+
+    def save(self, folder: Path, step: int, state: dict[str, Any], tensors: Mapping[str, Tensor], keep: int) -> Path:
+        """Copy ``tensors``, which may change afterwards, and start to write them as ``save`` does; return the path.
+
+        Waits for the checkpoint before it.  Raises that one's SaveError, when this one is on its way.
+        """
+        before, self._pending = self._pending, None
+        error = before.exception() if before else None
+        copies = {name: t.detach().to("cpu", copy=True) for name, t in tensors.items()}
+        self._pending = self._executor.submit(save, folder, step, state, copies, keep)
+        if error:
+            raise error
+        return _path(folder, step)
+
+    def finish(self) -> None:
+        """Wait until the last checkpoint is on disk.  Raises its SaveError."""
+        pending, self._pending = self._pending, None
+        if pending:
+            pending.result()
+
+
+def _path(folder: Path, step: int) -> Path:
+    return folder / f"step-{step:08d}"
+
+
 def _write(folder: Path, temporary: Path, step: int, state: dict[str, Any], tensors: Mapping[str, Tensor]) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
-    final = folder / f"step-{step:08d}"
+    final = _path(folder, step)
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
     save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, temporary / TENSORS)

@@ -16,7 +16,7 @@ from hypothesis import settings as given_settings
 from hypothesis import strategies as st
 
 from onpolicy_skd.data.prompts import load_prompts
-from onpolicy_skd.distributed.weight_transfer import Sender, WeightSpec
+from onpolicy_skd.distributed.weight_transfer import Sender, WeightSpec, fill
 from onpolicy_skd.models.batch import collate
 from onpolicy_skd.models.lm_head import row_statistics
 from onpolicy_skd.models.loading import load_model, load_tokenizer, resolve_path
@@ -359,3 +359,17 @@ def test_vllm_and_transformers_agree_greedily(requests):
         for name in ("transformers", "vllm")
     ]
     assert same(*answers)
+
+
+def test_vllm_unpacks_the_buffer_that_the_learner_fills():
+    from vllm.distributed.weight_transfer.packed_tensor import unpack_tensor
+
+    named = [("a", torch.randn(3, 4).bfloat16()), ("b", torch.randn(5).bfloat16())]
+    spec = WeightSpec.of((n, t.dtype, t.shape) for n, t in named)
+    buffer = torch.empty(sum(spec.sizes), dtype=torch.uint8)
+    fill(buffer, iter(named))
+    for (name, actual), (expected, sent) in zip(
+        unpack_tensor(buffer, spec.names, spec.shapes, [torch.bfloat16] * 2, spec.sizes), named, strict=True
+    ):
+        assert name == expected
+        assert torch.equal(actual, sent)

@@ -38,6 +38,10 @@ class Workers:
 
     def save(self, folder, step, version, state, keep, rollout_refs=()):
         self.state = state
+        self.finished = False
+
+    def finish_saving(self):
+        self.finished = True
 
 
 @pytest.fixture
@@ -139,3 +143,12 @@ def test_overflows_and_start_up_warnings_are_events_that_end_no_run(run):
     page = (run.folder / "report.md").read_text()
     assert "9 with a float16 gradient that overflowed" in page
     assert "- step 1, precision: learner.lr is too small" in page
+
+
+def test_the_last_checkpoint_is_waited_for_and_the_others_are_not(run):
+    workers = Workers()
+    with RunLogger(run, 0, {}) as logger:
+        logger.save(workers, 2, required=False)
+        assert not workers.finished
+        logger.save(workers, 4, required=True)
+        assert workers.finished

@@ -5,6 +5,7 @@ import stat
 import subprocess
 import sys
 import textwrap
+import threading
 
 import pytest
 import torch
@@ -230,3 +231,48 @@ def test_tensors_of_a_file_are_a_mapping(tmp_path):
     (tmp_path / "step-00000001" / checkpoint.TENSORS).unlink()
     with pytest.raises(CheckpointError, match=r"step-00000001.*cannot be read"):
         checkpoint.load(tmp_path / "step-00000001", verify=False).tensors  # noqa: B018
+
+
+def test_a_checkpoint_in_the_background_is_the_one_of_its_moment(tmp_path, monkeypatch):
+    """Training changes the tensors in place while they are being written."""
+    written, gate = [], threading.Event()
+    write = checkpoint._write
+
+    def slow(*given):
+        gate.wait(10)
+        written.append(given[2])
+        return write(*given)
+
+    monkeypatch.setattr(checkpoint, "_write", slow)
+    writer, tensors = checkpoint.BackgroundWriter(), {n: t.clone() for n, t in TENSORS.items()}
+    path = writer.save(tmp_path / "background", 3, {"note": 3}, tensors, keep=1)
+    assert written == []
+    for tensor in tensors.values():
+        tensor.zero_()
+    gate.set()
+    writer.finish()
+    assert written == [3]
+    checkpoint.save(tmp_path / "plain", 3, {"note": 3}, TENSORS, keep=1)
+    assert path == tmp_path / "background" / "step-00000003"
+    for name in (checkpoint.STATE, checkpoint.TENSORS):
+        assert (path / name).read_bytes() == (tmp_path / "plain" / path.name / name).read_bytes()
+    writer.finish()  # nothing to wait for
+
+
+def test_an_error_in_the_background_is_raised_by_the_next_call_which_saves_all_the_same(tmp_path, monkeypatch):
+    writer, full = checkpoint.BackgroundWriter(), [True, False, True]
+    write = checkpoint._write
+
+    def refuses(*given):
+        if full.pop(0):
+            raise OSError("no space left")
+        return write(*given)
+
+    monkeypatch.setattr(checkpoint, "_write", refuses)
+    writer.save(tmp_path, 1, {}, TENSORS, keep=2)
+    with pytest.raises(SaveError, match="step 1 "):
+        writer.save(tmp_path, 2, {}, TENSORS, keep=2)
+    writer.save(tmp_path, 3, {}, TENSORS, keep=2)
+    with pytest.raises(SaveError, match="step 3 "):
+        writer.finish()
+    assert [p.name for p in tmp_path.iterdir()] == ["step-00000002"]

@@ -1,0 +1,66 @@
+"""Actors on GPUs: memory given back before an engine restarts beside others, and what their environment gets."""
+
+from types import SimpleNamespace
+
+import pytest
+from helpers import tiny_settings
+
+from actors import placement
+from actors.groups import ActorGroups
+from actors.placement import PRIVATE, Resources, Role
+from actors.recovery import FaultRecovery
+
+
+class Actor:
+    def __init__(self, log, name):
+        self.free_memory = SimpleNamespace(remote=lambda: log.append(f"{name} frees"))
+
+
+@pytest.mark.parametrize(
+    ("shares", "failed", "expected"),
+    [
+        (True, ["engine"], ["learner frees", "teacher frees", "replace"]),
+        (True, ["engine", "teacher"], ["learner frees", "replace"]),
+        (True, ["teacher"], ["replace"]),
+        (False, ["engine"], ["replace"]),
+    ],
+)
+def test_a_restarted_engine_finds_the_memory_that_others_only_kept(shares, failed, expected):
+    log = []
+    actors = {name: Actor(log, name) for name in ("learner", "teacher", "engine")}
+    groups = SimpleNamespace(
+        settings=tiny_settings(), shares_gpus=shares, learner=[actors["learner"]], engines=[actors["engine"]],
+        by_role={"learner": [actors["learner"]], "teacher": [actors["teacher"]]}, get=lambda refs, role: refs,
+        replace=lambda _: log.append("replace"), wait_ready=lambda _: None,
+    )  # fmt: skip
+    weights = SimpleNamespace(forget_engines=lambda: None, connect=lambda: None, sleep=lambda: None)
+    recovery = FaultRecovery(groups, weights, lambda path: [])
+    recovery._restart({actors[name]: "killed" for name in failed}, None, print)
+    assert log == expected
+
+
+@pytest.mark.parametrize(
+    ("gpus", "colocated", "shares"), [(1.0, False, False), (0.3, False, True), (0.33, True, True), (0.0, True, False)]
+)
+def test_engines_share_a_gpu_by_fractions_or_colocated(gpus, colocated, shares):
+    groups = ActorGroups.__new__(ActorGroups)
+    roles = (Role(name, 1, gpus) for name in ("learner", "teacher", "rollout"))
+    groups._resources = Resources(*roles, colocated=colocated)
+    assert groups.shares_gpus is shares
+
+
+def test_interfaces_and_the_hub_token_reach_actors_of_a_cluster(monkeypatch):
+    for name in placement.INTERFACES:
+        monkeypatch.setenv(name, "ib0")
+    monkeypatch.setenv("HF_TOKEN", "secret")
+
+    def environment(resources):
+        monkeypatch.setattr(placement.ray, "cluster_resources", lambda: resources)
+        return Role("teacher", 1, 1.0).options()["runtime_env"]["env_vars"]
+
+    cluster = environment({"GPU": 8.0})
+    assert {cluster[name] for name in placement.INTERFACES} == {"ib0"}
+    assert cluster["HF_TOKEN"] == "secret"
+    private = environment({"GPU": 1.0, PRIVATE: 1.0})  # on one machine: loopback, and everything else is inherited
+    assert {private[name] for name in placement.INTERFACES} == {"lo"}
+    assert "HF_TOKEN" not in private
