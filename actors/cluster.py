@@ -92,7 +92,7 @@ def with_absolute_paths(settings: Settings) -> Settings:
     for section, name in (("student", "model"), ("teacher", "model"), ("cache", "path")):
         group = getattr(settings, section)
         value = getattr(group, name)
-        if value is not None and Path(value).exists():
+        if value is not None and (section, value) != ("teacher", "student") and Path(value).exists():
             path = Path(value).absolute()
             changed[section] = group.model_copy(update={name: path if name == "path" else str(path)})
     return settings.model_copy(update=changed)

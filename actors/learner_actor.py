@@ -89,7 +89,7 @@ class LearnerActor(SendsWeights):
         pad_id = self._tokenizer.pad_token_id
         # A model that will be sharded need not fit one device.
         model = load_student(settings, device if count == 1 else "cpu", device)
-        student = split_for(settings, model, vocabulary, pad_id)
+        student = split_for(settings, model, vocabulary, pad_id, settings.max_sequence)
         self._teacher: TeacherRows
         if teachers:
             self._teacher = RemoteTeacher(teachers, device)

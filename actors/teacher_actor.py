@@ -27,11 +27,12 @@ from onpolicy_skd.types import Trajectory
 
 def build_teacher(settings: Settings, vocabulary: int, pad_id: int) -> Teacher:
     """Load the teacher of ``settings`` into this process.  Raises ModelError."""
-    cfg = settings.teacher
+    cfg, named = settings.teacher, settings.teacher_model
     device = pick_device(settings.run.device)
-    model = load_model(cfg.model, pick_dtype(cfg.dtype, device), device, cfg.trust_remote_code)
+    dtype = pick_dtype(cfg.dtype, device) if cfg.ema_decay is None else torch.float32  # small moves must not be lost
+    model = load_model(named.model, dtype, device, named.trust_remote_code)
     return Teacher(
-        split_for(settings, model, vocabulary, pad_id),
+        split_for(settings, model, vocabulary, pad_id, settings.max_teacher_sequence),
         cfg.tokens_per_batch,
         pad_id,
         settings.alignment.temperature,
@@ -40,15 +41,17 @@ def build_teacher(settings: Settings, vocabulary: int, pad_id: int) -> Teacher:
     )
 
 
-def split_for(settings: Settings, model: Any, vocabulary: int, pad_id: int) -> SplitModel:
+def split_for(settings: Settings, model: Any, vocabulary: int, pad_id: int, longest: int) -> SplitModel:
     """Split ``model`` into backbone and LM head; check that it keeps documents apart if the run packs sequences.
+
+    ``longest``: tokens of the longest sequence that it reads.
 
     Raises ModelError.
     """
     split_model = split(model, vocabulary)
     separate = settings.data.source == "text" and settings.data.documents == "separate"
     if separate or settings.pipeline.packing:
-        check_documents(split_model, pad_id, settings.max_sequence)
+        check_documents(split_model, pad_id, longest)
     return split_model
 
 

@@ -34,7 +34,7 @@ ScoreSamples = Callable[[Sequence[Trajectory]], list[float]]
 def engine(run: Run, resources: Resources, who: str) -> Iterator[RolloutGroup]:
     """Yield one rollout engine with the weights of ``who`` ("student" or "teacher"); kill it afterwards."""
     settings = with_absolute_paths(run.settings)
-    model_cfg = settings.teacher if who == "teacher" else settings.student
+    model_cfg = settings.teacher_model if who == "teacher" else settings.student
     role = resources.rollout
     group = RolloutGroup(model_cfg, role.on_device(settings), lambda _: role.options(), 1)
     try:
@@ -102,7 +102,10 @@ def selected_prompts(
 
     def generate(prompts: Sequence[Prompt]) -> list[Trajectory]:
         seed = run.settings.run.seed
-        requests = [RolloutRequest(p.key, p.token_ids, seed_of(seed, "prefilter", p.key)) for p in prompts]
+        requests = [
+            RolloutRequest(p.key, p.token_ids, seed_of(seed, "prefilter", p.key), teacher_prompt_ids=p.teacher_ids)
+            for p in prompts
+        ]
         return rollouts().gather(requests, run.sampling)
 
     return kept_prompts(run.settings, run.train, run.tokenizer, scored, generate, log)

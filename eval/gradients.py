@@ -49,7 +49,7 @@ def measure(settings: Settings, samples: int) -> dict[str, Any]:
     student = split(load_model(settings.student.model, torch.float32, device), run.vocabulary)
     dtype = pick_dtype(settings.teacher.dtype, device)
     pad_id, teacher_cfg = run.tokenizer.pad_token_id, settings.teacher
-    teacher_model = split(load_model(teacher_cfg.model, dtype, device), run.vocabulary)
+    teacher_model = split(load_model(settings.teacher_model.model, dtype, device), run.vocabulary)
     teacher = Teacher(teacher_model, teacher_cfg.tokens_per_batch, pad_id, settings.alignment.temperature)
     batch = run.references(run.train, 0)[:samples]
     teacher.encode(batch)

@@ -172,7 +172,7 @@ def trainer_for(run: Run, student: Any, recorder: TrainerCallback) -> Trainer:
     trainer = Trainer(
         model=student,
         teacher_model=models.load_model(
-            settings.teacher.model, teacher_dtype, device, settings.teacher.trust_remote_code
+            settings.teacher_model.model, teacher_dtype, device, settings.teacher_model.trust_remote_code
         ),
         args=arguments,
         train_dataset=Dataset.from_dict({"prompt": [" ".join(map(str, r.prompt_ids)) for r in requests]}),

@@ -319,7 +319,10 @@ def evaluate_with_progress(run: Run, generate: Generate, prompts: Sequence[Promp
 def add_divergences(run: Run, workers: Workers, prompts: Sequence[Prompt], evaluation: Evaluation) -> None:
     """Add the student's divergence from the teacher on ``prompts``, and token views, to ``evaluation``."""
     seed = run.settings.run.seed
-    requests = [RolloutRequest(p.key, p.token_ids, seed_of(seed, "divergence", p.key)) for p in prompts]
+    requests = [
+        RolloutRequest(p.key, p.token_ids, seed_of(seed, "divergence", p.key), teacher_prompt_ids=p.teacher_ids)
+        for p in prompts
+    ]
     rollouts = workers.engines().gather(requests, run.sampling)
     diagnostics = {d.key: d for d in workers.diagnose_positions(rollouts)}
     evaluation.result.update(means(list(diagnostics.values())))

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -57,6 +57,7 @@ class Prompt:
     columns: Mapping[str, Any] = field(default_factory=dict)  # the row of the data, for templates and judges
     chat: Chat | None = None  # of data.messages_column
     source: int = 0  # number of its source in data.mix
+    teacher_ids: list[int] | None = None  # the prompt that the teacher reads; None: the same
 
     @property
     def has_reference(self) -> bool:
@@ -77,6 +78,7 @@ class Trajectory:
     documents: np.ndarray | None = None  # int64; tokens, after the first, at which attention restarts
     sampler_entropy: np.ndarray | None = None  # float32 [n]; nats, as sampler_logprobs; None: not recorded
     supervised: np.ndarray | None = None  # bool [response tokens]: those that are targets; None: all
+    teacher_prompt_ids: np.ndarray | None = None  # int64; the prompt that the teacher reads; None: prompt_ids
 
     @property
     def target_ids(self) -> np.ndarray:
@@ -95,7 +97,13 @@ class Trajectory:
             digest.update(np.asarray(ids, dtype="<i8").tobytes())
         if self.supervised is not None:
             digest.update(self.supervised.tobytes())
+        if self.teacher_prompt_ids is not None:
+            digest.update(b"teacher" + np.asarray(self.teacher_prompt_ids, dtype="<i8").tobytes())
         return digest.digest()[:8]
+
+    def as_teacher_reads(self) -> Trajectory:
+        """Return the same response after the teacher's prompt; the eligible positions stay the same n."""
+        return self if self.teacher_prompt_ids is None else replace(self, prompt_ids=self.teacher_prompt_ids)
 
     @property
     def prompt_key(self) -> str:
@@ -127,6 +135,7 @@ class RolloutRequest:
     seed: int
     answer: str | None = None  # the reference answer, where correctness is needed; empty: a judge decides
     columns: Mapping[str, Any] | None = None  # the row of the data, for that judge
+    teacher_prompt_ids: list[int] | None = None  # as in Trajectory, which takes it over
 
 
 @dataclass(slots=True)
@@ -152,6 +161,11 @@ class FilterReport:
         self.truncated += other.truncated
         for reason, dropped in other.dropped.items():
             self.count(reason, dropped)
+
+
+def id_array(ids: Sequence[int] | None) -> np.ndarray | None:
+    """Return token ids as int64, or None for none."""
+    return None if ids is None else np.asarray(ids, dtype=np.int64)
 
 
 def check_version(trajectories: Iterable[Trajectory], version: int, max_staleness: int = 0) -> None:

@@ -38,7 +38,9 @@ Mode = Literal["off_policy", "on_policy"]
 Trainer = Literal["skd", "trl"]
 VERBS: dict[Trainer, str] = {"skd": "train", "trl": "trl"}  # of the command skd
 METHOD = ("positions", "samples", "classes", "alignment", "cache")  # sections in which rows of one mode may differ
-ALSO = ("run.name", "eval.teacher")  # may differ too; the default of eval.teacher depends on the cache
+# May differ too: what is part of a method elsewhere, and eval.teacher, whose default depends on cache and teacher.
+SINGLE = ("teacher.model", "teacher.prompt", "teacher.max_prompt_tokens", "teacher.ema_decay")
+ALSO = ("run.name", "eval.teacher", *SINGLE)
 Status = Literal["finished", "failed", "started", "waiting"]
 
 
@@ -210,7 +212,7 @@ def _check_fair(path: Path, runs: list[PlannedRun]) -> None:
             raise ConfigError(
                 f"{path}: row {run.row.name!r}, {run.mode}: sets {changed[0]} to {ours[changed[0]]!r}, row "
                 f"{other.row.name!r} has {theirs.get(changed[0])!r}; rows of one mode may differ in "
-                f"{', '.join(METHOD)} only"
+                f"{', '.join((*METHOD, *SINGLE))} only"
             )
 
 

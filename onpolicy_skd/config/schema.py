@@ -311,7 +311,18 @@ class StudentSettings(Section):
 
 
 class TeacherSettings(Section):
-    model: ModelName = setting("Qwen/Qwen3-8B", "hub name, folder, or bundled:demo_teacher")
+    model: ModelName = setting(
+        "Qwen/Qwen3-8B", "hub name, folder, or bundled:demo_teacher; student: the initial student itself"
+    )
+    ema_decay: Annotated[float, Field(ge=0, lt=1)] | None = setting(
+        None, "the teacher is the moving average of the student with this decay per step; empty: the initial student",
+        {"teacher.model": "student"},
+    )  # fmt: skip
+    prompt: str | None = setting(
+        None, "text that the teacher reads in place of the question, before the same response: with {question}, "
+        "{answer} or another column of the data in braces; empty: the student's prompt",
+    )  # fmt: skip
+    max_prompt_tokens: Positive = setting(1_024, "longest prompt of the teacher, tokens", {"teacher.prompt": Given()})
     dtype: Dtype = setting("auto", "auto: bfloat16 on cuda, else float32")
     placement: Literal["actor", "learner"] = setting(
         "actor", "actor: in separate processes (and devices); learner: in the learner's process", affects_result=False
@@ -637,8 +648,8 @@ class EvalSettings(Section):
     during: NonNegative = setting(200, "problems per evaluation during training; 0: eval.problems", resumable=True)
     before: bool = setting(True, "evaluate the student before training", resumable=True)
     teacher: bool = setting(
-        True, "evaluate the teacher once (needs room for its engine); the default with cache.path is false",
-        resumable=True,
+        True, "evaluate the teacher once (needs room for its engine); the default with cache.path or "
+        "teacher.model=student is false", resumable=True,
     )  # fmt: skip
     max_tokens: Positive | None = setting(
         None, "longest response in evaluation, tokens; empty: rollout.max_tokens", resumable=True
@@ -741,7 +752,7 @@ class Settings(Section):
         defaults: dict[str, dict[str, Any]] = {}
         if tree.get("mode") == "off_policy":
             defaults["alignment"] = {"divergence": "forward_kl"}
-        if section("cache").get("path"):
+        if section("cache").get("path") or section("teacher").get("model") == "student":
             defaults["eval"] = {"teacher": False}
         if section("cluster").get("topology") == "colocated":
             defaults["rollout"] = {"gpu_memory": 0.3}
@@ -762,11 +773,23 @@ class Settings(Section):
         return self.samples.correctness != "any" or self.samples.weight == "paced"
 
     @property
+    def teacher_model(self) -> StudentSettings | TeacherSettings:
+        """The section that names the teacher's model: the student's with ``teacher.model=student``."""
+        return self.student if self.teacher.model == "student" else self.teacher
+
+    @property
     def max_sequence(self) -> int:
         """Tokens of the longest prompt plus the longest response, or of a sample of packed text."""
         if self.data.source == "text":
             return self.data.sequence_length
         return self.data.max_prompt_tokens + self.rollout.max_tokens
+
+    @property
+    def max_teacher_sequence(self) -> int:
+        """Tokens of the longest sequence that the teacher reads."""
+        if self.teacher.prompt is None:
+            return self.max_sequence
+        return self.teacher.max_prompt_tokens + self.rollout.max_tokens
 
     @property
     def max_model_length(self) -> int:

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import functools
+import re
 from typing import Any
 
 from onpolicy_skd.config.errors import ConfigError
@@ -16,6 +17,7 @@ ASK_TEACHER = (
     *("teacher_entropy", "teacher_ce", "kl", "reverse_kl", "kl_plus_entropy", "ce_ratio", "ce_ratio_plus_entropy"),
     *("tip_soft_or", "tip_q3", "ta_opd", "teacher_mass", "overlap", "margin"),
 )  # metrics that need the teacher's full distribution
+PLACEHOLDER = re.compile(r"\{(\w+)\}")  # of a column, in teacher.prompt
 WHOLE_BATCH = ("tip_soft_or", "tip_q3", "ta_opd")  # metrics scaled by their ranges over the batch
 
 
@@ -132,13 +134,14 @@ def _schedule(settings: Settings) -> str | None:
 
 
 def _token_budgets(settings: Settings) -> str | None:
-    longest = settings.max_sequence
     sum_of = "data.sequence_length" if settings.data.source == "text" else "data.max_prompt_tokens + rollout.max_tokens"
+    of_teacher = "teacher.max_prompt_tokens + rollout.max_tokens" if settings.teacher.prompt is not None else sum_of
+    learner, teacher = settings.learner.tokens_per_micro_batch, settings.teacher.tokens_per_batch
     budgets = {
-        "learner.tokens_per_micro_batch": settings.learner.tokens_per_micro_batch,
-        "teacher.tokens_per_batch": settings.teacher.tokens_per_batch,
+        "learner.tokens_per_micro_batch": (learner, settings.max_sequence, sum_of),
+        "teacher.tokens_per_batch": (teacher, settings.max_teacher_sequence, of_teacher),
     }
-    for key, budget in budgets.items():
+    for key, (budget, longest, sum_of) in budgets.items():
         if longest > budget:
             return f"{key}={budget}: a sample may have {sum_of} = {longest} tokens; accepted: at least that"
     return None
@@ -194,6 +197,52 @@ def _sampled_tokens(settings: Settings) -> str | None:
             f"alignment.estimator=sampled: {biased[0]} selects by the sampled tokens themselves, which biases what "
             "is estimated from them; accepted: a selection that does not look at them"
         )
+    return None
+
+
+def _teacher_prompt(settings: Settings) -> str | None:
+    """Refuse a second prompt where the responses that follow it are not all that is supervised or scored."""
+    prompt, samples = settings.teacher.prompt, settings.samples
+    if prompt is None:
+        return None
+    if not PLACEHOLDER.search(prompt):
+        return "teacher.prompt: must contain {question}, {answer} or another column of the data in braces"
+    unaligned = {
+        "data.source=text": settings.data.source == "text",
+        "references.supervise=all": settings.references.supervise == "all",
+        f"samples.metric={samples.metric} with samples.prefilter_text=prompt": (
+            samples.metric in ("kl", "ce_ratio") and samples.when == "prefilter" and samples.prefilter_text == "prompt"
+        ),
+    }
+    if any(source.messages_column is not None for source in settings.data.sources):
+        return "teacher.prompt: stands for a question, not for a conversation; accepted without data.messages_column"
+    for name, chosen in unaligned.items():
+        if chosen:
+            return f"teacher.prompt: {name} compares prompt tokens too, which differ; accepted: responses alone"
+    if settings.mode != "on_policy" and settings.references.source == "teacher":
+        return (
+            "teacher.prompt: references.source=teacher lets the teacher answer the student's prompt; choose one of them"
+        )
+    return None
+
+
+def _moving_teacher(settings: Settings) -> str | None:
+    """Refuse an averaged student as teacher where the learner cannot move its weights."""
+    teacher = settings.teacher
+    if teacher.ema_decay is None:
+        return None
+    fixed = {
+        f"teacher.placement={teacher.placement}": teacher.placement != "learner",
+        f"learner.ranks={settings.learner.ranks}": settings.learner.ranks > 1,
+        f"teacher.dtype={teacher.dtype}": teacher.dtype == "bfloat16",
+        "cache.path": settings.cache.path is not None,
+    }
+    for name, chosen in fixed.items():
+        if chosen:
+            return (
+                f"teacher.ema_decay={teacher.ema_decay}: the learner moves the teacher's float32 weights in each step; "
+                f"accepted with teacher.placement=learner, learner.ranks=1 and no cache, not {name}"
+            )
     return None
 
 
@@ -401,6 +450,8 @@ RULES = (
     _alignment,
     _mixture,
     _sampled_tokens,
+    _teacher_prompt,
+    _moving_teacher,
     _staleness,
     _placement,
     _ranks,
@@ -419,7 +470,7 @@ TRL_ONLY = {
     "samples.truncated": "keep", "samples.weight": "uniform", "classes.sampler": "none", "alignment.variant": "full_kd",
     "alignment.estimator": "exact", "alignment.kd_weight": 1.0, "alignment.ema_weight": 0.0,
     "alignment.reference_weight": 0.0, "alignment.mixture.gate": "none", "alignment.clip": None,
-    "rollout.n": 1, "rollout.stop": [], "student.lora_rank": 0,
+    "rollout.n": 1, "rollout.stop": [], "student.lora_rank": 0, "teacher.prompt": None, "teacher.ema_decay": None,
 }  # fmt: skip
 
 

@@ -24,7 +24,7 @@ from onpolicy_skd.data.rows import read_jsonl, text_columns
 from onpolicy_skd.models.loading import weights_digest
 from onpolicy_skd.report.progress import ProgressReporter
 from onpolicy_skd.storage.files import RunPaths, write_text
-from onpolicy_skd.types import FinishReason, Prompt, RolloutRequest, Trajectory, seed_of
+from onpolicy_skd.types import FinishReason, Prompt, RolloutRequest, Trajectory, id_array, seed_of
 
 ANNOTATION = re.compile(r"<<[^<>]*>>")  # GSM8K's calculator annotations: <<48/2=24>>
 BATCH = 256  # prompts that the teacher answers between two writes to disk
@@ -52,8 +52,11 @@ def trajectory(prompt: Prompt, response: Response, key: str, supervise: str) -> 
         start = int(response.mask.argmax())  # the first token of the assistant
         supervised = None if response.mask[start:].all() else response.mask[start:]
     count = len(ids) - start if supervised is None else int(supervised.sum())
-    zeros = np.zeros(count, np.float32)
-    return Trajectory(key, ids[:start], ids[start:], zeros, response.finish_reason, None, supervised=supervised)
+    zeros, teacher_ids = np.zeros(count, np.float32), id_array(prompt.teacher_ids)
+    return Trajectory(
+        key, ids[:start], ids[start:], zeros, response.finish_reason, None, supervised=supervised,
+        teacher_prompt_ids=teacher_ids,
+    )  # fmt: skip
 
 
 def of_data(prompt: Prompt, tokenizer: Any, supervise: str = "response") -> Response:
@@ -204,7 +207,7 @@ def _fingerprint(settings: Settings, prompts: Sequence[Prompt]) -> str:
     digest = hashlib.sha256(
         json.dumps(
             [
-                weights_digest(settings.teacher.model), settings.run.seed, cfg.samples, cfg.temperature,
+                weights_digest(settings.teacher_model.model), settings.run.seed, cfg.samples, cfg.temperature,
                 rollout.max_tokens, rollout.top_p, rollout.engine, rollout.dtype, *rollout.stop,
             ]
         ).encode()

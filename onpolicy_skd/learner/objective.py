@@ -22,11 +22,13 @@ from onpolicy_skd.loss.divergence import distillation_loss
 from onpolicy_skd.loss.inputs import HiddenRows, Rows
 from onpolicy_skd.loss.sparse_targets import SparseTargets
 from onpolicy_skd.models.lm_head import RowStatistics
+from onpolicy_skd.models.lora import merged_parameters
 from onpolicy_skd.models.split_model import SplitModel
 from onpolicy_skd.selection.positions import Selection, num_selected
-from onpolicy_skd.teacher.teacher import TeacherRows
+from onpolicy_skd.teacher.teacher import Teacher, TeacherRows
 from onpolicy_skd.types import Trajectory, seed_of
 
+TEACHER = "teacher/"  # before the names of a moving teacher's parameters in the state
 HARD_SHARE = 0.5  # of a batch's positions are hard for at_kd (arXiv 2402.11890, section 4)
 
 
@@ -56,6 +58,9 @@ class Objective:
         if cfg.ema_weight:
             self._average = frozen_copy(student)
         self._reference = reference
+        self._moving_teacher: SplitModel | None = None
+        if settings.teacher.ema_decay is not None and isinstance(teacher, Teacher):
+            self._moving_teacher, self._teacher_decay = teacher.model, settings.teacher.ema_decay
 
     @property
     def parameters(self) -> dict[str, torch.nn.Parameter]:
@@ -105,21 +110,25 @@ class Objective:
 
     @torch.no_grad()
     def after_step(self) -> None:
-        """Move the average of the student towards its new weights, and forget the batch."""
+        """Move the averages of the student towards its new weights, and forget the batch."""
         self._hard = {}
+        if self._moving_teacher is not None:
+            means = dict(self._moving_teacher.model.named_parameters())
+            for name, merged in merged_parameters(self._student.model, lambda tensor: tensor):
+                means[name].lerp_(merged(), 1.0 - self._teacher_decay)
         if self._average is not None:
             for mean, new in zip(self._average.model.parameters(), self._student.model.parameters(), strict=True):
                 mean.lerp_(new, 1.0 - self._cfg.ema_decay)
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return the state that ``parameters`` does not hold."""
-        return {} if self._average is None else dict(self._average.model.named_parameters())
+        averages = {"": self._average, TEACHER: self._moving_teacher}
+        return {prefix + n: p for prefix, model in averages.items() if model for n, p in model.model.named_parameters()}
 
     @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        if self._average is not None:
-            for name, mean in self._average.model.named_parameters():
-                mean.copy_(state[name])
+        for name, mean in self.state_dict().items():
+            mean.copy_(state[name])
 
     def _teacher(self, micro: MicroBatch, selection: Selection) -> HiddenRows | SparseTargets:
         return micro.rows(selection) if self._classes.sampler == "none" else micro.classes(selection, self._classes)

@@ -183,7 +183,8 @@ def check_length(config: Any, model: str, tokens: int) -> None:
     if limit is not None and tokens > limit:
         raise ModelError(
             f"model {model!r}: supports {limit} positions, a sequence may have {tokens} tokens; lower "
-            "data.max_prompt_tokens + rollout.max_tokens (or eval.max_tokens), or data.sequence_length"
+            "data.max_prompt_tokens + rollout.max_tokens (or eval.max_tokens, teacher.max_prompt_tokens), or "
+            "data.sequence_length"
         )
 
 

@@ -22,7 +22,7 @@ from onpolicy_skd.models.lm_head import keeps_float32_sums, project, shift_exp, 
 from onpolicy_skd.models.loading import eos_token_ids, load_model, load_tokenizer, pick_device, pick_dtype
 from onpolicy_skd.models.split_model import SplitModel
 from onpolicy_skd.rollout.engine import sort_by_request
-from onpolicy_skd.types import RolloutRequest, SamplingParams, Trajectory
+from onpolicy_skd.types import RolloutRequest, SamplingParams, Trajectory, id_array
 
 LIBC = ctypes.CDLL(None) if platform.libc_ver()[0] == "glibc" else None
 STRIDE = 4  # tokens generated between two checks for responses that are complete
@@ -159,6 +159,7 @@ class Response:
             finish_reason="stop" if self.ended else "length",
             policy_version=version,
             sampler_entropy=entropies[0] if entropies else None,
+            teacher_prompt_ids=id_array(self.request.teacher_prompt_ids),
         )
 
 

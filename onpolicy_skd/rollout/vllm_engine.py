@@ -19,7 +19,7 @@ from onpolicy_skd.distributed.weight_transfer import Address, WeightSpec
 from onpolicy_skd.evaluation.stop_texts import stop_length
 from onpolicy_skd.models.loading import ModelError, eos_token_ids, load_tokenizer, pick_device, resolve_path
 from onpolicy_skd.rollout.engine import sort_by_request
-from onpolicy_skd.types import RolloutRequest, SamplingParams, Trajectory
+from onpolicy_skd.types import RolloutRequest, SamplingParams, Trajectory, id_array
 
 if TYPE_CHECKING:
     import vllm
@@ -203,6 +203,7 @@ class VLLMEngine:
             finish_reason="stop" if length is not None or out.finish_reason == "stop" else "length",
             policy_version=self.version,
             sampler_entropy=recorded,
+            teacher_prompt_ids=id_array(request.teacher_prompt_ids),
         )
 
 

@@ -30,7 +30,7 @@ def preflight(settings: Settings) -> None:
     """
     check_folder(settings.run.folder)
     check_trackers(settings.run.trackers)
-    student, teacher = settings.student, settings.teacher
+    student, teacher = settings.student, settings.teacher_model
     tokenizer = loading.load_tokenizer(student.model, student.trust_remote_code)
     check_tokenizer(tokenizer, student.model)
     if settings.generates:

@@ -25,6 +25,7 @@ from onpolicy_skd.data.prompts import (
     prompts_of_step,
 )
 from onpolicy_skd.data.references import Responses
+from onpolicy_skd.data.teacher_prompts import with_teacher_prompts
 from onpolicy_skd.evaluation.judge import find_judge
 from onpolicy_skd.loss.mixture import Mixture
 from onpolicy_skd.models import loading as models
@@ -120,6 +121,7 @@ class Run:
                 seed_of(seed, step, place, p.key, i),
                 p.answer if settings.judges_rollouts else None,
                 p.columns if settings.judges_rollouts and not p.answer else None,
+                p.teacher_ids,
             )
             for place, p in self._prompts(prompts, step)[: self._rolled_out]
             for i in range(settings.rollout.n)
@@ -204,7 +206,7 @@ def prepare(settings: Settings, log: Callable[[str], None] = print, generates: b
     vocabulary = _vocabulary(settings, tokenizer)
     if settings.data.source == "text":
         return _text_run(settings, tokenizer, vocabulary, log)
-    train, validation = _train_prompts(settings, tokenizer)
+    train, validation = (with_teacher_prompts(settings, tokenizer, p) for p in _train_prompts(settings, tokenizer))
     judged = [*validation, *(train if settings.judges_rollouts else [])]
     check_references(p for p in judged if p.answer)
     if settings.samples.when == "prefilter" and settings.samples.prefilter_text == "prompt+answer":
@@ -215,6 +217,8 @@ def prepare(settings: Settings, log: Callable[[str], None] = print, generates: b
     cfg = settings.eval
     limit = max(cfg.problems, cfg.during, cfg.divergence_prompts) if cfg.problems else None
     held_out = load_prompts(settings.data, tokenizer, "eval", limit) if settings.data.has_eval else []
+    if cfg.divergence_prompts and not validation:  # for the rest the teacher reads the student's prompt
+        held_out = with_teacher_prompts(settings, tokenizer, held_out)
     check_judged([*judged, *held_out], settings.eval.judge)
     digest = _data_digest(train, responses)
     return Run(settings, tokenizer, vocabulary, train, held_out, responses, validation, digest)
@@ -258,7 +262,8 @@ def _data_digest(prompts: Sequence[Prompt], responses: Responses) -> str:
     digest = hashlib.sha256()
     for prompt in prompts:
         ids = [r.ids if r.mask is None else [r.ids, r.mask.tolist()] for r in responses.get(prompt.key, ())]
-        digest.update(json.dumps([prompt.token_ids, prompt.answer, ids]).encode())
+        teacher_ids = () if prompt.teacher_ids is None else (prompt.teacher_ids,)
+        digest.update(json.dumps([prompt.token_ids, prompt.answer, ids, *teacher_ids]).encode())
         if prompt.source:
             digest.update(f"source {prompt.source}".encode())
     return digest.hexdigest()
@@ -280,7 +285,7 @@ def _train_prompts(settings: Settings, tokenizer: Any) -> tuple[list[Prompt], li
 
 def _vocabulary(settings: Settings, tokenizer: Any) -> int:
     """Return the number of classes that student and teacher share.  Raises ConfigError for different tokenizers."""
-    student, teacher = settings.student, settings.teacher
+    student, teacher = settings.student, settings.teacher_model
     config = models.load_config(student.model, student.trust_remote_code)
     models.check_length(config, student.model, settings.max_model_length)
     models.check_weights(student.model)
@@ -292,7 +297,7 @@ def _vocabulary(settings: Settings, tokenizer: Any) -> int:
         tokenizer, models.load_tokenizer(teacher.model, teacher.trust_remote_code), student.model, teacher.model
     )
     teacher_config = models.load_config(teacher.model, teacher.trust_remote_code)
-    models.check_length(teacher_config, teacher.model, settings.max_sequence)
+    models.check_length(teacher_config, teacher.model, settings.max_teacher_sequence)
     models.check_weights(teacher.model)
     return models.shared_vocabulary(config, teacher_config, len(tokenizer))
 

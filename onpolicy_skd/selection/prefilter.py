@@ -93,12 +93,14 @@ def fingerprint(settings: Settings, prompts: Sequence[Prompt]) -> str:
         ).encode()
     )
     if samples_cfg.metric in TEACHER_METRICS:
-        digest.update(json.dumps([settings.teacher.dtype, weights_digest(settings.teacher.model)]).encode())
+        digest.update(json.dumps([settings.teacher.dtype, weights_digest(settings.teacher_model.model)]).encode())
     if samples_cfg.prefilter_text == "rollout" or samples_cfg.metric == "random":
         digest.update(json.dumps([settings.run.seed, settings.rollout.model_dump(mode="json")]).encode())
     for prompt in prompts:
         fields = [prompt.key, prompt.token_ids, prompt.answer, *(prompt.chat.messages if prompt.chat else [])]
         if prompt.documents is not None:
             fields.append(prompt.documents.tolist())
+        if samples_cfg.metric in TEACHER_METRICS and prompt.teacher_ids is not None:
+            fields.append(prompt.teacher_ids)
         digest.update(json.dumps(fields).encode())
     return digest.hexdigest()[:24]

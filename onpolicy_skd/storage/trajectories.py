@@ -11,7 +11,10 @@ import torch
 
 from onpolicy_skd.types import Trajectory
 
-ARRAYS = ("prompt_ids", "response_ids", "sampler_logprobs", "sampler_entropy", "documents", "supervised")
+ARRAYS = (
+    *("prompt_ids", "response_ids", "sampler_logprobs", "sampler_entropy", "documents", "supervised"),
+    "teacher_prompt_ids",
+)
 
 
 def trajectories_to_tensors(

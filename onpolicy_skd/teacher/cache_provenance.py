@@ -17,6 +17,7 @@ TEXTS: dict[str, Any] = {  # settings that say which texts there are
     "run": {"seed"},
     "data": True,
     "student": {"model"},
+    "teacher": {"prompt"},
     "references": True,
     "rollout": {"engine", "max_tokens", "top_p", "dtype"},
     "samples": True,
@@ -32,12 +33,12 @@ def provenance(settings: Settings, tokenizer: Any) -> dict[str, Any]:
         if data.template == "chat":
             template["chat template"] = hashlib.sha256(str(tokenizer.chat_template).encode()).hexdigest()[:12]
     try:
-        weights = models.weights_digest(settings.teacher.model)
+        weights = models.weights_digest(settings.teacher_model.model)
     except models.ModelError:
         weights = None
     seed = settings.run.seed if settings.classes.sampler == "rs_kd" else None  # only rs_kd draws
     return {
-        "teacher": settings.teacher.model,
+        "teacher": settings.teacher_model.model,
         "weights": weights,
         "tokenizer": vocabulary_digest(tokenizer),
         "template": template,

@@ -138,7 +138,10 @@ class NoTeacher(HiddenRowsTeacher):
 
 
 class Teacher(HiddenRowsTeacher):
-    """A frozen model that encodes trajectories in batches of a token budget."""
+    """A model that encodes trajectories in batches of a token budget.
+
+    It is frozen, unless the learner moves its weights (``teacher.ema_decay``).
+    """
 
     def __init__(
         self,
@@ -156,13 +159,17 @@ class Teacher(HiddenRowsTeacher):
         self._pad_id = pad_id
         self._packed = packed
 
+    @property
+    def model(self) -> SplitModel:
+        return self._model
+
     def _hidden_of(self, trajectories: Sequence[Trajectory]) -> Iterator[tuple[Trajectory, Tensor]]:
-        for group in micro_batches([t.length for t in trajectories], self._tokens_per_batch, self._packed):
-            members = [trajectories[i] for i in group]
-            batch = collate(members, self._pad_id, self._model.device, packed=self._packed)
+        read = [t.as_teacher_reads() for t in trajectories]
+        for group in micro_batches([t.length for t in read], self._tokens_per_batch, self._packed):
+            batch = collate([read[i] for i in group], self._pad_id, self._model.device, packed=self._packed)
             hidden = self._model.hidden(batch).split(batch.counts)
-            for t, rows in zip(members, hidden, strict=True):
-                yield t, rows.clone()  # a view would keep the batch's tensor alive
+            for i, rows in zip(group, hidden, strict=True):
+                yield trajectories[i], rows.clone()  # a view would keep the batch's tensor alive
 
 
 def _uniform(seed: int, positions: Sequence[int], draws: int) -> Tensor:

@@ -110,6 +110,27 @@ CONFIGS = sorted(p for p in (ROOT / "configs").rglob("*.yaml") if "compare" not 
         (["rollout.entropy=engine", "mode=off_policy"], ["rollout.entropy=engine", "mode=on_policy"]),
         (["rollout.entropy=engine", "alignment.temperature=2"], ["rollout.entropy=engine", "alignment.temperature=1"]),
         (["mode=mixed", "samples.correctness=wrong"], ["samples.correctness=wrong", "mode=on_policy"]),
+        (["teacher.prompt=Think."], ["teacher.prompt: must contain {question}"]),
+        (["teacher.max_prompt_tokens=9"], ["teacher.max_prompt_tokens=9", "teacher.prompt only, not None"]),
+        (["teacher.prompt={answer}", "data.messages_column=messages"], ["teacher.prompt", "data.messages_column"]),
+        (["teacher.prompt={answer}", "mode=off_policy", "references.supervise=all"], ["references.supervise=all"]),
+        (["teacher.prompt={answer}", "mode=off_policy", "references.source=teacher"], ["choose one"]),
+        (
+            [
+                "teacher.prompt={answer}",
+                "samples.keep=0.5",
+                "samples.when=prefilter",
+                "samples.prefilter_text=prompt",
+                "samples.metric=kl",
+            ],
+            ["teacher.prompt: samples.metric=kl with samples.prefilter_text=prompt"],
+        ),
+        (["teacher.ema_decay=0.9"], ["teacher.ema_decay=0.9", "teacher.model=student only, not Qwen/Qwen3-8B"]),
+        (["teacher.ema_decay=0.9", "teacher.model=student"], ["ema_decay=0.9", "not teacher.placement=actor"]),
+        (
+            ["teacher.ema_decay=0.9", "teacher.model=student", "teacher.placement=learner", "learner.ranks=2"],
+            ["accepted with teacher.placement=learner, learner.ranks=1 and no cache, not learner.ranks=2"],
+        ),
         (["learner.lr"], ["section.name=value"]),
         (["learner.lr=[1"], ["not YAML"]),
     ],
@@ -279,6 +300,14 @@ def test_off_policy_means_forward_kl_unless_something_else_is_asked_for():
     assert resolve({"mode": "off_policy"}).alignment.divergence == "forward_kl"
     asked = resolve({"mode": "off_policy", "alignment": {"divergence": "reverse_kl"}})
     assert asked.alignment.divergence == "reverse_kl"
+
+
+def test_a_student_that_teaches_itself_is_evaluated_once():
+    settings = resolve({"teacher": {"model": "student"}})
+    assert settings.teacher_model is settings.student
+    assert not settings.eval.teacher
+    assert resolve({"teacher": {"model": "student"}, "eval": {"teacher": True}}).eval.teacher
+    assert resolve({}).teacher_model.model == "Qwen/Qwen3-8B"
 
 
 def test_help_names_every_setting_and_every_setting_has_a_meaning(capsys):

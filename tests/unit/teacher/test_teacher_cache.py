@@ -141,6 +141,20 @@ def test_hidden_rows_come_back_bit_for_bit(tmp_path):
         assert torch.equal(a, b)
 
 
+def test_a_cache_answers_for_the_prompt_that_the_teacher_read(tmp_path):
+    plain = make_trajectories(LENGTHS)
+    batch = [dataclasses.replace(t, teacher_prompt_ids=np.arange(5, 8 + 3 * i)) for i, t in enumerate(plain)]
+    settings, teacher = settings_for(), tiny_teacher()
+    cached = CachedHidden(TeacherCache(make_cache(tmp_path, settings, batch, teacher, per_shard=1)), settings, "cpu")
+    for who in (cached, teacher):
+        for t in batch:
+            who.encode([t])
+    wanted = [(t.key, range(len(t.response_ids))) for t in batch]
+    assert torch.equal(cached.rows(wanted), teacher.rows(wanted))
+    with pytest.raises(CacheError, match="t0 is not in the cache"):
+        cached.encode(plain)
+
+
 @pytest.mark.parametrize("sampler", ["none", "rs_kd"])
 def test_a_step_from_a_cache_is_the_step_with_the_teacher(sampler, tmp_path, monkeypatch):
     """Bit for bit: hidden rows are exact, and rs_kd draws what a teacher with the cache's seeds would."""
