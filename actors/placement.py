@@ -174,7 +174,7 @@ class Counts:
     @staticmethod
     def of_training(settings: Settings) -> Counts:
         teacher_actors = settings.teacher.placement == "actor" and settings.cache.path is None
-        rollout_actors = settings.generates and settings.rollout.placement == "actor"
+        rollout_actors = settings.needs_engines and settings.rollout.placement == "actor"
         return Counts(
             settings.learner.ranks,
             settings.teacher.actors if teacher_actors else 0,

@@ -1,4 +1,4 @@
-"""Preparation of the training set: responses of the teacher, and the sample filter that runs before training."""
+"""Preparation of the training set, before training: responses of a model, and the sample filter."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from actors.placement import Resources
 from actors.rollout_actor import RolloutGroup
 from onpolicy_skd.config.errors import ConfigError
 from onpolicy_skd.config.schema import Settings
-from onpolicy_skd.data.references import teacher_responses
+from onpolicy_skd.data.references import generated_responses
 from onpolicy_skd.run.exits import RunError
 from onpolicy_skd.run.prepare import Run
 from onpolicy_skd.run.supervisor import GiveUp, Supervisor
@@ -60,25 +60,26 @@ def retry_engine_on_fault(settings: Settings, role: str, action: Callable[[], T]
             time.sleep(decision.seconds)
 
 
-def add_teacher_references(run: Run, resources: Resources, log: Log) -> None:
-    """Give ``run`` the teacher's responses if the settings ask for them, and drop prompts without one.
+def add_generated_references(run: Run, resources: Resources, log: Log) -> None:
+    """Give ``run`` the responses of teacher or initial student if it asks for them; drop prompts without one.
 
     The responses are generated once and read from disk afterwards.
     """
-    if run.settings.mode == "on_policy" or run.settings.references.source != "teacher":
+    if not run.settings.generates_references:
         return
-    sampling = dataclasses.replace(run.sampling, temperature=run.settings.references.temperature)
+    source = run.settings.references.source
+    sampling = dataclasses.replace(run.sampling, temperature=run.settings.references.temperature, entropy=False)
 
     def once() -> None:
         with ExitStack() as stack:
-            teacher = functools.cache(lambda: stack.enter_context(engine(run, resources, "teacher")))
+            model = functools.cache(lambda: stack.enter_context(engine(run, resources, source)))
 
             def generate(requests: Sequence[RolloutRequest]) -> list[Trajectory]:
-                return teacher().gather(requests, sampling)  # starts the engine only if a response is not on disk
+                return model().gather(requests, sampling)  # starts the engine only if a response is not on disk
 
-            run.train, run.responses = teacher_responses(run.settings, run.train, generate, log)
+            run.train, run.responses = generated_responses(run.settings, run.train, generate, log)
 
-    retry_engine_on_fault(run.settings, "teacher engine", once, log)
+    retry_engine_on_fault(run.settings, f"{source} engine", once, log)
 
 
 def selected_prompts(

@@ -20,7 +20,7 @@ from ray.exceptions import RayError
 from actors.cache_builders import CacheBuilders, Work
 from actors.cluster import connect
 from actors.placement import Counts, Resources
-from actors.training_set import Log, add_teacher_references, engine, selected_prompts
+from actors.training_set import Log, add_generated_references, engine, selected_prompts
 from onpolicy_skd.config.errors import ConfigError
 from onpolicy_skd.config.loading import load_settings
 from onpolicy_skd.config.schema import Settings
@@ -51,11 +51,11 @@ def build(settings: Settings, log: Log = print_now) -> None:
     prefilters = settings.samples.when == "prefilter"
     rolls_out = prefilters and settings.samples.prefilter_text == "rollout"
     preflight(teaching)
-    run = prepare(teaching, log, generates=rolls_out or settings.references.source == "teacher")
+    run = prepare(teaching, log, generates=rolls_out or settings.generates_references)
     # Actors that exist at the same time: the scoring learner asks a builder where the metric needs a teacher.
     counts = Counts(int(prefilters), settings.teacher.actors, int(rolls_out))
     with caches.locked(folder), connect(teaching, counts) as resources, ExitStack() as stack:
-        add_teacher_references(run, resources, log)
+        add_generated_references(run, resources, log)
         pad_id = run.tokenizer.pad_token_id
         builders = stack.enter_context(CacheBuilders(teaching, resources, run.vocabulary, pad_id, log))
         write(run, Samples(run, selected(run, resources, builders, log)), builders, folder, log)

@@ -24,7 +24,7 @@ from ray.exceptions import GetTimeoutError, RayError
 
 from actors.cluster import connect
 from actors.placement import Resources
-from actors.training_set import add_teacher_references, engine, retry_engine_on_fault, selected_prompts
+from actors.training_set import add_generated_references, engine, retry_engine_on_fault, selected_prompts
 from actors.workers import Refs, Workers
 from onpolicy_skd.config import validation
 from onpolicy_skd.config.loading import load_settings
@@ -190,7 +190,7 @@ def retry_on_fault(action: Callable[[], T], workers: Workers, logger: RunLogger,
 def start_rollouts(run: Run, workers: Workers, prompts: Sequence[Prompt], step: int) -> Refs:
     """Start the rollouts of ``step``; return refs to its trajectories, references among them if the mode has them."""
     requests, references = run.requests(prompts, step), run.references(prompts, step)
-    return workers.generate(requests, run.sampling) + ([ray.put(references)] if references else [])
+    return workers.generate(requests, run.sampling_at(step)) + ([ray.put(references)] if references else [])
 
 
 def main(argv: Sequence[str] | None = None, prog: str = "python -m onpolicy_skd.train") -> int:
@@ -250,7 +250,7 @@ def run_settings(settings: Settings) -> RunResult:
             logger.start(resources.roles)
             if settings.eval.teacher and settings.generates and run.held_out and "teacher" not in logger.evaluations:
                 logger.evaluation("teacher", 0, teacher_evaluation(run, resources, logger.log))
-            add_teacher_references(run, resources, logger.log)
+            add_generated_references(run, resources, logger.log)
             workers = Workers(settings, resources, run.vocabulary, run.tokenizer.pad_token_id, run.steps, logger.log)
             with ExitStack() as stack:
                 stack.callback(workers.close)
@@ -285,7 +285,7 @@ def run_workers(run: Run, workers: Workers, logger: RunLogger, checkpoint: Check
         evaluate_student("before", 0)
     with stop.orderly():
         train(run, workers, prompts, logger, checkpoint.step if checkpoint else 0, stop, prefetched_rollouts)
-    if logger.finished and run.held_out:
+    if logger.finished and run.held_out and run.settings.eval.after:
         evaluate_student("after", run.steps)
 
 

@@ -39,7 +39,10 @@ Trainer = Literal["skd", "trl"]
 VERBS: dict[Trainer, str] = {"skd": "train", "trl": "trl"}  # of the command skd
 METHOD = ("positions", "samples", "classes", "alignment", "cache")  # sections in which rows of one mode may differ
 # May differ too: what is part of a method elsewhere, and eval.teacher, whose default depends on cache and teacher.
-SINGLE = ("teacher.model", "teacher.prompt", "teacher.max_prompt_tokens", "teacher.ema_decay")
+SINGLE = (
+    *("teacher.model", "teacher.prompt", "teacher.max_prompt_tokens", "teacher.ema_decay"),
+    *("references.source", "rollout.max_tokens_start", "rollout.max_tokens_steps"),
+)
 ALSO = ("run.name", "eval.teacher", *SINGLE)
 Status = Literal["finished", "failed", "started", "waiting"]
 
@@ -205,6 +208,8 @@ def _check_fair(path: Path, runs: list[PlannedRun]) -> None:
     """
     first: dict[tuple[Mode, int], PlannedRun] = {}
     for run in runs:
+        if not run.settings.eval.after:
+            raise ConfigError(f"{path}: eval.after=false: runs are compared by their evaluation after training")
         other = first.setdefault((run.mode, run.seed), run)
         ours, theirs = (_without_method(r.settings) for r in (run, other))
         changed = [k for k in ours if ours[k] != theirs.get(k)]

@@ -356,6 +356,13 @@ class RolloutSettings(Section):
         0.5, "share of rollouts in each batch (GKD's lambda)", {"mode": "mixed"}
     )
     max_tokens: Positive = setting(512, "longest response, tokens")
+    max_tokens_start: Positive | None = setting(
+        None, "first length limit of rollouts, which then grows to max_tokens; what it cuts counts as complete",
+        {"mode": ("on_policy", "mixed")},
+    )  # fmt: skip
+    max_tokens_steps: Positive = setting(
+        1_000, "steps from max_tokens_start to max_tokens", {"rollout.max_tokens_start": Given()}
+    )
     temperature: Annotated[float, Field(gt=0)] = setting(1.0, "sampling temperature")
     top_p: Share = setting(1.0, "nucleus of the sampling distribution")
     stop: list[Annotated[str, Field(min_length=1)]] = setting(
@@ -378,12 +385,14 @@ class RolloutSettings(Section):
 
 
 REFERENCES = {"mode": ("off_policy", "mixed")}
+ROLLED_OUT = ("teacher", "student")  # references that a model generates
 
 
 class ReferenceSettings(Section):
-    source: Literal["answers", "file", "teacher"] = setting(
-        "answers", "answers: of the data; file: references.file; teacher: its rollouts, generated once", REFERENCES
-    )
+    source: Literal["answers", "file", "teacher", "student"] = setting(
+        "answers", "answers: of the data; file: references.file; teacher, student: rollouts of the teacher or of the "
+        "initial student, generated once", REFERENCES,
+    )  # fmt: skip
     file: FilePath | None = setting(
         None, "file with one JSON object per line, with question and answer",
         REFERENCES | {"references.source": "file"}, resumable=True,
@@ -396,10 +405,10 @@ class ReferenceSettings(Section):
         "last turn; all: the question's tokens too, as in the SE-KD paper's code", REFERENCES,
     )  # fmt: skip
     samples: Positive = setting(
-        1, "rollouts of the teacher per prompt, used alternately", REFERENCES | {"references.source": "teacher"}
+        1, "rollouts per prompt, used alternately", REFERENCES | {"references.source": ROLLED_OUT}
     )
     temperature: Annotated[float, Field(ge=0)] = setting(
-        1.0, "sampling temperature of the teacher; 0: greedy", REFERENCES | {"references.source": "teacher"}
+        1.0, "sampling temperature of these rollouts; 0: greedy", REFERENCES | {"references.source": ROLLED_OUT}
     )
 
 
@@ -520,7 +529,8 @@ class AlignmentSettings(Section):
         "full_kd", "use of the divergence at each position: docs/method.md"
     )
     divergence: Literal["reverse_kl", "forward_kl", "jsd"] = setting(
-        "reverse_kl", "divergence to minimize; the default with mode=off_policy is forward_kl"
+        "reverse_kl",
+        "divergence to minimize; the default with mode=off_policy is forward_kl, except for references.source=student",
     )
     mixture: MixtureSettings = MixtureSettings()
     clip: Annotated[float, Field(gt=0)] | None = setting(
@@ -647,6 +657,7 @@ class EvalSettings(Section):
     problems: NonNegative = setting(0, "problems per evaluation; 0: the full split", resumable=True)
     during: NonNegative = setting(200, "problems per evaluation during training; 0: eval.problems", resumable=True)
     before: bool = setting(True, "evaluate the student before training", resumable=True)
+    after: bool = setting(True, "evaluate the student after training", resumable=True)
     teacher: bool = setting(
         True, "evaluate the teacher once (needs room for its engine); the default with cache.path or "
         "teacher.model=student is false", resumable=True,
@@ -750,7 +761,7 @@ class Settings(Section):
             return given if isinstance(given, dict) else {}
 
         defaults: dict[str, dict[str, Any]] = {}
-        if tree.get("mode") == "off_policy":
+        if tree.get("mode") == "off_policy" and section("references").get("source") != "student":
             defaults["alignment"] = {"divergence": "forward_kl"}
         if section("cache").get("path") or section("teacher").get("model") == "student":
             defaults["eval"] = {"teacher": False}
@@ -766,6 +777,18 @@ class Settings(Section):
     def generates(self) -> bool:
         """True if responses are generated, in training or evaluation."""
         return self.data.source != "text"
+
+    @property
+    def needs_engines(self) -> bool:
+        """True if the student generates during the run: in training, evaluations, or to score prompts."""
+        evaluates = self.eval.before or self.eval.after or self.run.evaluate_every > 0
+        scores = self.samples.when == "prefilter" and self.samples.prefilter_text == "rollout"
+        return self.generates and (self.mode != "off_policy" or evaluates or scores)
+
+    @property
+    def generates_references(self) -> bool:
+        """True if a model generates the references, once, before training."""
+        return self.mode != "on_policy" and self.references.source in ROLLED_OUT
 
     @property
     def judges_rollouts(self) -> bool:

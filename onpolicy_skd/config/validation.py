@@ -363,6 +363,21 @@ def _references(settings: Settings) -> str | None:
     return None
 
 
+def _growing_length(settings: Settings) -> str | None:
+    rollout, samples = settings.rollout, settings.samples
+    start = rollout.max_tokens_start
+    if start is None:
+        return None
+    if start > rollout.max_tokens:
+        return (
+            f"rollout.max_tokens_start={start}: the limit grows to rollout.max_tokens={rollout.max_tokens}, not below"
+        )
+    if settings.judges_rollouts:
+        judge = "samples.weight=paced" if samples.weight == "paced" else f"samples.correctness={samples.correctness}"
+        return f"rollout.max_tokens_start={start}: {judge} would judge answers that the limit cuts; choose one of them"
+    return None
+
+
 def _samples(settings: Settings) -> str | None:
     samples, n, rollouts = settings.samples, settings.rollout.n, settings.rollouts_per_step
     if samples.weight == "paced" and (n < 2 or rollouts % n):
@@ -460,6 +475,7 @@ RULES = (
     _topology,
     _entropy,
     _references,
+    _growing_length,
     _samples,
     _text,
     _cache,
@@ -470,7 +486,8 @@ TRL_ONLY = {
     "samples.truncated": "keep", "samples.weight": "uniform", "classes.sampler": "none", "alignment.variant": "full_kd",
     "alignment.estimator": "exact", "alignment.kd_weight": 1.0, "alignment.ema_weight": 0.0,
     "alignment.reference_weight": 0.0, "alignment.mixture.gate": "none", "alignment.clip": None,
-    "rollout.n": 1, "rollout.stop": [], "student.lora_rank": 0, "teacher.prompt": None, "teacher.ema_decay": None,
+    "rollout.n": 1, "rollout.stop": [], "student.lora_rank": 0, "rollout.max_tokens_start": None,
+    "teacher.prompt": None, "teacher.ema_decay": None,
 }  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""Responses that the student did not write: reference answers, a file of answers, or the teacher's rollouts.
+"""Responses that the student does not write in training: answers, or rollouts of the teacher or the initial student.
 
 Filter, teacher, learner and evaluation treat them as they treat the student's rollouts.
 """
@@ -27,7 +27,7 @@ from onpolicy_skd.storage.files import RunPaths, write_text
 from onpolicy_skd.types import FinishReason, Prompt, RolloutRequest, Trajectory, id_array, seed_of
 
 ANNOTATION = re.compile(r"<<[^<>]*>>")  # GSM8K's calculator annotations: <<48/2=24>>
-BATCH = 256  # prompts that the teacher answers between two writes to disk
+BATCH = 256  # prompts that a model answers between two writes to disk
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,22 +137,25 @@ def _from_file(settings: Settings, prompts: Sequence[Prompt]) -> dict[str, list[
     return answers
 
 
-def teacher_responses(
+def generated_responses(
     settings: Settings,
     prompts: Sequence[Prompt],
     roll: Callable[[Sequence[RolloutRequest]], Sequence[Trajectory]],
     log: Callable[[str], None],
 ) -> tuple[list[Prompt], Responses]:
-    """Return the prompts that the teacher answered, and its answers (sequence-level KD, Kim and Rush, 2016).
+    """Return the prompts that the model of ``references.source`` answered, and its answers.
 
-    ``roll`` generates them once; all runs on the same teacher, prompts and sampling reuse them, and a run continues
+    Of the teacher: sequence-level KD (Kim and Rush, 2016); of the initial student: offline on-policy distillation
+    (arXiv 2604.13010).
+    ``roll`` generates them once; all runs on the same model, prompts and sampling reuse them, and a run continues
     where a killed one stopped.  Truncated answers are left out if ``samples.truncated`` says so.
     """
+    source = settings.references.source
     path = RunPaths(settings.run.folder).references / f"{_fingerprint(settings, prompts)}.jsonl"
     partial = path.with_suffix(".partial.jsonl")
     rows = _read_rows(path) if path.exists() else _read_rows(partial)
     if path.exists():
-        log(f"references: answers of the teacher to {len(prompts)} prompts reused from {path}")
+        log(f"references: answers of the {source} to {len(prompts)} prompts reused from {path}")
     else:
         path.parent.mkdir(parents=True, exist_ok=True)
         with ProgressReporter("references", len(prompts), log, completed=len(rows)) as progress:
@@ -162,23 +165,22 @@ def teacher_responses(
                     rows.setdefault(t.prompt_key, []).append(Response(t.response_ids.tolist(), t.finish_reason))
                 write_text(partial, _text_of(rows))
                 progress.advance(len(missing))
-        log(f"references: the teacher has answered {len(rows)}/{len(prompts)} prompts")
+        log(f"references: the {source} has answered {len(rows)}/{len(prompts)} prompts")
         partial.replace(path)
     usable = {
         key: [r for r in answers if r.ids and (r.finish_reason == "stop" or settings.samples.truncated == "keep")]
         for key, answers in rows.items()
     }
     kept = [p for p in prompts if usable.get(p.key)]
-    log(f"references: {len(kept)} of {len(prompts)} prompts have an answer of the teacher")
+    log(f"references: {len(kept)} of {len(prompts)} prompts have an answer of the {source}")
     if not kept:
-        raise ConfigError("references.source=teacher: every answer is truncated; raise rollout.max_tokens")
+        raise ConfigError(f"references.source={source}: every answer is truncated; raise rollout.max_tokens")
     return kept, usable
 
 
 def _request(settings: Settings, prompt: Prompt, number: int) -> RolloutRequest:
-    return RolloutRequest(
-        f"{prompt.key}/{number}", prompt.token_ids, seed_of(settings.run.seed, "teacher", prompt.key, number)
-    )
+    seed = seed_of(settings.run.seed, settings.references.source, prompt.key, number)
+    return RolloutRequest(f"{prompt.key}/{number}", prompt.token_ids, seed)
 
 
 def _text_of(rows: Responses) -> str:
@@ -202,13 +204,14 @@ def _read_rows(path: Path) -> dict[str, list[Response]]:
 
 
 def _fingerprint(settings: Settings, prompts: Sequence[Prompt]) -> str:
-    """Return a digest that changes with the teacher's weights, the prompts, and the settings of sampling."""
+    """Return a digest that changes with the model's weights, the prompts, and the settings of sampling."""
     cfg, rollout = settings.references, settings.rollout
+    model, also = (settings.student, ["student"]) if cfg.source == "student" else (settings.teacher_model, [])
     digest = hashlib.sha256(
         json.dumps(
             [
-                weights_digest(settings.teacher_model.model), settings.run.seed, cfg.samples, cfg.temperature,
-                rollout.max_tokens, rollout.top_p, rollout.engine, rollout.dtype, *rollout.stop,
+                weights_digest(model.model), settings.run.seed, cfg.samples, cfg.temperature,
+                rollout.max_tokens, rollout.top_p, rollout.engine, rollout.dtype, *rollout.stop, *also,
             ]
         ).encode()
     )  # fmt: skip

@@ -36,9 +36,10 @@ class Scorer:
 
         Returns the report, which counts what was dropped, and the kept trajectories with their weights.
         """
-        samples_cfg = self._settings.samples
+        samples_cfg, rollout_cfg = self._settings.samples, self._settings.rollout
         drop_truncated = samples_cfg.truncated == "drop"
-        report = samples.validity(trajectories, self._vocabulary, drop_truncated, samples_cfg.correctness)
+        longest = 0 if rollout_cfg.max_tokens_start is None else rollout_cfg.max_tokens
+        report = samples.validity(trajectories, self._vocabulary, drop_truncated, samples_cfg.correctness, longest)
         kept_keys = set(report.kept)
         kept = [t for t in trajectories if t.key in kept_keys]
         if samples_cfg.weight == "paced":

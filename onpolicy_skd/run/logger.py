@@ -89,6 +89,7 @@ class RunLogger:
         self.finished = False
         self.checkpoints = run.paths.checkpoints
         self._run = run
+        self._grows = run.settings.rollout.max_tokens_start is not None
         self._resumed = bool(state)
         self._has_checkpoint = bool(state)
         self._seconds_before = state.get("seconds", 0.0)
@@ -134,7 +135,7 @@ class RunLogger:
         self.last_eval_step = state.get("last_eval_step", 0)  # of the last evaluation during training
         self._metrics = MetricsLog(self._run.folder, first_step, resumed, self._trackers)
         records = read(self._metrics.path)
-        self._health = HealthMonitor(self._run.settings.sync.max_gap)
+        self._health = HealthMonitor(self._run.settings.sync.max_gap, self._grows)
         for record in steps_of(records):
             deque(self._health.check(record), maxlen=0)  # its warnings are in the metrics already
         self._restarts = Counter(role for r in events_of(records, Event.FAULT) for role in r["restarted"])
@@ -234,6 +235,7 @@ class RunLogger:
             "step": step,
             **step_counts(report),
             **metrics.as_dict(),
+            **({"max_tokens": self._run.max_tokens(step)} if self._grows else {}),
             "seconds": timer.seconds | {"step": timer.total},
             "tokens_per_second": metrics.train_tokens / timer.total,
         }

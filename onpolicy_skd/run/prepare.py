@@ -7,7 +7,7 @@ import json
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +83,15 @@ class Run:
             rollout.max_tokens, rollout.temperature, rollout.top_p, rollout.entropy == "engine", tuple(rollout.stop)
         )
 
+    def max_tokens(self, step: int) -> int:
+        """Return the length limit of the rollouts of ``step``, which may grow (``rollout.max_tokens_start``)."""
+        cfg = self.settings.rollout
+        start = cfg.max_tokens_start or cfg.max_tokens
+        return start + math.floor((cfg.max_tokens - start) * min(1.0, step / cfg.max_tokens_steps))
+
+    def sampling_at(self, step: int) -> SamplingParams:
+        return replace(self.sampling, max_tokens=self.max_tokens(step))
+
     @property
     def greedy(self) -> SamplingParams:
         max_tokens = self.settings.eval.max_tokens or self.settings.rollout.max_tokens
@@ -108,8 +117,7 @@ class Run:
     @property
     def knows_its_texts(self) -> bool:
         """True if data and settings alone decide what is trained on, before a model has answered or scored anything."""
-        answered = self.settings.mode != "on_policy" and self.settings.references.source == "teacher"
-        return self.settings.samples.when != "prefilter" and not answered
+        return self.settings.samples.when != "prefilter" and not self.settings.generates_references
 
     def requests(self, prompts: Sequence[Prompt], step: int) -> list[RolloutRequest]:
         """Return the rollouts of ``step``: its first prompts, ``rollout.n`` times each, with a seed for each."""
@@ -195,7 +203,7 @@ def prepare(settings: Settings, log: Callable[[str], None] = print, generates: b
 
     Raises ConfigError (or a subclass).
     """
-    if settings.rollout.engine == "vllm" and settings.generates and generates:
+    if settings.rollout.engine == "vllm" and generates and (settings.needs_engines or settings.generates_references):
         from onpolicy_skd.rollout.vllm_engine import require_vllm
 
         require_vllm(settings.run.device)
@@ -212,7 +220,7 @@ def prepare(settings: Settings, log: Callable[[str], None] = print, generates: b
     if settings.samples.when == "prefilter" and settings.samples.prefilter_text == "prompt+answer":
         _check_scored(train, tokenizer)
     responses: Responses = {}
-    if settings.mode != "on_policy" and settings.references.source != "teacher":
+    if settings.mode != "on_policy" and not settings.generates_references:
         train, responses = references.from_text(settings, train, tokenizer)
     cfg = settings.eval
     limit = max(cfg.problems, cfg.during, cfg.divergence_prompts) if cfg.problems else None

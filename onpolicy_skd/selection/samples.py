@@ -12,11 +12,16 @@ TEACHER_METRICS = frozenset({"kl", "ce_ratio"})  # sample scores that need a tea
 
 
 def validity(
-    trajectories: Sequence[Trajectory], vocabulary: int, drop_truncated: bool = True, correctness: str = "any"
+    trajectories: Sequence[Trajectory],
+    vocabulary: int,
+    drop_truncated: bool = True,
+    correctness: str = "any",
+    max_tokens: int = 0,
 ) -> FilterReport:
     """Drop responses that are empty, truncated, hold ids outside the shared vocabulary, or have the wrong correctness.
 
-    ``correctness`` is "any", "right" or "wrong".  Raises ValueError if it is not "any" and an answer was not scored.
+    ``correctness`` is "any", "right" or "wrong".  Responses that were cut before ``max_tokens`` tokens, by a limit that
+    grows, are not truncated.  Raises ValueError if ``correctness`` is not "any" and an answer was not scored.
     """
     kept, reasons = [], Counter[str]()
     for t in trajectories:
@@ -24,7 +29,7 @@ def validity(
             raise ValueError(f"trajectory {t.key} has no correctness, which samples.correctness={correctness} needs")
         if len(t.target_ids) == 0:
             reasons["empty"] += 1
-        elif t.finish_reason == "length" and drop_truncated:
+        elif drop_truncated and _truncated(t, max_tokens):
             reasons["truncated"] += 1
         elif t.response_ids.max() >= vocabulary:
             reasons["outside_vocabulary"] += 1
@@ -32,8 +37,12 @@ def validity(
             reasons["right" if t.correct else "wrong"] += 1
         else:
             kept.append(t.key)
-    finish_reasons = [t.finish_reason for t in trajectories if t.policy_version is not None]
-    return FilterReport(kept, len(trajectories), dict(reasons), len(finish_reasons), finish_reasons.count("length"))
+    truncated = [_truncated(t, max_tokens) for t in trajectories if t.policy_version is not None]
+    return FilterReport(kept, len(trajectories), dict(reasons), len(truncated), sum(truncated))
+
+
+def _truncated(t: Trajectory, max_tokens: int) -> bool:
+    return t.finish_reason == "length" and len(t.response_ids) >= max_tokens
 
 
 def top_share(scores: Sequence[float], share: float) -> list[int]:

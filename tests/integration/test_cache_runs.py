@@ -111,6 +111,21 @@ def test_only_what_the_sample_filter_keeps_is_cached(tmp_path):
 
 
 @pytest.mark.slow
+def test_offline_on_policy_training_loads_the_student_alone(tmp_path):
+    """Rollouts of the initial student and the teacher's rows on them come from disk, so no teacher and no engine."""
+    offline = ["references.source=student", "rollout.engine=transformers", "rollout.max_tokens=60"]
+    code, said = run(*build(tmp_path, tmp_path / "cache", *offline))
+    assert code == 0, said
+    assert "references: the student has answered 600/600 prompts" in said
+    silent = ["eval.after=false", f"run.dir={tmp_path}", f"cache.path={tmp_path / 'cache'}"]
+    code, said = run("train", *TRAIN, *offline, *silent)
+    assert code == 0, said
+    assert "answers of the student to 600 prompts reused" in said
+    assert "starting 1 x learner\n" in said
+    assert len([r for r in read(tmp_path / "demo" / "metrics.jsonl") if "loss" in r]) == 3
+
+
+@pytest.mark.slow
 def test_packed_text_is_distilled_with_a_teacher_and_from_a_cache(tmp_path):
     """No rollout engine starts; the cache is of hidden states, so that the runs differ by rounding alone."""
     rows = (json.dumps({"text": f"{p['question']}\n{p['answer']}"}) for p in itertools.islice(problems("train"), 400))

@@ -82,7 +82,7 @@ CONFIGS = sorted(p for p in (ROOT / "configs").rglob("*.yaml") if "compare" not 
             ["references.annotations=strip", "mode=off_policy or mixed only, not on_policy"],
         ),
         (["mode=off_policy", "references.source=file"], ["references.file: needed"]),
-        (["mode=off_policy", "references.samples=3"], ["references.samples=3", "teacher only, not answers"]),
+        (["mode=off_policy", "references.samples=3"], ["references.samples=3", "teacher or student only, not answers"]),
         (["mode=off_policy", "references.source=teacher", "references.annotations=strip"], ["annotations=strip"]),
         (["mode=off_policy", "rollout.share=0.3"], ["rollout.share=0.3", "mode=mixed only"]),
         (["learner.ranks=2", "positions.policy=bandit"], ["learner.ranks=2", "positions.policy=bandit", "accepted: 1"]),
@@ -131,6 +131,11 @@ CONFIGS = sorted(p for p in (ROOT / "configs").rglob("*.yaml") if "compare" not 
             ["teacher.ema_decay=0.9", "teacher.model=student", "teacher.placement=learner", "learner.ranks=2"],
             ["accepted with teacher.placement=learner, learner.ranks=1 and no cache, not learner.ranks=2"],
         ),
+        (["rollout.max_tokens_start=600"], ["rollout.max_tokens_start=600", "rollout.max_tokens=512"]),
+        (["rollout.max_tokens_steps=9"], ["rollout.max_tokens_steps=9", "rollout.max_tokens_start given only"]),
+        (["rollout.max_tokens_start=9", "mode=off_policy"], ["max_tokens_start=9", "mode=on_policy or mixed only"]),
+        (["rollout.max_tokens_start=9", "samples.correctness=right"], ["samples.correctness=right would judge"]),
+        (["rollout.max_tokens_start=9", "samples.weight=paced", "rollout.n=2"], ["samples.weight=paced would judge"]),
         (["learner.lr"], ["section.name=value"]),
         (["learner.lr=[1"], ["not YAML"]),
     ],
@@ -300,6 +305,20 @@ def test_off_policy_means_forward_kl_unless_something_else_is_asked_for():
     assert resolve({"mode": "off_policy"}).alignment.divergence == "forward_kl"
     asked = resolve({"mode": "off_policy", "alignment": {"divergence": "reverse_kl"}})
     assert asked.alignment.divergence == "reverse_kl"
+
+
+def test_only_a_run_that_generates_needs_engines():
+    offline = {"mode": "off_policy", "references": {"source": "student"}}
+    silent = {"before": False, "after": False}
+    assert resolve({}).needs_engines
+    assert resolve(offline).needs_engines
+    assert not resolve(offline | {"eval": silent}).needs_engines
+    assert resolve({"mode": "mixed", "eval": silent}).needs_engines
+    assert resolve(offline | {"eval": silent, "run": {"evaluate_every": 5}}).needs_engines
+    prefilter = {"keep": 0.5, "when": "prefilter", "prefilter_text": "rollout"}
+    assert resolve(offline | {"eval": silent, "samples": prefilter}).needs_engines
+    assert resolve(offline).alignment.divergence == "reverse_kl"
+    assert resolve({"mode": "off_policy", "references": {"source": "teacher"}}).alignment.divergence == "forward_kl"
 
 
 def test_a_student_that_teaches_itself_is_evaluated_once():

@@ -109,12 +109,13 @@ class FakeTeacher:
     """Answers with two tokens; every third answer is cut off."""
 
     def __init__(self, fail_after=None):
-        self.asked, self._fail_after = [], fail_after
+        self.asked, self.seeds, self._fail_after = [], [], fail_after
 
     def __call__(self, requests):
         if self._fail_after is not None and len(self.asked) >= self._fail_after:
             raise RuntimeError("killed")
         self.asked += [r.key for r in requests]
+        self.seeds += [r.seed for r in requests]
         ids = [references.np.array([5, 1]) for _ in requests]
         reasons = ["length" if r.seed % 3 == 0 else "stop" for r in requests]
         answers = zip(requests, ids, reasons, strict=True)
@@ -126,26 +127,43 @@ def test_the_teachers_answers_are_made_once_and_go_on_after_a_kill(tmp_path, tok
     settings = off(references={"source": "teacher", "samples": 2}, run={"dir": tmp_path})
     prompts = load_prompts(settings.data, tokenizer, "train")
     with pytest.raises(RuntimeError, match="killed"):
-        references.teacher_responses(settings, prompts, FakeTeacher(fail_after=6), print)
+        references.generated_responses(settings, prompts, FakeTeacher(fail_after=6), print)
     second, uninterrupted = FakeTeacher(), FakeTeacher()
-    kept, answers = references.teacher_responses(settings, prompts, second, print)
+    kept, answers = references.generated_responses(settings, prompts, second, print)
     assert len(second.asked) == 10  # five prompts were left
-    again = references.teacher_responses(settings, prompts, FakeTeacher(fail_after=0), print)
+    again = references.generated_responses(settings, prompts, FakeTeacher(fail_after=0), print)
     assert again == (kept, answers)
     other = settings.model_copy(update={"run": settings.run.model_copy(update={"dir": tmp_path / "other"})})
-    assert references.teacher_responses(other, prompts, uninterrupted, print) == (kept, answers)
+    assert references.generated_responses(other, prompts, uninterrupted, print) == (kept, answers)
     assert all(r.finish_reason == "stop" for responses in answers.values() for r in responses)
     (file,) = (tmp_path / "references").glob("*.jsonl")
     file.write_text('{"key": "x"}\n')
     with pytest.raises(ConfigError, match="damaged"):
-        references.teacher_responses(settings, prompts, second, print)
+        references.generated_responses(settings, prompts, second, print)
+
+
+def test_the_initial_students_answers_are_its_own(tmp_path, tokenizer):
+    """Other seeds and another file than a teacher's, even if the teacher is the same model."""
+    section = {"source": "student", "temperature": 0.7}
+    settings = off(references=section, run={"dir": tmp_path})
+    prompts = load_prompts(settings.data, tokenizer, "train")
+    student, teacher = FakeTeacher(), FakeTeacher()
+    _, answers = references.generated_responses(settings, prompts, student, print)
+    itself = {"teacher": {"model": "student"}, "references": section | {"source": "teacher"}}
+    references.generated_responses(off(**itself, run={"dir": tmp_path}), prompts, teacher, print)
+    assert student.asked == teacher.asked
+    assert student.seeds != teacher.seeds
+    assert len(list((tmp_path / "references").glob("*.jsonl"))) == 2
+    run = Run(settings, tokenizer, 512, prompts, [], answers)
+    assert not run.knows_its_texts
+    assert all(t.policy_version is None for t in run.every_reference([p for p in prompts if p.key in answers]))
 
 
 def test_truncated_answers_stay_if_asked_for(tmp_path, tokenizer):
     section = {"source": "teacher"}
     settings = off(references=section, run={"dir": tmp_path}, samples={"truncated": "keep"})
     prompts = load_prompts(settings.data, tokenizer, "train")
-    kept, answers = references.teacher_responses(settings, prompts, FakeTeacher(), print)
+    kept, answers = references.generated_responses(settings, prompts, FakeTeacher(), print)
     assert len(kept) == 8
     assert {r.finish_reason for responses in answers.values() for r in responses} == {"stop", "length"}
     run = Run(settings, tokenizer, 512, kept, [], answers)
@@ -163,4 +181,4 @@ def test_nothing_usable_is_an_error(tmp_path, tokenizer):
         ]
 
     with pytest.raises(ConfigError, match="every answer is truncated"):
-        references.teacher_responses(settings, prompts, cut, print)
+        references.generated_responses(settings, prompts, cut, print)

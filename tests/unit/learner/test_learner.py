@@ -296,6 +296,19 @@ def test_sample_filter_ranks_by_mean_entropy_and_counts():
     assert empty.dropped == {"truncated": 8}
 
 
+@pytest.mark.parametrize("truncated", ["drop", "keep"])
+def test_what_a_growing_limit_cuts_is_not_truncated(truncated):
+    """Lengths 4 to 20: the limit of this step is 11, rollout.max_tokens 15."""
+    rollout = {"max_tokens": 15, "max_tokens_start": 2}
+    learner, _ = build(rollout=rollout, samples={"truncated": truncated})
+    batch = [dataclasses.replace(t, finish_reason="length") for t in make_trajectories(LENGTHS)]
+    report, kept = learner.scorer.filter(batch)
+    long = [t.key for t in batch if len(t.response_ids) >= 15]
+    assert len(long) == report.truncated == 3
+    assert report.dropped == ({"truncated": 3} if truncated == "drop" else {})
+    assert {t.key for t in kept} == {t.key for t in batch} - set(long if truncated == "drop" else [])
+
+
 def test_mean_entropy_is_the_mean_over_the_response():
     learner, _ = build(budget=60)
     batch = make_trajectories(LENGTHS)

@@ -37,6 +37,12 @@ def test_a_guard_warns_once_until_things_were_right_again(name):
     assert warnings(monitor, ill, WINDOW) == [name]
 
 
+def test_longer_responses_are_expected_where_their_limit_grows():
+    monitor = HealthMonitor(0.1, growing=True)
+    assert warnings(monitor, HEALTHY, 2 * WINDOW) == []
+    assert warnings(monitor, HEALTHY | ILL["length"], 3 * WINDOW) == []
+
+
 def test_a_warning_has_figures_and_advice():
     monitor = HealthMonitor(0.1)
     texts = [text for r in [HEALTHY] * 20 + [HEALTHY | ILL["length"]] * 20 for _, text in monitor.check(r)]

@@ -216,6 +216,15 @@ def test_seeds_depend_on_questions_not_on_where_they_were_read(tmp_path, jsonl):
     assert len({r.seed for r in requests[0]}) == len(requests[0])
 
 
+def test_the_length_limit_of_rollouts_grows_to_its_maximum(jsonl, tmp_path):
+    run = make(tmp_path, jsonl, rollout={"max_tokens": 100, "max_tokens_start": 10, "max_tokens_steps": 4})
+    assert [run.max_tokens(step) for step in range(6)] == [10, 32, 55, 77, 100, 100]
+    assert [run.sampling_at(step).max_tokens for step in (0, 9)] == [10, 100]
+    assert run.sampling.max_tokens == run.greedy.max_tokens == 100
+    fixed = make(tmp_path, jsonl, rollout={"max_tokens": 100})
+    assert [fixed.max_tokens(step) for step in (0, 9)] == [100, 100]
+
+
 def test_two_rows_with_one_question_have_different_keys(jsonl, tmp_path):
     jsonl["train_file"].write_text(rows("pens", "pens", "cards"))
     run = make(tmp_path, jsonl)
