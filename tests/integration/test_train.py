@@ -574,6 +574,25 @@ def test_half_of_a_batch_may_be_the_teachers_own_answers(run_here, tmp_path):
     assert losses(tmp_path / "second") == losses(tmp_path / "first")
 
 
+@pytest.mark.slow
+def test_a_student_teaches_itself_with_the_answer_at_hand(run_here, tmp_path):
+    """Another prompt, a moving teacher, a growing limit: a resumed run has the losses of an undisturbed one."""
+    options = [*ONE_ACTOR, "teacher.model=student", "teacher.prompt={question} Solution: {answer} Again:",
+               "teacher.max_prompt_tokens=256", "teacher.ema_decay=0.5", "rollout.max_tokens_start=20",
+               "rollout.max_tokens_steps=8", "alignment.reference_weight=0.1", "learner.schedule=constant"]  # fmt: skip
+    done = run_here(tmp_path, *options, "run.name=whole", "run.steps=4")
+    assert done.returncode == 0, done.stdout + done.stderr
+    steps = [r for r in read(tmp_path / "whole" / "metrics.jsonl") if "loss" in r]
+    assert [r["max_tokens"] for r in steps] == [20, 35, 51, 66]
+    assert [r["dropped"] for r in steps] == [{}] * 4  # what the limit cuts is kept
+    assert steps[0]["divergence_selected"] > 0.05
+    assert steps[3]["reference_kl"] > 0
+    for steps_done in (2, 4):
+        done = run_here(tmp_path, *options, "run.name=parts", "resume=auto", f"run.steps={steps_done}")
+        assert done.returncode == 0, done.stdout + done.stderr
+    assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
+
+
 def test_the_teacher_ranks_and_math_verify_judges(run_here, tmp_path):
     """Samples and positions by KL with the teacher in its actor, on wrong answers, weighted by pass rates."""
     options = ["samples.metric=kl", "samples.keep=0.5", "samples.correctness=wrong", "samples.weight=paced",

@@ -112,7 +112,10 @@ CONFIGS = sorted(p for p in (ROOT / "configs").rglob("*.yaml") if "compare" not 
         (["mode=mixed", "samples.correctness=wrong"], ["samples.correctness=wrong", "mode=on_policy"]),
         (["teacher.prompt=Think."], ["teacher.prompt: must contain {question}"]),
         (["teacher.max_prompt_tokens=9"], ["teacher.max_prompt_tokens=9", "teacher.prompt only, not None"]),
-        (["teacher.prompt={answer}", "data.messages_column=messages"], ["teacher.prompt", "data.messages_column"]),
+        (
+            ["teacher.prompt={answer}", "data.source=hub", "data.name=x", "data.messages_column=messages"],
+            ["teacher.prompt", "data.messages_column"],
+        ),
         (["teacher.prompt={answer}", "mode=off_policy", "references.supervise=all"], ["references.supervise=all"]),
         (["teacher.prompt={answer}", "mode=off_policy", "references.source=teacher"], ["choose one"]),
         (
@@ -132,7 +135,7 @@ CONFIGS = sorted(p for p in (ROOT / "configs").rglob("*.yaml") if "compare" not 
             ["accepted with teacher.placement=learner, learner.ranks=1 and no cache, not learner.ranks=2"],
         ),
         (["rollout.max_tokens_start=600"], ["rollout.max_tokens_start=600", "rollout.max_tokens=512"]),
-        (["rollout.max_tokens_steps=9"], ["rollout.max_tokens_steps=9", "rollout.max_tokens_start given only"]),
+        (["rollout.max_tokens_steps=9"], ["rollout.max_tokens_steps=9", "rollout.max_tokens_start only"]),
         (["rollout.max_tokens_start=9", "mode=off_policy"], ["max_tokens_start=9", "mode=on_policy or mixed only"]),
         (["rollout.max_tokens_start=9", "samples.correctness=right"], ["samples.correctness=right would judge"]),
         (["rollout.max_tokens_start=9", "samples.weight=paced", "rollout.n=2"], ["samples.weight=paced would judge"]),
