@@ -3,10 +3,12 @@
 import json
 import os
 import secrets
+import shutil
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -29,8 +31,12 @@ def free_port() -> int:
 
 @pytest.fixture(scope="module")
 def cluster():
-    """Start a Ray head for this module; yield a function that runs `ray job ...` against it."""
-    dashboard = free_port()
+    """Start a Ray head for this module; yield a function that runs `ray job ...` against it.
+
+    Where another Ray runs on the machine, its agent has the default port, and jobs would join the Ray that was started
+    last: hence a port and a folder for this one.
+    """
+    dashboard, folder = free_port(), tempfile.mkdtemp()  # short: sockets lie in it
     environment = os.environ | {
         "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32), "RAY_JOB_STOP_WAIT_TIME_S": "120",
         "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
@@ -38,7 +44,7 @@ def cluster():
     head = subprocess.Popen(
         [RAY, "start", "--head", "--block", "--port", str(free_port()), "--node-ip-address", "127.0.0.1",
          "--dashboard-host", "127.0.0.1", "--dashboard-port", str(dashboard), "--num-cpus", "2",
-         "--dashboard-agent-listen-port", str(free_port())],  # where another Ray runs, the default port is taken
+         "--dashboard-agent-listen-port", str(free_port()), "--temp-dir", folder],
         env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
     )  # fmt: skip
 
@@ -55,6 +61,7 @@ def cluster():
     yield job
     os.killpg(head.pid, signal.SIGTERM)
     head.wait(timeout=60)
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 def submit(job, folder, *overrides, wait=True):
