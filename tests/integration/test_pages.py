@@ -89,7 +89,9 @@ def report(tmp_path_factory):
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("viewport", [WIDE, PHONE], ids=["wide", "phone"])
-def test_the_report_is_readable_and_fetches_nothing(browser, report, viewport, scheme):
+@pytest.mark.parametrize("source", ["written", "of the demo"])
+def test_the_report_is_readable_and_fetches_nothing(browser, report, source, viewport, scheme):
+    report = report if source == "written" else (ROOT / "docs" / "comparison" / "report.html").as_uri()
     with Visitor(browser, report, viewport, scheme) as visitor:
         visitor.page.goto(report)
         visitor.check()

@@ -58,6 +58,7 @@ def test_the_wheel_holds_code_configs_assets_and_license(wheel):
     for folder, prefix in (("configs", "onpolicy_skd/configs"), ("onpolicy_skd/assets", "onpolicy_skd/assets")):
         files = {f"{prefix}/{f.relative_to(ROOT / folder).as_posix()}" for f in (ROOT / folder).rglob("*.*")}
         assert files <= names, files - names
+    assert "onpolicy_skd/py.typed" in names
     assert any(name.endswith("licenses/LICENSE") for name in names)
     assert not any(name.startswith(("tests/", "configs/", "docs/")) for name in names)
 
