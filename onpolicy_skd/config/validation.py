@@ -234,7 +234,7 @@ def _moving_teacher(settings: Settings) -> str | None:
     fixed = {
         f"teacher.placement={teacher.placement}": teacher.placement != "learner",
         f"learner.ranks={settings.learner.ranks}": settings.learner.ranks > 1,
-        f"teacher.dtype={teacher.dtype}": teacher.dtype == "bfloat16",
+        f"teacher.dtype={teacher.dtype}": teacher.dtype in ("bfloat16", "float16"),
         "cache.path": settings.cache.path is not None,
     }
     for name, chosen in fixed.items():

@@ -64,6 +64,14 @@ def test_log_probabilities_are_the_models_at_any_sampling_temperature(engine, re
         assert learner_gap(engine.generate(requests, sampling), model) < GAP
 
 
+def test_a_response_takes_over_the_teachers_prompt(engine, requests):
+    asked = [dataclasses.replace(r, teacher_prompt_ids=[5, 6 + i]) for i, r in enumerate(requests[:2])] + requests[2:3]
+    trajectories = engine.generate(asked, SamplingParams(4))
+    assert [t.teacher_prompt_ids.tolist() for t in trajectories[:2]] == [[5, 6], [5, 7]]
+    assert trajectories[2].teacher_prompt_ids is None
+    assert [t.prompt_ids.tolist() for t in trajectories] == [r.prompt_ids for r in asked]
+
+
 def test_an_engine_may_share_the_weights_that_are_trained(requests):
     settings = tiny_settings(rollout={"engine": "transformers"})
     model = load_model(STUDENT, torch.float32, "cpu").train()
