@@ -9,14 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import ray
-from torch import Tensor
 
 from actors.cluster import wait_ready, with_absolute_paths
 from actors.learner_actor import LearnerActor
 from actors.placement import Resources
-from actors.serialization import unpack
+from actors.serialization import unpack_head
 from actors.teacher_actor import TeacherActor
 from onpolicy_skd.config.schema import Settings
+from onpolicy_skd.models.lm_head import LMHead
 from onpolicy_skd.selection.samples import TEACHER_METRICS
 from onpolicy_skd.teacher.cache_format import Shard
 from onpolicy_skd.types import Trajectory
@@ -76,10 +76,10 @@ class CacheBuilders:
         finally:
             ray.kill(learner)
 
-    def head(self) -> Tensor:
-        """Return the teacher's LM head ``[V, G]``."""
+    def head(self) -> LMHead:
+        """Return the teacher's LM head, V by G."""
         packed: Any = ray.get(self._actors()[0].head.remote())
-        return unpack(packed)
+        return unpack_head(packed)
 
     def write(self, folder: Path, work: Iterable[Work]) -> Iterator[tuple[int, Shard]]:
         """Write the shards of ``work``; yield number and record of each when it is done, in any order."""

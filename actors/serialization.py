@@ -8,6 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from onpolicy_skd.models.lm_head import LMHead
+
 Packed = tuple[np.ndarray, str]  # the array (bfloat16 as int16, which numpy knows) and torch's name of the dtype
 
 
@@ -22,6 +24,15 @@ def unpack(packed: Packed) -> Tensor:
     array, name = packed
     tensor = torch.from_numpy(array.copy())
     return tensor.view(torch.bfloat16) if name == "bfloat16" else tensor
+
+
+def pack_head(head: LMHead) -> tuple[Packed, Packed | None, float, float | None]:
+    return pack(head.weight_VH), None if head.bias_V is None else pack(head.bias_V), head.scale, head.cap
+
+
+def unpack_head(packed: tuple[Packed, Packed | None, float, float | None]) -> LMHead:
+    weight, bias, scale, cap = packed
+    return LMHead(unpack(weight), None if bias is None else unpack(bias), scale, cap)
 
 
 def pack_named(named: Iterable[tuple[str, Tensor]]) -> dict[str, Packed]:

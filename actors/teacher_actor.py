@@ -13,10 +13,11 @@ from torch import Tensor
 from actors.cluster import DeferredInitError
 from actors.faults import Place, place, reports_faults
 from actors.placement import free_gpu_memory, use_cores
-from actors.serialization import Packed, pack, unpack
+from actors.serialization import Packed, pack, pack_head, unpack, unpack_head
 from onpolicy_skd.config.schema import ClassSettings, Settings
 from onpolicy_skd.loss.sparse_targets import SparseTargets
 from onpolicy_skd.models.batch import balance_by_tokens
+from onpolicy_skd.models.lm_head import LMHead
 from onpolicy_skd.models.loading import load_model, pick_device, pick_dtype
 from onpolicy_skd.models.split_model import SplitModel, check_documents, split
 from onpolicy_skd.teacher.cache_format import Shard, write_shard
@@ -77,8 +78,8 @@ class TeacherActor:
         self._init_error.raise_if_failed()
         return place()
 
-    def head(self) -> Packed:
-        return pack(self._teacher.head())
+    def head(self) -> Any:
+        return pack_head(self._teacher.head())
 
     def encode(self, trajectories: Sequence[Trajectory]) -> None:
         """Encode this actor's share of ``trajectories``."""
@@ -115,7 +116,7 @@ class RemoteTeacher:
     def __init__(self, actors: Sequence[Any], device: str) -> None:
         self._actors = list(actors)
         self._device = device
-        self._head: Tensor | None = None
+        self._head: LMHead | None = None
         self._encoded: list[ray.ObjectRef] = []
         self._holders: dict[str, tuple[int, int]] = {}  # by trajectory: index of its actor, number of positions
 
@@ -133,10 +134,10 @@ class RemoteTeacher:
         actor_of = {i: number for number, share in enumerate(shares) for i in share}
         self._holders |= {t.key: (actor_of[i], len(t.target_ids)) for i, t in enumerate(trajectories)}
 
-    def head(self) -> Tensor:
+    def head(self) -> LMHead:
         if self._head is None:
             packed: Any = ray.get(self._actors[0].head.remote())
-            self._head = unpack(packed).to(self._device)
+            self._head = unpack_head(packed).to(self._device)
         return self._head
 
     def encode(self, trajectories: Sequence[Trajectory]) -> None:

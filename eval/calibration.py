@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from onpolicy_skd.models.batch import collate, micro_batches
-from onpolicy_skd.models.lm_head import Projector, blocks, chunk_size, chunks, shift_exp
+from onpolicy_skd.models.lm_head import LMHead, Projector, blocks, chunk_size, chunks, shift_exp
 from onpolicy_skd.models.split_model import SplitModel
 from onpolicy_skd.report.progress import ProgressReporter
 from onpolicy_skd.storage.files import replacing
@@ -93,7 +93,7 @@ def next_token_calibration(
     with ProgressReporter("calibration", len(texts)) as progress:
         for group in micro_batches([t.length for t in texts], TOKENS_PER_BATCH):
             batch = collate([texts[i] for i in group], pad_id, model.device)
-            rows_N3 = _predictions(model.hidden(batch), model.head_VH, batch.targets).cpu()
+            rows_N3 = _predictions(model.hidden(batch), model.head, batch.targets).cpu()
             for i, rows in zip(group, rows_N3.split(batch.counts), strict=True):
                 predictions[i] = rows.numpy()
             progress.advance(len(group))
@@ -102,11 +102,11 @@ def next_token_calibration(
     return calibration(all_N3[:, 0], all_N3[:, 1] > 0), [float(rows[:, 2].sum()) for rows in ordered]
 
 
-def _predictions(hidden_NH: torch.Tensor, head_VH: torch.Tensor, targets_N: torch.Tensor) -> torch.Tensor:
+def _predictions(hidden_NH: torch.Tensor, head: LMHead, targets_N: torch.Tensor) -> torch.Tensor:
     """Return float32 ``[N, 3]``: the top token's probability, 1 if it is the target, the target's log-probability."""
     out_N3 = torch.empty(len(hidden_NH), 3, dtype=torch.float32, device=hidden_NH.device)
-    size = chunk_size(len(hidden_NH), head_VH)
-    project = Projector(head_VH.to(hidden_NH.dtype), size)
+    size = chunk_size(len(hidden_NH), head)
+    project = Projector(head.to(hidden_NH.dtype), size)
     for rows in chunks(len(hidden_NH), size):
         logits_cV = project(hidden_NH[rows])
         for block in blocks(logits_cV):

@@ -73,14 +73,14 @@ class Forward:
         batch = collate(members, self._pad_id, self._student.device, packed=self._settings.pipeline.packing)
         embedded_BLH = self._student.embedded(batch) if torch.is_grad_enabled() else None
         with self._spans("backbone"):
-            hidden_NH, head_VH = self.hidden(self._student, batch, embedded_BLH), self._student.head_VH
+            hidden_NH, head = self.hidden(self._student, batch, embedded_BLH), self._student.head
         seeds = [seed_of(self._settings.run.seed, version, "positions", t.key) for t in members]
         return MicroBatch(
             members,
             batch,
             embedded_BLH,
             hidden_NH,
-            head_VH,
+            head,
             self._teacher,
             self._alignment.at(version),
             seeds,

@@ -21,7 +21,7 @@ from onpolicy_skd.loss.inputs import Alignment, HiddenRows, Rows
 from onpolicy_skd.loss.sparse_targets import SparseTargets
 from onpolicy_skd.loss.teacher_signals import TeacherSignals, teacher_signals
 from onpolicy_skd.models.batch import Batch
-from onpolicy_skd.models.lm_head import RowStatistics, row_statistics
+from onpolicy_skd.models.lm_head import LMHead, RowStatistics, row_statistics
 from onpolicy_skd.selection.metrics import Ranges, Signals
 from onpolicy_skd.selection.positions import Selection
 from onpolicy_skd.selection.selector import Selector
@@ -41,7 +41,7 @@ class MicroBatch:
         batch: Batch,
         embedded_BLH: Tensor | None,
         hidden_NH: Tensor,
-        head_VH: Tensor,
+        head: LMHead,
         teacher: TeacherRows,
         alignment: Alignment,
         seeds: Sequence[int],
@@ -52,7 +52,7 @@ class MicroBatch:
         self.batch = batch
         self.embedded_BLH = embedded_BLH  # a leaf of the graph, where the backbone started from embeddings
         self.hidden_NH = hidden_NH
-        self.head_VH = head_VH
+        self.head = head
         self.teacher = teacher
         self.alignment = alignment
         self.seeds = seeds
@@ -72,10 +72,10 @@ class MicroBatch:
     @cached_property
     def statistics(self) -> RowStatistics:
         """The student's statistics at all N positions, by a pass over the LM head without gradient."""
-        hidden_NH, head_VH = self.hidden_NH.detach(), self.head_VH.detach()
+        hidden_NH, head = self.hidden_NH.detach(), self.head.detach()
         temperature, chunk_rows = self.alignment.temperature, self.alignment.chunk_rows
         with self._spans("entropy"):
-            return row_statistics(hidden_NH, head_VH, self.batch.targets, temperature, chunk_rows)
+            return row_statistics(hidden_NH, head, self.batch.targets, temperature, chunk_rows)
 
     @property
     def has_statistics(self) -> bool:
@@ -126,9 +126,9 @@ class MicroBatch:
     def teacher_signals(self) -> TeacherSignals:
         """The comparison of both distributions at all N positions, by a pass over both heads without gradient."""
         cfg, teacher = self.alignment, HiddenRows(self._all_rows(), self.teacher.head())
-        hidden_NH, head_VH = self.hidden_NH.detach(), self.head_VH.detach()
+        hidden_NH, head = self.hidden_NH.detach(), self.head.detach()
         with self._spans("teacher signals"):
-            return teacher_signals(hidden_NH, head_VH, teacher, self._top_classes, cfg.temperature, cfg.chunk_rows)
+            return teacher_signals(hidden_NH, head, teacher, self._top_classes, cfg.temperature, cfg.chunk_rows)
 
     def rows(self, selection: Selection) -> HiddenRows:
         """Return the teacher at the selected positions; only these cross the wire, unless all have done so before."""
@@ -158,8 +158,8 @@ class MicroBatch:
         targets = self.batch.targets
         rows = Rows(torch.ones(len(targets), device=targets.device), targets)
         teacher = HiddenRows(rows_NG, self.teacher.head())
-        hidden_NH, head_VH = self.hidden_NH.detach(), self.head_VH.detach()
-        return distillation_loss(hidden_NH, head_VH, teacher, rows, self.alignment.exact(kind))[1]
+        hidden_NH, head = self.hidden_NH.detach(), self.head.detach()
+        return distillation_loss(hidden_NH, head, teacher, rows, self.alignment.exact(kind))[1]
 
     def split(self, values_N: Tensor) -> tuple[Tensor, ...]:
         """Split values by sequence."""

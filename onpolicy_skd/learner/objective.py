@@ -9,6 +9,7 @@ student (``alignment.reference_weight``).
 from __future__ import annotations
 
 import copy
+import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 
@@ -83,7 +84,7 @@ class Objective:
         teacher = self._teacher(micro, selection)
         plain = rows.temperature_N is None and micro.alignment.temperature == 1.0
         stats = RowStatistics.empty(len(indices_K), indices_K.device) if plain else None
-        loss, values_K = distillation_loss(hidden_KH, micro.head_VH, teacher, rows, micro.alignment, stats)
+        loss, values_K = distillation_loss(hidden_KH, micro.head, teacher, rows, micro.alignment, stats)
         if stats:
             micro.loss_statistics = (indices_K, stats)
         if self._projection is not None and isinstance(teacher, HiddenRows):
@@ -94,19 +95,19 @@ class Objective:
         if self._average is not None:
             exact = micro.alignment.exact(self._cfg.divergence)
             average = self._rows_of(self._average, micro, indices_K)
-            added, _ = distillation_loss(hidden_KH, micro.head_VH, average, plain_rows, exact)
+            added, _ = distillation_loss(hidden_KH, micro.head, average, plain_rows, exact)
             loss = loss + self._cfg.ema_weight * added
         if self._reference is not None:
             reverse = micro.alignment.exact("reverse_kl")
             initial = self._rows_of(self._reference, micro, indices_K)
-            added, micro.reference_kl_K = distillation_loss(hidden_KH, micro.head_VH, initial, plain_rows, reverse)
+            added, micro.reference_kl_K = distillation_loss(hidden_KH, micro.head, initial, plain_rows, reverse)
             loss = loss + self._cfg.reference_weight * added
         return loss, values_K
 
     @torch.no_grad()
     def _rows_of(self, model: SplitModel, micro: MicroBatch, indices_K: Tensor) -> HiddenRows:
         """Return the distributions of another model at the selected positions of a micro-batch."""
-        return HiddenRows(self._forward.hidden(model, micro.batch)[indices_K], model.head_VH)
+        return HiddenRows(self._forward.hidden(model, micro.batch)[indices_K], model.head)
 
     @torch.no_grad()
     def after_step(self) -> None:
@@ -156,7 +157,9 @@ class Objective:
 
 def frozen_copy(student: SplitModel) -> SplitModel:
     """Return a copy of a student, which is not sharded, that is not trained."""
-    return SplitModel(copy.deepcopy(student.model).requires_grad_(False), student.vocabulary, causal=student.causal)
+    return dataclasses.replace(
+        student, model=copy.deepcopy(student.model).requires_grad_(False), takes_embeddings=True, checkpointed=()
+    )
 
 
 def hardest(uncertainty_N: Tensor, share: float) -> Tensor:

@@ -30,12 +30,12 @@ from onpolicy_skd.loss.formulas import decoupled, exact, fused_loss, mixed, samp
 from onpolicy_skd.loss.inputs import Alignment, HiddenRows, Rows
 from onpolicy_skd.loss.mixture import GateRows
 from onpolicy_skd.loss.sparse_targets import SparseTargets
-from onpolicy_skd.models.lm_head import Projector, RowStatistics, blocks, chunk_size, chunks, log_softmax_
+from onpolicy_skd.models.lm_head import LMHead, Projector, RowStatistics, blocks, chunk_size, chunks, log_softmax_
 
 
 def distillation_loss(
     student_hidden_NH: Tensor,
-    student_head_VH: Tensor,
+    student_head: Tensor | LMHead,
     teacher: HiddenRows | SparseTargets,
     rows: Rows,
     alignment: Alignment,
@@ -44,23 +44,27 @@ def distillation_loss(
     """Compute the weighted loss and the divergence of each row.
 
     Returns the scalar sum over rows of weight * loss, differentiable in ``student_hidden_NH`` and
-    ``student_head_VH``, and the detached divergence per row, float32 ``[N]``, nats.  The two hidden sizes may differ;
+    ``student_head``, and the detached divergence per row, float32 ``[N]``, nats.  The two hidden sizes may differ;
     both heads must have the same V.  For sparse targets the alignment's divergence and estimator are not used.  Writes
     the student's entropies and log-probabilities to ``observed``, at temperature 1 only.  Only the first derivative
     exists.  Raises ValueError if the vocabularies differ.
     """
-    if isinstance(teacher, HiddenRows) and len(student_head_VH) != len(teacher.head_VG):
-        raise ValueError(f"vocabularies differ: student {len(student_head_VH)}, teacher {len(teacher.head_VG)}")
-    return _DistillationLoss.apply(student_hidden_NH, student_head_VH, teacher, rows, alignment, observed)
+    if isinstance(teacher, HiddenRows) and len(student_head) != len(teacher.head):
+        raise ValueError(f"vocabularies differ: student {len(student_head)}, teacher {len(teacher.head)}")
+    head = LMHead.of(student_head)
+    tensors = (student_hidden_NH, head.weight_VH, head.bias_V)
+    return _DistillationLoss.apply(*tensors, head.scale, head.cap, teacher, rows, alignment, observed)
 
 
 class _DistillationLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, student_NH, student_head, teacher, rows, alignment, observed):
-        wants_hidden, wants_head = ctx.needs_input_grad[:2]
-        grad_hidden = torch.zeros_like(student_NH) if wants_hidden else None
-        grad_head = torch.zeros_like(student_head) if wants_head else None
-        head = student_head.to(student_NH.dtype)  # one copy a call where compute and master dtypes differ
+    def forward(ctx, student_NH, weight_VH, bias_V, scale, cap, teacher, rows, alignment, observed):
+        inputs = (student_NH, weight_VH, bias_V)
+        gradients = [torch.zeros_like(x) if w else None for x, w in zip(inputs, ctx.needs_input_grad, strict=False)]
+        grad_hidden, grad_head, grad_bias = gradients
+        head = LMHead(weight_VH, bias_V, scale, cap).to(
+            student_NH.dtype
+        )  # one copy a call where compute and master dtypes differ
         size = chunk_size(len(student_NH), head, alignment.chunk_rows)
         student_logits = Projector(head, size)
         chunk_of = teacher.__getitem__ if isinstance(teacher, SparseTargets) else teacher.logits(size)
@@ -71,6 +75,7 @@ class _DistillationLoss(torch.autograd.Function):
         fused = fused and alignment.mixture is None and alignment.clip is None
         for chunk in chunks(len(student_NH), size):
             logits_cV = student_logits(student_NH[chunk])
+            derivative = head.derivative(logits_cV)
             teacher_c: Any = chunk_of(chunk)
             if fused:
                 stats = None if observed is None else observed[chunk]
@@ -82,12 +87,16 @@ class _DistillationLoss(torch.autograd.Function):
                     logits_cV[block], teacher_c[block], rows[chunk][block], alignment, stats
                 )
                 loss += loss_b
-            grad_logits_cV = logits_cV.to(student_NH.dtype)  # the logits were overwritten by their gradient
+            if not isinstance(derivative, float) or derivative != 1.0:
+                logits_cV.mul_(derivative)  # the logits were overwritten by their gradient
+            grad_products_cV = logits_cV.to(student_NH.dtype)
             if grad_hidden is not None:
-                grad_hidden[chunk] = grad_logits_cV @ head
+                grad_hidden[chunk] = grad_products_cV @ head.weight_VH
             if grad_head is not None:
-                _accumulate(grad_head, grad_logits_cV, student_NH[chunk])
-        ctx.gradients = (grad_hidden, grad_head)
+                _accumulate(grad_head, grad_products_cV, student_NH[chunk])
+            if grad_bias is not None:
+                grad_bias += logits_cV.sum(0)
+        ctx.gradients = gradients
         ctx.mark_non_differentiable(values_N)
         ctx.set_materialize_grads(False)
         return loss, values_N
@@ -103,7 +112,7 @@ class _DistillationLoss(torch.autograd.Function):
             for gradient in gradients:
                 if gradient is not None:
                     gradient.mul_(grad_loss)
-        return (*gradients, None, None, None, None)
+        return (*gradients, None, None, None, None, None, None)
 
 
 def _accumulate(grad_head_VH: Tensor, grad_logits_cV: Tensor, hidden_cH: Tensor) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from onpolicy_skd.config.schema import AlignmentSettings
 from onpolicy_skd.loss.mixture import Mixture
-from onpolicy_skd.models.lm_head import Projector
+from onpolicy_skd.models.lm_head import LMHead, Projector
 
 KINDS = ("reverse_kl", "forward_kl", "jsd")
 ESTIMATORS = ("exact", "topk_tail", "student_topk_tail", "sampled")
@@ -73,11 +73,11 @@ class HiddenRows:
     """The teacher's full distributions at N positions, as last hidden states and LM head."""
 
     hidden_NG: Tensor
-    head_VG: Tensor
+    head: Tensor | LMHead  # V by G
 
     def logits(self, size: int) -> Callable[[slice], Tensor]:
         """Return a function from a slice of up to ``size`` rows to their logits; each call overwrites the last."""
-        project = Projector(self.head_VG.to(self.hidden_NG.dtype), size)
+        project = Projector(self.head.to(self.hidden_NG.dtype), size)
         return lambda rows: project(self.hidden_NG[rows])
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from onpolicy_skd.loss.formulas import soften_
 from onpolicy_skd.loss.inputs import HiddenRows
-from onpolicy_skd.models.lm_head import Projector, blocks, chunk_size, chunks, largest, log_softmax_
+from onpolicy_skd.models.lm_head import LMHead, Projector, blocks, chunk_size, chunks, largest, log_softmax_
 
 
 class TeacherSignals(NamedTuple):
@@ -25,7 +25,7 @@ class TeacherSignals(NamedTuple):
 @torch.no_grad()
 def teacher_signals(
     student_hidden_NH: Tensor,
-    student_head_VH: Tensor,
+    student_head: Tensor | LMHead,
     teacher: HiddenRows,
     top_classes: int,
     temperature: float = 1.0,
@@ -35,7 +35,7 @@ def teacher_signals(
 
     No ``[N, V]`` tensor exists: logits live for one chunk of rows.
     """
-    student_head = student_head_VH.to(student_hidden_NH.dtype)
+    student_head = student_head.to(student_hidden_NH.dtype)
     size = chunk_size(len(student_hidden_NH), student_head, chunk_rows)
     student_logits, teacher_logits = Projector(student_head, size), teacher.logits(size)
     values_5N = torch.empty(5, len(student_hidden_NH), dtype=torch.float32, device=student_hidden_NH.device)

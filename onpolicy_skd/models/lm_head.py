@@ -1,4 +1,4 @@
-"""The LM head, applied to a few rows at a time: no ``[N, V]`` tensor of logits ever exists.
+"""The LM head and its logits, a few rows at a time: no ``[N, V]`` tensor of logits ever exists.
 
 Names carry shapes: N rows, V vocabulary, H hidden size.  Logits are products of hidden states and head in the compute
 dtype, summed and reduced in float32; ``project`` says where they are rounded in between.  Sizes are in rows and
@@ -7,6 +7,7 @@ elements, entropies and log-probabilities in nats.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -21,7 +22,65 @@ GROUP = 64  # columns that ``largest`` looks at through their maximum first
 LOGITS_PER_BLOCK = 300_000  # elements that the reductions touch at once on CPU: fits its cache
 
 
-def chunk_size(rows: int, head_VH: Tensor, chunk_rows: int | None = None) -> int:
+@dataclass(frozen=True, slots=True)
+class LMHead:
+    """The last layer of a model: logits = cap tanh(scale (W h + b) / cap), or scale (W h + b) without a cap.
+
+    ``bias_V`` is that of Phi and GPT-J, ``scale`` that of Cohere and Granite, ``cap`` the soft cap of Gemma 2.  For
+    models whose logits are W h alone, functions take the weight in its place.
+    """
+
+    weight_VH: Tensor
+    bias_V: Tensor | None = None
+    scale: float = 1.0
+    cap: float | None = None
+
+    @classmethod
+    def of(cls, head: Tensor | LMHead) -> LMHead:
+        """Return ``head``, or the head whose weight it is."""
+        return head if isinstance(head, LMHead) else cls(head)
+
+    def __len__(self) -> int:
+        return len(self.weight_VH)
+
+    @property
+    def shape(self) -> torch.Size:
+        """V and H."""
+        return self.weight_VH.shape
+
+    @property
+    def device(self) -> torch.device:
+        return self.weight_VH.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.weight_VH.dtype
+
+    def to(self, target: torch.dtype | torch.device | str) -> LMHead:
+        """Return the head with its tensors of another dtype or on another device."""
+        bias_V = None if self.bias_V is None else self.bias_V.to(target)
+        return dataclasses.replace(self, weight_VH=self.weight_VH.to(target), bias_V=bias_V)
+
+    def detach(self) -> LMHead:
+        bias_V = None if self.bias_V is None else self.bias_V.detach()
+        return dataclasses.replace(self, weight_VH=self.weight_VH.detach(), bias_V=bias_V)
+
+    def logits_(self, products_cV: Tensor) -> Tensor:
+        """Turn W h, float32, into logits, **in place**."""
+        if self.bias_V is not None:
+            products_cV.add_(self.bias_V)
+        if self.cap is not None:
+            return products_cV.mul_(self.scale / self.cap).tanh_().mul_(self.cap)
+        return products_cV if self.scale == 1.0 else products_cV.mul_(self.scale)
+
+    def derivative(self, logits_cV: Tensor) -> Tensor | float:
+        """Return the derivative of the logits by W h: scale (1 - (logits / cap)^2), or scale without a cap."""
+        if self.cap is None:
+            return self.scale
+        return torch.div(logits_cV, self.cap).square_().neg_().add_(1.0).mul_(self.scale)
+
+
+def chunk_size(rows: int, head_VH: Tensor | LMHead, chunk_rows: int | None = None) -> int:
     """Return the rows of one chunk: ``chunk_rows``, or as many as memory allows and at least H / 8.
 
     Every chunk reads the head and adds to its gradient, so chunks of few rows would be bound by memory for a wide
@@ -94,13 +153,14 @@ class Projector:
     Each call overwrites what the call before returned.
     """
 
-    def __init__(self, head_VH: Tensor, size: int) -> None:
-        self._head_HV = head_VH.T
-        self._buffer = torch.empty(size, len(head_VH), dtype=torch.float32, device=head_VH.device)
+    def __init__(self, head: Tensor | LMHead, size: int) -> None:
+        self._head = LMHead.of(head)
+        self._head_HV = self._head.weight_VH.T
+        self._buffer = torch.empty(size, len(head), dtype=torch.float32, device=head.device)
 
     def __call__(self, hidden_cH: Tensor) -> Tensor:
         """Return float32 logits ``[c, V]``."""
-        return project(hidden_cH, self._head_HV, self._buffer[: len(hidden_cH)])
+        return self._head.logits_(project(hidden_cH, self._head_HV, self._buffer[: len(hidden_cH)]))
 
 
 def shift_exp(logits_bV: Tensor) -> tuple[Tensor, Tensor]:
@@ -194,7 +254,7 @@ class RowStatistics:
 @torch.no_grad()
 def row_statistics(
     hidden_NH: Tensor,
-    head_VH: Tensor,
+    head: Tensor | LMHead,
     targets_N: Tensor,
     temperature: float = 1.0,
     chunk_rows: int | None = None,
@@ -203,8 +263,8 @@ def row_statistics(
     entropy_N = torch.empty(len(hidden_NH), dtype=torch.float32, device=hidden_NH.device)
     raw_N = torch.empty_like(entropy_N)
     logprob_N = raw_N if temperature == 1.0 else torch.empty_like(entropy_N)
-    size = chunk_size(len(hidden_NH), head_VH, chunk_rows)
-    project = Projector(head_VH.to(hidden_NH.dtype), size)
+    size = chunk_size(len(hidden_NH), head, chunk_rows)
+    project = Projector(head.to(hidden_NH.dtype), size)
     for rows in chunks(len(hidden_NH), size):
         logits_cV = project(hidden_NH[rows])
         for block in blocks(logits_cV):

@@ -12,15 +12,15 @@ from torch import Tensor
 
 from onpolicy_skd.models.batch import Batch, collate
 from onpolicy_skd.models.errors import ModelError
+from onpolicy_skd.models.lm_head import LMHead
 from onpolicy_skd.types import Trajectory
 
 LOGIT_SETTING = re.compile(r"^(?!attn).*(logit|soft_?cap|lm_head_)")  # settings that change logits after the head
-LARGE_LOGIT = 1000.0  # no soft cap leaves it as it is
 
 
 @dataclass(frozen=True)
 class SplitModel:
-    """A causal language model as backbone (all but the LM head, final norm included) and head weight ``[V, H]``."""
+    """A causal language model as backbone (all but the LM head, final norm included) and LM head."""
 
     model: Any  # a transformers PreTrainedModel
     vocabulary: int  # rows of the head in use
@@ -28,13 +28,23 @@ class SplitModel:
     causal: bool = False  # what follows a token changes nothing, so padding on the right needs no mask
     forward: Any = None  # replaces a call of the backbone where the model is sharded (ranks.py)
     checkpointed: tuple[Any, ...] = ()  # layers whose activations are computed again in the backward pass
+    scale: float = 1.0  # of the head, see LMHead
+    cap: float | None = None
 
     @property
     def backbone(self) -> Any:
         return self.forward or self.model.base_model
 
     @property
+    def head(self) -> LMHead:
+        bias = getattr(self.model.get_output_embeddings(), "bias", None)
+        if bias is not None and len(bias) != self.vocabulary:
+            bias = bias[: self.vocabulary]
+        return LMHead(self.head_VH, bias, self.scale, self.cap)
+
+    @property
     def head_VH(self) -> Tensor:
+        """The weight of the head."""
         weight = self.model.get_output_embeddings().weight
         return weight if len(weight) == self.vocabulary else weight[: self.vocabulary]  # a slice's gradient is a copy
 
@@ -173,37 +183,36 @@ def check_documents(split_model: SplitModel, pad_id: int, longest: int) -> None:
 def split(model: Any, vocabulary: int) -> SplitModel:
     """Split ``model`` into backbone and head, and check in one short forward that they are the model.
 
-    Raises ModelError for models whose logits are more than ``head @ last hidden state`` (biases, scales, soft caps),
-    or not finite in the ``vocabulary`` rows in use.
+    Raises ModelError for models whose logits are not an ``LMHead`` of the last hidden state, or not finite in the
+    ``vocabulary`` rows in use.
     """
     name, head = type(model).__name__, model.get_output_embeddings()
     if head is None or model.base_model is model:
         raise ModelError(f"{name}: has no output embeddings apart from its backbone; accepted: causal language models")
     if model.get_input_embeddings().weight.shape[0] < vocabulary:
         raise ModelError(f"{name}: fewer input embeddings than the vocabulary of {vocabulary}")
-    if getattr(head, "bias", None) is not None:
-        raise ModelError(f"{name}: its LM head has a bias; accepted: models whose LM head is a weight alone")
     ids = torch.arange(1, 9, device=head.weight.device)[None] % vocabulary
     was_training = model.training
     model.eval()
     hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
-    _check_head(model, head, ids, hidden, vocabulary)
+    scale, cap = _check_head(model, head, ids, hidden, vocabulary)
     takes_embeddings, causal = _takes_embeddings(model, ids, hidden), _is_causal(model, ids, hidden)
     model.train(was_training)
-    return SplitModel(model, vocabulary, takes_embeddings, causal)
+    return SplitModel(model, vocabulary, takes_embeddings, causal, scale=scale, cap=cap)
 
 
-def _check_head(model: Any, head: Any, ids: Tensor, hidden_BLH: Tensor, vocabulary: int) -> None:
-    """Raise ModelError unless the model's logits are, bit for bit, its head's output on ``hidden_BLH``.
+def _check_head(model: Any, head: Any, ids: Tensor, hidden_BLH: Tensor, vocabulary: int) -> tuple[float, float | None]:
+    """Return scale and cap of the model's logits, functions of its head's output on ``hidden_BLH``.
 
-    The head's output is replaced by a ramp up to ``LARGE_LOGIT``, so the test does not depend on the logits' size.
+    The head's output is replaced by numbers from 1e-4 to 1e4 of both signs, so the test does not depend on the logits'
+    size.  Raises ModelError for other logits.
     """
     seen: list[tuple[Tensor, Tensor]] = []
-    ramp_V = torch.linspace(-LARGE_LOGIT, LARGE_LOGIT, len(head.weight), device=head.weight.device)
+    probe_V = _probe(len(head.weight), head.weight.device)
 
     def replace(_: Any, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
         seen.append((inputs[0], output))
-        return ramp_V.to(output.dtype).expand_as(output).clone()
+        return probe_V.expand_as(output).clone()
 
     handle = head.register_forward_hook(replace)
     try:
@@ -211,29 +220,78 @@ def _check_head(model: Any, head: Any, ids: Tensor, hidden_BLH: Tensor, vocabula
     finally:
         handle.remove()
     name = type(model).__name__
-    accepted = "accepted: models such as Qwen, Llama, Mistral, SmolLM, GPT-NeoX"
-    if len(seen) != 1 or not torch.equal(logits.float(), ramp_V.to(seen[0][1].dtype).float().expand_as(logits)):
-        settings = model.config.get_text_config().to_dict()
-        named = ", ".join(f"{k}={v}" for k, v in settings.items() if LOGIT_SETTING.search(k) and v is not None)
-        named = named or "changed in code"
-        raise ModelError(f"{name}: its logits are not the output of its LM head ({named}); {accepted}")
-    weight, (head_input, output) = head.weight[:vocabulary], seen[0]
-    if bad := (~weight.isfinite().all(1)).nonzero()[:, 0].tolist():
+    transform = _transform(probe_V, logits, model.config) if len(seen) == 1 else None
+    if transform is None:
+        raise ModelError(
+            f"{name}: its logits are not its LM head's output, scaled or with a soft cap ({_logit_settings(model)}); "
+            "accepted: models such as Qwen, Llama, Mistral, Gemma, Cohere, Granite, Phi"
+        )
+    weight, bias, (head_input, output) = head.weight[:vocabulary], getattr(head, "bias", None), seen[0]
+    finite = weight.isfinite().all(1) if bias is None else weight.isfinite().all(1) & bias[:vocabulary].isfinite()
+    if bad := (~finite).nonzero()[:, 0].tolist():
         raise ModelError(
             f"{name}: {len(bad)} rows of its LM head hold NaN or infinity, the first is token id {bad[0]}; the softmax "
             f"reads all {vocabulary} rows of the shared vocabulary, so they must be finite"
         )
     if not hidden_BLH.isfinite().all():
         raise ModelError(f"{name}: its hidden states are not finite; check its weights")
-    tolerance = 1e-3 if weight.dtype == torch.float32 else 5e-2
-
-    def close(a: Tensor, b: Tensor) -> bool:
-        return a.shape == b.shape and torch.allclose(a.float(), b.float(), rtol=tolerance, atol=tolerance)
-
-    if not close(head_input, hidden_BLH) or not close(output[..., :vocabulary], hidden_BLH @ weight.T):
+    products = torch.nn.functional.linear(hidden_BLH, weight, None if bias is None else bias[:vocabulary])
+    if not _close(head_input, hidden_BLH) or not _close(output[..., :vocabulary], products):
         raise ModelError(
-            f"{name}: its LM head does not read the last hidden state (a scale or a layer between them?); {accepted}"
+            f"{name}: its LM head does not read the last hidden state (a scale or a layer between them?); accepted: "
+            "models whose head follows the final norm"
         )
+    return transform
+
+
+def _probe(size: int, device: torch.device) -> Tensor:
+    """Return float32 ``[size]``: zero if that is odd, and numbers from 1e-4 to 1e4 of both signs."""
+    positive = torch.logspace(-4, 4, size // 2, device=device)
+    return torch.cat([-positive.flip(0), positive.new_zeros(size % 2), positive])
+
+
+def _transform(probe_V: Tensor, logits_BLV: Tensor, config: Any) -> tuple[float, float | None] | None:
+    """Return scale and cap under which ``logits_BLV`` follow from ``probe_V``; None if there are none."""
+    logits_V = logits_BLV.flatten(0, -2)[0]
+    if not torch.equal(logits_BLV, logits_V.expand_as(logits_BLV)):
+        return None
+    if torch.equal(logits_V, probe_V.to(logits_V.dtype)):
+        return 1.0, None
+    smallest, values_V = len(probe_V) - len(probe_V) // 2, logits_V.float()
+    slope, last_slope = (float(values_V[i] / probe_V[i]) for i in (smallest, -1))
+    linear = (_configured(last_slope, config), None)
+    capped = (_configured(slope, config), _configured(float(values_V[-1]), config))
+    for scale, cap in (linear, capped):
+        if not (scale > 0 and (cap is None or cap > 0)):
+            continue
+        expected_V = LMHead(probe_V[:, None], None, scale, cap).logits_(probe_V.clone())
+        if torch.allclose(values_V, expected_V, rtol=1e-5 if logits_V.dtype == torch.float32 else 1e-2, atol=0.0):
+            return scale, cap
+    return None
+
+
+def _configured(value: float, config: Any) -> float:
+    """Return the number of the config, or its reciprocal, that ``value`` was measured from; else ``value``."""
+    for key, setting in config.get_text_config().to_dict().items():
+        if LOGIT_SETTING.search(key) and type(setting) in (int, float) and setting:
+            for exact in (float(setting), 1.0 / setting):
+                if abs(value / exact - 1.0) < 1e-2:
+                    return exact
+    return value
+
+
+def _logit_settings(model: Any) -> str:
+    settings = model.config.get_text_config().to_dict()
+    named = ", ".join(f"{k}={v}" for k, v in settings.items() if LOGIT_SETTING.search(k) and v is not None)
+    return named or "changed in code"
+
+
+def _close(actual: Tensor, expected: Tensor) -> bool:
+    """Tell whether two tensors are equal up to rounding, whatever their size."""
+    if actual.shape != expected.shape:
+        return False
+    tolerance = 1e-4 if expected.dtype == torch.float32 else 2e-2
+    return bool((actual.float() - expected.float()).abs().max() <= tolerance * expected.float().abs().max())
 
 
 def _is_causal(model: Any, ids: Tensor, hidden_BLH: Tensor) -> bool:

@@ -31,6 +31,7 @@ from torch import Tensor
 from onpolicy_skd.config.errors import ConfigError
 from onpolicy_skd.config.schema import Settings
 from onpolicy_skd.loss.sparse_targets import SparseTargets
+from onpolicy_skd.models.lm_head import LMHead
 from onpolicy_skd.storage.files import digest_of, replacing, sha256, sync, write_text
 from onpolicy_skd.teacher.teacher import TeacherRows
 from onpolicy_skd.types import Trajectory, seed_of
@@ -265,10 +266,15 @@ def locked(folder: Path) -> Iterator[None]:
             path.unlink(missing_ok=True)
 
 
-def write_head(folder: Path, head_VG: Tensor) -> str:
+def write_head(folder: Path, head: LMHead) -> str:
     """Write the LM head and return the SHA-256 of its file."""
+    tensors = {"head": head.weight_VH} | ({} if head.bias_V is None else {"bias": head.bias_V})
     with replacing(folder / HEAD) as temporary:
-        save_file({"head": head_VG.detach().cpu().contiguous()}, temporary)
+        save_file(
+            {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()},
+            temporary,
+            None if (head.scale, head.cap) == (1.0, None) else {"logits": json.dumps([head.scale, head.cap])},
+        )
     return sha256(folder / HEAD)
 
 

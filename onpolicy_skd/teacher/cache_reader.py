@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,6 +14,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from onpolicy_skd.loss.sparse_targets import SparseTargets
+from onpolicy_skd.models.lm_head import LMHead
 from onpolicy_skd.storage.files import sha256
 from onpolicy_skd.teacher.cache_format import (
     HEAD,
@@ -78,10 +80,12 @@ class TeacherCache:
         first_ids = ids[lengths.cumsum(0) - lengths]  # what unused slots repeat
         return SparseTargets(first_ids[:, None].repeat(1, width).index_put((row, slot), ids), probs)
 
-    def head(self) -> Tensor:
-        """Return the teacher's LM head ``[V, G]``."""
+    def head(self) -> LMHead:
+        """Return the teacher's LM head, V by G."""
         with _checked(self.folder, HEAD, str(self.manifest.head)) as file:
-            return file.get_tensor("head")
+            bias = file.get_tensor("bias") if "bias" in file.keys() else None  # noqa: SIM118 no container
+            scale, cap = json.loads((file.metadata() or {}).get("logits", "[1.0, null]"))
+            return LMHead(file.get_tensor("head"), bias, scale, cap)
 
     def _find(self, trajectory: Trajectory) -> np.ndarray | None:
         digest = np.frombuffer(trajectory.digest, "<u8")[0]

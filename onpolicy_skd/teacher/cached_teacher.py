@@ -9,6 +9,7 @@ from torch import Tensor
 
 from onpolicy_skd.config.schema import ClassSettings, Settings
 from onpolicy_skd.loss.sparse_targets import TRUNCATIONS, SparseTargets, concatenate
+from onpolicy_skd.models.lm_head import LMHead
 from onpolicy_skd.teacher.cache_format import CacheError
 from onpolicy_skd.teacher.cache_reader import TeacherCache
 from onpolicy_skd.teacher.teacher import HiddenRowsTeacher, RowRequest, TeacherRows
@@ -57,7 +58,7 @@ class CachedClasses:
         for key in keys:
             self._encoded.pop(key, None)
 
-    def head(self) -> Tensor:
+    def head(self) -> LMHead:
         raise self._refusal("its LM head")
 
     def rows(self, request: RowRequest) -> Tensor:

@@ -12,7 +12,7 @@ from torch import Tensor
 from onpolicy_skd.config.schema import ClassSettings
 from onpolicy_skd.loss.sparse_targets import Draws, SparseTargets, concatenate, sample
 from onpolicy_skd.models.batch import collate, micro_batches
-from onpolicy_skd.models.lm_head import Projector, chunk_size, chunks, log_softmax_, row_statistics
+from onpolicy_skd.models.lm_head import LMHead, Projector, chunk_size, chunks, log_softmax_, row_statistics
 from onpolicy_skd.models.split_model import SplitModel
 from onpolicy_skd.types import Trajectory
 
@@ -29,7 +29,7 @@ class TeacherRows(Protocol):
         """Compute the hidden states of ``trajectories``, except of those that are encoded already."""
         ...
 
-    def head(self) -> Tensor:
+    def head(self) -> LMHead:
         """Return the LM head ``[V, G]``."""
         ...
 
@@ -57,8 +57,8 @@ class HiddenRowsTeacher(ABC):
     Memory: 2 * G bytes per response token in bfloat16 (G: hidden size), 4 * G in float32.
     """
 
-    def __init__(self, head_VG: Tensor, temperature: float, chunk_rows: int | None) -> None:
-        self._head = head_VG
+    def __init__(self, head: LMHead, temperature: float, chunk_rows: int | None) -> None:
+        self._head = head
         self._temperature = temperature
         self._chunk_rows = chunk_rows
         self._hidden: dict[str, Tensor] = {}  # key -> [n, G]
@@ -69,7 +69,7 @@ class HiddenRowsTeacher(ABC):
     def _hidden_of(self, trajectories: Sequence[Trajectory]) -> Iterator[tuple[Trajectory, Tensor]]:
         """Yield each trajectory, in any order, with its hidden states ``[n, G]``, which share no memory."""
 
-    def head(self) -> Tensor:
+    def head(self) -> LMHead:
         return self._head
 
     @torch.inference_mode()
@@ -131,7 +131,7 @@ class NoTeacher(HiddenRowsTeacher):
     """Placeholder where no one asks the teacher anything."""
 
     def __init__(self) -> None:
-        super().__init__(torch.empty(0, 0), 1.0, None)
+        super().__init__(LMHead(torch.empty(0, 0)), 1.0, None)
 
     def _hidden_of(self, trajectories: Sequence[Trajectory]) -> Iterator[tuple[Trajectory, Tensor]]:
         raise RuntimeError("this process has no teacher to encode with")
@@ -153,7 +153,7 @@ class Teacher(HiddenRowsTeacher):
         packed: bool = False,
     ) -> None:
         model.model.eval().requires_grad_(False)
-        super().__init__(model.head_VH, temperature, chunk_rows)
+        super().__init__(model.head, temperature, chunk_rows)
         self._model = model
         self._tokens_per_batch = tokens_per_batch
         self._pad_id = pad_id

@@ -6,6 +6,7 @@ from helpers import make_trajectories
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from onpolicy_skd.models.batch import collate
+from onpolicy_skd.models.lm_head import Projector
 from onpolicy_skd.models.lora import add_lora, merged_parameters
 from onpolicy_skd.models.split_model import ModelError, check_documents, split
 
@@ -23,15 +24,15 @@ ACCEPTED = [
     "mpt", "persimmon", "nemotron", "glm", "glm4", "helium", "exaone4", "ernie4_5", "arcee", "hunyuan_v1_dense",
     "seed_oss", "apertus", "bitnet", "lfm2", "jamba", "minimax", "biogpt", "xglm",
 ]  # fmt: skip
-REFUSED = {  # family, settings, words of the refusal
-    "gemma2": ({"final_logit_softcapping": 30.0}, "final_logit_softcapping=30.0"),
-    "recurrent_gemma": ({}, "logits_soft_cap=30.0"),
-    "cohere": ({}, "logit_scale=0.0625"),
-    "cohere2": ({}, "logit_scale=0.0625"),
-    "granite": ({"logits_scaling": 8.0}, "logits_scaling=8.0"),
-    "granitemoe": ({"logits_scaling": 6.0}, "logits_scaling=6.0"),
-    "phi": ({}, "its LM head has a bias"),
-    "gptj": ({"rotary_dim": 8}, "its LM head has a bias"),
+TRANSFORMED = {  # family: settings; scale, cap and bias of its head
+    "gemma2": ({"final_logit_softcapping": 30.0}, 1.0, 30.0, False),
+    "recurrent_gemma": ({}, 1.0, 30.0, False),
+    "cohere": ({}, 0.0625, None, False),
+    "cohere2": ({}, 0.0625, None, False),
+    "granite": ({"logits_scaling": 8.0}, 1 / 8, None, False),
+    "granitemoe": ({"logits_scaling": 6.0}, 1 / 6, None, False),
+    "phi": ({}, 1.0, None, True),
+    "gptj": ({"rotary_dim": 8}, 1.0, None, True),
 }
 
 
@@ -56,24 +57,75 @@ def test_backbone_and_head_are_the_logits_of_the_family(name):
             assert torch.allclose(student.hidden(batch, embedded), hidden, atol=1e-4)
 
 
+def transformed(name, size=1.0, **settings):
+    """Return a tiny model of a family in TRANSFORMED, its head scaled by ``size`` and its bias, if any, not zero."""
+    model = family(name, **TRANSFORMED[name][0] | settings)
+    head = model.get_output_embeddings()
+    head.weight.data.mul_(size)
+    if getattr(head, "bias", None) is not None:
+        head.bias.data.normal_()
+    return model
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("name", REFUSED)
-def test_logits_other_than_the_heads_output_are_refused_by_name_whatever_their_size(name, dtype):
-    settings, words = REFUSED[name]
-    model = family(name, **settings).to(dtype)
-    model.get_output_embeddings().weight.data.mul_(1e-3)  # logits so small that a soft cap does not change them
-    with pytest.raises(ModelError, match=words):
-        split(model, VOCABULARY)
+@pytest.mark.parametrize("size", [1e-3, 300.0])  # logits that a soft cap leaves as they are; logits all at the cap
+@pytest.mark.parametrize("name", TRANSFORMED)
+def test_scale_cap_and_bias_are_found_whatever_the_size_of_the_logits(name, size, dtype):
+    _, scale, cap, has_bias = TRANSFORMED[name]
+    head = split(transformed(name, size).to(dtype), VOCABULARY - 7).head
+    assert (head.scale, head.cap, head.bias_V is not None) == (scale, cap, has_bias)
+    assert len(head) == VOCABULARY - 7
+    assert head.bias_V is None or len(head.bias_V) == VOCABULARY - 7
+
+
+@pytest.mark.parametrize("name", TRANSFORMED)
+def test_a_head_gives_the_logits_of_its_family(name):
+    model = transformed(name, 40.0)
+    student = split(model, VOCABULARY)
+    batch = collate(make_trajectories([(4, 6), (9, 3)], VOCABULARY), 0)
+    with torch.no_grad():
+        logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False).logits
+        actual = Projector(student.head, 9)(student.hidden(batch))
+    torch.testing.assert_close(actual, batch.eligible(logits), rtol=1e-4, atol=1e-4)
 
 
 def test_settings_that_change_no_logit_are_accepted():
-    split(family("gemma2", final_logit_softcapping=None), VOCABULARY)
-    split(family("cohere", logit_scale=1.0), VOCABULARY)
+    for model in (family("gemma2", final_logit_softcapping=None), family("cohere", logit_scale=1.0)):
+        head = split(model, VOCABULARY).head
+        assert (head.scale, head.cap, head.bias_V) == (1.0, None, None)
 
 
-def test_a_scale_before_the_head_is_refused():
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda x: x.clamp(max=5.0),
+        lambda x: x + 1e-3,
+        lambda x: x - x.logsumexp(-1, keepdim=True),
+        lambda x: x.masked_fill(torch.arange(VOCABULARY) > 60, -1e9),
+        lambda x: 30.0 * torch.atan(x / 30.0),
+        lambda x: x * (1 + torch.arange(x.shape[1])[:, None]),
+    ],
+)
+def test_logits_that_no_head_describes_are_refused_whatever_their_size(change):
     model = family("llama")
-    model.lm_head.register_forward_pre_hook(lambda _, inputs: (2.0 * inputs[0],))
+    model.lm_head.weight.data.mul_(1e-3)
+    forward = model.forward
+
+    def changed(*args, **kwargs):
+        out = forward(*args, **kwargs)
+        out.logits = change(out.logits)
+        return out
+
+    model.forward = changed
+    with pytest.raises(ModelError, match=r"its logits are not its LM head's output.*changed in code"):
+        split(model, VOCABULARY)
+
+
+@pytest.mark.parametrize("size", [1e-4, 1.0])
+def test_a_scale_before_the_head_is_refused(size):
+    model = family("llama")
+    model.model.norm.weight.data.mul_(size)
+    model.lm_head.register_forward_pre_hook(lambda _, inputs: (1.1 * inputs[0],))
     with pytest.raises(ModelError, match="does not read the last hidden state"):
         split(model, VOCABULARY)
 
