@@ -6,6 +6,7 @@ Runs whose process or private Ray matters are a separate process, as a user's is
 import contextlib
 import json
 import os
+import re
 import shutil
 import signal
 import sqlite3
@@ -125,7 +126,7 @@ def test_the_hub_has_the_student_and_its_card(finished_run):
     assert loaded.data.library_name == "transformers"
     share = json.loads((folder / "summary.json").read_text())["exact_match"]["after"]
     assert f"| student after | {100 * share:.1f} % (" in loaded.text
-    assert "/me/pair" in printed.splitlines()[-1]
+    assert re.search(r"^the student is at http://\S+/me/pair$", printed, re.MULTILINE)
 
 
 def logged(folder, key):

@@ -1,0 +1,207 @@
+"""Ask a question; the student before and after training and the teacher answer side by side.
+
+Questions are typed at a prompt or, in a pipe, read line by line.  Where the output is no terminal, it is one JSON
+object per question.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console, RenderableType
+from rich.live import Live
+from rich.spinner import Spinner
+from rich.table import Table
+from rich.text import Text
+
+from eval.gsm8k import settings_for
+from onpolicy_skd.config.errors import ConfigError
+from onpolicy_skd.config.loading import build_settings, parse_override
+from onpolicy_skd.config.schema import Settings
+from onpolicy_skd.storage.files import config_beside
+from onpolicy_skd.types import RolloutRequest, SamplingParams, seed_of
+
+if TYPE_CHECKING:
+    from onpolicy_skd.rollout.engine import RolloutEngine
+
+NARROWEST = 20  # characters of a column; with less room answers stand below each other
+HINT = "Type a question; an empty line, Ctrl-D or Ctrl-C ends."
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    text: str
+    tokens: int
+    complete: bool  # False: cut at the token limit
+
+
+@dataclass(frozen=True, slots=True)
+class Speaker:
+    """A model that answers, with the tokenizer that its prompts are made with."""
+
+    label: str
+    engine: RolloutEngine
+    tokenizer: Any
+
+    def answer(self, question: str, settings: Settings, sampling: SamplingParams) -> Answer:
+        """Answer ``question`` in the prompt format of ``settings.data``.  Raises DataError for one that is too long."""
+        from onpolicy_skd.data.prompts import DataError, load_shots, render
+        from onpolicy_skd.evaluation.stop_texts import before_stop
+
+        ids = render(question, self.tokenizer, settings.data, load_shots(settings.data))
+        if len(ids) > settings.data.max_prompt_tokens:
+            raise DataError(
+                f"the prompt has {len(ids)} tokens, data.max_prompt_tokens={settings.data.max_prompt_tokens}; ask a "
+                "shorter question, or raise the limit"
+            )
+        request = RolloutRequest(self.label, ids, seed_of(settings.run.seed, "chat", question))
+        (trajectory,) = self.engine.generate([request], sampling)
+        text = self.tokenizer.decode(trajectory.response_ids.tolist(), skip_special_tokens=True)
+        shown = "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in before_stop(text, sampling.stop))
+        return Answer(shown.strip(), len(trajectory.response_ids), trajectory.finish_reason == "stop")
+
+
+def models_of(args: argparse.Namespace) -> dict[str, tuple[str, bool]]:
+    """Return (model, whether its prompts are made with the student's tokenizer) by label.
+
+    A run's three models have one vocabulary, and training made all prompts with the student's tokenizer.
+    """
+    run_config = args.config or config_beside(args.model)
+    if args.alone or args.versus or run_config is None:
+        return {name: (name, False) for name in [*(args.versus or []), args.model]}
+    run = build_settings(run_config, [parse_override(text) for text in args.overrides])
+    return {"before": (run.student.model, True), "after": (args.model, True), "teacher": (run.teacher.model, True)}
+
+
+def load(args: argparse.Namespace, settings: Settings) -> list[Speaker]:
+    """Load all models.  Raises ConfigError."""
+    from transformers.utils.logging import disable_progress_bar
+
+    from onpolicy_skd.models.loading import load_tokenizer
+    from onpolicy_skd.rollout.transformers_engine import TransformersEngine
+
+    disable_progress_bar()
+    speakers = []
+    for label, (model, shares_tokenizer) in models_of(args).items():
+        print(f"loading {model}", file=sys.stderr)
+        trust = (settings.teacher if label == "teacher" else settings.student).trust_remote_code
+        tokenizer = load_tokenizer(args.model if shares_tokenizer else model, settings.student.trust_remote_code)
+        speakers.append(Speaker(label, TransformersEngine(model, settings, trust), tokenizer))
+    return speakers
+
+
+def side_by_side(answers: Mapping[str, Answer | None], width: int) -> RenderableType:
+    """Return the answers as columns, or below each other where ``width`` is too small; None is still to come."""
+    columns = width // len(answers) >= NARROWEST
+    table = Table(expand=True, show_header=columns, show_lines=not columns, padding=(0, 1))
+    if columns:
+        for label in answers:
+            table.add_column(Text(label), ratio=1, overflow="fold", header_style="bold")
+        table.add_row(*map(_cell, answers.values()))
+        return table
+    table.add_column(overflow="fold")
+    for label, answer in answers.items():
+        table.add_row(Text(label, style="bold"))
+        table.add_row(_cell(answer))
+    return table
+
+
+def _cell(answer: Answer | None) -> RenderableType:
+    if answer is None:
+        return Spinner("dots")
+    note = f"{answer.tokens} tokens" + ("" if answer.complete else ", cut at the limit")
+    return Text.assemble(answer.text or "(nothing)", "\n\n", (note, "dim"))
+
+
+def reply(question: str, speakers: Sequence[Speaker], settings: Settings, sampling: SamplingParams) -> Iterator[Answer]:
+    return (speaker.answer(question, settings, sampling) for speaker in speakers)
+
+
+def show(labels: Sequence[str], answers: Iterable[Answer], console: Console) -> None:
+    """Show answers in a terminal as they come."""
+    shown: dict[str, Answer | None] = dict.fromkeys(labels)
+    with Live(side_by_side(shown, console.width), console=console, transient=True) as live:
+        for label, answer in zip(labels, answers, strict=True):
+            shown[label] = answer
+            live.update(side_by_side(shown, console.width))
+    console.print(side_by_side(shown, console.width))  # whole, where the live one was cut at the screen's height
+
+
+def questions(interactive: bool) -> Iterator[str]:
+    """Yield typed questions up to an empty line, or the lines of the standard input that are not blank."""
+    if not interactive:
+        yield from filter(None, (line.strip() for line in sys.stdin))
+        return
+    import readline  # noqa: F401  gives input() its history and arrow keys
+
+    print(HINT)
+    try:
+        while question := input("> ").strip():
+            yield question
+    except EOFError:
+        print()
+
+
+def chat(speakers: Sequence[Speaker], settings: Settings, sampling: SamplingParams) -> int:
+    """Answer all questions; return the exit code: 2 if a question was refused."""
+    console, refused = Console(highlight=False), False
+    labels = [speaker.label for speaker in speakers]
+    interactive = sys.stdin.isatty() and console.is_terminal
+    for question in questions(interactive):
+        if console.is_terminal and not interactive:
+            console.print(Text(f"> {question}"))
+        answers = reply(question, speakers, settings, sampling)
+        try:
+            if console.is_terminal:
+                show(labels, answers, console)
+            else:
+                texts = dict(zip(labels, (a.text for a in answers), strict=True))
+                print(json.dumps({"question": question} | texts, ensure_ascii=False), flush=True)
+        except ConfigError as error:
+            refused = True
+            print(f"error: {error}", file=sys.stderr)
+    return 2 if refused and not interactive else 0
+
+
+def main(argv: Sequence[str] | None = None, prog: str = "python -m eval.chat") -> int:
+    """Run the command line and return the exit code: 0 for success, 2 for bad input."""
+    about, _, more = (__doc__ or "").partition("\n\n")
+    parser = argparse.ArgumentParser(prog=prog, description=about, epilog=more.strip())
+    parser.add_argument("--model", required=True, help="folder (runs/NAME/final), hub name, or bundled:NAME")
+    others = parser.add_mutually_exclusive_group()
+    others.add_argument(
+        "--versus", action="append", metavar="MODEL", help="model to compare with, any number of times (default: the "
+        "run's student before training and its teacher)",
+    )  # fmt: skip
+    others.add_argument("--alone", action="store_true", help="compare with no other model")
+    parser.add_argument("--config", type=Path, help="settings file (default: config.yaml next to the model)")
+    parser.add_argument("--temperature", type=float, default=0.0, help="0 (default): greedy, as evaluations are")
+    parser.add_argument("overrides", nargs="*", metavar="a.b=value", help="settings, as for skd train")
+    args = parser.parse_args(argv)
+    try:
+        if args.temperature < 0:
+            raise ConfigError(f"--temperature {args.temperature:g}: accepted: 0 or above")
+        settings = settings_for(args.model, args.config, args.overrides)
+        limit = settings.eval.max_tokens or settings.rollout.max_tokens
+        sampling = SamplingParams(limit, args.temperature, stop=tuple(settings.rollout.stop))
+        return chat(load(args, settings), settings, sampling)
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print()
+        return 0
+    except BrokenPipeError:  # the reader of a pipe has enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
