@@ -179,6 +179,8 @@ def _settings(path: Path, grid: Grid, row: Row, mode: Mode, seed: int) -> Settin
         if row.trainer == "trl":
             check_trl(settings)
         _check_answers(settings)
+        if settings.hub.push:
+            raise ConfigError(f"hub.push={settings.hub.push}: all runs would go to one repository; push one by hand")
         return settings
     except ConfigError as error:
         raise ConfigError(f"{path}: row {row.name!r}, {mode}: {error}") from None

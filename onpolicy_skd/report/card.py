@@ -33,7 +33,10 @@ output = model.generate(**inputs, max_new_tokens={tokens})
 print(tokenizer.decode(output[0, inputs["input_ids"].shape[1]:], skip_special_tokens=True))
 ```"""
 CHAT_PROMPT = """messages = [{"role": "user", "content": "QUESTION"}]
-inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True, return_tensors="pt")"""
+inputs = tokenizer.apply_chat_template(
+    messages, add_generation_prompt=True, return_dict=True, return_tensors="pt"
+)"""
+WIDTH = 88  # characters of a line of the command
 
 
 def write(settings: Settings, summary: dict[str, Any]) -> Path:
@@ -60,7 +63,14 @@ def command(settings: Settings) -> str:
         for key, field in walk()
         if value_of(settings, key) != field.default and (rules_of(field)["affects_result"] or key == "run.name")
     }
-    return " ".join(["skd train", *(shlex.quote(f"{key}={_shown(value)}") for key, value in changed.items())])
+    lines = ["skd train"]
+    for key, value in changed.items():
+        word = shlex.quote(f"{key}={_shown(value)}")
+        if len(lines[-1]) + len(word) < WIDTH:
+            lines[-1] += f" {word}"
+        else:
+            lines.append(f"  {word}")
+    return " \\\n".join(lines)
 
 
 def _shown(value: Any) -> str:
@@ -132,7 +142,11 @@ def _text(settings: Settings, summary: dict[str, Any]) -> str:
         report.evaluation_table(summary, settings),
         plot,
         "## Use",
-        USE.format(name=summary["run"], prompt=prompt, tokens=settings.eval.max_tokens or settings.rollout.max_tokens),
+        USE.format(
+            name=settings.hub.push or "FOLDER",
+            prompt=prompt,
+            tokens=settings.eval.max_tokens or settings.rollout.max_tokens,
+        ),
         "## Reproduce",
         f"```\n{command(settings)}\n```",
         f"Versions: {versions}.",

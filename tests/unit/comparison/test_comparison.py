@@ -109,6 +109,7 @@ def test_every_row_mode_and_seed_is_a_run_of_its_own(tmp_path):
         ({"rows": [{"name": "A"}, {"name": "a"}], "baseline": "A"}, "must differ"),
         ({"rows": [{"nam": "A"}]}, r"rows\.0"),
         ({"unknown": 1}, "unknown"),
+        ({"settings": {"hub": {"push": "me/r"}}}, "hub.push=me/r: all runs would go to one repository"),
         (
             {"rows": [{"name": "Full KD", "settings": {"positions": {"k": 7}}}]},
             "row 'Full KD', off_policy: positions.k=7",

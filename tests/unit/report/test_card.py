@@ -83,7 +83,9 @@ def test_credentials_stay_out_of_the_card(write, monkeypatch):
 def test_the_command_repeats_the_settings_that_affect_the_result(config):
     changes = ["--config", config, "rollout.stop=[\"it's\", '\\n\\n']", "student.lora_rank=4", "learner.lr=5e-6"]
     settings = load_settings([*changes, "data.instruction= Think; then answer."])
-    verb, *rest = shlex.split(card.command(settings).removeprefix("skd "))
+    command = card.command(settings)
+    assert max(map(len, command.splitlines())) < 92
+    verb, *rest = shlex.split(command.removeprefix("skd ").replace("\\\n", ""))
     assert verb == "train"
     again = load_settings(rest)
     differ = {
