@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
 import shutil
 from pathlib import Path
@@ -81,8 +82,9 @@ def _shown(value: Any) -> str:
 
 def _name(value: str | Path) -> str:
     """Return a setting's text; of a local path its last name, for the rest says where somebody works."""
-    local = isinstance(value, Path) or Path(value).is_absolute() or (len(value) < 256 and Path(value).is_dir())
-    return Path(value).name if local else value
+    if isinstance(value, Path) or os.path.exists(value):  # Path.exists raises for long texts
+        return Path(value).name
+    return value
 
 
 def _is_hub_name(model: str) -> bool:

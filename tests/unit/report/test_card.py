@@ -82,7 +82,7 @@ def test_credentials_stay_out_of_the_card(write, monkeypatch):
 @pytest.mark.parametrize("config", ["demo", "gsm8k_on_policy", "paper/table5/on_se_kd", "qwen_coder_cpu"])
 def test_the_command_repeats_the_settings_that_affect_the_result(config):
     changes = ["--config", config, "rollout.stop=[\"it's\", '\\n\\n']", "student.lora_rank=4", "learner.lr=5e-6"]
-    settings = load_settings([*changes, "data.instruction= Think; then answer."])
+    settings = load_settings([*changes, "data.instruction=/no_think; 'quoted' "])
     command = card.command(settings)
     assert max(map(len, command.splitlines())) < 92
     verb, *rest = shlex.split(command.removeprefix("skd ").replace("\\\n", ""))
