@@ -69,7 +69,9 @@ class LearnerActor(SendsWeights):
             pad_id = self._tokenizer.pad_token_id
             if scoring_only:  # no variant of the loss, which may ask for the teacher's head at once
                 settings = settings.model_copy(update={"alignment": AlignmentSettings()})
-            self._build = lambda ranks: Learner(student, self._teacher, settings, pad_id, steps, ranks)
+            self._build = lambda ranks: Learner(
+                student, self._teacher, settings, pad_id, steps, ranks, self._tokenizer.all_special_ids
+            )
             if count == 1:
                 self._learner = self._build(Ranks())
                 if settings.rollout.placement == "learner":

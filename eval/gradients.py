@@ -56,7 +56,14 @@ def measure(settings: Settings, samples: int) -> dict[str, Any]:
     positions = [(t.key, range(len(t.target_ids))) for t in batch]
 
     def gradient(classes: ClassSettings) -> list[Tensor]:
-        learner = Learner(student, teacher, settings.model_copy(update={"classes": classes}), pad_id, 1)
+        learner = Learner(
+            student,
+            teacher,
+            settings.model_copy(update={"classes": classes}),
+            pad_id,
+            1,
+            special_ids=run.tokenizer.all_special_ids,
+        )
         student.model.zero_grad()
         learner.accumulate(batch)
         return [p.grad.flatten().clone() for p in learner.state.named.values() if p.grad is not None]

@@ -20,7 +20,7 @@ def build(family="qwen3", tied=False, teacher=None, budget=10_000, steps=100, ra
     model = tiny_model(family, tied)
     student = split(add_lora(model, lora, 2 * lora, seed=0) if lora else model, VOCABULARY)
     other = Teacher(split(teacher or tiny_model("qwen3", False, hidden=48, seed=1), VOCABULARY), 10_000, 0)
-    return Learner(student, other, settings, pad_id=0, steps=steps, ranks=ranks), other
+    return Learner(student, other, settings, pad_id=0, steps=steps, ranks=ranks, special_ids=[0, 1]), other
 
 
 def gradients(learner, teacher, batch):

@@ -1,7 +1,8 @@
-"""Forward and backward of the loss alone: dense, TRL's chunked loss, this project's."""
+"""Forward and backward of the loss alone: dense, TRL's chunked loss, this project's; and each method over exact KL."""
 
 from __future__ import annotations
 
+import functools
 import statistics
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -19,11 +20,23 @@ MEANING = {
     "ours_k20": "this project, entropy pass over all rows, loss on 20 %",
     "ours_compiled": "this project, all rows, alignment.compiled",
 }
+METHODS: dict[str, dict[str, Any]] = {  # settings under alignment; all rows
+    "exact": {},
+    "forward_kl": {"divergence": "forward_kl"},
+    "student_topk_tail": {"estimator": "student_topk_tail"},
+    "mixture_constant": {"mixture": {"gate": "constant"}},
+    "mixture_eopd": {"mixture": {"gate": "eopd"}},
+    "mixture_zones": {"mixture": {"gate": "zones"}},
+    "mixture_skewed": {"mixture": {"gate": "constant", "skew": 0.1}},
+    "clip": {"clip": 1.0},
+}
+SCORES = ("kl_alone", "teacher_signals")  # no gradient: forward KL of each row; it and all signals over the top K
 SHAPES = {  # name -> vocabulary, student hidden, teacher hidden, rows
     "small": (151_936, 256, 512, 512),
     "large": (151_936, 2048, 4096, 1024),
     "tiny": (600, 16, 24, 40),  # for tests
 }
+WITH_METHODS = ("small", "tiny")
 DEFAULT = ("small", "large")
 SEQUENCES = 8  # the rows are this many responses, for the per-sequence selection
 
@@ -56,10 +69,25 @@ def loss_step(variant: str, inputs: dict[str, Tensor], k: float = 1.0) -> Callab
             hidden[chosen], head, teacher, Rows(weights, targets[chosen]), Alignment(compiled=compiled)
         )[0]
 
+    def method(name: str) -> Tensor:
+        weights = torch.full((rows,), 1 / rows, device=hidden.device)
+        alignment = Alignment.from_settings(AlignmentSettings(**METHODS[name]))
+        return distillation_loss(hidden, head, HiddenRows(other, other_head), Rows(weights, targets), alignment)[0]
+
+    def kl_alone() -> Tensor:
+        forward, ones = Alignment("forward_kl"), torch.ones(rows, device=hidden.device)
+        teacher = HiddenRows(other, other_head)
+        return distillation_loss(hidden.detach(), head.detach(), teacher, Rows(ones, targets), forward)[1].mean()
+
+    def signals() -> Tensor:
+        return teacher_signals(hidden, head, HiddenRows(other, other_head), 16).forward_kl_N.mean()
+
     if variant == "trl":
         from trl.trainer.distillation_trainer import _chunked_divergence_loss as chunked
+    from onpolicy_skd.config.schema import AlignmentSettings
     from onpolicy_skd.loss.divergence import distillation_loss
     from onpolicy_skd.loss.inputs import Alignment, HiddenRows, Rows
+    from onpolicy_skd.loss.teacher_signals import teacher_signals
     from onpolicy_skd.models.lm_head import row_statistics
     from onpolicy_skd.selection.positions import Context, top_k
 
@@ -70,12 +98,16 @@ def loss_step(variant: str, inputs: dict[str, Tensor], k: float = 1.0) -> Callab
         "ours_k20": lambda: ours(0.2),
         "ours_compiled": lambda: ours(1.0, compiled=True),
         "ours": lambda: ours(k),
+        "kl_alone": kl_alone,
+        "teacher_signals": signals,
+        **{name: functools.partial(method, name) for name in METHODS},
     }[variant]
 
     def step() -> Tensor:
         hidden.grad = head.grad = None
         value = forward()
-        value.backward()
+        if value.requires_grad:
+            value.backward()
         return value.detach()
 
     return step
@@ -123,11 +155,28 @@ def compare(shape: str, device: str, rounds: int) -> dict[str, Any]:
         "memory_k20": ratio(runs["trl"], runs["ours_k20"], "extra_mib"),
         "time_compiled": ratio(runs["trl"], runs["ours_compiled"], "seconds"),
     }
-    return {
+    figures = {
         "shape": dict(zip(("vocabulary", "student_hidden", "teacher_hidden", "rows"), SHAPES[shape], strict=True)),
         "runs": runs,
         "ratio_to_trl": {name: value["median"] for name, value in spread.items()},
         "ratio_to_trl_spread": spread,
+    }
+    return figures | ({"methods": compare_methods(shape, device, rounds)} if shape in WITH_METHODS else {})
+
+
+def compare_methods(shape: str, device: str, rounds: int) -> dict[str, Any]:
+    """Measure each method over ``exact`` reverse KL, and the scores over a pass for forward KL alone."""
+    runs = run_alternately("loss", [*METHODS, *SCORES], [shape, device], rounds)
+    base = {name: "kl_alone" if name in SCORES else "exact" for name in runs}
+    return {
+        name: {
+            "over": base[name],
+            "seconds": statistics.median(r["seconds"] for r in runs[name]),
+            "extra_mib": statistics.median(r["extra_mib"] for r in runs[name]),
+            "time": ratio(runs[name], runs[base[name]], "seconds"),
+            "memory": ratio(runs[name], runs[base[name]], "extra_mib"),
+        }
+        for name in runs
     }
 
 
@@ -141,3 +190,7 @@ def show(shapes: dict[str, dict[str, Any]]) -> None:
             )
             print(f"  {variant:>13}  {seconds:8.3f} s  {extra:8.0f} MiB extra   {MEANING[variant]}")
         print("  TRL's figure over ours: " + ", ".join(f"{k} {v:.2f}" for k, v in figures["ratio_to_trl"].items()))
+        for method, m in figures.get("methods", {}).items():
+            time, space = ("{median:.2f} ({min:.2f}-{max:.2f})".format(**m[key]) for key in ("time", "memory"))
+            print(f"  {method:>18}  {m['seconds']:8.3f} s  {m['extra_mib']:6.0f} MiB extra   over {m['over']}: "
+                  f"time {time}, memory {space}")  # fmt: skip

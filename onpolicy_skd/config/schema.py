@@ -31,6 +31,7 @@ PositionPolicy = Literal[
     "top_k", "gls", "curriculum", "sampled", "sampled_unbiased", "weighted", "full", "bandit"
 ]  # fmt: skip
 
+PositionWeighting = Literal["uniform", "iw", "ramp"]
 MixtureGate = Literal["none", "constant", "eopd", "zones"]
 
 SAMPLING_POLICIES = ("sampled", "sampled_unbiased")  # policies that sample positions
@@ -448,6 +449,17 @@ class PositionSettings(Section):
     )
     top_classes: Annotated[int, Field(ge=2)] = setting(
         16, "K: the student's most likely classes, over which teacher_mass, overlap and margin are taken"
+    )
+    weighting: Annotated[str, AfterValidator(BuiltinOrPlugin(PositionWeighting))] = setting(
+        "uniform", "factor of a position's weight along its response. iw: larger before teacher and student drift "
+        "apart; ramp: linear in t/n",
+    )  # fmt: skip
+    weighting_gamma: Annotated[float, Field(gt=-1)] = setting(
+        1.0, "gamma of the factor: iw 1 + gamma (1 - share of the drift so far); ramp 1 + gamma t/n, falling below 0",
+        {"positions.weighting": ("iw", "ramp")},
+    )  # fmt: skip
+    mask_tokens: list[NonNegative | Literal["special"]] = setting(
+        [], "token ids never to select as targets; special: all special tokens, the end of sequence too"
     )
     k: Share = setting(0.2, "share of each response's positions to supervise")
     k_start: Share | None = setting(None, "first value of k, which then grows over schedule_steps")

@@ -192,10 +192,12 @@ def _sampled_tokens(settings: Settings) -> str | None:
     biased = [f"positions metric {name}" for name in metrics if name in LOOK_AT_TARGET]
     if settings.samples.correctness != "any":
         biased.append(f"samples.correctness={settings.samples.correctness}")
+    if positions.weighting == "iw":
+        biased.append("positions.weighting=iw")
     if biased:
         return (
-            f"alignment.estimator=sampled: {biased[0]} selects by the sampled tokens themselves, which biases what "
-            "is estimated from them; accepted: a selection that does not look at them"
+            f"alignment.estimator=sampled: {biased[0]} selects or weights by the sampled tokens, which biases what is "
+            "estimated from them; accepted: a selection that does not look at them"
         )
     return None
 
@@ -431,6 +433,8 @@ def _teacher_question(settings: Settings) -> str | None:
         return "positions.policy=bandit"
     if positions.metric in ASK_TEACHER:
         return f"positions.metric={positions.metric}"
+    if positions.weighting == "iw":
+        return "positions.weighting=iw"
     if samples.metric in ("kl", "ce_ratio") and samples.when == "rollout":
         return f"samples.metric={samples.metric}"
     return None
@@ -482,7 +486,8 @@ RULES = (
     _resume_with,
 )
 TRL_ONLY = {
-    "mode": "on_policy", "positions.policy": "full", "samples.keep": 1.0, "samples.correctness": "any",
+    "mode": "on_policy", "positions.policy": "full", "positions.weighting": "uniform", "positions.mask_tokens": [],
+    "samples.keep": 1.0, "samples.correctness": "any",
     "samples.truncated": "keep", "samples.weight": "uniform", "classes.sampler": "none", "alignment.variant": "full_kd",
     "alignment.estimator": "exact", "alignment.kd_weight": 1.0, "alignment.ema_weight": 0.0,
     "alignment.reference_weight": 0.0, "alignment.mixture.gate": "none", "alignment.clip": None,

@@ -77,7 +77,8 @@ class Learner:
 
     Trainable parameters must be float32: they are the masters that the optimizer updates; forwards run in
     ``learner.compute_dtype``.  With several ``ranks`` each has such an object; all methods are called on all of them,
-    with the same arguments, and return the same result.
+    with the same arguments, and return the same result.  ``special_ids``: the tokenizer's, for
+    ``positions.mask_tokens``.
     """
 
     def __init__(
@@ -88,6 +89,7 @@ class Learner:
         pad_id: int,
         steps: int,
         ranks: Ranks | None = None,
+        special_ids: Sequence[int] = (),
     ) -> None:
         ranks = ranks or Ranks()
         self._teacher = teacher
@@ -109,7 +111,8 @@ class Learner:
                 raise ValueError(f"student parameter {name} is {parameter.dtype}; masters must be float32")
         local = [p.to_local() if isinstance(p, DTensor) else p for p in named.values()]
         reserve(student.device, BYTES_TO_COME * sum(p.numel() for p in local))
-        selector, optimizer = Selector(settings.positions, settings.run.seed), adamw(named, settings.learner)
+        selector = Selector(settings.positions, settings.run.seed, special_ids)
+        optimizer = adamw(named, settings.learner)
         self.state = LearnerState(student, named, optimizer, selector, objective, ranks, self._forward.dtype)
         self.scorer = Scorer(self.state, self._forward, teacher, settings)
         self._open: _OpenStep | None = None

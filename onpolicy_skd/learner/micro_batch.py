@@ -108,6 +108,7 @@ class MicroBatch:
             lambda: self.teacher_signals,
             ranges,
             self.hidden_NH.device,
+            self.batch.targets,
         )
 
     def select_positions(self, selector: Selector, step: int, ranges: Ranges | None) -> tuple[Tensor, Selection]:

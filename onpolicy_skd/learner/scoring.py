@@ -133,7 +133,11 @@ class Scorer:
         local = []
         for _, micro in self._forward.micro_batches(trajectories, version):
             signals = micro.signals()
-            local.append(torch.stack([torch.stack(getattr(signals, name).aminmax()) for name in names]).cpu())
+            eligible_N = self._state.selector.eligible(signals)
+            values_RN = torch.stack([getattr(signals, name) for name in names])
+            masked_N = torch.zeros_like(values_RN[0], dtype=torch.bool) if eligible_N is None else ~eligible_N
+            low_R = values_RN.masked_fill(masked_N, math.inf).amin(1)
+            local.append(torch.stack([low_R, values_RN.masked_fill(masked_N, -math.inf).amax(1)], 1).cpu())
             del micro
         bounds_MR2 = torch.stack([bounds for share in self._forward.ranks.gather(local) for bounds in share])
         low_R, high_R = bounds_MR2[..., 0].amin(0).tolist(), bounds_MR2[..., 1].amax(0).tolist()

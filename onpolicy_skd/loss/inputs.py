@@ -49,8 +49,8 @@ class Alignment:
 
         Raises ConfigError for a gate of the user that cannot be imported.
         """
-        fields = {f.name: getattr(cfg, f.name) for f in dataclasses.fields(cls)}
-        return cls(**fields | {"mixture": Mixture.from_settings(cfg.mixture)})
+        fields = {f.name: getattr(cfg, f.name) for f in dataclasses.fields(cls) if f.name != "mixture"}
+        return cls(**fields, mixture=Mixture.from_settings(cfg.mixture))
 
     def at(self, step: int) -> Alignment:
         """Return the loss after ``step`` optimizer steps, on which a mixture may depend."""

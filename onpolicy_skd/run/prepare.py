@@ -212,6 +212,7 @@ def prepare(settings: Settings, log: Callable[[str], None] = print, generates: b
     student = settings.student
     tokenizer = models.load_tokenizer(student.model, student.trust_remote_code)
     vocabulary = _vocabulary(settings, tokenizer)
+    check_mask_tokens(settings, vocabulary)
     if settings.data.source == "text":
         return _text_run(settings, tokenizer, vocabulary, log)
     train, validation = (with_teacher_prompts(settings, tokenizer, p) for p in _train_prompts(settings, tokenizer))
@@ -243,8 +244,18 @@ def _check_scored(prompts: Sequence[Prompt], tokenizer: Any) -> None:
             references.of_data(prompt, tokenizer)
 
 
+def check_mask_tokens(settings: Settings, vocabulary: int) -> None:
+    """Raise ConfigError for a masked token that no response can have."""
+    for token in settings.positions.mask_tokens:
+        if token != "special" and token >= vocabulary:
+            raise ConfigError(
+                f"positions.mask_tokens={settings.positions.mask_tokens}: {token} is no token; accepted: ids below "
+                f"{vocabulary}, or special"
+            )
+
+
 def check_plugins(settings: Settings) -> None:
-    """Import the user's metrics, policies and gates.  Raises ConfigError for one that does not fit."""
+    """Import the user's metrics, policies, weightings and gates.  Raises ConfigError for one that does not fit."""
     Mixture.from_settings(settings.alignment.mixture)
     selector = Selector(settings.positions, settings.run.seed)
     if settings.pipeline.streaming and selector.ranges(0):

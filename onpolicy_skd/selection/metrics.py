@@ -35,6 +35,7 @@ class Signals:
         teacher_signals: Callable[[], TeacherSignals] | None = None,
         ranges: Ranges | None = None,
         device: torch.device | str = "cpu",
+        targets_N: Tensor | None = None,
     ) -> None:
         self._fetch_entropy_and_ce = entropy_and_ce  # () -> H(q_t) and -log q_t(y_t)
         self.counts = counts  # eligible positions of each sequence; sums to N
@@ -43,6 +44,7 @@ class Signals:
         self._fetch_teacher_signals = teacher_signals
         self._ranges = ranges or {}
         self.device = device
+        self._targets_N = targets_N
 
     @cached_property
     def _entropy_and_ce(self) -> tuple[Tensor, Tensor]:
@@ -73,6 +75,13 @@ class Signals:
     def teacher_ce_N(self) -> Tensor:
         """-log p_t(y_t)."""
         return -self._entropy_and_logprob[1]
+
+    @property
+    def targets_N(self) -> Tensor:
+        """Token ids y_t, int64."""
+        if self._targets_N is None:
+            raise RuntimeError("the response tokens are not known here")
+        return self._targets_N
 
     @cached_property
     def _teacher_signals(self) -> TeacherSignals:

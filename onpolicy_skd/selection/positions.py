@@ -141,7 +141,7 @@ def each_sequence(scores_N: Tensor, counts: Sequence[int], pick: Pick) -> Select
         raise ValueError("a position score is NaN, so no position can be selected")
     indices, weights, taken, start = [], [], [], 0
     for i, u_n in enumerate(scores_N.split(list(counts))):
-        chosen, weight = pick(i, u_n)
+        chosen, weight = pick(i, u_n) if len(u_n) else (_all(u_n), None)  # all tokens may be masked
         if weight is None:
             weight = torch.full((len(chosen),), 1.0 / max(1, len(chosen)), device=u_n.device)
         order = chosen.argsort()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 
@@ -13,6 +14,7 @@ from onpolicy_skd.config.errors import ConfigError
 from onpolicy_skd.config.schema import PositionSettings
 from onpolicy_skd.selection.metrics import METRICS, RANGES, Metric, Signals
 from onpolicy_skd.selection.positions import POLICIES, Context, Selection, scheduled_k
+from onpolicy_skd.selection.weighting import WEIGHTINGS, normalized
 from onpolicy_skd.types import seed_of
 
 State = dict[str, Tensor]
@@ -91,13 +93,17 @@ class Bandit:
 class Selector:
     """Metric, policy, their schedule and their state, as configured under ``positions``.
 
-    Raises ConfigError for a metric or policy of the user that cannot be imported or does not fit.
+    Raises ConfigError for a metric, policy or weighting of the user that cannot be imported or does not fit.
     """
 
-    def __init__(self, settings: PositionSettings, seed: int) -> None:
+    def __init__(self, settings: PositionSettings, seed: int, special_ids: Sequence[int] = ()) -> None:
+        """``special_ids``: the tokenizer's special tokens, for ``positions.mask_tokens``."""
         self._settings = settings
         self._policy = plugins.find(settings.policy, POLICIES, "positions.policy")
         self._metric = plugins.find(settings.metric, METRICS, "positions.metric")
+        self._weighting = plugins.find(settings.weighting, WEIGHTINGS, "positions.weighting")
+        masked = [special_ids if token == "special" else [token] for token in settings.mask_tokens]
+        self._masked_ids = sorted({i for ids in masked for i in ids})
         if settings.policy == "gls" and self._metric in RANGES:
             raise ConfigError(
                 f"positions.metric={settings.metric}, positions.policy=gls: scores scaled within each batch cannot be "
@@ -118,8 +124,16 @@ class Selector:
         """Return the share of positions at ``step``."""
         return scheduled_k(self._settings, step)
 
+    def eligible(self, signals: Signals) -> Tensor | None:
+        """Return a mask ``[N]`` of the positions that may be selected; None if all may."""
+        if not self._masked_ids:
+            return None
+        return ~torch.isin(signals.targets_N, torch.tensor(self._masked_ids, device=signals.targets_N.device))
+
     def select(self, signals: Signals, step: int) -> tuple[Tensor, Selection]:
-        """Return the scores ``[N]`` and the positions selected by them."""
+        """Return the scores ``[N]``, NaN where a token is masked, and the positions selected by them."""
+        eligible_N, counts = self.eligible(signals), signals.counts
+        kept = None if eligible_N is None else eligible_N.nonzero()[:, 0]
         k = self.k(step)
         threshold = self._queue.threshold(k) if self._queue else None
         if self._settings.policy == "full":  # needs no scores, which may cost a pass over the LM head
@@ -127,7 +141,18 @@ class Selector:
         else:
             scores_N = self._metric_of(step)(signals)
         context = Context(k, step, signals.seeds, threshold, self._settings)
-        return scores_N, self._policy(scores_N, signals.counts, context)
+        if eligible_N is None or kept is None:
+            selection = self._policy(scores_N, counts, context)
+        else:
+            rest = [int(mask.sum()) for mask in eligible_N.split(list(counts))]
+            selection = self._policy(scores_N[kept], rest, context)
+            selection = dataclasses.replace(selection, indices_K=kept[selection.indices_K])
+            scores_N = scores_N.masked_fill(~eligible_N, math.nan)
+        if self._weighting:
+            factors_N = normalized(self._weighting(signals, self._settings), counts, eligible_N)
+            weights_K = selection.weights_K * factors_N[selection.indices_K]
+            selection = dataclasses.replace(selection, weights_K=weights_K)
+        return scores_N, selection
 
     def _metric_of(self, step: int) -> Metric:
         return METRICS[self.metric(step)] if self.bandit else self._metric
@@ -135,7 +160,7 @@ class Selector:
     def observe(self, scores_N: Tensor) -> None:
         """Record the scores of an optimizer batch, in the order of its trajectories; call once per step."""
         if self._queue:
-            self._queue.push(scores_N)
+            self._queue.push(scores_N[~scores_N.isnan()])  # masked tokens have none
 
     def state_dict(self) -> State:
         stateful = self._queue or self.bandit

@@ -27,6 +27,7 @@ SELECTIONS = {
     "teacher": {"metric": "teacher_entropy", "k": 0.3},  # needs no scores of the student
     "full": {"policy": "full"},
     "gls": {"policy": "gls", "k": 0.3, "queue": 100},  # keeps all scores
+    "masked": {"metric": "ta_opd", "k": 0.3, "weighting": "iw", "mask_tokens": list(range(30, 60))},
     "drawn": {"policy": "sampled", "k": 0.3},
 }
 

@@ -514,7 +514,7 @@ def test_the_worked_example_of_the_docs_runs(run_here, tmp_path):
     module = page.split("```python\n")[1].split("```")[0]
     (tmp_path / "surprise.py").write_text(module)
     line = next(text for text in page.splitlines() if "positions.metric=surprise" in text)
-    overrides = [word for word in line.split() if word.startswith("positions.")]
+    overrides = [word for word in line.split() if word.startswith(("positions.", "alignment."))]
     done = run(tmp_path, *ONE_ACTOR, *overrides, "run.steps=2", "run.name=r", paths=[tmp_path])
     assert done.returncode == 0, done.stdout + done.stderr
     for record in losses(tmp_path / "r", ("positions_selected", "positions", "entropy")):

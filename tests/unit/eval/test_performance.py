@@ -3,7 +3,7 @@ import json
 import pytest
 
 from eval.performance import __main__ as performance
-from eval.performance import end_to_end
+from eval.performance import end_to_end, loss
 from eval.performance.overlap import busy_seconds
 from onpolicy_skd.tracing import Span
 
@@ -18,7 +18,24 @@ def test_the_loss_benchmark_compares_equal_losses_and_writes_its_keys(tmp_path, 
     for variant in ("trl", "ours_k100", "ours_compiled"):  # equal losses
         assert runs[variant]["loss"] == pytest.approx(runs["dense"]["loss"], rel=1e-4)
     assert result["ratio_to_trl"]["time_k100"] == runs["trl"]["seconds"] / runs["ours_k100"]["seconds"]
-    assert "TRL's figure over ours" in capsys.readouterr().out
+    methods = result["shapes"]["tiny"]["methods"]
+    assert methods.keys() == {*loss.METHODS, *loss.SCORES}
+    assert methods["exact"]["time"] == {"median": 1.0, "min": 1.0, "max": 1.0}
+    assert methods["teacher_signals"]["over"] == "kl_alone"
+    shown = capsys.readouterr().out
+    assert "TRL's figure over ours" in shown
+    assert "over exact: time" in shown
+
+
+def test_the_methods_of_the_loss_benchmark_are_what_they_are_named_after():
+    inputs = loss.make_inputs(loss.SHAPES["tiny"], "cpu")
+    losses = {name: loss.loss_step(name, inputs)().item() for name in ("dense", *loss.METHODS, *loss.SCORES)}
+    assert losses["exact"] == pytest.approx(losses["dense"], rel=1e-4)
+    assert losses["mixture_constant"] == pytest.approx((losses["exact"] + losses["forward_kl"]) / 2, rel=1e-4)
+    assert losses["student_topk_tail"] < losses["exact"]
+    assert losses["clip"] < losses["exact"]
+    assert losses["kl_alone"] == pytest.approx(losses["teacher_signals"], rel=1e-4)
+    assert losses["kl_alone"] == pytest.approx(losses["forward_kl"], rel=1e-4)
 
 
 @pytest.mark.slow

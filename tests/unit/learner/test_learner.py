@@ -352,6 +352,16 @@ VARIANTS = {
             }
         }
     },
+    "iw": {"positions": {"weighting": "iw", "k": 0.5}},
+    "ramp": {
+        "positions": {
+            "weighting": "ramp",
+            "weighting_gamma": -0.9,
+            "metric": "tip_q3",
+            "mask_tokens": [*range(40, 60), "special"],
+        }
+    },
+    "masked": {"positions": {"policy": "gls", "k": 0.3, "queue": 90, "mask_tokens": list(range(50))}},
     "clip": {"alignment": {"clip": 2.0, "clip_mode": "scale"}},
     "decoupled_kd": {"alignment": {"variant": "decoupled_kd", "other_weight": 3.0, **FORWARD}},
     "at_kd": {"alignment": {"variant": "at_kd", **FORWARD}, "positions": {"policy": "full"}},

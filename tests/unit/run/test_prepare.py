@@ -13,7 +13,7 @@ from helpers import tiny_settings
 from onpolicy_skd.config.errors import ConfigError
 from onpolicy_skd.data.prompts import load_prompts
 from onpolicy_skd.report.metrics_log import MetricsLog
-from onpolicy_skd.run.prepare import Run, check_plugins, open_folder, prepare
+from onpolicy_skd.run.prepare import Run, check_mask_tokens, check_plugins, open_folder, prepare
 from onpolicy_skd.storage import checkpoint
 from onpolicy_skd.storage.files import LockedError, lock
 
@@ -244,3 +244,9 @@ def test_a_metric_that_looks_at_the_whole_batch_is_refused_with_streaming(tmp_pa
         check_plugins(tiny_settings(positions=positions, pipeline=pipeline))
     check_plugins(tiny_settings(positions=positions))
     check_plugins(tiny_settings(pipeline=pipeline))
+
+
+def test_masked_tokens_must_be_tokens():
+    check_mask_tokens(tiny_settings(positions={"mask_tokens": ["special", 9]}), 10)
+    with pytest.raises(ConfigError, match=r"positions\.mask_tokens=\[10\]: 10 is no token; accepted: ids below 10"):
+        check_mask_tokens(tiny_settings(positions={"mask_tokens": [10]}), 10)
