@@ -69,39 +69,22 @@ def loss_step(variant: str, inputs: dict[str, Tensor], k: float = 1.0) -> Callab
             hidden[chosen], head, teacher, Rows(weights, targets[chosen]), Alignment(compiled=compiled)
         )[0]
 
-    def method(name: str) -> Tensor:
-        weights = torch.full((rows,), 1 / rows, device=hidden.device)
-        alignment = Alignment.from_settings(AlignmentSettings(**METHODS[name]))
-        return distillation_loss(hidden, head, HiddenRows(other, other_head), Rows(weights, targets), alignment)[0]
-
-    def kl_alone() -> Tensor:
-        forward, ones = Alignment("forward_kl"), torch.ones(rows, device=hidden.device)
-        teacher = HiddenRows(other, other_head)
-        return distillation_loss(hidden.detach(), head.detach(), teacher, Rows(ones, targets), forward)[1].mean()
-
-    def signals() -> Tensor:
-        return teacher_signals(hidden, head, HiddenRows(other, other_head), 16).forward_kl_N.mean()
-
     if variant == "trl":
         from trl.trainer.distillation_trainer import _chunked_divergence_loss as chunked
-    from onpolicy_skd.config.schema import AlignmentSettings
     from onpolicy_skd.loss.divergence import distillation_loss
     from onpolicy_skd.loss.inputs import Alignment, HiddenRows, Rows
-    from onpolicy_skd.loss.teacher_signals import teacher_signals
     from onpolicy_skd.models.lm_head import row_statistics
     from onpolicy_skd.selection.positions import Context, top_k
 
-    forward = {
+    forwards: dict[str, Callable[[], Tensor]] = {
         "dense": dense,
         "trl": trl,
         "ours_k100": lambda: ours(1.0),
         "ours_k20": lambda: ours(0.2),
         "ours_compiled": lambda: ours(1.0, compiled=True),
         "ours": lambda: ours(k),
-        "kl_alone": kl_alone,
-        "teacher_signals": signals,
-        **{name: functools.partial(method, name) for name in METHODS},
-    }[variant]
+    }
+    forward = forwards.get(variant) or functools.partial(method_loss, variant, inputs)
 
     def step() -> Tensor:
         hidden.grad = head.grad = None
@@ -111,6 +94,24 @@ def loss_step(variant: str, inputs: dict[str, Tensor], k: float = 1.0) -> Callab
         return value.detach()
 
     return step
+
+
+def method_loss(name: str, inputs: dict[str, Tensor]) -> Tensor:
+    """Return the mean loss of all rows under ``METHODS[name]``, or the mean forward KL by one of ``SCORES``."""
+    from onpolicy_skd.config.schema import AlignmentSettings
+    from onpolicy_skd.loss.divergence import distillation_loss
+    from onpolicy_skd.loss.inputs import Alignment, HiddenRows, Rows
+    from onpolicy_skd.loss.teacher_signals import teacher_signals
+
+    hidden, head, targets = inputs["student_hidden"], inputs["student_head"], inputs["targets"]
+    teacher = HiddenRows(inputs["teacher_hidden"], inputs["teacher_head"])
+    rows = Rows(torch.full((len(hidden),), 1 / len(hidden), device=hidden.device), targets)
+    if name == "teacher_signals":
+        return teacher_signals(hidden, head, teacher, 16).forward_kl_N.mean()
+    if name == "kl_alone":
+        return distillation_loss(hidden.detach(), head.detach(), teacher, rows, Alignment("forward_kl"))[1].mean()
+    alignment = Alignment.from_settings(AlignmentSettings(**METHODS[name]))
+    return distillation_loss(hidden, head, teacher, rows, alignment)[0]
 
 
 def make_inputs(shape: Sequence[int], device: str) -> dict[str, Tensor]:
