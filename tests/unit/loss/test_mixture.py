@@ -225,6 +225,12 @@ def test_a_skipped_position_is_skipped_from_the_start():
     assert gate.weights(gate_rows([0.0, 2.0], [0.0, 0.0])).tolist() == [[0.0, 0.0], [0.0, 1.0]]
 
 
+def test_the_plain_divergence_of_a_loss_has_neither_mixture_nor_bound():
+    loss = Alignment("jsd", 0.3, 1.5, 0.7, 4, "sampled", mixture=mixture(), clip=1.0)
+    assert loss.exact("jsd") == Alignment("jsd", 0.3, 1.5, chunk_rows=4)
+    assert loss.exact("forward_kl").kind == "forward_kl"
+
+
 # -- the bound on log ratios -----------------------------------------------------------------------------------------
 
 

@@ -390,6 +390,11 @@ def test_without_a_teacher_its_metrics_are_refused(name):
         METRICS[name](Signals(student(ENTROPY, CE), [2, 1], [7, 8]))
 
 
+def test_response_tokens_that_are_not_known_are_an_error():
+    with pytest.raises(RuntimeError, match="response tokens are not known"):
+        _ = with_teacher().targets_N
+
+
 def test_metrics_and_policies_in_user_code(tmp_path, monkeypatch):
     (tmp_path / "user_selection.py").write_text(
         "from onpolicy_skd.selection.positions import top_k\n"
