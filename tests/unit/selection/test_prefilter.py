@@ -63,6 +63,7 @@ def test_the_fingerprint_changes_with_what_the_scores_depend_on(tmp_path):
     packed = [dataclasses.replace(PROMPTS[0], documents=np.array([2])), *PROMPTS[1:]]
     other_view = [dataclasses.replace(PROMPTS[0], teacher_ids=[5, 8]), *PROMPTS[1:]]
     assert of(other_view) == of()  # the teacher does not score
-    different = [of(other_view, metric="kl"), of(), of(PROMPTS[1:]), of(packed), of(metric="kl"), of(metric="kl", teacher="bundled:demo_student"),
+    different = [of(other_view, metric="kl"), of(), of(PROMPTS[1:]), of(packed),
+                 of(metric="kl"), of(metric="kl", teacher="bundled:demo_student"),
                  of(metric="random"), of(metric="random", seed=1), of(prefilter_text="rollout")]  # fmt: skip
     assert len(set(different)) == len(different)
