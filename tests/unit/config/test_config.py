@@ -62,7 +62,7 @@ CONFIGS = sorted(p for p in (ROOT / "configs").rglob("*.yaml") if "compare" not 
         (["alignment.estimator=sampled", "positions.policy=bandit", "positions.arms=[kl, ce_ratio]"], ["ce_ratio"]),
         (["alignment.estimator=sampled", "positions.weighting=iw"], ["positions.weighting=iw", "biases"]),
         (["positions.weighting_gamma=2"], ["positions.weighting_gamma=2.0", "positions.weighting=iw or ramp only"]),
-        (["positions.weighting=iv"], ["positions.weighting", "did you mean 'iw'", "module:function"]),
+        (["positions.weighting=rampp"], ["positions.weighting", "did you mean 'ramp'", "module:function"]),
         (["positions.mask_tokens=[eos]"], ["positions.mask_tokens"]),
         (["positions.top_classes=1"], ["positions.top_classes=1", "at least 2"]),
         (["positions.metric=ta_opd", "positions.policy=gls"], ["positions.metric=ta_opd", "accepted: top_k"]),
