@@ -65,7 +65,7 @@ class Trackers:
         self._ids_file = RunPaths(settings.run.folder).trackers
         self._ids = json.loads(self._ids_file.read_text()) if resumed and self._ids_file.exists() else {}
         self._trackers: dict[str, Any] = {}
-        for name in settings.run.trackers:
+        for name in dict.fromkeys(settings.run.trackers):
             self._attempt(name, lambda name=name: self._start(name, first_step))
         if self._ids:
             write_text(self._ids_file, json.dumps(self._ids) + "\n")

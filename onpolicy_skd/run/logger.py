@@ -342,6 +342,8 @@ class RunLogger:
         if status == "stopped":
             self.log("the same command with resume=auto continues from the last checkpoint")
         paths = self._run.paths
+        if status == "finished" and settings.generates:
+            self.log(f"ask the student: skd chat --model {paths.final}")
         token_views = sorted(paths.evaluations.glob("tokens-*.jsonl"))
         self._trackers.send([paths.curves, paths.timeline_image], token_views, self._steps)
         self._trackers.close()

@@ -36,7 +36,7 @@ def arguments(tmp_path, monkeypatch):
         "--config", str(ROOT / "configs" / "demo.yaml"), f"data.mix={mix}", "mode=mixed", "data.max_prompt_tokens=360",
         "data.source=gsm8k", "data.train_problems=null", f"run.dir={tmp_path}", "eval.judge=user_judge:short",
         "rollout.engine=transformers", "rollout.placement=learner", "teacher.placement=learner",
-        "learner.batch_size=8", "run.tensorboard=false", "run.evaluate_every=0", "run.checkpoint_every=2",
+        "learner.batch_size=8", "run.trackers=[]", "run.evaluate_every=0", "run.checkpoint_every=2",
         "eval.problems=16", "eval.teacher=false", "eval.before=false", "data.validation_problems=0",
         "eval.divergence_prompts=8", "samples.truncated=keep",
     ]  # fmt: skip

@@ -112,7 +112,8 @@ def test_a_run_leaves_everything_it_promises(finished_run):
     assert list((folder / "tensorboard").rglob("events*"))
     assert len((folder / "evaluations" / "after-000005.jsonl").read_text().splitlines()) == 16
     assert yaml.safe_load((folder / "config.yaml").read_text())["learner"]["batch_size"] == 8
-    for text in ("exact match  before", "exact match   after", "exact match teacher", str(folder / "report.md")):
+    for text in ("exact match  before", "exact match   after", "exact match teacher", str(folder / "report.md"),
+                 f"ask the student: skd chat --model {folder / 'final'}"):  # fmt: skip
         assert text in printed
 
 
