@@ -160,7 +160,8 @@ def recovery(learner, updates=0, **sections):
     groups.teachers, groups.learner, groups._places, groups._joined = [], [learner], {}, False
     groups.rollouts, groups._engines_in_learner = SimpleNamespace(actors=[]), False
     groups._placement = SimpleNamespace(wait=lambda log: None)
-    groups._resources = SimpleNamespace(learner=SimpleNamespace(count=1))
+    rollout = SimpleNamespace(gpus=0.0)
+    groups._resources = SimpleNamespace(learner=SimpleNamespace(count=1), rollout=rollout, colocated=False)
     groups._start_rank = lambda rank: Actor.remote()
     weights = EngineWeights(groups, False, 512)
     weights.learner_version = updates
@@ -192,7 +193,8 @@ def test_the_log_and_the_record_name_the_role_of_a_dead_actor(cluster, tmp_path)
 def test_a_learner_that_is_not_where_the_records_are_saves_nothing(tmp_path):
     """A new learner, after a failed recovery, must not take the place of the trained one's checkpoint."""
     actor = object.__new__(learner_class)
-    learner = SimpleNamespace(version=0, state=SimpleNamespace(tensors=dict))
+    student = SimpleNamespace(device=torch.device("cpu"))
+    learner = SimpleNamespace(version=0, state=SimpleNamespace(tensors=dict), student=student)
     actor._learner, actor._rank, actor._out_of_step = learner, 0, False
     with pytest.raises(files.SaveError, match="at policy version 0, not 41"):
         actor.save(tmp_path, 41, 41, {}, 2)
