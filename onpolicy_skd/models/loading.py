@@ -101,13 +101,30 @@ def load_config(model: str, trust_remote_code: bool = False) -> Any:
 
 def load_model(model: str, dtype: torch.dtype, device: str, trust_remote_code: bool = False) -> Any:
     """Load the causal language model ``model`` on ``device``, from safetensors only.  Raises ModelError."""
-    from transformers import AutoModelForCausalLM
-
     check_weights(model)
-    loaded = _from_pretrained(
-        AutoModelForCausalLM, model, dtype=dtype, trust_remote_code=trust_remote_code, use_safetensors=True
-    )
+    kind = auto_class(load_config(model, trust_remote_code))
+    loaded = _from_pretrained(kind, model, dtype=dtype, trust_remote_code=trust_remote_code, use_safetensors=True)
     return loaded.to(device)
+
+
+def auto_class(config: Any) -> Any:
+    """Return transformers' class for causal language models, or for multimodal ones that only that class knows."""
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+
+    causal = type(config) in AutoModelForCausalLM._model_mapping
+    multimodal = type(config) in AutoModelForImageTextToText._model_mapping
+    return AutoModelForImageTextToText if multimodal and not causal else AutoModelForCausalLM
+
+
+def freeze_other_towers(model: Any) -> Any:
+    """Freeze what text does not pass through in a multimodal model: its towers for images and sound."""
+    config = model.config
+    if config.get_text_config() is not config:
+        text = [*model.get_decoder().parameters(), *model.get_output_embeddings().parameters()]
+        trained = {id(parameter) for parameter in text}
+        for parameter in model.parameters():
+            parameter.requires_grad_(id(parameter) in trained)
+    return model
 
 
 def load_student(settings: Settings, device: str, compute_device: str) -> Any:
@@ -120,7 +137,7 @@ def load_student(settings: Settings, device: str, compute_device: str) -> Any:
     student_cfg = settings.student
     coarse = student_cfg.lora_rank and settings.learner.ranks == 1
     dtype = pick_dtype(settings.learner.compute_dtype, compute_device) if coarse else torch.float32
-    model = load_model(student_cfg.model, dtype, device, student_cfg.trust_remote_code)
+    model = freeze_other_towers(load_model(student_cfg.model, dtype, device, student_cfg.trust_remote_code))
     if student_cfg.lora_rank:
         return add_lora(model, student_cfg.lora_rank, student_cfg.lora_alpha, settings.run.seed)
     return model

@@ -18,6 +18,8 @@ LORA, BASE = ".lora_", ".base_layer.weight"  # in peft's parameter names
 def add_lora(model: Any, rank: int, alpha: int, seed: int) -> Any:
     """Freeze ``model`` and add trainable adapters to its linear layers except the LM head (arXiv 2106.09685).
 
+    Layers that are frozen already get none.
+
     The adapters start at zero, so the model's outputs do not change yet.  Raises ModelError for models that peft does
     not support, or whose merged weights would not have a plain model's names.
     """
@@ -26,7 +28,11 @@ def add_lora(model: Any, rank: int, alpha: int, seed: int) -> Any:
 
     family, plain_names = type(model).__name__, [name for name, _ in model.named_parameters()]
     head = model.get_output_embeddings()
-    layers = [n for n, m in model.named_modules() if isinstance(m, torch.nn.Linear | Conv1D) and m is not head]
+    layers = [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear | Conv1D) and module is not head and module.weight.requires_grad
+    ]
     config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=layers)
     try:
         with torch.random.fork_rng():

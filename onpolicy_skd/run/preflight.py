@@ -111,7 +111,6 @@ def check_checkpoint(model: str, trust_remote_code: bool) -> None:
     Files of a hub model are not looked at, for they may have to be downloaded first.
     """
     import torch
-    from transformers import AutoModelForCausalLM
 
     config = loading.load_config(model, trust_remote_code)
     folder = Path(loading.resolve_path(model))
@@ -122,7 +121,7 @@ def check_checkpoint(model: str, trust_remote_code: bool) -> None:
         return  # its code may not build without weights
     try:
         with torch.device("meta"):
-            built = AutoModelForCausalLM.from_config(config)
+            built = loading.auto_class(config).from_config(config)
     except Exception as error:  # a configuration can be wrong in many ways
         raise ModelError(
             f"model {model!r}: its config.json describes no causal language model that transformers knows: "
