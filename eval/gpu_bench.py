@@ -27,6 +27,7 @@ from eval.performance.loss import loss_step, make_inputs
 from eval.performance.measuring import memory, reset_peak
 from onpolicy_skd.config.loading import resolve
 from onpolicy_skd.learner.learner import Learner
+from onpolicy_skd.models.lm_head import LMHead
 from onpolicy_skd.models.split_model import SplitModel, split
 from onpolicy_skd.report.metrics_log import read, steps_of
 from onpolicy_skd.storage.files import write_text
@@ -167,9 +168,10 @@ class RandomTeacher:
     """A teacher whose rows are noise: it costs nothing but its LM head and the rows."""
 
     def __init__(self, shape: Shape, device: str, dtype: torch.dtype) -> None:
-        self._head = torch.randn(shape.vocabulary, shape.teacher, device=device).to(dtype).div_(shape.teacher**0.5)
+        weight = torch.randn(shape.vocabulary, shape.teacher, device=device).to(dtype).div_(shape.teacher**0.5)
+        self._head = LMHead(weight)
 
-    def head(self) -> Tensor:
+    def head(self) -> LMHead:
         return self._head
 
     def encode(self, trajectories: Sequence[Trajectory]) -> None:
