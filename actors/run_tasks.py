@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Generic, TypeVar
@@ -85,7 +85,7 @@ def parallel_runs(settings: Settings, limit: int | None = None) -> int:
     return min(count, limit) if limit else count
 
 
-def run_all(work: Iterable[Command[Name]], count: int) -> Iterator[tuple[Name, int]]:
+def run_all(work: Iterable[Command[Name]], count: int) -> Generator[tuple[Name, int], None, None]:
     """Run all commands, ``count`` at a time; yield names with exit codes as they end.
 
     Closing the generator, or a signal in it, stops the commands that run: each saves a checkpoint first.
