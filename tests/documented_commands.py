@@ -80,7 +80,7 @@ TESTS: dict[str, tuple[str, ...]] = {
     "python -m onpolicy_skd.prune": ("tests/unit/models/test_models.py",),
     "python -m onpolicy_skd.train": ("tests/integration/test_train.py",),
     "skd cache": (CLI, "tests/integration/test_commands.py::test_a_cache_is_built"),
-    "skd chat": (CLI, "tests/unit/eval/test_chat.py::test_a_run_answers_lines_of_a_pipe_with_its_three_models"),
+    "skd chat": (CLI, "tests/unit/eval/test_chat_command.py::test_a_run_answers_lines_of_a_pipe_with_its_three_models"),
     "skd compare": (CLI, "tests/integration/test_compare_runs.py"),
     "skd configs": (CLI, "tests/unit/config/test_shipped.py::test_the_list_has_every_config_with_its_comment"),
     "skd eval": (CLI, "tests/unit/test_cli.py::test_arguments_and_exit_code_pass_through"),
