@@ -256,8 +256,8 @@ def check_mask_tokens(settings: Settings, vocabulary: int) -> None:
 
 def check_plugins(settings: Settings) -> None:
     """Import the user's metrics, policies, weightings and gates.  Raises ConfigError for one that does not fit."""
-    Mixture.from_settings(settings.alignment.mixture)
     selector = Selector(settings.positions, settings.run.seed)
+    Mixture.from_settings(settings.alignment.mixture)
     if settings.pipeline.streaming and selector.ranges(0):
         raise ConfigError(
             f"pipeline.streaming: positions.metric={settings.positions.metric} looks at the whole batch before it "
