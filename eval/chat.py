@@ -77,7 +77,11 @@ def models_of(args: argparse.Namespace) -> dict[str, tuple[str, bool]]:
     if args.alone or args.versus or run_config is None:
         return {name: (name, False) for name in [*(args.versus or []), args.model]}
     run = build_settings(run_config, [parse_override(text) for text in args.overrides])
-    return {"before": (run.student.model, True), "after": (args.model, True), "teacher": (run.teacher.model, True)}
+    return {
+        "before": (run.student.model, True),
+        "after": (args.model, True),
+        "teacher": (run.teacher_model.model, True),
+    }
 
 
 def load(args: argparse.Namespace, settings: Settings) -> list[Speaker]:
