@@ -202,9 +202,10 @@ def plan(settings: Settings, available_gpus: float, counts: Counts | None = None
         return 0.0 if not on_gpu else default if setting is None else setting
 
     tensor_parallel = float(settings.rollout.tensor_parallel)
+    of_teacher = float(settings.teacher.tensor_parallel) if settings.teacher.engine == "vllm" else even
     resources = Resources(
         learner=Role("learner", counts.learner, gpus(cluster.learner_gpus)),
-        teacher=Role("teacher", counts.teacher, gpus(cluster.teacher_gpus)),
+        teacher=Role("teacher", counts.teacher, gpus(cluster.teacher_gpus, of_teacher)),
         rollout=Role("rollout", counts.rollout, gpus(cluster.rollout_gpus, even if colocated else tensor_parallel)),
         colocated=colocated,
     )
@@ -242,7 +243,8 @@ def fitted(resources: Resources, nodes: Sequence[Mapping[str, float]]) -> Resour
             most = max((node.get("GPU", 0.0) for node in nodes), default=0.0)
             raise ClusterError(
                 f"one actor needs {bundle.get('GPU', 0.0):g} GPUs and {bundle['CPU']:g} CPUs on one node, but none has "
-                f"them (the most GPUs of a node: {most:g}); lower rollout.tensor_parallel or cluster.*_gpus"
+                f"them (the most GPUs of a node: {most:g}); lower rollout.tensor_parallel, "
+                f"teacher.tensor_parallel or cluster.*_gpus"
             )
     together = dataclasses.replace(resources, together=resources.learner.count > 1 and not resources.colocated)
     return together if _fit_together(together.bundles(), nodes) else resources

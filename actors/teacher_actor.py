@@ -22,12 +22,15 @@ from onpolicy_skd.models.loading import load_model, pick_device, pick_dtype
 from onpolicy_skd.models.split_model import SplitModel, check_documents, split
 from onpolicy_skd.teacher.cache_format import Shard, write_shard
 from onpolicy_skd.teacher.teacher import RowRequest, Teacher
+from onpolicy_skd.teacher.vllm_teacher import VLLMTeacher
 from onpolicy_skd.tracing import Span, Spans
 from onpolicy_skd.types import Trajectory
 
 
-def build_teacher(settings: Settings, vocabulary: int, pad_id: int) -> Teacher:
+def build_teacher(settings: Settings, vocabulary: int, pad_id: int) -> Teacher | VLLMTeacher:
     """Load the teacher of ``settings`` into this process.  Raises ModelError."""
+    if settings.teacher.engine == "vllm":
+        return VLLMTeacher(settings, vocabulary)
     cfg, named = settings.teacher, settings.teacher_model
     device = pick_device(settings.run.device)
     dtype = pick_dtype(cfg.dtype, device) if cfg.ema_decay is None else torch.float32  # small moves must not be lost

@@ -23,8 +23,9 @@ from eval.calibration import Calibration
 from onpolicy_skd.config.errors import ConfigError
 from onpolicy_skd.models import loading as models
 from onpolicy_skd.models import split_model
+from onpolicy_skd.models.vllm_setup import require_vllm
 from onpolicy_skd.report.summary import percent, versions
-from onpolicy_skd.rollout.vllm_engine import harness_model, require_vllm
+from onpolicy_skd.rollout.vllm_engine import harness_model
 from onpolicy_skd.run.exits import EXIT_OK, run_cli
 from onpolicy_skd.storage.files import write_text
 

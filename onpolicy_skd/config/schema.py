@@ -325,6 +325,20 @@ class TeacherSettings(Section):
     )  # fmt: skip
     max_prompt_tokens: Positive = setting(1_024, "longest prompt of the teacher, tokens", {"teacher.prompt": Given()})
     dtype: Dtype = setting("auto", "auto: bfloat16 on cuda, else float32")
+    engine: Literal["transformers", "vllm"] = setting(
+        "transformers", "library that runs the teacher; vllm: for teachers on several GPUs or with quantized weights"
+    )
+    tensor_parallel: Positive = setting(
+        1, "GPUs over which each teacher actor splits the model", {"teacher.engine": "vllm"}, affects_result=False
+    )
+    quantization: Literal["fp8", "fp8_per_block", "fp8_per_channel"] | None = setting(
+        None, "quantize 16-bit weights while vLLM loads them; empty: as the checkpoint says (FP8, AWQ, GPTQ ...)",
+        {"teacher.engine": "vllm"},
+    )  # fmt: skip
+    gpu_memory: Share = setting(
+        0.7, "fraction of the GPU memory that vLLM takes; LM head, kept hidden states and logits need the rest",
+        {"teacher.engine": "vllm"}, affects_result=False,
+    )  # fmt: skip
     placement: Literal["actor", "learner"] = setting(
         "actor", "actor: in separate processes (and devices); learner: in the learner's process", affects_result=False
     )
@@ -671,8 +685,8 @@ class EvalSettings(Section):
     before: bool = setting(True, "evaluate the student before training", resumable=True)
     after: bool = setting(True, "evaluate the student after training", resumable=True)
     teacher: bool = setting(
-        True, "evaluate the teacher once (needs room for its engine); the default with cache.path or "
-        "teacher.model=student is false", resumable=True,
+        True, "evaluate the teacher once (needs room for its engine); the default with cache.path, "
+        "teacher.engine=vllm or teacher.model=student is false", resumable=True,
     )  # fmt: skip
     max_tokens: Positive | None = setting(
         None, "longest response in evaluation, tokens; empty: rollout.max_tokens", resumable=True
@@ -724,7 +738,7 @@ class ClusterSettings(Section):
         None, "GPUs per rank; empty: 1 on cuda, 0 on cpu; colocated: equal shares", affects_result=False
     )
     teacher_gpus: Annotated[float, Field(ge=0)] | None = setting(
-        None, "GPUs per teacher actor; empty: as for the learner", affects_result=False
+        None, "GPUs per teacher actor; empty: as for the learner, or teacher.tensor_parallel", affects_result=False
     )
     rollout_gpus: Annotated[float, Field(ge=0)] | None = setting(
         None, "GPUs per engine; empty: rollout.tensor_parallel on cuda; colocated: equal shares", affects_result=False
@@ -775,7 +789,8 @@ class Settings(Section):
         defaults: dict[str, dict[str, Any]] = {}
         if tree.get("mode") == "off_policy" and section("references").get("source") != "student":
             defaults["alignment"] = {"divergence": "forward_kl"}
-        if section("cache").get("path") or section("teacher").get("model") == "student":
+        teacher = section("teacher")
+        if section("cache").get("path") or teacher.get("model") == "student" or teacher.get("engine") == "vllm":
             defaults["eval"] = {"teacher": False}
         if section("cluster").get("topology") == "colocated":
             defaults["rollout"] = {"gpu_memory": 0.3}

@@ -248,6 +248,23 @@ def _moving_teacher(settings: Settings) -> str | None:
     return None
 
 
+def _vllm_teacher(settings: Settings) -> str | None:
+    """Refuse a teacher in vLLM where its engine would share a process or a GPU."""
+    teacher, cluster = settings.teacher, settings.cluster
+    if teacher.engine != "vllm":
+        return None
+    if teacher.placement != "actor":
+        return "teacher.engine=vllm: runs in its actor; accepted with teacher.placement=actor only"
+    if cluster.topology == "colocated":
+        return "teacher.engine=vllm: keeps the memory of its GPUs; accepted with cluster.topology=split only"
+    if cluster.teacher_gpus not in (None, 0, teacher.tensor_parallel):
+        return (
+            f"cluster.teacher_gpus={cluster.teacher_gpus:g}: with teacher.engine=vllm an actor takes "
+            f"teacher.tensor_parallel={teacher.tensor_parallel} GPUs; leave it empty"
+        )
+    return None
+
+
 def _placement(settings: Settings) -> str | None:
     rollout = settings.rollout
     if rollout.placement == "learner" and (rollout.engine != "transformers" or rollout.actors != 1):
@@ -471,6 +488,7 @@ RULES = (
     _sampled_tokens,
     _teacher_prompt,
     _moving_teacher,
+    _vllm_teacher,
     _staleness,
     _placement,
     _ranks,
@@ -492,7 +510,7 @@ TRL_ONLY = {
     "alignment.estimator": "exact", "alignment.kd_weight": 1.0, "alignment.ema_weight": 0.0,
     "alignment.reference_weight": 0.0, "alignment.mixture.gate": "none", "alignment.clip": None,
     "rollout.n": 1, "rollout.stop": [], "student.lora_rank": 0, "rollout.max_tokens_start": None,
-    "teacher.prompt": None, "teacher.ema_decay": None,
+    "teacher.prompt": None, "teacher.ema_decay": None, "teacher.engine": "transformers",
 }  # fmt: skip
 
 

@@ -1,11 +1,13 @@
-"""The vLLM engine: with vllm_worker.py all code that depends on vLLM's Python API, which changes often."""
+"""The vLLM engine of rollouts.
+
+vLLM's Python API changes often: all code that depends on it is here, in vllm_worker.py, models/vllm_setup.py and
+teacher/vllm_teacher.py.
+"""
 
 from __future__ import annotations
 
 import importlib
-import importlib.util
 import itertools
-import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib import metadata
@@ -17,38 +19,17 @@ from torch import Tensor
 from onpolicy_skd.config.schema import Settings
 from onpolicy_skd.distributed.weight_transfer import Address, WeightSpec
 from onpolicy_skd.evaluation.stop_texts import stop_length
-from onpolicy_skd.models.loading import ModelError, eos_token_ids, load_tokenizer, pick_device, resolve_path
+from onpolicy_skd.models.loading import eos_token_ids, load_tokenizer, pick_device, resolve_path
+from onpolicy_skd.models.vllm_setup import cpu_engine_kwargs, engine_kwargs, set_environment, vllm_version
 from onpolicy_skd.rollout.engine import sort_by_request
 from onpolicy_skd.types import RolloutRequest, SamplingParams, Trajectory, id_array
 
 if TYPE_CHECKING:
     import vllm
 
-# The engine lives in the caller's process: it starts in seconds, dies with its actor, and takes weights as objects.
-# Compiling the sampler costs seconds for no gain on CPU. Both must be set before vLLM is imported.
-_ENVIRONMENT = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_NO_USAGE_STATS": "1"}
-_DEVICE_ENVIRONMENT = {
-    "cpu": {"TORCH_COMPILE_DISABLE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_LOGGING_LEVEL": "ERROR"},
-    "cuda": {"VLLM_LOGGING_LEVEL": "WARNING"},
-}
-_FLOAT32_HEAD = {"head_dtype": "float32"}  # logits as the learner forms them (models/lm_head.py)
 _RECORDING = {"VLLM_USE_V2_MODEL_RUNNER": "0"}  # the runner that EntropyRecorder is made for
 WORKER = "onpolicy_skd.rollout.vllm_worker"
 LM_EVAL_KV_CACHE_MIB = 2048
-
-
-def require_vllm(device: str = "auto") -> None:
-    """Raise ModelError if vLLM is not installed, or is its GPU build and ``device`` is cpu; does not import it."""
-    if importlib.util.find_spec("vllm") is None:
-        raise ModelError(
-            "rollout.engine=vllm: vLLM is not installed; install this package with its extra 'cpu' or 'gpu', "
-            "or set rollout.engine=transformers"
-        )
-    if device == "cpu" and "cpu" not in _vllm_version():
-        raise ModelError(
-            "rollout.engine=vllm, run.device=cpu: vLLM here is its GPU build, which would take a GPU that the run was "
-            "not given; accepted with run.device=cpu: rollout.engine=transformers, or vLLM's CPU build"
-        )
 
 
 class VLLMEngine:
@@ -56,22 +37,16 @@ class VLLMEngine:
 
     def __init__(self, model: str, settings: Settings, trust_remote_code: bool = False) -> None:
         device, cfg = pick_device(settings.run.device), settings.rollout
-        _set_environment(device, _RECORDING if cfg.entropy == "engine" else {})
+        set_environment(device, _RECORDING if cfg.entropy == "engine" else {})
         from vllm import LLM
 
         path = resolve_path(model)
         dtype = cfg.dtype if cfg.dtype != "auto" else ("bfloat16" if device == "cuda" else "float32")
         max_length = settings.max_model_length
-        engine_kwargs: dict[str, Any] = dict(gpu_memory_utilization=cfg.gpu_memory, hf_overrides=_FLOAT32_HEAD)
-        if device == "cpu":
-            engine_kwargs = _cpu_engine_kwargs(max_length, cfg.kv_cache_mib)
-        if cfg.tensor_parallel > 1:
-            engine_kwargs |= dict(tensor_parallel_size=cfg.tensor_parallel, distributed_executor_backend="mp")
+        kwargs = engine_kwargs(device, max_length, cfg.kv_cache_mib, cfg.gpu_memory, cfg.tensor_parallel)
         backend = {"broadcast": "gloo" if device == "cpu" else "nccl", "ipc": "ipc"}.get(settings.sync.method)
         if backend:
-            engine_kwargs |= dict(
-                weight_transfer_config={"backend": backend}, worker_extension_cls=f"{WORKER}.Extension"
-            )
+            kwargs |= dict(weight_transfer_config={"backend": backend}, worker_extension_cls=f"{WORKER}.Extension")
         self.version = 0
         self._on_cpu = device == "cpu"
         self._timeout_s = settings.faults.timeout_s()  # for the learner to send a tensor
@@ -92,7 +67,7 @@ class VLLMEngine:
             disable_log_stats=True,
             logits_processors=[f"{WORKER}:EntropyRecorder"] if cfg.entropy == "engine" else None,
             enable_sleep_mode=self._sleeps,
-            **engine_kwargs,
+            **kwargs,
         )
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
@@ -211,45 +186,17 @@ def _worker() -> Any:
     return importlib.import_module(WORKER)
 
 
-def _set_environment(device: str, more: Mapping[str, str] | None = None) -> None:
-    """Set the environment variables that vLLM reads at import.  Raises ModelError if it is not installed."""
-    require_vllm(device)
-    for name, value in (_ENVIRONMENT | _DEVICE_ENVIRONMENT[device] | dict(more or {})).items():
-        os.environ.setdefault(name, value)
-
-
-def _cpu_engine_kwargs(max_length: int, kv_cache_mib: int) -> dict[str, Any]:
-    """Return arguments of a CPU engine.
-
-    No chunked prefill: after a split prompt vLLM rewinds the request's generator, which CPU generators cannot do.
-    """
-    return dict(
-        kv_cache_memory_bytes=kv_cache_mib << 20,
-        enforce_eager=True,
-        enable_chunked_prefill=False,
-        max_num_batched_tokens=max(max_length, 4096),
-    )
-
-
 def harness_model(device: str, max_length: int, **arguments: Any) -> Any:
     """Return lm-eval's wrapper around a new vLLM engine.  Raises ModelError if vLLM is not installed."""
-    _set_environment(device)
+    set_environment(device)
     known = metadata.version
-    metadata.version = lambda name: _vllm_version() if name == "vllm" else known(name)  # the wrapper asks for it
+    metadata.version = lambda name: vllm_version() if name == "vllm" else known(name)  # the wrapper asks for it
     try:
         vllm_causallms: Any = importlib.import_module("lm_eval.models.vllm_causallms")
     finally:
         metadata.version = known
-    engine_kwargs = _cpu_engine_kwargs(max_length, LM_EVAL_KV_CACHE_MIB) if device == "cpu" else {}
-    return vllm_causallms.VLLM(max_model_len=max_length, disable_log_stats=True, **engine_kwargs, **arguments)
-
-
-def _vllm_version() -> str:
-    """Return vLLM's version; its CPU build is the distribution vllm-cpu, marked by "cpu" in the version."""
-    try:
-        return metadata.distribution("vllm").version
-    except metadata.PackageNotFoundError:
-        return metadata.distribution("vllm-cpu").version + "+cpu"
+    kwargs = cpu_engine_kwargs(max_length, LM_EVAL_KV_CACHE_MIB) if device == "cpu" else {}
+    return vllm_causallms.VLLM(max_model_len=max_length, disable_log_stats=True, **kwargs, **arguments)
 
 
 def _eos_token_ids(path: str, trust_remote_code: bool) -> list[int]:

@@ -16,6 +16,7 @@ from onpolicy_skd.data.prompts import prompt_ids
 from onpolicy_skd.data.rows import DataError, load_rows
 from onpolicy_skd.models import loading
 from onpolicy_skd.models.generation_config import savable_generation_config
+from onpolicy_skd.models.head_weights import check_plain_logits
 from onpolicy_skd.models.loading import ModelError
 from onpolicy_skd.report.trackers import check_trackers
 
@@ -39,6 +40,9 @@ def preflight(settings: Settings) -> None:
     check_generation_config(student.model)
     if settings.cache.path is None:
         check_checkpoint(teacher.model, teacher.trust_remote_code)
+        if settings.teacher.engine == "vllm":
+            check_plain_logits(teacher.model, teacher.trust_remote_code)
+            check_quantization(settings)
 
 
 def check_folder(folder: Path) -> None:
@@ -131,6 +135,20 @@ def check_checkpoint(model: str, trust_remote_code: bool) -> None:
         raise ModelError(
             f"model {model!r}: {type(built).__name__} has no backbone and LM head that can be told apart; use a causal "
             "language model with output embeddings"
+        )
+
+
+def check_quantization(settings: Settings) -> None:
+    """Raise ModelError if the weights that ``teacher.quantization`` would quantize are quantized already."""
+    named, method = settings.teacher_model, settings.teacher.quantization
+    if method is None:
+        return
+    config = loading.load_config(named.model, named.trust_remote_code)
+    if (stored := getattr(config, "quantization_config", None)) is not None:
+        stored = stored if isinstance(stored, dict) else stored.to_dict()
+        raise ModelError(
+            f"teacher.quantization={method}: the weights of {named.model!r} are quantized already "
+            f"({stored.get('quant_method')}); leave it empty"
         )
 
 

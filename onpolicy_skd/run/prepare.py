@@ -29,6 +29,7 @@ from onpolicy_skd.data.teacher_prompts import with_teacher_prompts
 from onpolicy_skd.evaluation.judge import find_judge
 from onpolicy_skd.loss.mixture import Mixture
 from onpolicy_skd.models import loading as models
+from onpolicy_skd.models.vllm_setup import require_vllm
 from onpolicy_skd.selection.positions import num_selected
 from onpolicy_skd.selection.selector import Selector
 from onpolicy_skd.storage import checkpoint, files
@@ -204,9 +205,9 @@ def prepare(settings: Settings, log: Callable[[str], None] = print, generates: b
     Raises ConfigError (or a subclass).
     """
     if settings.rollout.engine == "vllm" and generates and (settings.needs_engines or settings.generates_references):
-        from onpolicy_skd.rollout.vllm_engine import require_vllm
-
         require_vllm(settings.run.device)
+    if settings.teacher.engine == "vllm" and settings.cache.path is None:
+        require_vllm(settings.run.device, "teacher.engine")
     check_plugins(settings)
     find_judge(settings.eval.judge)
     student = settings.student

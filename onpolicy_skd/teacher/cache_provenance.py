@@ -37,13 +37,15 @@ def provenance(settings: Settings, tokenizer: Any) -> dict[str, Any]:
     except models.ModelError:
         weights = None
     seed = settings.run.seed if settings.classes.sampler == "rs_kd" else None  # only rs_kd draws
+    quantization = settings.teacher.quantization
     return {
         "teacher": settings.teacher_model.model,
         "weights": weights,
         "tokenizer": vocabulary_digest(tokenizer),
         "template": template,
         "teacher.dtype": settings.teacher.dtype,
-        "built": {"run.device": settings.run.device, "run.seed": seed},
+        **({"teacher.quantization": quantization} if quantization else {}),
+        "built": {"run.device": settings.run.device, "run.seed": seed, "teacher.engine": settings.teacher.engine},
         "texts": _texts(settings),
     }
 
@@ -65,7 +67,8 @@ def check(manifest: Manifest, settings: Settings, tokenizer: Any, student_classe
     if then["tokenizer"] != now["tokenizer"]:
         problems.append("tokenizer: other tokens or ids than the student's now")
     problems += [f"data.{text}" for text in _differences(then["template"], now["template"])]
-    problems += _differences(*({"teacher.dtype": side["teacher.dtype"]} for side in (then, now)))
+    precision = ("teacher.dtype", "teacher.quantization")
+    problems += _differences(*({name: side.get(name) for name in precision} for side in (then, now)))
     if problems:
         raise CacheError(
             f"cache.path={settings.cache.path}: made for another run ({'; '.join(problems)}); take its settings, which "

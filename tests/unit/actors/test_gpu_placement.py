@@ -7,7 +7,7 @@ from helpers import tiny_settings
 
 from actors import placement
 from actors.groups import ActorGroups
-from actors.placement import PRIVATE, Resources, Role
+from actors.placement import PRIVATE, ClusterError, Resources, Role, plan
 from actors.recovery import FaultRecovery
 
 
@@ -64,3 +64,13 @@ def test_interfaces_and_the_hub_token_reach_actors_of_a_cluster(monkeypatch):
     private = environment({"GPU": 1.0, PRIVATE: 1.0})  # on one machine: loopback, and everything else is inherited
     assert {private[name] for name in placement.INTERFACES} == {"lo"}
     assert "HF_TOKEN" not in private
+
+
+def test_a_teacher_in_vllm_takes_a_gpu_for_each_of_its_workers():
+    settings = tiny_settings(teacher={"engine": "vllm", "tensor_parallel": 4, "actors": 2})
+    resources = plan(settings, 10)
+    assert (resources.teacher.gpus, resources.learner.gpus, resources.rollout.gpus) == (4.0, 1.0, 1.0)
+    with pytest.raises(ClusterError, match=r"teacher 2 x 4 .*but the cluster has 8"):
+        plan(settings, 8)
+    on_cpu = tiny_settings(run={"device": "cpu"}, teacher={"engine": "vllm", "tensor_parallel": 4})
+    assert plan(on_cpu, 0).teacher.gpus == 0

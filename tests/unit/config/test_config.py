@@ -109,6 +109,12 @@ CONFIGS = sorted(p for p in (ROOT / "configs").rglob("*.yaml") if "compare" not 
         (["mode=off_policy", "references.source=teacher", "references.annotations=strip"], ["annotations=strip"]),
         (["mode=off_policy", "rollout.share=0.3"], ["rollout.share=0.3", "mode=mixed only"]),
         (["learner.ranks=2", "positions.policy=bandit"], ["learner.ranks=2", "positions.policy=bandit", "accepted: 1"]),
+        (["teacher.tensor_parallel=2"], ["teacher.tensor_parallel=2", "teacher.engine=vllm only, not transformers"]),
+        (["teacher.quantization=fp8"], ["teacher.quantization=fp8", "teacher.engine=vllm only, not transformers"]),
+        (["teacher.engine=vllm", "teacher.quantization=awq"], ["teacher.quantization", "fp8_per_block"]),
+        (["teacher.engine=vllm", "teacher.placement=learner"], ["teacher.engine=vllm", "placement=actor only"]),
+        (["teacher.engine=vllm", "cluster.topology=colocated"], ["teacher.engine=vllm", "topology=split only"]),
+        (["teacher.engine=vllm", "cluster.teacher_gpus=0.5"], ["teacher_gpus=0.5", "leave it empty"]),
         (["student.lora_alpha=8"], ["student.lora_alpha=8", "lora_rank above 0"]),
         (["pipeline.streaming=true", "pipeline.max_staleness=1"], ["pipeline.streaming", "choose one"]),
         (["pipeline.streaming=true", "samples.keep=0.5"], ["pipeline.streaming", "samples.keep=0.5", "whole batch"]),
@@ -352,6 +358,7 @@ def test_a_student_that_teaches_itself_is_evaluated_once():
     assert settings.teacher_model is settings.student
     assert not settings.eval.teacher
     assert resolve({"teacher": {"model": "student"}, "eval": {"teacher": True}}).eval.teacher
+    assert not resolve({"teacher": {"engine": "vllm"}}).eval.teacher
     assert resolve({}).teacher_model.model == "Qwen/Qwen3-8B"
 
 

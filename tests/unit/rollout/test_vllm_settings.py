@@ -4,15 +4,16 @@ from types import SimpleNamespace
 
 import pytest
 
+from onpolicy_skd.models import vllm_setup
 from onpolicy_skd.models.loading import ModelError
-from onpolicy_skd.rollout import vllm_engine
-from onpolicy_skd.rollout.vllm_engine import VLLMEngine, require_vllm
+from onpolicy_skd.models.vllm_setup import require_vllm
+from onpolicy_skd.rollout.vllm_engine import VLLMEngine
 
 
 def test_the_gpu_build_is_refused_on_the_cpu(monkeypatch):
-    monkeypatch.setattr(vllm_engine.importlib.util, "find_spec", lambda _: object())
+    monkeypatch.setattr(vllm_setup.importlib.util, "find_spec", lambda _: object())
     for version, refused in (("0.32.0+cpu", False), ("0.32.0", True)):
-        monkeypatch.setattr(vllm_engine, "_vllm_version", lambda version=version: version)
+        monkeypatch.setattr(vllm_setup, "vllm_version", lambda version=version: version)
         require_vllm("cuda")
         if refused:
             with pytest.raises(ModelError, match=r"run\.device=cpu.*GPU build.*transformers"):

@@ -124,3 +124,13 @@ def test_generation_settings_that_contradict_each_other_can_be_saved(student, tm
 def test_generation_settings_that_cannot_be_loaded_are_refused(student, tmp_path):
     set_json(student / "generation_config.json", do_sample=False, temperature=None, num_return_sequences=3)
     assert "its generation_config.json cannot be used" in refusal(student, tmp_path)
+
+
+def test_weights_that_are_quantized_already_are_not_quantized_again(student, tmp_path):
+    teacher = {"model": str(student), "engine": "vllm", "quantization": "fp8"}
+    checks.check_quantization(tiny_settings(teacher=teacher))
+    config = json.loads((student / "config.json").read_text())
+    (student / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "gptq"}}))
+    checks.check_quantization(tiny_settings(teacher=teacher | {"quantization": None}))
+    with pytest.raises(ConfigError, match=r"teacher\.quantization=fp8.*quantized already \(gptq\).*leave it empty"):
+        checks.check_quantization(tiny_settings(teacher=teacher))
