@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +21,13 @@ from onpolicy_skd.models.lm_head import LMHead
 from onpolicy_skd.models.loading import load_model, pick_device, pick_dtype
 from onpolicy_skd.models.split_model import SplitModel, check_documents, split
 from onpolicy_skd.teacher.cache_format import Shard, write_shard
+from onpolicy_skd.teacher.encoding import Encoder
 from onpolicy_skd.teacher.teacher import RowRequest, Teacher
 from onpolicy_skd.teacher.vllm_teacher import VLLMTeacher
 from onpolicy_skd.tracing import Span, Spans
 from onpolicy_skd.types import Trajectory
+
+NONE: Mapping[str, bytes] = {}
 
 
 def build_teacher(settings: Settings, vocabulary: int, pad_id: int) -> Teacher | VLLMTeacher:
@@ -59,9 +62,11 @@ def split_for(settings: Settings, model: Any, vocabulary: int, pad_id: int, long
     return split_model
 
 
-@ray.remote
+@ray.remote(concurrency_groups={"answers": 1})
 @reports_faults
 class TeacherActor:
+    """The teacher; a second thread answers for trajectories of a batch of which others are still being encoded."""
+
     def __init__(self, settings: Settings, vocabulary: int, pad_id: int, number: int = 0, count: int = 1) -> None:
         """``number``: index of this actor among the ``count`` that share each batch."""
         self._settings = settings
@@ -71,6 +76,7 @@ class TeacherActor:
         with self._init_error.keep():
             use_cores(settings.teacher.threads, count, settings)
             self._teacher = build_teacher(settings, vocabulary, pad_id)
+            self._encoder = Encoder(self._teacher)
         on_gpu = pick_device(settings.run.device) == "cuda"
         self._spans = Spans(torch.cuda.synchronize if on_gpu else None)  # a wait per batch: rows are asked for next
 
@@ -81,6 +87,7 @@ class TeacherActor:
         self._init_error.raise_if_failed()
         return place()
 
+    @ray.method(concurrency_group="answers")
     def head(self) -> Any:
         return pack_head(self._teacher.head())
 
@@ -88,17 +95,26 @@ class TeacherActor:
         """Encode this actor's share of ``trajectories``."""
         share = balance_by_tokens([t.length for t in trajectories], self._count)[self._number]
         with self._spans("encode"):
-            self._teacher.encode([trajectories[i] for i in share])
+            self._encoder.encode([trajectories[i] for i in share])
 
-    def rows(self, request: RowRequest) -> Packed:
+    @ray.method(concurrency_group="answers")
+    def rows(self, request: RowRequest, digests: Mapping[str, bytes] = NONE) -> Packed:
+        """Return the requested rows, once the trajectories with ``digests`` are encoded."""
+        self._encoder.wait_for(digests)
         with self._spans("rows"):
             return pack(self._teacher.rows(request))
 
-    def entropy_and_logprob(self, keys: Sequence[str]) -> tuple[Packed, Packed]:
+    @ray.method(concurrency_group="answers")
+    def entropy_and_logprob(self, keys: Sequence[str], digests: Mapping[str, bytes] = NONE) -> tuple[Packed, Packed]:
+        self._encoder.wait_for(digests)
         entropy, logprob = self._teacher.entropy_and_logprob(keys)
         return pack(entropy), pack(logprob)
 
-    def classes(self, request: RowRequest, seeds: Sequence[int], options: ClassSettings) -> tuple[Packed, Packed, str]:
+    @ray.method(concurrency_group="answers")
+    def classes(
+        self, request: RowRequest, seeds: Sequence[int], options: ClassSettings, digests: Mapping[str, bytes] = NONE
+    ) -> tuple[Packed, Packed, str]:
+        self._encoder.wait_for(digests)
         targets = self._teacher.classes(request, seeds, options)
         return pack(targets.ids_NC.int()), pack(targets.probs_NC), targets.residual
 
@@ -121,7 +137,7 @@ class RemoteTeacher:
         self._device = device
         self._head: LMHead | None = None
         self._encoded: list[ray.ObjectRef] = []
-        self._holders: dict[str, tuple[int, int]] = {}  # by trajectory: index of its actor, number of positions
+        self._holders: dict[str, tuple[int, int, bytes]] = {}  # by trajectory: index of its actor, positions, digest
 
     def replace(self, actors: Sequence[Any]) -> None:
         """Use other actors of the same teacher, which have encoded nothing."""
@@ -130,12 +146,13 @@ class RemoteTeacher:
     def expect(self, encoded: Sequence[ray.ObjectRef], trajectories: Sequence[Trajectory]) -> None:
         """Note ``trajectories`` that the driver has asked every actor to encode, and the refs of these calls.
 
-        Rows are asked for once the refs are ready: Ray does not order calls of two processes.
+        An actor answers for a trajectory as soon as that is encoded, even if its call comes first: Ray does not order
+        calls of two processes.
         """
         self._encoded += encoded
         shares = balance_by_tokens([t.length for t in trajectories], len(self._actors))
         actor_of = {i: number for number, share in enumerate(shares) for i in share}
-        self._holders |= {t.key: (actor_of[i], len(t.target_ids)) for i, t in enumerate(trajectories)}
+        self._holders |= {t.key: (actor_of[i], len(t.target_ids), t.digest) for i, t in enumerate(trajectories)}
 
     def head(self) -> LMHead:
         if self._head is None:
@@ -149,7 +166,8 @@ class RemoteTeacher:
 
     def rows(self, request: RowRequest) -> Tensor:
         def call(actor: Any, indices: list[int]) -> ray.ObjectRef:
-            return actor.rows.remote([request[i] for i in indices])
+            part = [request[i] for i in indices]
+            return actor.rows.remote(part, self._digests(key for key, _ in part))
 
         answers = self._call_holders([key for key, _ in request], call)
         counts = [len(positions) for _, positions in request]
@@ -157,7 +175,8 @@ class RemoteTeacher:
 
     def entropy_and_logprob(self, keys: Sequence[str]) -> tuple[Tensor, Tensor]:
         def call(actor: Any, indices: list[int]) -> ray.ObjectRef:
-            return actor.entropy_and_logprob.remote([keys[i] for i in indices])
+            part = [keys[i] for i in indices]
+            return actor.entropy_and_logprob.remote(part, self._digests(part))
 
         answers = self._call_holders(keys, call)
         counts = [self._holder(key)[1] for key in keys]
@@ -166,7 +185,9 @@ class RemoteTeacher:
 
     def classes(self, request: RowRequest, seeds: Sequence[int], options: ClassSettings) -> SparseTargets:
         def call(actor: Any, indices: list[int]) -> ray.ObjectRef:
-            return actor.classes.remote([request[i] for i in indices], [seeds[i] for i in indices], options)
+            part = [request[i] for i in indices]
+            digests = self._digests(key for key, _ in part)
+            return actor.classes.remote(part, [seeds[i] for i in indices], options, digests)
 
         answers = self._call_holders([key for key, _ in request], call)
         counts = [len(positions) for _, positions in request]
@@ -184,15 +205,19 @@ class RemoteTeacher:
 
     def _call_holders(self, keys: Sequence[str], call: Callable[[Any, list[int]], ray.ObjectRef]) -> list[tuple]:
         """Call each actor for those of ``keys`` that it has; return pairs of indices into ``keys`` and answer."""
-        pending, self._encoded = self._encoded, []
-        ray.get(pending)
+        if self._encoded:
+            done, self._encoded = ray.wait(self._encoded, num_returns=len(self._encoded), timeout=0)
+            ray.get(done)  # raises the error of a batch that could not be encoded
         indices: dict[int, list[int]] = {}  # by actor
         for i, key in enumerate(keys):
             indices.setdefault(self._holder(key)[0], []).append(i)
         answers: Any = ray.get([call(self._actors[number], share) for number, share in indices.items()])
         return list(zip(indices.values(), answers, strict=True))
 
-    def _holder(self, key: str) -> tuple[int, int]:
+    def _digests(self, keys: Iterable[str]) -> dict[str, bytes]:
+        return {key: self._holder(key)[2] for key in keys}
+
+    def _holder(self, key: str) -> tuple[int, int, bytes]:
         if key not in self._holders:
             raise KeyError(f"trajectory {key} has not been encoded by the teacher, or was released")
         return self._holders[key]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import importlib
 import importlib.util
 import json
 import subprocess
@@ -31,7 +32,7 @@ from onpolicy_skd.models.lm_head import LMHead
 from onpolicy_skd.models.split_model import SplitModel, split
 from onpolicy_skd.report.metrics_log import read, steps_of
 from onpolicy_skd.storage.files import write_text
-from onpolicy_skd.teacher.teacher import RowRequest
+from onpolicy_skd.teacher.teacher import NoTeacher, RowRequest
 from onpolicy_skd.types import Trajectory
 
 LOSSES = ("dense", "trl", "liger", "ours_k100", "ours_k20", "ours_k5")
@@ -132,7 +133,7 @@ def _variant(name: str) -> str:
 
 def liger_step(inputs: dict[str, Tensor]) -> Callable[[], Tensor]:
     """Return a step of Liger's fused linear JSD at its reverse KL."""
-    from liger_kernel.transformers import LigerFusedLinearJSD
+    LigerFusedLinearJSD: Any = importlib.import_module("liger_kernel.transformers").LigerFusedLinearJSD
 
     fused = LigerFusedLinearJSD(jsd_beta=1.0)
     hidden, head = inputs["student_hidden"], inputs["student_head"]
@@ -164,27 +165,17 @@ def loss_bytes(shape: Shape, name: str) -> float:
 # -- steps of the learner --------------------------------------------------------------------------------------------
 
 
-class RandomTeacher:
+class RandomTeacher(NoTeacher):
     """A teacher whose rows are noise: it costs nothing but its LM head and the rows."""
 
     def __init__(self, shape: Shape, device: str, dtype: torch.dtype) -> None:
+        super().__init__()
         weight = torch.randn(shape.vocabulary, shape.teacher, device=device).to(dtype).div_(shape.teacher**0.5)
         self._head = LMHead(weight)
-
-    def head(self) -> LMHead:
-        return self._head
-
-    def encode(self, trajectories: Sequence[Trajectory]) -> None:
-        pass
 
     def rows(self, request: RowRequest) -> Tensor:
         count = sum(len(positions) for _, positions in request)
         return torch.randn(count, self._head.shape[1], device=self._head.device).to(self._head.dtype)
-
-    def entropy_and_logprob(self, keys: Sequence[str]) -> tuple[Tensor, Tensor]:
-        raise NotImplementedError("noise has no statistics")
-
-    classes = release = entropy_and_logprob  # type: ignore[assignment]
 
 
 def random_student(shape: Shape, device: str) -> SplitModel:

@@ -160,7 +160,7 @@ def gradients_of_step(device: str, dtype: str, sections: Mapping[str, Any]) -> G
 
 def check_steps(report: Report, device: str) -> None:
     """Compare a step with the CPU's in float32; run it twice; take a checkpoint from the device and back."""
-    base, exact, _ = gradients_of_step("cpu", "float32", {})
+    base, exact, learner = gradients_of_step("cpu", "float32", {})
     for name, (dtype, sections, bound) in VARIANTS.items():
         record, gradient, learner = gradients_of_step(device, dtype, sections)
         report.at_most(f"step, {name}: relative difference of the loss", abs(record.loss / base.loss - 1), bound)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol
 
 import torch
@@ -73,10 +73,14 @@ class HiddenRowsTeacher(ABC):
         return self._head
 
     @torch.inference_mode()
-    def encode(self, trajectories: Sequence[Trajectory]) -> None:
+    def encode(self, trajectories: Sequence[Trajectory], after_each: Callable[[], None] | None = None) -> None:
+        """Encode ``trajectories`` and call ``after_each`` when one is done; another thread may ask for it then."""
         for t, hidden_nG in self._hidden_of([t for t in trajectories if not self._has(t)]):
-            self._hidden[t.key], self._encoded[t.key] = hidden_nG, t
+            self._hidden[t.key] = hidden_nG
             self._targets[t.key] = torch.as_tensor(t.target_ids, device=hidden_nG.device)
+            self._encoded[t.key] = t
+            if after_each:
+                after_each()
 
     def rows(self, request: RowRequest) -> Tensor:
         return torch.cat(self._picked(request)).clone()  # a copy outside inference mode, which autograd accepts
@@ -111,9 +115,12 @@ class HiddenRowsTeacher(ABC):
         return len(self._hidden)
 
     def _has(self, t: Trajectory) -> bool:
-        """Return True if these tokens are encoded, not others under the same key."""
-        known = self._encoded.get(t.key)
-        return known is not None and known.digest == t.digest
+        return self.holds(t.key, t.digest)
+
+    def holds(self, key: str, digest: bytes) -> bool:
+        """Return True if the tokens with ``digest`` are encoded, not others under the same key."""
+        known = self._encoded.get(key)
+        return known is not None and known.digest == digest
 
     def _picked(self, request: RowRequest) -> list[Tensor]:
         return [self._known(key)[self._index(positions)] for key, positions in request]
