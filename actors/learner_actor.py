@@ -231,7 +231,7 @@ class LearnerActor(SendsWeights):
         tensors = self._learner.state.tensors() | tensors
         if self._rank:
             return folder
-        on_gpu = self._learner.student.device.type == "cuda"
+        on_gpu = torch.cuda.is_initialized()
         return (self._writer.save if on_gpu else checkpoint.save)(folder, step, state, tensors, keep)
 
     def finish_saving(self) -> None:
