@@ -62,7 +62,12 @@ def split_for(settings: Settings, model: Any, vocabulary: int, pad_id: int, long
     return split_model
 
 
-@ray.remote(concurrency_groups={"answers": 1})
+def remote_with_answers(actor_class: type) -> Any:
+    """Make an actor class of ``actor_class``, whose methods of the group "answers" run on a second thread."""
+    return ray.remote(concurrency_groups={"answers": 1})(actor_class)  # type: ignore[call-overload]
+
+
+@remote_with_answers
 @reports_faults
 class TeacherActor:
     """The teacher; a second thread answers for trajectories of a batch of which others are still being encoded."""
