@@ -291,7 +291,7 @@ def test_held_out_text_is_evaluated_by_its_divergence_alone(tmp_path, tokenizer)
 
     done = train.student_evaluation(run, Workers())
     assert done.result == {"problems": 0, "divergence_reference": 0.25}
-    run.folder.mkdir()
+    run.paths.final.mkdir(parents=True)
     with train.RunLogger(run, 0, {}) as book:
         book.evaluation("before", 0, done)
         book.evaluation("after", 2, done)
