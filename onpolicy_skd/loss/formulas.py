@@ -155,17 +155,20 @@ def _mixed_skewed(log_q: Tensor, log_p: Tensor, skew: float, weigh: Weigh) -> tu
     """Compute ``mixed`` with skew s > 0.
 
     With m and n the two mixtures, q dD/dq is q (log q - log m - s q/m) for the reverse and -(1-s) p q/n for the forward
-    term, each up to a constant times q; both ratios are bounded.
+    term, each up to a constant times q; both ratios are bounded.  Where both p and q underflow, m and n count as the
+    smallest normal number: such classes add nothing.
     """
-    q, p, others, share = log_q.exp(), log_p.exp(), math.log1p(-skew), math.log(skew)
-    log_n = torch.logaddexp(log_q + others, log_p + share)
-    forward = torch.linalg.vecdot(p, log_p - log_n)
-    slope_forward = log_n.neg_().add_(log_q).exp_().mul_(p).mul_(skew - 1.0)
-    ratio = log_q.sub_(torch.logaddexp(log_p.add_(others), log_q + share))
+    q, p, least = log_q.exp(), log_p.exp(), torch.finfo(log_q.dtype).tiny
+    n = torch.lerp(q, p, skew).clamp_(min=least)
+    slope_forward = (q / n).mul_(p).mul_(skew - 1.0)
+    forward = torch.linalg.vecdot(p, log_p.sub_(n.log_()))
+    m = torch.lerp(p, q, skew, out=p).clamp_(min=least)
+    q_over_m = torch.div(q, m, out=n)
+    ratio = log_q.sub_(m.log_())
     reverse = torch.linalg.vecdot(q, ratio)
     pairs = weigh(reverse, forward)
     a, b = pairs.split(1, dim=1)
-    slope = ratio.sub_(ratio.exp().mul_(skew)).mul_(q).mul_(a).add_(slope_forward.mul_(b))
+    slope = ratio.sub_(q_over_m, alpha=skew).mul_(q).mul_(a).add_(slope_forward.mul_(b))
     gradient = slope.sub_(q * slope.sum(1, keepdim=True))
     return RowGradients(a[:, 0] * reverse + b[:, 0] * forward, gradient, q), pairs
 
