@@ -44,6 +44,7 @@ class VLLMTeacher(HiddenRowsTeacher):
         self._device = pick_device(settings.run.device)
         self._dtype = pick_dtype(cfg.dtype, self._device)
         self._tokens_per_batch = cfg.tokens_per_batch
+        self._threads = torch.get_num_threads()
         head = read_head(named.model, vocabulary, self._dtype, "cpu", named.trust_remote_code)
         kwargs = _llm_kwargs(settings, self._device, self._dtype)
         texts = checked_ids(settings)
@@ -68,6 +69,8 @@ class VLLMTeacher(HiddenRowsTeacher):
         """Return the hidden states ``[L, G]`` of each sequence."""
         from vllm import PoolingParams
 
+        if self._device == "cpu":  # the number of threads belongs to the calling thread, and vLLM's kernels compare it
+            torch.set_num_threads(self._threads)
         outputs = self._llm.encode(
             [{"prompt_token_ids": ids} for ids in sequences],
             PoolingParams(use_activation=False),  # which would normalize them
