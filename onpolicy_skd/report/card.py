@@ -11,6 +11,7 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from huggingface_hub.utils import HFValidationError, validate_repo_id
+from pydantic import BaseModel
 
 from onpolicy_skd.config.schema import Settings, rules_of, walk
 from onpolicy_skd.config.validation import value_of
@@ -75,9 +76,19 @@ def command(settings: Settings) -> str:
 
 
 def _shown(value: Any) -> str:
+    text = _public(value)
+    return text if isinstance(text, str) else "" if value is None else json.dumps(text)
+
+
+def _public(value: Any) -> Any:
+    """Return a setting as plain data, without defaults, folders and credentials."""
     if isinstance(value, str | Path):
         return redact(_name(value))
-    return "" if value is None else json.dumps(value)
+    if isinstance(value, BaseModel):
+        value = {name: getattr(value, name) for name in value.model_dump(exclude_defaults=True)}
+    if isinstance(value, dict):
+        return {name: _public(item) for name, item in value.items()}
+    return [_public(item) for item in value] if isinstance(value, list) else value
 
 
 def _name(value: str | Path) -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import multiprocessing
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any
 
@@ -44,13 +44,14 @@ class VLLMTeacher(HiddenRowsTeacher):
         self._device = pick_device(settings.run.device)
         self._dtype = pick_dtype(cfg.dtype, self._device)
         self._tokens_per_batch = cfg.tokens_per_batch
-        self._threads = torch.get_num_threads()
+        # Actors build and encode on different threads, but vLLM's CPU kernels want the one that started the engine.
+        self._thread = ThreadPoolExecutor(1, initializer=torch.set_num_threads, initargs=(torch.get_num_threads(),))
         head = read_head(named.model, vocabulary, self._dtype, "cpu", named.trust_remote_code)
         kwargs = _llm_kwargs(settings, self._device, self._dtype)
         texts = checked_ids(settings)
         # In a process that ends: its memory is free before this engine measures the device.
         expected = _in_new_process(prompt_logprobs, kwargs, self._device, texts)
-        self._llm = _start(kwargs, self._device, pooling=True)
+        self._llm = self._thread.submit(_start, kwargs, self._device, pooling=True).result()
         super().__init__(head.to(self._device), settings.alignment.temperature, settings.alignment.chunk_rows)
         gap = mean_gap(self._hidden_of_ids(texts), self._head, expected)
         check_gap(gap, self._dtype, named.model)
@@ -69,15 +70,14 @@ class VLLMTeacher(HiddenRowsTeacher):
         """Return the hidden states ``[L, G]`` of each sequence."""
         from vllm import PoolingParams
 
-        if self._device == "cpu":  # the number of threads belongs to the calling thread, and vLLM's kernels compare it
-            torch.set_num_threads(self._threads)
-        outputs = self._llm.encode(
+        outputs = self._thread.submit(
+            self._llm.encode,
             [{"prompt_token_ids": ids} for ids in sequences],
             PoolingParams(use_activation=False),  # which would normalize them
             pooling_task="token_embed",
             use_tqdm=False,
         )
-        return [out.outputs.data for out in outputs]
+        return [out.outputs.data for out in outputs.result()]
 
 
 def documents_of(trajectory: Trajectory) -> list[list[int]]:

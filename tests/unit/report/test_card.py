@@ -3,10 +3,11 @@
 import shlex
 
 import pytest
+import yaml
 from helpers import tiny_settings
 from huggingface_hub import ModelCard
 
-from onpolicy_skd.config.loading import build_settings, load_settings
+from onpolicy_skd.config.loading import build_settings, load_settings, resolve
 from onpolicy_skd.config.schema import rules_of, walk
 from onpolicy_skd.config.validation import value_of
 from onpolicy_skd.report import card
@@ -98,3 +99,12 @@ def test_the_command_repeats_the_settings_that_affect_the_result(config):
 
 def test_a_run_on_defaults_is_one_word():
     assert card.command(build_settings(None)) == "skd train"
+
+
+def test_a_mix_is_in_the_command_of_the_card(tmp_path):
+    rows = tmp_path / "rows.jsonl"
+    mix = [{"source": "demo", "weight": 2.0}, {"source": "jsonl", "train_file": str(rows)}]
+    command = card.command(resolve({"data": {"source": "gsm8k", "mix": mix}}))
+    words = dict(word.split("=", 1) for word in shlex.split(command.replace("\\\n", " "))[2:])
+    shown = yaml.safe_load(words["data.mix"])
+    assert shown == [{"source": "demo", "weight": 2.0}, {"source": "jsonl", "train_file": "rows.jsonl"}]
