@@ -93,3 +93,12 @@ def test_make_targets_start_what_they_name(target, program, tmp_path):
     lines = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=True).stdout.splitlines()
     assert any("-m venv" in line for line in lines)  # each target sets up what it needs first
     assert program in lines[-1]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_test_that_a_page_names_exists(page):
+    sources = "\n".join(path.read_text(encoding="utf-8") for path in (ROOT / "tests").rglob("test_*.py"))
+    defined = set(re.findall(r"def (test_\w+)", sources)) | {path.stem for path in (ROOT / "tests").rglob("test_*.py")}
+    for name, rest in re.findall(r"\b(test_\w+)(…?)", page.read_text(encoding="utf-8")):
+        known = any(test.startswith(name) for test in defined) if rest else name in defined
+        assert known, f"{page.name} names {name}"
