@@ -219,7 +219,7 @@ class LearnerActor(SendsWeights):
     ) -> Path:
         """Write a checkpoint (rank 0), with rollouts of ``step`` that older weights, which will be gone, generated.
 
-        From a GPU it is copied, and written while training goes on: ``finish_saving`` waits for it.
+        From a GPU it is copied, and written while training continues: ``finish_saving`` waits for it.
         """
         if self._learner.version != version:
             actual = f"the learner is at policy version {self._learner.version}, not {version}"

@@ -1,4 +1,4 @@
-"""Select positions by a metric of your own: where the student is sure and the teacher disagrees.
+"""Select positions by a custom metric: where the student is sure and the teacher disagrees.
 
     python examples/own_metric.py
 

@@ -1,4 +1,4 @@
-"""One vLLM engine beside the learner's forward: log-probabilities, new weights, the prefix cache, tokens per second."""
+"""A vLLM engine against the learner's forward: log-probabilities, new weights, the prefix cache, tokens per second."""
 
 from __future__ import annotations
 

@@ -50,8 +50,8 @@ def driver_version() -> str | None:
         return None
     command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
     output = subprocess.run(command, capture_output=True, text=True, check=False).stdout
-    found = re.search(r"\d+(\.\d+)+", output)
-    return found.group() if found else None
+    version = re.search(r"\d+(\.\d+)+", output)
+    return version.group() if version else None
 
 
 def _vllm_version() -> str:

@@ -82,7 +82,7 @@ def _messages(settings: Settings) -> str | None:
 
 
 def _mix(settings: Settings) -> str | None:
-    """Apply the rules of data sources to each of ``data.mix``, and refuse them beside it."""
+    """Apply the rules of data sources to each of ``data.mix``, and refuse them next to it."""
     data = settings.data
     if not data.mix:
         return None

@@ -67,10 +67,10 @@ def test_an_evaluation_takes_its_settings_from_the_run_folder(tmp_path, capsys):
     model = tmp_path / "final"
     model.symlink_to(ROOT / "onpolicy_skd" / "assets" / "demo_student")
     lines = []
-    beside = evaluate(model, problems=2, log=lines.append)
+    defaults = evaluate(model, problems=2, log=lines.append)
     assert lines == [f"loading {model} into transformers"]
     given = evaluate("bundled:demo_student", settings, problems=2, out=tmp_path / "out", log=lines.append)
-    assert beside.records == given.records
+    assert defaults.records == given.records
     assert [len(r["output"]) > 0 for r in given.records] == [True, True]
     result = json.loads((tmp_path / "out" / "result.json").read_text())
     assert result["problems"] == 2

@@ -1,4 +1,4 @@
-"""Actors on GPUs: memory given back before an engine restarts beside others, and what their environment gets."""
+"""Actors on GPUs: memory given back before an engine restarts next to others, and what their environment gets."""
 
 from types import SimpleNamespace
 

@@ -129,7 +129,7 @@ def test_a_checkpoint_holds_the_scale(tmp_path):
     assert dataclasses.replace(step(resumed, other, 3), learner_seconds=0.0, teacher_wait_seconds=0.0) == (
         dataclasses.replace(step(learner, teacher, 3), learner_seconds=0.0, teacher_wait_seconds=0.0)
     )
-    plain, _ = build()  # of a run that goes on in another type
+    plain, _ = build()  # of a run that continues in another type
     plain.state.restore(checkpoint.newest(tmp_path).tensors, 3)
     assert plain.state.loss_scale.value == 1.0
 
