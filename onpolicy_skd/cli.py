@@ -24,6 +24,7 @@ PROGRAMS = {
         "eval": ("eval.gsm8k", "exact match on GSM8K or any set with its answer format"),
         "chat": ("eval.chat", "ask the student before and after training and the teacher, side by side"),
         "suite": ("eval.suite", "six lm-eval tasks and calibration"),
+        "paired": ("eval.paired", "compare two evaluations of the same problems: change, interval, McNemar's test"),
         "agreement": ("eval.agreement", "compare our exact match with lm-eval's, answer by answer"),
     },
     "Models": {

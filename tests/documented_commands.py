@@ -49,6 +49,7 @@ TESTS: dict[str, tuple[str, ...]] = {
         "tests/unit/evaluation/test_evaluation.py::test_command_line_on_the_bundled_teacher",
         "tests/unit/eval/test_gsm8k.py::test_an_evaluation_continues_after_a_kill_with_the_same_records",
     ),
+    "python -m eval.paired": ("tests/unit/eval/test_paired.py::test_arms_are_recorded_and_compared_again",),
     "python -m eval.performance curves": (
         "tests/unit/eval/test_performance.py::test_steps_and_curves_write_their_keys_and_a_plot",
     ),
