@@ -85,7 +85,7 @@ class LearnerActor(SendsWeights):
     def _load(self, vocabulary: int, teachers: Sequence[ActorHandle], scoring_only: bool, count: int) -> SplitModel:
         settings, device = self._settings, pick_device(self._settings.run.device)
         if device == "cpu":
-            torch.set_num_threads(learner_threads(settings.learner))
+            torch.set_num_threads(learner_threads(settings))
         self._saved_dtype = saved_dtype(settings)
         self._tokenizer = load_tokenizer(settings.student.model, settings.student.trust_remote_code)
         pad_id = self._tokenizer.pad_token_id

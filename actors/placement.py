@@ -121,10 +121,9 @@ def use_cores(threads: int | None, actors: int, settings: Settings) -> None:
         return
     if threads is None:
         nodes = {node["NodeID"]: node["Resources"] for node in ray.nodes() if node["Alive"]}
-        overlap = settings.pipeline.streaming or settings.pipeline.max_staleness > 0
         here = nodes[ray.get_runtime_context().get_node_id()]
         cores = min(len(os.sched_getaffinity(0)), int(here.get("CPU", 1)))
-        threads = 1 if overlap else max(1, cores // math.ceil(actors / len(nodes)))
+        threads = 1 if settings.pipeline.overlaps else max(1, cores // math.ceil(actors / len(nodes)))
     os.environ["OMP_NUM_THREADS"] = str(threads)  # for processes that vLLM starts
     torch.set_num_threads(threads)
 

@@ -202,7 +202,7 @@ def _train(run: Run) -> int:
     start, status, reason, steps = time.monotonic(), "failed", None, first
     device = models.pick_device(settings.run.device)
     if device == "cpu":
-        torch.set_num_threads(learner_threads(settings.learner))
+        torch.set_num_threads(learner_threads(settings))
     student = models.load_model(settings.student.model, torch.float32, device, settings.student.trust_remote_code)
     with StopSignal(settings.run.max_hours) as stop:
         recorder = Recorder(run, metrics, stop, student)

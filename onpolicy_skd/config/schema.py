@@ -636,7 +636,9 @@ class LearnerSettings(Section):
         5, "steps without a finite loss and gradient that are skipped before the run stops", affects_result=False
     )
     threads: Positive | None = setting(
-        None, "CPU threads of each rank; empty: an equal share of all cores but one", affects_result=False
+        None,
+        "CPU threads of each rank; empty: a share of all cores, less one where roles work at the same time",
+        affects_result=False,
     )
     ranks: Positive = setting(
         1, "processes (and devices) that share the student, its optimizer and each batch (FSDP2)",
@@ -655,6 +657,11 @@ class PipelineSettings(Section):
     max_staleness: Annotated[int, Field(ge=0, le=1)] = setting(
         0, "0: strictly on-policy; 1: generate the next step's rollouts during this update, with weights one step old"
     )
+
+    @property
+    def overlaps(self) -> bool:
+        """Whether engines, teacher and learner work at the same time."""
+        return self.streaming or self.max_staleness > 0
 
 
 class CacheSettings(Section):

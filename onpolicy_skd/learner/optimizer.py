@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
-from onpolicy_skd.config.schema import LearnerSettings
+from onpolicy_skd.config.schema import LearnerSettings, Settings
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer, named: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -48,9 +48,10 @@ def adamw(named: Mapping[str, Tensor], settings: LearnerSettings) -> torch.optim
     )
 
 
-def learner_threads(settings: LearnerSettings) -> int:
-    """Return a rank's processor threads on CPU: as set, or its share of all cores but one, left to the other roles."""
-    return settings.threads or max(1, ((os.cpu_count() or 2) - 1) // settings.ranks)
+def learner_threads(settings: Settings) -> int:
+    """Return a rank's CPU threads: as set, or its share of all cores, less one where roles work at the same time."""
+    cores = len(os.sched_getaffinity(0)) - settings.pipeline.overlaps
+    return settings.learner.threads or max(1, cores // settings.learner.ranks)
 
 
 def learning_rate(settings: LearnerSettings, step: int, steps: int) -> float:

@@ -13,10 +13,11 @@ import torch
 from helpers import VOCABULARY, make_trajectories, tiny_model, tiny_settings
 from learner_helpers import FAMILIES, LENGTHS, build, gradients, relative
 
+from onpolicy_skd.config.loading import resolve
 from onpolicy_skd.evaluation import diagnostics
 from onpolicy_skd.learner import forward, micro_batch
 from onpolicy_skd.learner.learner import Learner, NonFiniteLossError, SamplerGapError
-from onpolicy_skd.learner.optimizer import learning_rate
+from onpolicy_skd.learner.optimizer import learner_threads, learning_rate
 from onpolicy_skd.models.batch import collate
 from onpolicy_skd.models.lm_head import row_statistics
 from onpolicy_skd.models.loading import load_model, load_tokenizer
@@ -679,6 +680,16 @@ def test_bfloat16_compute_keeps_float32_masters_and_points_the_same_way():
     fine = gradients(*build(positions={"k": 1.0}), batch)
     assert all(g.dtype == torch.float32 for g in coarse.values())
     assert relative(coarse, fine) < 0.1
+
+
+@pytest.mark.parametrize(
+    ("sections", "threads"),
+    [({}, 8), ({"learner": {"ranks": 2}}, 4), ({"learner": {"threads": 3}}, 3), ({"pipeline": {"streaming": True}}, 7),
+     ({"pipeline": {"max_staleness": 1}, "learner": {"ranks": 2}}, 3), ({"learner": {"ranks": 9}}, 1)],
+)  # fmt: skip
+def test_the_learner_takes_all_cores_where_roles_alternate(monkeypatch, sections, threads):
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(8)))
+    assert learner_threads(resolve(sections)) == threads
 
 
 def test_learning_rate_warms_up_and_falls():
