@@ -1,5 +1,7 @@
-"""Build a cache and train from it as a user does: real Ray, separate processes, the bundled pair."""
+"""Build a cache and train from it as a user does: real Ray, the bundled pair."""
 
+import contextlib
+import io
 import itertools
 import json
 import os
@@ -12,6 +14,7 @@ import time
 import pytest
 from helpers import ROOT
 
+from onpolicy_skd import cache, train
 from onpolicy_skd.data.demo_task import problems
 from onpolicy_skd.report.metrics_log import read
 from onpolicy_skd.teacher import cache_format as caches
@@ -35,16 +38,24 @@ def run(module, *arguments):
     return process.returncode, out + err
 
 
+def run_here(address, program, *arguments):
+    """Run ``program`` in this process, on the Ray that the quick tests of this module share."""
+    with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(out):
+        code = program.main([*map(str, arguments), f"cluster.address={address}"])
+    return code, out.getvalue()
+
+
 def build(tmp_path, folder, *arguments):
     return ("cache", "build", *DEMO, f"run.dir={tmp_path}", f"cache.path={folder}", "cache.positions_per_shard=1500",
             *arguments)  # fmt: skip
 
 
 @pytest.fixture(scope="module")
-def complete_cache(tmp_path_factory):
+def complete_cache(tmp_path_factory, address):
     """A cache built without interruption, by two builders."""
     folder = tmp_path_factory.mktemp("cache")
-    code, said = run(*build(folder, folder / "cache", "classes.sampler=rs_kd", "teacher.actors=2"))
+    _, *arguments = build(folder, folder / "cache", "classes.sampler=rs_kd", "teacher.actors=2")
+    code, said = run_here(address, cache, *arguments)
     assert code == 0, said
     return folder / "cache"
 
@@ -78,9 +89,9 @@ def test_a_build_killed_at_a_random_moment_continues_and_ends_with_the_same_byte
     assert "already holds a cache" in said
 
 
-def test_training_from_a_cache_loads_no_teacher_and_refuses_damage(complete_cache, tmp_path):
+def test_training_from_a_cache_loads_no_teacher_and_refuses_damage(complete_cache, address, tmp_path):
     arguments = [*TRAIN, f"run.dir={tmp_path}", "classes.sampler=rs_kd"]
-    code, said = run("train", *arguments, f"cache.path={complete_cache}")
+    code, said = run_here(address, train, *arguments, f"cache.path={complete_cache}")
     assert code == 0, said
     assert "starting 1 x learner, 1 x rollout\n" in said
     assert "exact match   after" in said
@@ -91,11 +102,11 @@ def test_training_from_a_cache_loads_no_teacher_and_refuses_damage(complete_cach
         damaged = bytearray(shard.read_bytes())
         damaged[-1] ^= 1
         shard.write_bytes(damaged)
-    code, said = run("train", *arguments, f"cache.path={bad}", "run.name=bad")
+    code, said = run_here(address, train, *arguments, f"cache.path={bad}", "run.name=bad")
     assert code == 2
     assert "is damaged" in said
     assert "shard-0000" in said
-    assert run("cache", "verify", bad)[0] == 1
+    assert cache.main(["verify", str(bad)]) == 1
 
 
 @pytest.mark.slow

@@ -227,6 +227,7 @@ def test_the_final_model_is_a_plain_checkpoint_that_evaluates_alike(finished_run
     assert again["match"]["share"] == json.loads((folder / "summary.json").read_text())["exact_match"]["after"]
 
 
+@pytest.mark.slow
 def test_each_process_is_killed_once_and_the_losses_are_those_of_an_undisturbed_run(finished_run, tmp_path):
     """Rollout, teacher and learner are killed and replaced; then the driver, and the run is resumed.  Bit for bit."""
     common = ["run.steps=5", "run.name=r", "faults.backoff_seconds=0", "eval.before=true", "run.evaluate_every=3"]

@@ -181,6 +181,12 @@ ROWS = {
 }  # fmt: skip
 
 
+@pytest.fixture(autouse=True)
+def no_download(monkeypatch):
+    """lm-eval's IFEval downloads NLTK's data when it is imported; a network that drops packets would stall here."""
+    monkeypatch.setattr("nltk.download", lambda *_, **__: False)
+
+
 @pytest.fixture
 def local_tasks(tmp_path):
     for name, rows in ROWS.items():
