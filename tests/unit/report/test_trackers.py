@@ -1,10 +1,11 @@
-"""Trackers: TensorBoard as it is, and a stand-in in accelerate's registry for those that have servers.
+"""Trackers: TensorBoard and MLflow as they are, and a stand-in in accelerate's registry for what fails.
 
 tests/integration/test_train.py reads back what a run sends to each tracker that is installed.
 """
 
 import json
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 from typing import ClassVar
 
@@ -89,17 +90,31 @@ def refuse(text):
     raise AssertionError(text)
 
 
-def test_a_tracker_gets_numbers_settings_and_files(stand_in, settings, tokens, tmp_path):
-    sent = Trackers(settings("mlflow"), 0, False, refuse)
-    sent.log({"step": 3, "event": "evaluation", "match": {"share": 0.5, "interval": [0.4, 0.6]}, "loss": 0.25})
-    sent.send([tmp_path / "absent.png"], [tokens], 4)
-    sent.close()
-    (tracker,) = stand_in.instances
-    assert (tracker.project, tracker.run_name, tracker.run_id) == ("onpolicy_skd", "r", None)
-    assert tracker.calls == [
-        ("start",), ("log", {"match/share": 0.5, "loss": 0.25}, 3), ("log_artifact", str(tokens)), ("finish",)
-    ]  # fmt: skip
-    assert tracker.config["learner.batch_size"] == 16
+def test_mlflow_has_numbers_settings_and_files_of_a_resumed_run(settings, tokens, tmp_path, monkeypatch):
+    """MLflow itself, with a database on this machine."""
+    monkeypatch.chdir(tmp_path)  # artifacts lie next to the working directory's database
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path / 'mlflow.db'}")
+    first = Trackers(settings("mlflow"), 0, False, refuse)
+    first.log({"step": 3, "event": "evaluation", "match": {"share": 0.5, "interval": [0.4, 0.6]}, "loss": 0.25})
+    first.send([tmp_path / "absent.png"], [tokens], 4)
+    first.close()
+    resumed = Trackers(settings("mlflow"), 4, True, refuse)
+    resumed.log({"step": 4, "loss": 0.125})
+    resumed.close()
+    Trackers(settings("mlflow"), 0, False, refuse).close()  # another run in the same folder
+
+    import mlflow
+
+    client = mlflow.MlflowClient()
+    experiment = client.get_experiment_by_name("onpolicy_skd")
+    empty, run = client.search_runs([experiment.experiment_id])  # the newest first
+    assert (empty.info.run_name, empty.data.metrics) == ("r", {})
+    assert (run.info.run_name, run.data.metrics) == ("r", {"match/share": 0.5, "loss": 0.125})
+    assert [(m.step, m.value) for m in client.get_metric_history(run.info.run_id, "loss")] == [(3, 0.25), (4, 0.125)]
+    assert run.data.params["learner.batch_size"] == "16"
+    (artifact,) = client.list_artifacts(run.info.run_id)
+    downloaded = client.download_artifacts(run.info.run_id, artifact.path, str(tmp_path))
+    assert Path(downloaded).read_text() == tokens.read_text()
 
 
 def test_a_resumed_run_continues_at_the_tracker(stand_in, settings):
