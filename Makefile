@@ -32,8 +32,10 @@ demo: $(READY)
 	rm -rf runs/demo
 	$(RUN) -m onpolicy_skd.train --config configs/demo.yaml
 
+# Unit tests share the cores. Tests with Ray follow one by one: each starts processes that need them all.
 test: $(READY)
-	$(RUN) -m pytest -m "not slow"
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -m "not slow" -n auto --maxprocesses 8 --dist loadfile tests/unit
+	$(RUN) -m pytest -m "not slow" tests/integration
 
 test-slow: $(READY)
 	$(RUN) -m pytest -m slow

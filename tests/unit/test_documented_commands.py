@@ -74,7 +74,7 @@ def test_every_listed_test_exists(command):
     ("target", "program"),
     [
         ("demo", "-m onpolicy_skd.train --config configs/demo.yaml"),
-        ("test", '-m pytest -m "not slow"'),
+        ("test", '-m pytest -m "not slow" tests/integration'),
         ("test-slow", "-m pytest -m slow"),
         ("examples", "-m pytest -m slow tests/integration/test_examples.py"),
         ("docs", "-m mkdocs build --strict"),
