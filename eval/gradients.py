@@ -1,7 +1,8 @@
 """Gradients of each class sampler compared with the exact gradient of full KD: their angle and their length.
 
-Takes one batch of reference answers, forward KL at every position, and all parameters of the student (RS-KD paper,
-arXiv 2503.16870, Table 3).
+Takes one batch of reference answers, forward KL at every position, and all parameters of the student in float32, with
+or without ``student.lora_rank`` (RS-KD paper, arXiv 2503.16870, Table 3).  Holds two gradients and the model's: three
+times the student in float32, besides the student and the teacher.
 """
 
 from __future__ import annotations
@@ -124,7 +125,7 @@ def main(argv: Sequence[str] | None = None, prog: str = "python -m eval.gradient
     args = parser.parse_args(argv)
     forced = [f"learner.batch_size={args.samples}", "mode=off_policy", "positions.policy=full", "samples.keep=1",
               "alignment.divergence=forward_kl", "alignment.variant=full_kd", "alignment.estimator=exact",
-              "alignment.kd_weight=1", "alignment.ema_weight=0"]  # fmt: skip
+              "alignment.kd_weight=1", "alignment.ema_weight=0", "learner.compute_dtype=float32"]  # fmt: skip
     try:
         settings = build_settings(args.config, [parse_override(text) for text in [*args.overrides, *forced]])
         result = measure(settings, args.samples)

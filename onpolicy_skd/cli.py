@@ -28,7 +28,6 @@ PROGRAMS = {
         "agreement": ("eval.agreement", "compare our exact match with lm-eval's, answer by answer"),
     },
     "Models": {
-        "prune": ("onpolicy_skd.prune", "make a smaller student by removing layers"),
         "demo-pair": ("onpolicy_skd.data.demo_pair", "train the bundled tiny teacher and student from scratch"),
     },
     "Measurements": {

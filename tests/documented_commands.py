@@ -78,7 +78,6 @@ TESTS: dict[str, tuple[str, ...]] = {
     "python -m onpolicy_skd.data.demo_pair": (
         "tests/integration/test_commands.py::test_the_bundled_pair_is_trained_from_scratch",
     ),
-    "python -m onpolicy_skd.prune": ("tests/unit/models/test_models.py",),
     "python -m onpolicy_skd.train": ("tests/integration/test_train.py",),
     "skd cache": (CLI, "tests/integration/test_commands.py::test_a_cache_is_built"),
     "skd chat": (CLI, "tests/unit/eval/test_chat_command.py::test_a_run_answers_lines_of_a_pipe_with_its_three_models"),

@@ -32,6 +32,22 @@ HELP = {
 }
 
 
+def add_pair_arguments(command: argparse.ArgumentParser) -> None:
+    """Add ``--pair`` and what it reads."""
+    command.add_argument(
+        "--pair", nargs=2, metavar=("STUDENT", "TEACHER"), help="pretrained models (folders or hub names) on GSM8K"
+    )
+    command.add_argument("--data", help="with --pair: folder of train.jsonl and test.jsonl (default: the hub)")
+    command.add_argument("--batch", type=int, default=4, help="with --pair: responses per step (default: 4)")
+    command.add_argument("--new-tokens", type=int, default=96, help="with --pair: response length (default: 96)")
+
+
+def pair_of(args: argparse.Namespace) -> end_to_end.Pair:
+    """Return the pair that the arguments name; local folders as absolute paths."""
+    student, teacher, data = (str(Path(p).resolve()) if p and Path(p).exists() else p for p in (*args.pair, args.data))
+    return end_to_end.Pair(student, teacher, data, args.batch, args.new_tokens)
+
+
 def main(argv: Sequence[str] | None = None, prog: str = "python -m eval.performance") -> int:
     parser = argparse.ArgumentParser(prog=prog, description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
@@ -41,6 +57,8 @@ def main(argv: Sequence[str] | None = None, prog: str = "python -m eval.performa
         command.add_argument("--shapes", nargs="+", choices=module.SHAPES, default=list(module.DEFAULT))
         command.add_argument("--rounds", type=int, default=3)
         command.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+        if module is end_to_end:
+            add_pair_arguments(command)
     single = commands.add_parser("measure")  # a single measurement, for the subprocesses of the other commands
     for name in ("benchmark", "variant", "shape", "device"):
         single.add_argument(name)
@@ -49,8 +67,9 @@ def main(argv: Sequence[str] | None = None, prog: str = "python -m eval.performa
         print(json.dumps(BENCHMARKS[args.benchmark].measure(args.variant, args.shape, args.device)))
         return 0
     module = BENCHMARKS[args.command]
-    shapes = {name: module.compare(name, args.device, args.rounds) for name in args.shapes}
-    first = shapes[args.shapes[0]]
+    names = [json.dumps(pair_of(args)._asdict())] if getattr(args, "pair", None) else args.shapes
+    shapes = {name: module.compare(name, args.device, args.rounds) for name in names}
+    first = shapes[names[0]]
     result = {
         "benchmark": args.command,
         "device": torch.cuda.get_device_name() if args.device == "cuda" else platform.machine() + ", one thread",

@@ -1,12 +1,14 @@
 """On-policy steps compared with TRL's ``DistillationTrainer``: same models, prompts, lengths and number of steps.
 
 Both generate with transformers in one process and one data type; models are randomly initialized with the vocabulary
-size of a real model.  ``unavoidable`` is measured with each step of this project: generation, the teacher's forward,
-the student's backbone forward and backward, and the matrix products of the LM heads over the supervised rows.
+size of a real model, or a pretrained pair on GSM8K (``--pair``).  ``unavoidable`` is measured with each step of this
+project: generation, the teacher's forward, the student's backbone forward and backward, and the matrix products of the
+LM heads over the supervised rows.
 """
 
 from __future__ import annotations
 
+import json
 import statistics
 import tempfile
 from collections.abc import Callable, Sequence
@@ -30,6 +32,7 @@ from onpolicy_skd.teacher.teacher import Teacher
 from onpolicy_skd.types import RolloutRequest, Trajectory
 
 VARIANTS = ("trl", "ours_k100", "ours_k20", "trl_ragged", "ours_ragged")
+PAIR_VARIANTS = VARIANTS[:3]
 MEANING = {
     "trl": "TRL's DistillationTrainer",
     "ours_k100": "this project, all positions",
@@ -50,6 +53,16 @@ class Shape(NamedTuple):
     new_tokens: int
 
 
+class Pair(NamedTuple):
+    """Pretrained models on GSM8K's training questions: full fine-tuning in float32, the teacher in bfloat16."""
+
+    student: str
+    teacher: str
+    data: str | None  # folder of train.jsonl and test.jsonl; None: the hub
+    batch: int
+    new_tokens: int
+
+
 SHAPES = {
     "small": Shape(151_936, (4, 256), (8, 512), 8, 64),
     "tiny": Shape(512, (1, 32), (1, 32), 4, 12),  # for tests
@@ -57,35 +70,46 @@ SHAPES = {
 DEFAULT = ("small",)
 
 
+def sizes_of(shape: str) -> Shape | Pair:
+    """Return the shape of that name, or the pair that ``shape`` is the JSON object of."""
+    return Pair(**json.loads(shape)) if shape.startswith("{") else SHAPES[shape]
+
+
 def measure(variant: str, shape: str, device: str) -> dict[str, Any]:
     """Measure seconds of a warm step, its phases, and peak MiB, in this process."""
     torch.set_num_threads(1)
-    sizes = SHAPES[shape]
+    sizes = sizes_of(shape)
     with tempfile.TemporaryDirectory() as folder:
         settings = settings_for(Path(folder), sizes, device, 0.2 if variant == "ours_k20" else 1.0)
-        save_random_models(Path(folder), sizes)
+        if isinstance(sizes, Shape):
+            save_random_models(Path(folder), sizes)
         run = prepare(settings, lambda _: None)
         limits = ragged(sizes) if variant.endswith("ragged") else [sizes.new_tokens] * sizes.batch
         reset_peak(device)
         return (_trl if variant.startswith("trl") else _ours)(run, limits, device)
 
 
-def ragged(shape: Shape) -> list[int]:
+def ragged(shape: Shape | Pair) -> list[int]:
     """Return answer lengths of a batch: a third of the limit on average, the first at the limit."""
     rest = (shape.new_tokens * shape.batch // 3 - shape.new_tokens) / max(1, shape.batch - 1)
     spread = np.linspace(0.5, 1.5, shape.batch - 1) * rest
     return [shape.new_tokens, *(max(1, round(x)) for x in spread)]
 
 
-def settings_for(folder: Path, shape: Shape, device: str, k: float) -> Settings:
-    """Return settings that run the models of ``save_random_models`` in one process."""
-    dtype = "bfloat16" if device == "cuda" else "float32"
+def settings_for(folder: Path, shape: Shape | Pair, device: str, k: float) -> Settings:
+    """Return settings that run the models of ``save_random_models``, or a pair, in one process."""
+    dtype = teacher_dtype = "bfloat16" if device == "cuda" else "float32"
+    student, teacher = str(folder / "student"), str(folder / "teacher")
+    data: dict[str, Any] = {"source": "demo", "max_prompt_tokens": 96}
+    if isinstance(shape, Pair):
+        student, teacher, teacher_dtype = shape.student, shape.teacher, "bfloat16"
+        data = {"source": "gsm8k", "path": shape.data, "max_prompt_tokens": 256, "overlong": "drop"}
     return resolve(
         {
             "run": {"dir": str(folder), "steps": WARM + TIMED, "device": device, "trackers": []},
-            "data": {"source": "demo", "max_prompt_tokens": 96},
-            "student": {"model": str(folder / "student")},
-            "teacher": {"model": str(folder / "teacher"), "dtype": dtype, "placement": "learner"},
+            "data": data,
+            "student": {"model": student},
+            "teacher": {"model": teacher, "dtype": teacher_dtype, "placement": "learner"},
             "rollout": {
                 "engine": "transformers", "max_tokens": shape.new_tokens, "dtype": dtype, "entropy": "engine",
                 "placement": "learner",
@@ -253,8 +277,10 @@ def _trl(run: Run, limits: Sequence[int], device: str) -> dict[str, Any]:
 
 def compare(shape: str, device: str, rounds: int) -> dict[str, Any]:
     """Measure all variants of a shape ``rounds`` times, each in a separate process."""
-    runs = run_alternately("end-to-end", VARIANTS, [shape, device], rounds)
-    batch = SHAPES[shape].batch
+    sizes = sizes_of(shape)
+    variants = VARIANTS if isinstance(sizes, Shape) else PAIR_VARIANTS
+    runs = run_alternately("end-to-end", variants, [shape, device], rounds)
+    batch = sizes.batch
     for r in runs["ours_k20"]:  # a pass over the prompts: score all, train on a share
         r["seconds_of_pass"] = batch * r["seconds_per_prompt_scored"] + PREFILTER_KEEP * r["seconds"]
     for r in runs["trl"]:
@@ -262,13 +288,14 @@ def compare(shape: str, device: str, rounds: int) -> dict[str, Any]:
     spread = {
         "k100": ratio(runs["trl"], runs["ours_k100"], "seconds"),
         "k20": ratio(runs["trl"], runs["ours_k20"], "seconds"),
-        "ragged": ratio(runs["trl_ragged"], runs["ours_ragged"], "seconds"),
         "prefilter": ratio(runs["trl"], runs["ours_k20"], "seconds_of_pass"),
         "memory": ratio(runs["trl"], runs["ours_k100"], "peak_mib"),
     }
-    over = {v: statistics.median(r["seconds"] / r["unavoidable"] for r in runs[v]) for v in VARIANTS if "ours" in v}
+    if "trl_ragged" in runs:
+        spread["ragged"] = ratio(runs["trl_ragged"], runs["ours_ragged"], "seconds")
+    over = {v: statistics.median(r["seconds"] / r["unavoidable"] for r in runs[v]) for v in variants if "ours" in v}
     return {
-        "shape": SHAPES[shape]._asdict(),
+        "shape": sizes._asdict(),
         "runs": runs,
         "step_over_unavoidable": over,
         "ratio_to_trl": {name: value["median"] for name, value in spread.items()},
@@ -279,9 +306,8 @@ def compare(shape: str, device: str, rounds: int) -> dict[str, Any]:
 def show(shapes: dict[str, dict[str, Any]]) -> None:
     """Print medians and ratios."""
     for name, figures in shapes.items():
-        print(f"\n{name}: {figures['shape']}")
-        for variant in VARIANTS:
-            runs = figures["runs"][variant]
+        print(f"\n{'pair' if name.startswith('{') else name}: {figures['shape']}")
+        for variant, runs in figures["runs"].items():
             seconds, peak = (statistics.median(r[key] for r in runs) for key in ("seconds", "peak_mib"))
             print(f"  {variant:>11}  {seconds:8.3f} s  {peak:8.0f} MiB   {MEANING[variant]}")
             if "phases" in runs[0]:

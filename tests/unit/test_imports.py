@@ -15,7 +15,7 @@ PACKAGES = ("onpolicy_skd", "actors", "eval")
 FLOORS = (  # from the top; a room imports only rooms of lower floors
     ("eval",),
     ("cli",),
-    ("train", "compare", "cache", "prune"),  # drivers
+    ("train", "compare", "cache"),  # drivers
     ("actors", "comparison"),
     ("run",),
     ("learner",),

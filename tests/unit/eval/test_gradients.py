@@ -22,6 +22,11 @@ def test_the_command_measures_every_sampler_against_the_exact_gradient(tmp_path,
     assert sixty_four["angle"] < twelve["angle"]
     assert {"student", "teacher", "positions", "divergence"} <= result.keys()
     assert capsys.readouterr().out.count("|") >= 5 * len(records)
+    assert (
+        gradients.main([*argv, "alignment.temperature=3", "student.lora_rank=2", "learner.compute_dtype=bfloat16"]) == 0
+    )
+    exact = json.loads((tmp_path / "g.json").read_text())["records"]  # of all parameters, in float32
+    assert exact[2]["angle"] == pytest.approx(top_12["angle"], rel=1e-3)
 
 
 def test_bad_settings_are_one_line(capsys):

@@ -51,6 +51,20 @@ def test_the_end_to_end_benchmark_writes_its_keys(tmp_path, capsys):
 
 
 @pytest.mark.slow
+def test_the_end_to_end_benchmark_takes_a_pair_of_models(tmp_path, capsys):
+    end_to_end.save_random_models(tmp_path, end_to_end.SHAPES["tiny"])
+    rows = [{"question": f"What is {i} + 1?", "answer": f"It is {i + 1}.\n#### {i + 1}"} for i in range(20)]
+    for name in ("train", "test"):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    arguments = ["--pair", str(tmp_path / "student"), str(tmp_path / "teacher"), "--data", str(tmp_path)]
+    assert performance.main(["end-to-end", *arguments, "--new-tokens", "8", "--rounds", "1"]) == 0
+    shown = capsys.readouterr().out
+    assert "pair: {'student': " in shown
+    assert "ours_k20" in shown
+    assert "ragged" not in shown
+
+
+@pytest.mark.slow
 def test_steps_and_curves_write_their_keys_and_a_plot(tmp_path, capsys):
     for name in ("step", "curves", "overlap"):
         arguments = [name, "--json", str(tmp_path / f"{name}.json"), "--shapes", "tiny", "--rounds", "1"]

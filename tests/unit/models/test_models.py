@@ -20,8 +20,6 @@ from onpolicy_skd.models.loading import (
     shared_vocabulary,
 )
 from onpolicy_skd.models.split_model import split
-from onpolicy_skd.prune import main as prune
-from onpolicy_skd.prune import prune_layers
 from onpolicy_skd.teacher.teacher import Teacher
 
 FAMILIES = [(f, tied) for f in ("qwen3", "llama", "gpt_neox") for tied in (True, False)]
@@ -163,27 +161,6 @@ def test_teacher_returns_rows_and_scalars_of_encoded_trajectories():
     assert kept.untyped_storage().nbytes() == kept.nbytes  # it does not keep its batch alive
     with pytest.raises(KeyError, match="t0"):
         teacher.rows([("t0", [0])])
-
-
-def test_pruning_keeps_every_second_layer_and_everything_else(tmp_path):
-    model = load_model("bundled:demo_teacher", torch.float32, "cpu")
-    small = prune_layers(model, 2)
-    assert small.config.num_hidden_layers == 2
-    pruned, original = small.state_dict(), model.state_dict()
-    for name, tensor in pruned.items():
-        source = name.replace("layers.1.", "layers.2.")
-        assert torch.equal(tensor, original[source])
-    assert prune(["--model", "bundled:demo_teacher", "--out", str(tmp_path / "half")]) == 0
-    loaded = load_model(str(tmp_path / "half"), torch.float32, "cpu")
-    assert all(torch.equal(t, pruned[n]) for n, t in loaded.state_dict().items())
-    assert prune(["--model", "bundled:demo_teacher", "--every", "0", "--out", str(tmp_path / "x")]) == 2
-    fewer = prune_layers(model, without=[1])
-    assert fewer.config.num_hidden_layers == model.config.num_hidden_layers - 1
-    assert torch.equal(
-        fewer.state_dict()["model.layers.1.mlp.up_proj.weight"], original["model.layers.2.mlp.up_proj.weight"]
-    )
-    assert prune(["--model", "bundled:demo_teacher", "--without", *"0123456789", "--out", str(tmp_path / "x")]) == 2
-    assert prune(["--model", "bundled:none", "--out", str(tmp_path / "x")]) == 2
 
 
 def test_sequences_longer_than_a_model_supports_are_refused():
