@@ -95,6 +95,9 @@ def with_absolute_paths(settings: Settings) -> Settings:
         if value is not None and (section, value) != ("teacher", "student") and Path(value).exists():
             path = Path(value).absolute()
             changed[section] = group.model_copy(update={name: path if name == "path" else str(path)})
+    if settings.teachers:
+        each = {name: with_absolute_paths(settings.of_teacher(name)).teacher for name in settings.teachers}
+        changed["teachers"] = each
     return settings.model_copy(update=changed)
 
 

@@ -33,11 +33,20 @@ class ActorGroups:
         self._joined = False  # the learner's ranks are one process group
         self._resources = resources
         learner, teacher, rollout = resources.roles
-        self._start_teacher = lambda number: TeacherActor.options(**placement.options(teacher, number)).remote(
-            teacher.on_device(settings), vocabulary, pad_id, number, teacher.count
-        )
+        teacher_settings = teacher.on_device(settings)
+
+        def start_teacher(number: int) -> Any:
+            actor = TeacherActor.options(**placement.options(teacher, number))
+            if not settings.teachers:
+                return actor.remote(teacher_settings, vocabulary, pad_id, number, teacher.count)
+            name, index = self._teacher_names[number]
+            named_settings, count = teacher_settings.of_teacher(name), settings.teachers[name].actors
+            return actor.remote(named_settings, vocabulary, pad_id, index, count, name, teacher.count)
+
+        self._teacher_names = [(name, i) for name, cfg in settings.teachers.items() for i in range(cfg.actors)]
+        self._start_teacher = start_teacher
         self._start_rank = lambda rank: LearnerActor.options(**placement.options(learner, rank)).remote(
-            learner.on_device(settings), vocabulary, steps, self.teachers, rank
+            learner.on_device(settings), vocabulary, steps, self.teachers_by_name, rank
         )
         self.learner: list[Any] = []  # one actor for each rank
         self.teachers: list[Any] = []
@@ -55,6 +64,16 @@ class ActorGroups:
         self._joined = False
         if self._engines_in_learner:
             self.rollouts.actors = self.learner
+
+    @property
+    def teachers_by_name(self) -> list[Any] | dict[str, list[Any]]:
+        """The actors of the teacher, or of each of several teachers."""
+        if not self._teacher_names:
+            return self.teachers
+        groups: dict[str, list[Any]] = {name: [] for name in self.settings.teachers}
+        for (name, _), actor in zip(self._teacher_names, self.teachers, strict=True):
+            groups[name].append(actor)
+        return groups
 
     @property
     def shares_gpus(self) -> bool:
@@ -119,7 +138,7 @@ class ActorGroups:
             self.teachers = [self._start_teacher(n) if t in failed else t for n, t in enumerate(self.teachers)]
             if not new_learner:
                 for rank in self.learner:
-                    rank.use_teachers.remote(self.teachers)
+                    rank.use_teachers.remote(self.teachers_by_name)
         for number, engine in enumerate(self.engines):
             if engine in failed:
                 self.rollouts.restart(number)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import resource
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from actors.cluster import DeferredInitError
 from actors.faults import Place, place, reports_faults
 from actors.learner_weights import SendsWeights
 from actors.placement import free_gpu_memory
-from actors.teacher_actor import RemoteTeacher, build_teacher, split_for
+from actors.teacher_actor import RemoteTeacher, RemoteTeachers, build_teacher, split_for
 from onpolicy_skd.config.schema import AlignmentSettings, Settings
 from onpolicy_skd.distributed.ranks import Ranks
 from onpolicy_skd.distributed.rendezvous import Rendezvous, init_process_group
@@ -37,6 +37,8 @@ from onpolicy_skd.teacher.teacher import NoTeacher, TeacherRows
 from onpolicy_skd.tracing import Span
 from onpolicy_skd.types import FilterReport, RolloutRequest, SamplingParams, Trajectory
 
+TeacherActors = Sequence[ActorHandle] | Mapping[str, Sequence[ActorHandle]]  # of one teacher, or of each by name
+
 
 @ray.remote
 @reports_faults
@@ -52,7 +54,7 @@ class LearnerActor(SendsWeights):
         settings: Settings,
         vocabulary: int,
         steps: int,
-        teachers: Sequence[ActorHandle] = (),
+        teachers: TeacherActors = (),
         rank: int = 0,
         scoring_only: bool = False,
     ) -> None:
@@ -82,7 +84,7 @@ class LearnerActor(SendsWeights):
             elif rank == 0:
                 self._rendezvous = Rendezvous(ray.util.get_node_ip_address())
 
-    def _load(self, vocabulary: int, teachers: Sequence[ActorHandle], scoring_only: bool, count: int) -> SplitModel:
+    def _load(self, vocabulary: int, teachers: TeacherActors, scoring_only: bool, count: int) -> SplitModel:
         settings, device = self._settings, pick_device(self._settings.run.device)
         if device == "cpu":
             torch.set_num_threads(learner_threads(settings))
@@ -94,7 +96,8 @@ class LearnerActor(SendsWeights):
         student = split_for(settings, model, vocabulary, pad_id, settings.max_sequence)
         self._teacher: TeacherRows
         if teachers:
-            self._teacher = RemoteTeacher(teachers, device)
+            remote = RemoteTeachers if isinstance(teachers, Mapping) else RemoteTeacher
+            self._teacher = remote(teachers, device)  # type: ignore[arg-type]
         elif scoring_only:
             self._teacher = NoTeacher()
         elif settings.cache.path is not None:
@@ -118,10 +121,10 @@ class LearnerActor(SendsWeights):
         timeout_s = self._settings.faults.timeout_s()
         self._learner = self._build(init_process_group(address, self._rank, count, device, timeout_s))
 
-    def use_teachers(self, teachers: Sequence[ActorHandle]) -> None:
+    def use_teachers(self, teachers: TeacherActors) -> None:
         """Ask other actors of the same teacher from now on."""
-        if isinstance(self._teacher, RemoteTeacher):
-            self._teacher.replace(teachers)
+        if isinstance(self._teacher, RemoteTeacher | RemoteTeachers):
+            self._teacher.replace(teachers)  # type: ignore[arg-type]
 
     def drain(self) -> list[Span]:
         """Return the spans since the last call."""
@@ -256,7 +259,7 @@ class LearnerActor(SendsWeights):
     # -- the teacher -----------------------------------------------------------------------------------------------
 
     def _expect(self, trajectories: Sequence[Trajectory], encoded: list[ray.ObjectRef]) -> None:
-        if isinstance(self._teacher, RemoteTeacher):
+        if isinstance(self._teacher, RemoteTeacher | RemoteTeachers):
             self._teacher.expect(encoded, trajectories)
         else:
             with self._learner.spans("encode"):
@@ -264,7 +267,7 @@ class LearnerActor(SendsWeights):
 
     def _forget(self, keys: Sequence[str]) -> None:
         """Drop ``keys`` here; the driver calls ``release`` of teachers in other processes."""
-        if isinstance(self._teacher, RemoteTeacher):
+        if isinstance(self._teacher, RemoteTeacher | RemoteTeachers):
             self._teacher.forget(keys)
         else:
             self._teacher.release(keys)

@@ -174,9 +174,10 @@ class Counts:
     def of_training(settings: Settings) -> Counts:
         teacher_actors = settings.teacher.placement == "actor" and settings.cache.path is None
         rollout_actors = settings.needs_engines and settings.rollout.placement == "actor"
+        teachers = sum(each.teacher.actors for each in settings.by_teacher)
         return Counts(
             settings.learner.ranks,
-            settings.teacher.actors if teacher_actors else 0,
+            teachers if teacher_actors else 0,
             settings.rollout.actors if rollout_actors else 0,
         )
 

@@ -22,6 +22,7 @@ from onpolicy_skd.models.loading import load_model, pick_device, pick_dtype
 from onpolicy_skd.models.split_model import SplitModel, check_documents, split
 from onpolicy_skd.teacher.cache_format import Shard, write_shard
 from onpolicy_skd.teacher.encoding import Encoder
+from onpolicy_skd.teacher.routing import RoutedTeachers
 from onpolicy_skd.teacher.teacher import RowRequest, Teacher
 from onpolicy_skd.teacher.vllm_teacher import VLLMTeacher
 from onpolicy_skd.tracing import Span, Spans
@@ -72,14 +73,28 @@ def remote_with_answers(actor_class: type) -> Any:
 class TeacherActor:
     """The teacher; a second thread answers for trajectories of a batch of which others are still being encoded."""
 
-    def __init__(self, settings: Settings, vocabulary: int, pad_id: int, number: int = 0, count: int = 1) -> None:
-        """``number``: index of this actor among the ``count`` that share each batch."""
+    def __init__(
+        self,
+        settings: Settings,
+        vocabulary: int,
+        pad_id: int,
+        number: int = 0,
+        count: int = 1,
+        name: str | None = None,
+        processes: int | None = None,
+    ) -> None:
+        """``number``: index of this actor among the ``count`` that share each batch.
+
+        ``name``: of its teacher, if the run has several; ``processes``: teacher actors of them all, by default
+        ``count``.
+        """
+        self._name = name
         self._settings = settings
         self._vocabulary = vocabulary
         self._number, self._count = number, count
         self._init_error = DeferredInitError()
         with self._init_error.keep():
-            use_cores(settings.teacher.threads, count, settings)
+            use_cores(settings.teacher.threads, processes or count, settings)
             self._teacher = build_teacher(settings, vocabulary, pad_id)
             self._encoder = Encoder(self._teacher)
         on_gpu = pick_device(settings.run.device) == "cuda"
@@ -97,7 +112,9 @@ class TeacherActor:
         return pack_head(self._teacher.head())
 
     def encode(self, trajectories: Sequence[Trajectory]) -> None:
-        """Encode this actor's share of ``trajectories``."""
+        """Encode this actor's share of ``trajectories``, or of those of its teacher."""
+        if self._name is not None:
+            trajectories = [t for t in trajectories if t.teacher == self._name]
         share = balance_by_tokens([t.length for t in trajectories], self._count)[self._number]
         with self._spans("encode"):
             self._encoder.encode([trajectories[i] for i in share])
@@ -234,6 +251,32 @@ class RemoteTeacher:
         rows_of = {i: rows for indices, values in answers
                    for i, rows in zip(indices, values.split([counts[i] for i in indices]), strict=True)}  # fmt: skip
         return torch.cat([rows_of[i] for i in range(len(counts))]).to(self._device)
+
+
+class RemoteTeachers(RoutedTeachers[RemoteTeacher]):
+    """RoutedTeachers over the actors of each teacher; the driver asks all actors to encode a batch."""
+
+    def __init__(self, actors: Mapping[str, Sequence[Any]], device: str) -> None:
+        super().__init__({name: RemoteTeacher(group, device) for name, group in actors.items()})
+        self._sizes = {name: len(group) for name, group in actors.items()}
+
+    def replace(self, actors: Mapping[str, Sequence[Any]]) -> None:
+        """Use other actors of the same teachers, which have encoded nothing."""
+        for name, group in actors.items():
+            self.teachers[name].replace(group)
+
+    def expect(self, encoded: Sequence[ray.ObjectRef], trajectories: Sequence[Trajectory]) -> None:
+        """Note what ``RemoteTeacher.expect`` notes; ``encoded``: a ref of each actor, teacher by teacher."""
+        start = 0
+        for name, teacher in self.teachers.items():
+            end = start + self._sizes[name]
+            teacher.expect(encoded[start:end], self.members(name, trajectories))
+            start = end
+
+    def forget(self, keys: Sequence[str]) -> None:
+        for teacher in self.teachers.values():
+            teacher.forget(keys)
+        self.drop(keys)
 
 
 def _padded(slots_NC: Tensor, width: int) -> Tensor:

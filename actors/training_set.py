@@ -104,7 +104,13 @@ def selected_prompts(
     def generate(prompts: Sequence[Prompt]) -> list[Trajectory]:
         seed = run.settings.run.seed
         requests = [
-            RolloutRequest(p.key, p.token_ids, seed_of(seed, "prefilter", p.key), teacher_prompt_ids=p.teacher_ids)
+            RolloutRequest(
+                p.key,
+                p.token_ids,
+                seed_of(seed, "prefilter", p.key),
+                teacher_prompt_ids=p.teacher_ids,
+                teacher=p.teacher,
+            )
             for p in prompts
         ]
         return rollouts().gather(requests, run.sampling)

@@ -71,17 +71,14 @@ class Speaker:
 def models_of(args: argparse.Namespace) -> dict[str, tuple[str, bool]]:
     """Return (model, whether its prompts are made with the student's tokenizer) by label.
 
-    A run's three models have one vocabulary, and training made all prompts with the student's tokenizer.
+    The models of a run have one vocabulary, and training made all prompts with the student's tokenizer.
     """
     run_config = args.config or config_beside(args.model)
     if args.alone or args.versus or run_config is None:
         return {name: (name, False) for name in [*(args.versus or []), args.model]}
     run = build_settings(run_config, [parse_override(text) for text in args.overrides])
-    return {
-        "before": (run.student.model, True),
-        "after": (args.model, True),
-        "teacher": (run.teacher_model.model, True),
-    }
+    teacher = {} if run.teachers else {"teacher": (run.teacher_model.model, True)}  # several are left out
+    return {"before": (run.student.model, True), "after": (args.model, True), **teacher}
 
 
 def load(args: argparse.Namespace, settings: Settings) -> list[Speaker]:

@@ -38,13 +38,18 @@ MAX_DRAWS = 4_096
 
 
 def measure(settings: Settings, samples: int) -> dict[str, Any]:
-    """Measure angle (degrees) and length ratio against the exact gradient, one record per class sampler."""
+    """Measure angle (degrees) and length ratio against the exact gradient, one record per class sampler.
+
+    Raises ConfigError for several teachers.
+    """
     from onpolicy_skd.learner.learner import Learner
     from onpolicy_skd.models.loading import load_model, pick_device, pick_dtype
     from onpolicy_skd.models.split_model import split
     from onpolicy_skd.run.prepare import prepare
     from onpolicy_skd.teacher.teacher import Teacher
 
+    if settings.teachers:
+        raise ConfigError("teachers: gradients are measured for one teacher; accepted: teacher.* only")
     device = pick_device(settings.run.device)
     run = prepare(settings)
     student = split(load_model(settings.student.model, torch.float32, device), run.vocabulary)

@@ -241,7 +241,7 @@ def run_settings(settings: Settings) -> RunResult:
         run.check_cached(run.train)  # before a folder exists or a model loads
     check_resume(run)
     with (
-        connect(settings) as resources,
+        connect(run.worker_settings) as resources,
         StopSignal(settings.run.max_hours) as stop,
         open_folder(run) as checkpoint,  # only once the cluster has room
     ):
@@ -251,7 +251,8 @@ def run_settings(settings: Settings) -> RunResult:
             if settings.eval.teacher and settings.generates and run.held_out and "teacher" not in logger.evaluations:
                 logger.evaluation("teacher", 0, teacher_evaluation(run, resources, logger.log))
             add_generated_references(run, resources, logger.log)
-            workers = Workers(settings, resources, run.vocabulary, run.tokenizer.pad_token_id, run.steps, logger.log)
+            vocabulary, pad_id = run.vocabulary, run.tokenizer.pad_token_id
+            workers = Workers(run.worker_settings, resources, vocabulary, pad_id, run.steps, logger.log)
             with ExitStack() as stack:
                 stack.callback(workers.close)
                 stack.push(logger.on_failure(workers, RayError))
@@ -320,7 +321,9 @@ def add_divergences(run: Run, workers: Workers, prompts: Sequence[Prompt], evalu
     """Add the student's divergence from the teacher on ``prompts``, and token views, to ``evaluation``."""
     seed = run.settings.run.seed
     requests = [
-        RolloutRequest(p.key, p.token_ids, seed_of(seed, "divergence", p.key), teacher_prompt_ids=p.teacher_ids)
+        RolloutRequest(
+            p.key, p.token_ids, seed_of(seed, "divergence", p.key), teacher_prompt_ids=p.teacher_ids, teacher=p.teacher
+        )
         for p in prompts
     ]
     rollouts = workers.engines().gather(requests, run.sampling)

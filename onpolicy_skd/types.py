@@ -58,6 +58,7 @@ class Prompt:
     chat: Chat | None = None  # of data.messages_column
     source: int = 0  # number of its source in data.mix
     teacher_ids: list[int] | None = None  # the prompt that the teacher reads; None: the same
+    teacher: str | None = None  # name of its teacher among ``teachers``; None: the run has one teacher
 
     @property
     def has_reference(self) -> bool:
@@ -79,6 +80,7 @@ class Trajectory:
     sampler_entropy: np.ndarray | None = None  # float32 [n]; nats, as sampler_logprobs; None: not recorded
     supervised: np.ndarray | None = None  # bool [response tokens]: those that are targets; None: all
     teacher_prompt_ids: np.ndarray | None = None  # int64; the prompt that the teacher reads; None: prompt_ids
+    teacher: str | None = None  # as in Prompt
 
     @property
     def target_ids(self) -> np.ndarray:
@@ -136,6 +138,7 @@ class RolloutRequest:
     answer: str | None = None  # the reference answer, where correctness is needed; empty: a judge decides
     columns: Mapping[str, Any] | None = None  # the row of the data, for that judge
     teacher_prompt_ids: list[int] | None = None  # as in Trajectory, which takes it over
+    teacher: str | None = None  # as in Prompt
 
 
 @dataclass(slots=True)

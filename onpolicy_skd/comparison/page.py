@@ -61,7 +61,7 @@ def page(
     sections = [
         f"<h1>{escape(title)}</h1>",
         f"<p>Student <code>{escape(settings.student.model)}</code>, teacher "
-        f"<code>{escape(settings.teacher.model)}</code>, seeds {', '.join(map(str, grid.seeds))}. Exact match in "
+        f"<code>{escape(settings.teacher_models)}</code>, seeds {', '.join(map(str, grid.seeds))}. Exact match in "
         f"percent on the same held-out problems. Untrained student "
         f"{report.shown_percent(known['student'])}, teacher {report.shown_percent(known['teacher'])}.</p>",
         '<p class="soft">Mean ± standard deviation over seeds; 95 % interval of the mean (Student\'s t). Differences: '

@@ -245,7 +245,7 @@ def page(
     known = untrained(comparison)
     sections = [
         f"# Comparison: {grid.dir.name}\n",
-        f"Student `{settings.student.model}`, teacher `{settings.teacher.model}`, "
+        f"Student `{settings.student.model}`, teacher `{settings.teacher_models}`, "
         f"seeds {', '.join(map(str, grid.seeds))}. Exact match in percent on the same held-out problems: "
         "mean ± standard deviation over seeds, 95 % interval of "
         f"the mean (Student's t). Differences from {grid.baseline}: bootstrap over problems and seeds, paired "

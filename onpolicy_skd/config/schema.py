@@ -247,6 +247,8 @@ class SourceSettings(Section):
         {"data.source": ("jsonl", "hub"), "data.template": "chat"},
     )  # fmt: skip
     tools_column: str = setting("tools", "column with the tools of a conversation", {"data.messages_column": Given()})
+    teacher: str | None = setting(None, "name of the teacher of these rows, with several teachers")
+    teacher_column: str | None = setting(None, "column with the name of each row's teacher, with several teachers")
     train_problems: Positive | None = setting(None, "use only the first N training problems")
     shots: NonNegative = setting(
         0, "few-shot examples in every prompt: the first N rows of the training split, which are not trained on"
@@ -693,7 +695,7 @@ class EvalSettings(Section):
     after: bool = setting(True, "evaluate the student after training", resumable=True)
     teacher: bool = setting(
         True, "evaluate the teacher once (needs room for its engine); the default with cache.path, "
-        "teacher.engine=vllm or teacher.model=student is false", resumable=True,
+        "teacher.engine=vllm, teacher.model=student or teachers is false", resumable=True,
     )  # fmt: skip
     max_tokens: Positive | None = setting(
         None, "longest response in evaluation, tokens; empty: rollout.max_tokens", resumable=True
@@ -769,6 +771,10 @@ class Settings(Section):
     data: DataSettings = DataSettings()
     student: StudentSettings = StudentSettings()
     teacher: TeacherSettings = TeacherSettings()
+    teachers: dict[Annotated[str, AfterValidator(_plain_name)], TeacherSettings] = setting(
+        {}, "several teachers in place of teacher.*: the settings of each by its name, for example {maths: {model: A}, "
+        "code: {model: B}}; each row names its teacher (data.teacher, data.teacher_column)",
+    )  # fmt: skip
     rollout: RolloutSettings = RolloutSettings()
     references: ReferenceSettings = ReferenceSettings()
     samples: SampleSettings = SampleSettings()
@@ -796,8 +802,8 @@ class Settings(Section):
         defaults: dict[str, dict[str, Any]] = {}
         if tree.get("mode") == "off_policy" and section("references").get("source") != "student":
             defaults["alignment"] = {"divergence": "forward_kl"}
-        teacher = section("teacher")
-        if section("cache").get("path") or teacher.get("model") == "student" or teacher.get("engine") == "vllm":
+        teacher, elsewhere = section("teacher"), section("cache").get("path") or tree.get("teachers")
+        if elsewhere or teacher.get("model") == "student" or teacher.get("engine") == "vllm":
             defaults["eval"] = {"teacher": False}
         if section("cluster").get("topology") == "colocated":
             defaults["rollout"] = {"gpu_memory": 0.3}
@@ -833,6 +839,20 @@ class Settings(Section):
     def teacher_model(self) -> StudentSettings | TeacherSettings:
         """The section that names the teacher's model: the student's with ``teacher.model=student``."""
         return self.student if self.teacher.model == "student" else self.teacher
+
+    def of_teacher(self, name: str) -> Settings:
+        """Return these settings with the teacher ``name`` of ``teachers`` as the only one."""
+        return self.model_copy(update={"teacher": self.teachers[name], "teachers": {}})
+
+    @property
+    def by_teacher(self) -> list[Settings]:
+        """These settings once for each teacher, which ``teacher`` then describes."""
+        return [self.of_teacher(name) for name in self.teachers] or [self]
+
+    @property
+    def teacher_models(self) -> str:
+        """The teacher's model as the settings name it, or those of all teachers, for reports."""
+        return ", ".join(settings.teacher.model for settings in self.by_teacher)
 
     @property
     def max_sequence(self) -> int:

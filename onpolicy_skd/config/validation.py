@@ -141,6 +141,8 @@ def _token_budgets(settings: Settings) -> str | None:
         "learner.tokens_per_micro_batch": (learner, settings.max_sequence, sum_of),
         "teacher.tokens_per_batch": (teacher, settings.max_teacher_sequence, of_teacher),
     }
+    if settings.teachers:
+        del budgets["teacher.tokens_per_batch"]  # of each teacher, in _teachers
     for key, (budget, longest, sum_of) in budgets.items():
         if longest > budget:
             return f"{key}={budget}: a sample may have {sum_of} = {longest} tokens; accepted: at least that"
@@ -262,6 +264,67 @@ def _vllm_teacher(settings: Settings) -> str | None:
             f"cluster.teacher_gpus={cluster.teacher_gpus:g}: with teacher.engine=vllm an actor takes "
             f"teacher.tensor_parallel={teacher.tensor_parallel} GPUs; leave it empty"
         )
+    return None
+
+
+def _teachers(settings: Settings) -> str | None:
+    """Apply the rules of one teacher to each of ``teachers``, and refuse what needs a single one."""
+    if not settings.teachers:
+        for number, source in enumerate(settings.data.sources):
+            for key in ("teacher", "teacher_column"):
+                if (value := getattr(source, key)) is not None:
+                    where = f"data.mix[{number}].{key}" if settings.data.mix else f"data.{key}"
+                    return f"{where}={value}: accepted with teachers only, which gives the settings of each by its name"
+        return None
+    for key, field in walk(type(settings.teacher), "teacher."):
+        if (value := value_of(settings, key)) != field.default:
+            return f"{key}={value}: with teachers each has its own settings; move it there"
+    for name, teacher in settings.teachers.items():
+        single = {
+            "placement=learner": teacher.placement == "learner",
+            "prompt": teacher.prompt is not None,
+            "engine=vllm": teacher.engine == "vllm",
+        }
+        for key, chosen in single.items():
+            if chosen:
+                return f"teachers.{name}.{key}: accepted for a single teacher only (teacher.*); leave it out"
+        for rule in (_unused, _token_budgets, _moving_teacher):
+            if message := rule(settings.of_teacher(name)):
+                return f"teachers.{name}: {message}"
+    return _single_teacher(settings) or _named_teachers(settings)
+
+
+def _named_teachers(settings: Settings) -> str | None:
+    """Refuse a source of data whose rows cannot name one of ``teachers``."""
+    accepted = ", ".join(settings.teachers)
+    for number, source in enumerate(settings.data.sources):
+        where = f"data.mix[{number}].teacher" if settings.data.mix else "data.teacher"
+        if (source.teacher is None) == (source.teacher_column is None):
+            return f"{where}: with teachers needs that ({accepted}) or teacher_column, one of them"
+        if source.teacher is not None and source.teacher not in settings.teachers:
+            return f"{where}={source.teacher}: there is no such teacher; accepted: {accepted}"
+    return None
+
+
+def _single_teacher(settings: Settings) -> str | None:
+    """Refuse, with ``teachers``, what is made for one teacher."""
+    alignment, samples = settings.alignment, settings.samples
+    single = {
+        "cache.path": settings.cache.path is not None,
+        "eval.teacher=true": settings.eval.teacher,
+        "data.source=text": settings.data.source == "text",
+        "references.source=teacher": settings.mode != "on_policy" and settings.references.source == "teacher",
+        f"samples.metric={samples.metric} with samples.when=prefilter": (
+            samples.metric in ("kl", "ce_ratio") and samples.when == "prefilter"
+        ),
+        "positions.policy=bandit": settings.positions.policy == "bandit",
+        "alignment.variant=egad with alignment.feature_weight above 0": (
+            alignment.variant == "egad" and alignment.feature_weight > 0
+        ),
+    }
+    for name, chosen in single.items():
+        if chosen:
+            return f"teachers: {name} needs a single teacher; accepted with teacher.* only"
     return None
 
 
@@ -460,7 +523,7 @@ def _teacher_question(settings: Settings) -> str | None:
 def _resume_with(settings: Settings) -> str | None:
     known = {key for key, _ in walk()} | {key.split(".")[0] for key, _ in walk()}
     for name in settings.resume_with:
-        if name not in known:
+        if name not in known and not name.startswith("teachers."):
             return f"resume_with={settings.resume_with}: {name!r} is no setting or section; see --help for all"
     return None
 
@@ -489,6 +552,7 @@ RULES = (
     _teacher_prompt,
     _moving_teacher,
     _vllm_teacher,
+    _teachers,
     _staleness,
     _placement,
     _ranks,
@@ -510,7 +574,7 @@ TRL_ONLY = {
     "alignment.estimator": "exact", "alignment.kd_weight": 1.0, "alignment.ema_weight": 0.0,
     "alignment.reference_weight": 0.0, "alignment.mixture.gate": "none", "alignment.clip": None,
     "rollout.n": 1, "rollout.stop": [], "student.lora_rank": 0, "rollout.max_tokens_start": None,
-    "teacher.prompt": None, "teacher.ema_decay": None, "teacher.engine": "transformers",
+    "teacher.prompt": None, "teacher.ema_decay": None, "teacher.engine": "transformers", "teachers": {},
 }  # fmt: skip
 
 

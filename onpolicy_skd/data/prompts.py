@@ -129,7 +129,8 @@ def _load_source(
         digest = question_digest(row.question)
         repeats[digest] += 1
         key = digest if repeats[digest] == 1 else f"{digest}.{repeats[digest]}"
-        prompts.append(Prompt(key, ids, row.question, row.answer, None, row.name, row.columns, row.chat, number))
+        fields = (row.question, row.answer, None, row.name, row.columns, row.chat, number)
+        prompts.append(Prompt(key, ids, *fields, teacher=row.teacher))
     if dropped:
         logger.warning("%s split: %d prompts over %d tokens dropped", split, dropped, settings.max_prompt_tokens)
     if not prompts:

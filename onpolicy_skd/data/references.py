@@ -55,7 +55,7 @@ def trajectory(prompt: Prompt, response: Response, key: str, supervise: str) -> 
     zeros, teacher_ids = np.zeros(count, np.float32), id_array(prompt.teacher_ids)
     return Trajectory(
         key, ids[:start], ids[start:], zeros, response.finish_reason, None, supervised=supervised,
-        teacher_prompt_ids=teacher_ids,
+        teacher_prompt_ids=teacher_ids, teacher=prompt.teacher,
     )  # fmt: skip
 
 

@@ -33,6 +33,7 @@ class Row:
     answer: str  # empty: none
     columns: dict[str, Any]  # as read
     chat: Chat | None = None  # of data.messages_column
+    teacher: str | None = None  # name of its teacher, where the run has several
 
 
 def load_rows(settings: DataSettings, split: str) -> Iterator[Row]:
@@ -48,10 +49,20 @@ def _row(name: str, row: dict[str, Any], settings: DataSettings, where: str) -> 
     answer_columns = [settings.answer_column] if settings.answer_column else []
     if settings.messages_column is None:
         question, *answer = text_columns(row, [settings.question_column, *answer_columns], where)
-        return Row(name, question, "".join(answer), row)
+        return Row(name, question, "".join(answer), row, teacher=_teacher(row, settings, where))
     chat = read_chat(row, settings, where)
     answer = text_columns(row, [c for c in answer_columns if row.get(c) is not None], where)
-    return Row(name, chat.question, "".join(answer), row, chat)
+    return Row(name, chat.question, "".join(answer), row, chat, _teacher(row, settings, where))
+
+
+def _teacher(row: dict[str, Any], settings: DataSettings, where: str) -> str | None:
+    """Return the name of the row's teacher; None if neither settings nor row give one.  Raises DataError."""
+    if settings.teacher_column is None:
+        return settings.teacher
+    name = row.get(settings.teacher_column)
+    if name is not None and not isinstance(name, str):
+        raise DataError(f"{where}: column {settings.teacher_column!r} (data.teacher_column) is no text: {name!r}")
+    return name
 
 
 def read_chat(row: dict[str, Any], settings: DataSettings, where: str) -> Chat:

@@ -15,6 +15,7 @@ from onpolicy_skd.loss.inputs import Alignment
 from onpolicy_skd.models.batch import Batch, collate, micro_batches
 from onpolicy_skd.models.loading import pick_dtype
 from onpolicy_skd.models.split_model import SplitModel
+from onpolicy_skd.teacher.routing import by_teacher, teacher_of
 from onpolicy_skd.teacher.teacher import TeacherRows
 from onpolicy_skd.tracing import Spans
 from onpolicy_skd.types import Trajectory, seed_of
@@ -43,8 +44,12 @@ class Forward:
         lengths, packing = [t.length for t in trajectories], self._settings.pipeline.packing
         groups_by_rank = []
         for share in self.ranks.shares(lengths):
-            groups = micro_batches([lengths[i] for i in share], self._settings.learner.tokens_per_micro_batch, packing)
-            groups_by_rank.append([[share[i] for i in group] for group in groups])
+            groups_by_rank.append([])
+            for indices in by_teacher(share, trajectories):  # whose heads differ
+                groups = micro_batches(
+                    [lengths[i] for i in indices], self._settings.learner.tokens_per_micro_batch, packing
+                )
+                groups_by_rank[-1] += [[indices[i] for i in group] for group in groups]
         local_groups = groups_by_rank[self.ranks.rank]
         for group in local_groups:
             yield group, self._micro_batch([trajectories[i] for i in group], version)
@@ -81,7 +86,7 @@ class Forward:
             embedded_BLH,
             hidden_NH,
             head,
-            self._teacher,
+            teacher_of(self._teacher, members),
             self._alignment.at(version),
             seeds,
             self._spans,

@@ -228,7 +228,10 @@ class Learner:
         if micro.reference_kl_K is not None:
             sums.reference_kl += float(micro.reference_kl_K.sum())
         sums.loss += loss.item() / self.state.loss_scale.value
-        sums.divergence += float(values_K.sum())
+        divergence, teacher = float(values_K.sum()), micro.members[0].teacher
+        sums.divergence += divergence
+        if teacher is not None:
+            sums.add_to_teacher(teacher, divergence, len(values_K))
         sums.tokens += sum(t.length for t in micro.members)
         sums.padded_tokens += micro.batch.input_ids.numel()
         sums.positions += len(scores_N)

@@ -54,10 +54,13 @@ class StepRecord:
     learner_seconds: float = 0.0
     learner_memory_mib: float | None = None  # peak of the learner's process
     version: int = 0  # optimizer steps done, this one included
+    divergence_by_teacher: dict[str, float] = field(default_factory=dict)  # of several: mean over its positions
 
     def as_dict(self) -> dict[str, float]:
-        """Return the metrics by name, without those that are None."""
-        return {name: value for name, value in dataclasses.asdict(self).items() if value is not None}
+        """Return the metrics by name, without those that are None; ``divergence_selected/NAME`` for each teacher."""
+        fields = dataclasses.asdict(self)
+        by_teacher = {f"divergence_selected/{t}": value for t, value in fields.pop("divergence_by_teacher").items()}
+        return {name: value for name, value in fields.items() if value is not None} | by_teacher
 
 
 @dataclass(slots=True)
@@ -87,6 +90,7 @@ class StepSums:
     overlap: float = 0.0
     signal_positions: int = 0  # at which the two above were measured
     gap_max: float = 0.0
+    by_teacher: dict[str, tuple[float, int]] = field(default_factory=dict)  # of several: divergence, positions
     scores: dict[str, Tensor] = field(default_factory=dict)  # position scores by trajectory
     non_finite: list[str] = field(default_factory=list)  # trajectories with a divergence that is not finite
 
@@ -96,9 +100,16 @@ class StepSums:
         for share in shares:
             for name in SUMMED:
                 setattr(merged, name, getattr(merged, name) + getattr(share, name))
+            for teacher, (divergence, selected) in share.by_teacher.items():
+                merged.add_to_teacher(teacher, divergence, selected)
             merged.scores |= share.scores
             merged.non_finite += share.non_finite
         return merged
+
+    def add_to_teacher(self, teacher: str, divergence: float, selected: int) -> None:
+        """Add the sum of the divergences from ``teacher`` at ``selected`` positions."""
+        before = self.by_teacher.get(teacher, (0.0, 0))
+        self.by_teacher[teacher] = (before[0] + divergence, before[1] + selected)
 
     @torch.no_grad()
     def add_student_statistics(self, micro: MicroBatch, selection: Selection, version: int) -> None:
@@ -170,10 +181,12 @@ class StepSums:
             train_tokens=self.tokens,
             padding_share=1.0 - self.tokens / self.padded_tokens,
             teacher_wait_seconds=self.teacher_wait_seconds,
+            divergence_by_teacher={name: d / max(1, n) for name, (d, n) in sorted(self.by_teacher.items())},
         )
 
 
-SUMMED = [f.name for f in dataclasses.fields(StepSums) if f.name not in ("gap_max", "scores", "non_finite")]
+NOT_SUMMED = ("gap_max", "by_teacher", "scores", "non_finite")
+SUMMED = [f.name for f in dataclasses.fields(StepSums) if f.name not in NOT_SUMMED]
 
 
 def _age(t: Trajectory, version: int) -> int:

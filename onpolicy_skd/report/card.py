@@ -141,7 +141,8 @@ def _hub_dataset(settings: Settings) -> str | None:
 
 
 def _text(settings: Settings, summary: dict[str, Any]) -> str:
-    data, student, teacher = settings.data, _name(settings.student.model), _name(settings.teacher_model.model)
+    data, student = settings.data, _name(settings.student.model)
+    teacher = "`, `".join(_name(each.teacher_model.model) for each in settings.by_teacher)
     source = _hub_dataset(settings) or data.train_file or data.name or data.path or data.source
     versions = ", ".join(f"{name} {version}" for name, version in summary["versions"].items())
     plot = "![Curves of the run](curves.png)" if RunPaths(settings.run.folder).curves.exists() else ""

@@ -97,7 +97,7 @@ def percent(share: float | None, interval: tuple[float, float] | list[float] | N
 def _page(summary: dict[str, Any], settings: Settings, records: Sequence[dict[str, Any]]) -> str:
     reason = f" ({summary['reason']})" if summary["reason"] else ""
     sections = [
-        f"# {summary['run']}\n\nStudent `{settings.student.model}`, teacher `{settings.teacher.model}`; "
+        f"# {summary['run']}\n\nStudent `{settings.student.model}`, teacher `{settings.teacher_models}`; "
         f"{summary['steps']} steps in {summary['seconds']:.0f} s, seed {summary['seed']}. Positions: "
         f"{settings.positions.policy} by {settings.positions.metric}, k = {settings.positions.k:g}. Samples: "
         f"l = {settings.samples.keep:g} ({settings.samples.when}). Status: {summary['status']}{reason}.",

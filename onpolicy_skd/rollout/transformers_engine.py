@@ -160,6 +160,7 @@ class Response:
             policy_version=version,
             sampler_entropy=entropies[0] if entropies else None,
             teacher_prompt_ids=id_array(self.request.teacher_prompt_ids),
+            teacher=self.request.teacher,
         )
 
 

@@ -179,6 +179,7 @@ class VLLMEngine:
             policy_version=self.version,
             sampler_entropy=recorded,
             teacher_prompt_ids=id_array(request.teacher_prompt_ids),
+            teacher=request.teacher,
         )
 
 

@@ -25,13 +25,13 @@ TEMPLATE_TIMEOUT_S = 3.0  # a template renders a row in milliseconds
 
 
 def preflight(settings: Settings) -> None:
-    """Check the run folder, the checkpoints of student and teacher, the tokenizer, and the template on a row.
+    """Check the run folder, the checkpoints of student and teachers, the tokenizer, and the template on a row.
 
     Raises ConfigError.
     """
     check_folder(settings.run.folder)
     check_trackers(settings.run.trackers)
-    student, teacher = settings.student, settings.teacher_model
+    student = settings.student
     tokenizer = loading.load_tokenizer(student.model, student.trust_remote_code)
     check_tokenizer(tokenizer, student.model)
     if settings.generates:
@@ -39,9 +39,10 @@ def preflight(settings: Settings) -> None:
     check_checkpoint(student.model, student.trust_remote_code)
     check_generation_config(student.model)
     if settings.cache.path is None:
-        check_checkpoint(teacher.model, teacher.trust_remote_code)
+        for teacher in (each.teacher_model for each in settings.by_teacher):
+            check_checkpoint(teacher.model, teacher.trust_remote_code)
         if settings.teacher.engine == "vllm":
-            check_plain_logits(teacher.model, teacher.trust_remote_code)
+            check_plain_logits(settings.teacher_model.model, settings.teacher_model.trust_remote_code)
             check_quantization(settings)
 
 

@@ -60,6 +60,17 @@ class Run:
     _indices: tuple[Sequence[Prompt], list[list[int]]] | None = None  # prompts and their indices by source of a mix
 
     @property
+    def worker_settings(self) -> Settings:
+        """The settings without the teachers that no row asks for, which are not started."""
+        settings = self.settings
+        rows = [*self.train, *self.validation]
+        if settings.eval.divergence_prompts and not self.validation:
+            rows += self.held_out
+        idle = idle_teachers(settings, rows)
+        asked = {name: teacher for name, teacher in settings.teachers.items() if name not in idle}
+        return settings.model_copy(update={"teachers": asked})
+
+    @property
     def folder(self) -> Path:
         return self.settings.run.folder
 
@@ -131,6 +142,7 @@ class Run:
                 p.answer if settings.judges_rollouts else None,
                 p.columns if settings.judges_rollouts and not p.answer else None,
                 p.teacher_ids,
+                p.teacher,
             )
             for place, p in self._prompts(prompts, step)[: self._rolled_out]
             for i in range(settings.rollout.n)
@@ -230,6 +242,9 @@ def prepare(settings: Settings, log: Callable[[str], None] = print, generates: b
     if cfg.divergence_prompts and not validation:  # for the rest the teacher reads the student's prompt
         held_out = with_teacher_prompts(settings, tokenizer, held_out)
     check_judged([*judged, *held_out], settings.eval.judge)
+    scored = [*train, *validation, *(held_out if cfg.divergence_prompts and not validation else [])]
+    for name in idle_teachers(settings, scored):
+        log(f"teachers.{name}: no row asks for it; it will not be started")
     digest = _data_digest(train, responses)
     return Run(settings, tokenizer, vocabulary, train, held_out, responses, validation, digest)
 
@@ -253,6 +268,20 @@ def check_mask_tokens(settings: Settings, vocabulary: int) -> None:
                 f"positions.mask_tokens={settings.positions.mask_tokens}: {token} is no token; accepted: ids below "
                 f"{vocabulary}, or special"
             )
+
+
+def idle_teachers(settings: Settings, prompts: Sequence[Prompt]) -> list[str]:
+    """Return the names of ``teachers`` that no prompt asks for.  Raises ConfigError, naming the row, for an unknown."""
+    if settings.teachers:
+        for prompt in prompts:
+            if prompt.teacher not in settings.teachers:
+                column = settings.data.sources[prompt.source].teacher_column
+                raise ConfigError(
+                    f"{prompt.row}: column {column!r} (data.teacher_column) is {prompt.teacher!r}; accepted: "
+                    f"{', '.join(settings.teachers)}"
+                )
+    asked = {prompt.teacher for prompt in prompts}
+    return [name for name in settings.teachers if name not in asked]
 
 
 def check_plugins(settings: Settings) -> None:
@@ -284,6 +313,8 @@ def _data_digest(prompts: Sequence[Prompt], responses: Responses) -> str:
         ids = [r.ids if r.mask is None else [r.ids, r.mask.tolist()] for r in responses.get(prompt.key, ())]
         teacher_ids = () if prompt.teacher_ids is None else (prompt.teacher_ids,)
         digest.update(json.dumps([prompt.token_ids, prompt.answer, ids, *teacher_ids]).encode())
+        if prompt.teacher:
+            digest.update(f"teacher {prompt.teacher}".encode())
         if prompt.source:
             digest.update(f"source {prompt.source}".encode())
     return digest.hexdigest()
@@ -304,8 +335,8 @@ def _train_prompts(settings: Settings, tokenizer: Any) -> tuple[list[Prompt], li
 
 
 def _vocabulary(settings: Settings, tokenizer: Any) -> int:
-    """Return the number of classes that student and teacher share.  Raises ConfigError for different tokenizers."""
-    student, teacher = settings.student, settings.teacher_model
+    """Return the number of classes that student and teachers share.  Raises ConfigError for different tokenizers."""
+    student = settings.student
     config = models.load_config(student.model, student.trust_remote_code)
     models.check_length(config, student.model, settings.max_model_length)
     models.check_weights(student.model)
@@ -313,13 +344,16 @@ def _vocabulary(settings: Settings, tokenizer: Any) -> int:
         manifest = Manifest.read(settings.cache.path)
         provenance.check(manifest, settings, tokenizer, models.vocabulary_of(config))
         return manifest.layout.vocabulary
-    models.check_same_tokenizer(
-        tokenizer, models.load_tokenizer(teacher.model, teacher.trust_remote_code), student.model, teacher.model
-    )
-    teacher_config = models.load_config(teacher.model, teacher.trust_remote_code)
-    models.check_length(teacher_config, teacher.model, settings.max_teacher_sequence)
-    models.check_weights(teacher.model)
-    return models.shared_vocabulary(config, teacher_config, len(tokenizer))
+    shared = []
+    for each in settings.by_teacher:
+        teacher = each.teacher_model
+        teachers_tokenizer = models.load_tokenizer(teacher.model, teacher.trust_remote_code)
+        models.check_same_tokenizer(tokenizer, teachers_tokenizer, student.model, teacher.model)
+        teacher_config = models.load_config(teacher.model, teacher.trust_remote_code)
+        models.check_length(teacher_config, teacher.model, each.max_teacher_sequence)
+        models.check_weights(teacher.model)
+        shared.append(models.shared_vocabulary(config, teacher_config, len(tokenizer)))
+    return min(shared)
 
 
 @contextmanager
@@ -395,7 +429,7 @@ def _changes(run: Run) -> Changes:
     blocking = {
         key: values
         for key, values in changes.items()
-        if key not in RESUMABLE and not any(key == name or key.startswith(f"{name}.") for name in allowed)
+        if _plain(key) not in RESUMABLE and not any(key == name or key.startswith(f"{name}.") for name in allowed)
     }
     if blocking:
         listed = ", ".join(f"{k}: {json.dumps(old)} then, {json.dumps(new)} now" for k, (old, new) in blocking.items())
@@ -410,6 +444,12 @@ def _changes(run: Run) -> Changes:
             "start a new run.name, or accept the change with resume_with=[data]"
         )
     return changes | ({"data": [digest, run.data_digest]} if digest != run.data_digest else {})
+
+
+def _plain(key: str) -> str:
+    """Return the setting whose rules a key has: ``teacher.actors`` for ``teachers.maths.actors``."""
+    section, *_, name = key.split(".")
+    return f"teacher.{name}" if section == "teachers" else key
 
 
 def _read_record(paths: RunPaths) -> dict[str, Any]:

@@ -74,7 +74,7 @@ def as_text(prompt: Prompt, text: str, tokenizer: Any) -> Trajectory:
         return references.trajectory(prompt, references.of_data(prompt, tokenizer), prompt.key, "response")
     ids, response = prompt.token_ids[:1], prompt.token_ids[1:]
     zeros = np.zeros(len(response), np.float32)
-    return Trajectory(prompt.key, np.asarray(ids), np.asarray(response), zeros, "stop", None)
+    return Trajectory(prompt.key, np.asarray(ids), np.asarray(response), zeros, "stop", None, teacher=prompt.teacher)
 
 
 def fingerprint(settings: Settings, prompts: Sequence[Prompt]) -> str:
