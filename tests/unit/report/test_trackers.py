@@ -1,4 +1,4 @@
-"""Trackers: TensorBoard and MLflow as they are, and a stand-in in accelerate's registry for what fails.
+"""Trackers: TensorBoard and MLflow as they are, and a stand-in in accelerate's registry whose methods fail.
 
 tests/integration/test_train.py reads back what a run sends to each tracker that is installed.
 """
@@ -7,11 +7,11 @@ import json
 import sys
 from pathlib import Path
 from types import SimpleNamespace
-from typing import ClassVar
 
 import pytest
 from accelerate import tracking
 from helpers import tiny_settings
+from matplotlib.figure import Figure
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from onpolicy_skd.config.errors import ConfigError
@@ -23,50 +23,34 @@ TOKEN = "abcdefghij0123456789"
 
 
 class StandIn(tracking.GeneralTracker):
-    """Keeps what it is sent; ``failing`` names the methods that raise."""
+    """A tracker whose method ``failing`` raises; the others do nothing."""
 
     name = "mlflow"
     requires_logging_directory = False
-    failing: tuple[str, ...] = ()
-    instances: ClassVar[list] = []
+    failing = ""
+    tracker = SimpleNamespace(info=SimpleNamespace(run_id="id"))
 
     def __init__(self, project, run_id=None, run_name=None):
         super().__init__()
-        self.project, self.run_id, self.run_name = project, run_id, run_name
-        self.calls, self.config = [], None
-        self.instances.append(self)
 
-    @property
-    def tracker(self):
-        return SimpleNamespace(info=SimpleNamespace(run_id=self.run_id or "new-id"))
-
-    def _call(self, method, *values):
-        if method in self.failing:
+    def _call(self, method):
+        if method == self.failing:
             raise ConnectionError(f"{method} refused\nsecond line")
-        self.calls.append((method, *values))
 
     def start(self):
         self._call("start")
 
     def store_init_configuration(self, values):
-        self.config = values
+        self._call("store_init_configuration")
 
     def log(self, values, step=None):
-        self._call("log", values, step)
+        self._call("log")
 
     def log_artifact(self, path):
-        self._call("log_artifact", path)
+        self._call("log_artifact")
 
     def finish(self):
         self._call("finish")
-
-
-@pytest.fixture
-def stand_in(monkeypatch):
-    monkeypatch.setitem(tracking.LOGGER_TYPE_TO_CLASS, "mlflow", StandIn)
-    monkeypatch.setattr(StandIn, "instances", [])
-    monkeypatch.setattr(StandIn, "failing", ())
-    return StandIn
 
 
 @pytest.fixture
@@ -90,44 +74,56 @@ def refuse(text):
     raise AssertionError(text)
 
 
-def test_mlflow_has_numbers_settings_and_files_of_a_resumed_run(settings, tokens, tmp_path, monkeypatch):
-    """MLflow itself, with a database on this machine."""
-    monkeypatch.chdir(tmp_path)  # artifacts lie next to the working directory's database
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path / 'mlflow.db'}")
-    first = Trackers(settings("mlflow"), 0, False, refuse)
+@pytest.fixture
+def plot(tmp_path):
+    file = tmp_path / "curves.png"
+    Figure(figsize=(2, 1)).savefig(file, dpi=50)
+    return file
+
+
+def test_mlflow_has_numbers_settings_and_files_of_a_resumed_run(settings, tokens, plot, tmp_path, monkeypatch):
+    """Read back what MLflow itself keeps in its default store, a SQLite file in the working directory."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("MLFLOW_TRACKING_URI", "MLFLOW_EXPERIMENT_NAME", "MLFLOW_RUN_ID"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("SERVICE_PASSWORD", TOKEN)
+    check_trackers(["mlflow"])
+    cfg = settings("mlflow", cluster={"address": "ray://u:pw@h:1"}, data={"system": TOKEN})
+    first = Trackers(cfg, 0, False, refuse)
     first.log({"step": 3, "event": "evaluation", "match": {"share": 0.5, "interval": [0.4, 0.6]}, "loss": 0.25})
-    first.send([tmp_path / "absent.png"], [tokens], 4)
+    first.send([plot, tmp_path / "absent.png"], [tokens], 4)
     first.close()
-    resumed = Trackers(settings("mlflow"), 4, True, refuse)
+    resumed = Trackers(cfg, 4, True, refuse)
     resumed.log({"step": 4, "loss": 0.125})
     resumed.close()
-    Trackers(settings("mlflow"), 0, False, refuse).close()  # another run in the same folder
+    resumed_id = json.loads((cfg.run.folder / "trackers.json").read_text())["mlflow"]
+    Trackers(cfg, 0, False, refuse).close()  # another run in the same folder
 
     import mlflow
 
     client = mlflow.MlflowClient()
     experiment = client.get_experiment_by_name("onpolicy_skd")
-    empty, run = client.search_runs([experiment.experiment_id])  # the newest first
+    runs = {run.info.run_id: run for run in client.search_runs([experiment.experiment_id])}
+    run = runs.pop(resumed_id)
+    (empty,) = runs.values()
     assert (empty.info.run_name, empty.data.metrics) == ("r", {})
-    assert (run.info.run_name, run.data.metrics) == ("r", {"match/share": 0.5, "loss": 0.125})
-    assert [(m.step, m.value) for m in client.get_metric_history(run.info.run_id, "loss")] == [(3, 0.25), (4, 0.125)]
-    assert run.data.params["learner.batch_size"] == "16"
-    (artifact,) = client.list_artifacts(run.info.run_id)
-    downloaded = client.download_artifacts(run.info.run_id, artifact.path, str(tmp_path))
-    assert Path(downloaded).read_text() == tokens.read_text()
+    assert (run.info.run_name, run.info.status) == ("r", "FINISHED")
+    assert run.data.metrics == {"match/share": 0.5, "loss": 0.125}
+    assert [(m.step, m.value) for m in client.get_metric_history(resumed_id, "loss")] == [(3, 0.25), (4, 0.125)]
+    params = run.data.params
+    assert params["learner.batch_size"] == "16"
+    assert (params["cluster.address"], params["data.system"]) == ("ray://***@h:1", "***")
+    for file in (plot, tokens):
+        downloaded = client.download_artifacts(resumed_id, file.name, str(tmp_path / "downloads"))
+        assert Path(downloaded).read_bytes() == file.read_bytes()
+    assert len(client.list_artifacts(resumed_id)) == 2
+    assert TOKEN.encode() not in (tmp_path / "mlflow.db").read_bytes()
 
 
-def test_a_resumed_run_continues_at_the_tracker(stand_in, settings):
-    Trackers(settings("mlflow"), 0, False, refuse).close()
-    Trackers(settings("mlflow"), 2, True, refuse).close()
-    Trackers(settings("mlflow"), 0, False, refuse).close()  # another run in the same folder
-    assert [t.run_id for t in stand_in.instances] == [None, "new-id", None]
-    assert json.loads((settings().run.folder / "trackers.json").read_text()) == {"mlflow": "new-id"}
-
-
-@pytest.mark.parametrize("method", ["start", "log", "log_artifact", "finish"])
-def test_a_failing_tracker_is_dropped_with_one_line(stand_in, settings, tokens, monkeypatch, method):
-    monkeypatch.setattr(stand_in, "failing", (method,))
+@pytest.mark.parametrize("method", ["start", "store_init_configuration", "log", "log_artifact", "finish"])
+def test_a_failing_tracker_is_dropped_with_one_line(settings, tokens, monkeypatch, method):
+    monkeypatch.setitem(tracking.LOGGER_TYPE_TO_CLASS, "mlflow", StandIn)
+    monkeypatch.setattr(StandIn, "failing", method)
     lines = []
     sent = Trackers(settings("mlflow", "tensorboard"), 0, False, lines.append)
     for step in range(2):
@@ -140,12 +136,7 @@ def test_a_failing_tracker_is_dropped_with_one_line(stand_in, settings, tokens, 
     assert [s.step for s in events.Scalars("loss")] == [0, 1]
 
 
-def test_tensorboard_gets_all_and_forgets_what_is_repeated(settings, tokens, tmp_path):
-    from matplotlib.figure import Figure
-
-    plot = tmp_path / "curves.png"
-    figure = Figure(figsize=(2, 1))
-    figure.savefig(plot, dpi=50)
+def test_tensorboard_gets_all_and_forgets_what_is_repeated(settings, tokens, plot):
     sent = Trackers(settings("tensorboard", learner={"lr": 0.125}), 0, False, refuse)
     for step, loss in ((0, 0.5), (1, 0.4), (2, 0.3)):
         sent.log({"step": step, "loss": loss, "seconds": {"rollout": 1.5}})
@@ -212,12 +203,3 @@ def test_redact(monkeypatch, text, expected):
     assert redact_tree({"a": [text, 1], "b": {"c": text}, "d": None}) == {
         "a": [expected, 1], "b": {"c": expected}, "d": None
     }  # fmt: skip
-
-
-def test_credentials_in_settings_are_not_sent(stand_in, settings, monkeypatch):
-    monkeypatch.setenv("SERVICE_PASSWORD", TOKEN)
-    Trackers(
-        settings("mlflow", cluster={"address": "ray://u:pw@h:1"}, data={"system": TOKEN}), 0, False, refuse
-    ).close()
-    config = stand_in.instances[0].config
-    assert (config["cluster.address"], config["data.system"]) == ("ray://***@h:1", "***")
