@@ -139,7 +139,7 @@ def _expand_model(name: str) -> str:
 
 
 def _plain_name(name: str) -> str:
-    """Return the name of a run, which is also the name of its folder.  Raises ValueError."""
+    """Return the name of a run, which is also the name of its folder, or of a teacher.  Raises ValueError."""
     if (
         not name.strip()
         or name[0] in ".~-"

@@ -270,16 +270,13 @@ def _vllm_teacher(settings: Settings) -> str | None:
 def _teachers(settings: Settings) -> str | None:
     """Apply the rules of one teacher to each of ``teachers``, and refuse what needs a single one."""
     if not settings.teachers:
-        for number, source in enumerate(settings.data.sources):
-            for key in ("teacher", "teacher_column"):
-                if (value := getattr(source, key)) is not None:
-                    where = f"data.mix[{number}].{key}" if settings.data.mix else f"data.{key}"
-                    return f"{where}={value}: accepted with teachers only, which gives the settings of each by its name"
-        return None
+        return _unnamed_teachers(settings)
     for key, field in walk(type(settings.teacher), "teacher."):
         if (value := value_of(settings, key)) != field.default:
             return f"{key}={value}: with teachers each has its own settings; move it there"
     for name, teacher in settings.teachers.items():
+        if "model" not in teacher.model_fields_set:  # or a mistyped name would start the default model
+            return f"teachers.{name}.model: missing; accepted: the model of each of several teachers"
         single = {
             "placement=learner": teacher.placement == "learner",
             "prompt": teacher.prompt is not None,
@@ -292,6 +289,16 @@ def _teachers(settings: Settings) -> str | None:
             if message := rule(settings.of_teacher(name)):
                 return f"teachers.{name}: {message}"
     return _single_teacher(settings) or _named_teachers(settings)
+
+
+def _unnamed_teachers(settings: Settings) -> str | None:
+    """Refuse, without ``teachers``, a source of data whose rows name a teacher."""
+    for number, source in enumerate(settings.data.sources):
+        for key in ("teacher", "teacher_column"):
+            if (value := getattr(source, key)) is not None:
+                where = f"data.mix[{number}].{key}" if settings.data.mix else f"data.{key}"
+                return f"{where}={value}: accepted with teachers only, which gives the settings of each by its name"
+    return None
 
 
 def _named_teachers(settings: Settings) -> str | None:

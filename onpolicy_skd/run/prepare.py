@@ -60,15 +60,17 @@ class Run:
     _indices: tuple[Sequence[Prompt], list[list[int]]] | None = None  # prompts and their indices by source of a mix
 
     @property
+    def scored(self) -> list[Prompt]:
+        """The prompts whose responses a teacher may score: held-out ones where the divergence is measured on them."""
+        held_out = self.held_out if self.settings.eval.divergence_prompts and not self.validation else ()
+        return [*self.train, *self.validation, *held_out]
+
+    @property
     def worker_settings(self) -> Settings:
-        """The settings without the teachers that no row asks for, which are not started."""
-        settings = self.settings
-        rows = [*self.train, *self.validation]
-        if settings.eval.divergence_prompts and not self.validation:
-            rows += self.held_out
-        idle = idle_teachers(settings, rows)
-        asked = {name: teacher for name, teacher in settings.teachers.items() if name not in idle}
-        return settings.model_copy(update={"teachers": asked})
+        """The settings without the teachers that no prompt names, which are not started."""
+        idle = idle_teachers(self.settings, self.scored)
+        teachers = {name: teacher for name, teacher in self.settings.teachers.items() if name not in idle}
+        return self.settings.model_copy(update={"teachers": teachers})
 
     @property
     def folder(self) -> Path:
@@ -242,11 +244,10 @@ def prepare(settings: Settings, log: Callable[[str], None] = print, generates: b
     if cfg.divergence_prompts and not validation:  # for the rest the teacher reads the student's prompt
         held_out = with_teacher_prompts(settings, tokenizer, held_out)
     check_judged([*judged, *held_out], settings.eval.judge)
-    scored = [*train, *validation, *(held_out if cfg.divergence_prompts and not validation else [])]
-    for name in idle_teachers(settings, scored):
-        log(f"teachers.{name}: no row asks for it; it will not be started")
-    digest = _data_digest(train, responses)
-    return Run(settings, tokenizer, vocabulary, train, held_out, responses, validation, digest)
+    run = Run(settings, tokenizer, vocabulary, train, held_out, responses, validation, _data_digest(train, responses))
+    for name in idle_teachers(settings, run.scored):
+        log(f"teachers.{name}: no row names it; it is not started")
+    return run
 
 
 def _check_scored(prompts: Sequence[Prompt], tokenizer: Any) -> None:
@@ -271,7 +272,10 @@ def check_mask_tokens(settings: Settings, vocabulary: int) -> None:
 
 
 def idle_teachers(settings: Settings, prompts: Sequence[Prompt]) -> list[str]:
-    """Return the names of ``teachers`` that no prompt asks for.  Raises ConfigError, naming the row, for an unknown."""
+    """Return the names of ``teachers`` that no prompt names.
+
+    Raises ConfigError, naming the row, for a prompt without a known name.
+    """
     if settings.teachers:
         for prompt in prompts:
             if prompt.teacher not in settings.teachers:

@@ -103,7 +103,7 @@ def test_a_teacher_that_no_row_names_is_not_started(tmp_path):
     assert {r.teacher for r in run.requests(run.train, 0)} == {"code"}
     assert list(run.worker_settings.teachers) == ["code"]
     assert Counts.of_training(run.worker_settings).teacher == 2
-    assert logged == ["teachers.maths: no row asks for it; it will not be started"]
+    assert logged == ["teachers.maths: no row names it; it is not started"]
     assert resolve(parse(dump(settings))) == settings
     file.write_text(json.dumps({"question": "1?", "answer": "1", "who": "history"}) + "\n")
     with pytest.raises(ConfigError, match=r"rows.jsonl#1.*'history'; accepted: maths, code"):
@@ -119,6 +119,7 @@ BAD = {
     "eval.teacher=true needs a single": ({"teacher": "code"}, {"eval": {"teacher": True}}),
     "policy=bandit needs a single": ({"teacher": "code"}, {"positions": {"policy": "bandit"}}),
     "teachers.a.placement=learner": ({"teacher": "a"}, {"teachers": {"a": TEACHER | {"placement": "learner"}}}),
+    "teachers.a.model: missing": ({"teacher": "a"}, {"teachers": {"a": {"actors": 2}}}),
     "teachers.a.engine=vllm": ({"teacher": "a"}, {"teachers": {"a": TEACHER | {"engine": "vllm"}}}),
     "teachers.a.prompt": ({"teacher": "a"}, {"teachers": {"a": TEACHER | {"prompt": "{question}"}}}),
     "teachers.a: teacher.ema_decay": (
