@@ -80,9 +80,12 @@ def finished_run(tmp_path_factory):
     """One uninterrupted run of five steps with vLLM and everything on."""
     folder = tmp_path_factory.mktemp("finished")
     with running_hub(SECRETS["HF_TOKEN"]) as hub:
-        environment = hub.environment | {"WANDB_MODE": "offline", "TRACKIO_DIR": str(folder / "trackio")}
+        environment = hub.environment | {
+            "WANDB_MODE": "offline", "TRACKIO_DIR": str(folder / "trackio"),
+            "MLFLOW_TRACKING_URI": (folder / "mlflow").as_uri(), "MLFLOW_ALLOW_FILE_STORE": "true",
+        }  # fmt: skip
         done = run(folder, "run.steps=5", "eval.teacher=true", "eval.before=true", "eval.divergence_prompts=8",
-                   "run.evaluate_every=3", "run.trackers=[tensorboard,wandb,trackio]", "run.keep_best=true",
+                   "run.evaluate_every=3", "run.trackers=[tensorboard,wandb,trackio,mlflow]", "run.keep_best=true",
                    "run.name=r", "hub.push=me/pair", environment=environment)  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     for name, content in hub.files["me/pair"].items():
@@ -200,6 +203,22 @@ def test_trackio_has_the_run(finished_run):
     assert json.loads(config)["learner"]["batch_size"] == 8
     assert {name for _, row in rows for name, value in row.items() if isinstance(value, dict)} == {"curves", "timeline"}
     assert {manifest[0]["path"] for manifest in manifests} == {f"tokens-{name}.jsonl" for name in VIEWS}
+
+
+def test_mlflow_has_the_run(finished_run, monkeypatch):
+    from mlflow import MlflowClient
+
+    folder, _ = finished_run
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+    client = MlflowClient((folder.parent / "mlflow").as_uri())
+    (sent,) = client.search_runs([client.get_experiment_by_name("onpolicy_skd").experiment_id])
+    assert (sent.info.run_name, sent.info.status) == ("r", "FINISHED")
+    assert sent.data.params["learner.batch_size"] == "8"
+    for key in ("loss", "divergence_reference"):
+        history = client.get_metric_history(sent.info.run_id, key)
+        assert [(m.step, m.value) for m in history] == logged(folder, key)
+    artifacts = {artifact.path for artifact in client.list_artifacts(sent.info.run_id)}
+    assert artifacts == {"curves.png", "timeline.png", *(f"tokens-{name}.jsonl" for name in VIEWS)}
 
 
 def test_secrets_of_the_environment_are_nowhere_in_what_a_run_leaves(finished_run):
