@@ -17,18 +17,19 @@ from actors.cluster import DeferredInitError
 from actors.faults import Place, place, reports_faults
 from actors.learner_weights import SendsWeights
 from actors.placement import free_gpu_memory
+from actors.rollout_actor import judged_batches
 from actors.teacher_actor import RemoteTeacher, RemoteTeachers, build_teacher, split_for
 from onpolicy_skd.config.schema import AlignmentSettings, Settings
 from onpolicy_skd.distributed.ranks import Ranks
 from onpolicy_skd.distributed.rendezvous import Rendezvous, init_process_group
 from onpolicy_skd.distributed.weight_transfer import Address
 from onpolicy_skd.evaluation.diagnostics import PositionDiagnostics
-from onpolicy_skd.evaluation.judge import with_correctness
 from onpolicy_skd.learner.learner import Learner, NonFiniteLossError, SamplerGapError
 from onpolicy_skd.learner.metrics import StepRecord
 from onpolicy_skd.learner.optimizer import learner_threads
 from onpolicy_skd.models.loading import load_student, load_tokenizer, pick_device, saved_dtype
 from onpolicy_skd.models.split_model import SplitModel
+from onpolicy_skd.rollout.engine import sort_by_request
 from onpolicy_skd.rollout.transformers_engine import TransformersEngine
 from onpolicy_skd.storage import checkpoint, files
 from onpolicy_skd.storage.trajectories import trajectories_from_tensors, trajectories_to_tensors
@@ -140,12 +141,20 @@ class LearnerActor(SendsWeights):
 
     def generate(self, requests: Sequence[RolloutRequest], sampling: SamplingParams) -> list[Trajectory]:
         """Generate as a rollout actor does; with ``rollout.placement=learner``."""
+        batches = self.stream(requests, sampling, len(requests))
+        return sort_by_request(requests, (t for batch in batches for t in batch))
+
+    def stream(
+        self, requests: Sequence[RolloutRequest], sampling: SamplingParams, size: int
+    ) -> Iterator[list[Trajectory]]:
+        """Yield trajectories as they complete, ``size`` at a time; with ``rollout.placement=learner``."""
         if self._engine is None:
             raise RuntimeError("rollout.placement=actor: this learner has no engine")
         self._engine.load_weights((), self._learner.version)
         with self._learner.spans("generate"):
-            trajectories = self._engine.generate(requests, sampling)
-            return with_correctness(trajectories, requests, self._tokenizer, sampling.stop, self._settings.eval.judge)
+            yield from judged_batches(
+                self._engine, requests, sampling, self._tokenizer, self._settings.eval.judge, size
+            )
 
     # -- steps -----------------------------------------------------------------------------------------------------
 

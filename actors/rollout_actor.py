@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import ray
+from ray.exceptions import GetTimeoutError
 
 from actors.cluster import DeferredInitError
 from actors.faults import Log, Place, get_answers, place, reports_faults
@@ -16,11 +18,12 @@ from onpolicy_skd.distributed.weight_transfer import Address, WeightSpec
 from onpolicy_skd.evaluation.judge import with_correctness
 from onpolicy_skd.models.loading import load_tokenizer
 from onpolicy_skd.rollout.build import build_engine
-from onpolicy_skd.rollout.engine import sort_by_request
+from onpolicy_skd.rollout.engine import RolloutEngine, sort_by_request
 from onpolicy_skd.tracing import Span, Spans
 from onpolicy_skd.types import RolloutRequest, SamplingParams, Trajectory
 
-BATCHES = 4  # in which a streaming actor returns its share of the responses
+BATCHES = 4  # in which a streaming actor returns its share of the responses of a step
+EVALUATED_TOGETHER = 8  # responses of an evaluation that an actor returns at a time
 ModelSettings = StudentSettings | TeacherSettings
 
 
@@ -45,24 +48,15 @@ class RolloutActor:
 
     def generate(self, requests: Sequence[RolloutRequest], sampling: SamplingParams) -> list[Trajectory]:
         with self._spans("generate"):
-            return self._judged(self._engine.generate(requests, sampling), requests, sampling)
+            trajectories = self._engine.generate(requests, sampling)
+            return with_correctness(trajectories, requests, self._tokenizer, sampling.stop, self._judge)
 
-    def stream(self, requests: Sequence[RolloutRequest], sampling: SamplingParams) -> Iterator[list[Trajectory]]:
-        """Yield trajectories as they complete, in about BATCHES lists."""
-        by_key, batch = {r.key: r for r in requests}, []
+    def stream(
+        self, requests: Sequence[RolloutRequest], sampling: SamplingParams, size: int
+    ) -> Iterator[list[Trajectory]]:
+        """Yield trajectories as they complete, ``size`` at a time."""
         with self._spans("generate"):
-            for t in self._engine.stream(requests, sampling):
-                batch.append(t)
-                if len(batch) * BATCHES >= len(requests):
-                    yield self._judged(batch, [by_key[t.key] for t in batch], sampling)
-                    batch = []
-        if batch:
-            yield self._judged(batch, [by_key[t.key] for t in batch], sampling)
-
-    def _judged(
-        self, trajectories: Sequence[Trajectory], requests: Sequence[RolloutRequest], sampling: SamplingParams
-    ) -> list[Trajectory]:
-        return with_correctness(trajectories, requests, self._tokenizer, sampling.stop, self._judge)
+            yield from judged_batches(self._engine, requests, sampling, self._tokenizer, self._judge, size)
 
     def load_weights(self, weights: dict[str, Packed], version: int) -> None:
         with self._spans("load weights"):
@@ -102,25 +96,73 @@ class RolloutGroup:
         """Start a new actor in place of a dead one; it has the weights of its checkpoint."""
         self.actors[number] = self._start(number)
 
-    def generate(
-        self, requests: Sequence[RolloutRequest], sampling: SamplingParams, streaming: bool = False
-    ) -> list[Any]:
-        """Return for each actor a ref to a list of trajectories or, if ``streaming``, a generator of such refs.
+    def generate(self, requests: Sequence[RolloutRequest], sampling: SamplingParams) -> list[Any]:
+        """Return for each actor a ref to a list of trajectories."""
+        return [actor.generate.remote(share, sampling) for actor, share in self._shares(requests)]
 
-        Requests are dealt round-robin, so that actors get similar shares.
-        """
-        shares = [list(requests[i :: len(self.actors)]) for i in range(len(self.actors))]
-        busy = [(actor, share) for actor, share in zip(self.actors, shares, strict=True) if share]
-        if streaming:
-            return [actor.stream.options(num_returns="streaming").remote(share, sampling) for actor, share in busy]
-        return [actor.generate.remote(share, sampling) for actor, share in busy]
+    def stream(
+        self, requests: Sequence[RolloutRequest], sampling: SamplingParams, size: int | None = None
+    ) -> list[Any]:
+        """Return for each actor a generator of refs to lists of ``size`` trajectories, by default a quarter."""
+        return [
+            actor.stream.options(num_returns="streaming").remote(share, sampling, size or -(-len(share) // BATCHES))
+            for actor, share in self._shares(requests)
+        ]
 
     def gather(self, requests: Sequence[RolloutRequest], sampling: SamplingParams) -> list[Trajectory]:
         """Return the trajectories in the order of ``requests``.  Raises GetTimeoutError if an actor seems to hang."""
-        timeout_s = self._faults.timeout_s(len(requests) * sampling.max_tokens / self._tokens_per_step)
-        answers = get_answers(self.generate(requests, sampling), "rollout", timeout_s, self._log)
+        answers = get_answers(
+            self.generate(requests, sampling), "rollout", self._timeout_s(requests, sampling), self._log
+        )
         return sort_by_request(requests, (t for trajectories in answers for t in trajectories))
+
+    def completed(self, requests: Sequence[RolloutRequest], sampling: SamplingParams) -> Iterator[Trajectory]:
+        """Yield the trajectories as they complete.  Raises GetTimeoutError if an actor seems to hang."""
+        streams = self.stream(requests, sampling, EVALUATED_TOGETHER)
+        for ref in iter_completed(streams, self._timeout_s(requests, sampling)):
+            yield from ray.get(ref)
+
+    def _shares(self, requests: Sequence[RolloutRequest]) -> list[tuple[Any, list[RolloutRequest]]]:
+        """Deal the requests round-robin, so that actors get similar shares; leave out actors without any."""
+        shares = [list(requests[i :: len(self.actors)]) for i in range(len(self.actors))]
+        return [(actor, share) for actor, share in zip(self.actors, shares, strict=True) if share]
+
+    def _timeout_s(self, requests: Sequence[RolloutRequest], sampling: SamplingParams) -> float:
+        return self._faults.timeout_s(len(requests) * sampling.max_tokens / self._tokens_per_step)
 
     def close(self) -> None:
         for actor in self.actors:
             ray.kill(actor)
+
+
+def judged_batches(
+    engine: RolloutEngine,
+    requests: Sequence[RolloutRequest],
+    sampling: SamplingParams,
+    tokenizer: Any,
+    judge: str,
+    size: int,
+) -> Iterator[list[Trajectory]]:
+    """Yield the engine's trajectories as they complete, judged, ``size`` at a time."""
+    by_key = {r.key: r for r in requests}
+    trajectories = engine.stream(requests, sampling)
+    while batch := list(itertools.islice(trajectories, size)):
+        yield with_correctness(batch, [by_key[t.key] for t in batch], tokenizer, sampling.stop, judge)
+
+
+def iter_completed(rollout_refs: Sequence[Any], timeout_s: float) -> Iterator[ray.ObjectRef]:
+    """Yield refs to lists of trajectories as soon as each exists; ``rollout_refs`` may be generators of such.
+
+    Raises GetTimeoutError if there is no new one within ``timeout_s`` seconds.
+    """
+    pending: list[Any] = list(rollout_refs)
+    while pending:
+        ready, pending = ray.wait(pending, num_returns=1, timeout=timeout_s, fetch_local=False)
+        if not ready:
+            raise GetTimeoutError(f"{len(pending)} of {len(rollout_refs)} rollout actors do not answer")
+        source: Any = ready[0]
+        if not isinstance(source, ray.ObjectRefGenerator):
+            yield source
+        elif (ref := next(source, None)) is not None:
+            pending.append(source)
+            yield ref

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from actors.faults import Log
 from actors.groups import ActorGroups
 from actors.placement import Resources
 from actors.recovery import FaultRecovery, Refs
-from actors.rollout_actor import RolloutGroup
+from actors.rollout_actor import RolloutGroup, iter_completed
 from actors.weight_sync import sync_method
 from onpolicy_skd.config.schema import Settings
 from onpolicy_skd.evaluation.diagnostics import PositionDiagnostics
@@ -70,7 +70,8 @@ class Workers:
     # -- a step ----------------------------------------------------------------------------------------------------
 
     def generate(self, requests: Sequence[RolloutRequest], sampling: SamplingParams) -> Refs:
-        return self._groups.rollouts.generate(requests, sampling, self._settings.pipeline.streaming)
+        rollouts = self._groups.rollouts
+        return (rollouts.stream if self._settings.pipeline.streaming else rollouts.generate)(requests, sampling)
 
     def wait_for(self, rollout_refs: Refs) -> None:
         """Block until every rollout exists or has failed; then let colocated engines sleep."""
@@ -80,20 +81,6 @@ class Workers:
         if missing:
             raise GetTimeoutError(f"{len(missing)} of {len(rollout_refs)} rollout actors do not answer")
         self._weights.sleep()
-
-    def iter_completed(self, rollout_refs: Refs) -> Iterator[ray.ObjectRef]:
-        """Yield refs to lists of trajectories as soon as each exists; ``rollout_refs`` may be generators of such."""
-        pending: list[Any] = list(rollout_refs)
-        while pending:
-            ready, pending = ray.wait(pending, num_returns=1, timeout=self._groups.timeout_s(), fetch_local=False)
-            if not ready:
-                raise GetTimeoutError(f"{len(pending)} of {len(rollout_refs)} rollout actors do not answer")
-            source: Any = ready[0]
-            if not isinstance(source, ray.ObjectRefGenerator):
-                yield source
-            elif (ref := next(source, None)) is not None:
-                pending.append(source)
-                yield ref
 
     def filter(
         self, rollout_refs: Refs, calls: Sequence[Any] = (), timer: PhaseTimer | None = None
@@ -130,7 +117,7 @@ class Workers:
         expected = float(self._settings.rollouts_per_step)
         calls = [rank.begin_step.remote(expected) for rank in self._groups.learner]
         try:
-            for ref in self.iter_completed(rollout_refs):
+            for ref in iter_completed(rollout_refs, self._groups.timeout_s()):
                 timer.record("rollout")
                 new, kept = self.filter([ref], calls, timer)
                 timer.record("filter")

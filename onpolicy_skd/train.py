@@ -302,7 +302,7 @@ def student_evaluation(run: Run, workers: Workers, prompts: Sequence[Prompt] = (
         divergence = means(workers.diagnose_positions(samples))["divergence"]
         return Evaluation({"problems": 0, "divergence_reference": divergence}, [])
     prompts = prompts or run.held_out[: run.settings.eval.problems or None]
-    evaluation = evaluate_with_progress(run, workers.engines().gather, prompts, "evaluation")
+    evaluation = evaluate_with_progress(run, workers.engines().completed, prompts, "evaluation")
     if count := run.settings.eval.divergence_prompts:
         add_divergences(run, workers, (run.validation or run.held_out)[:count], evaluation)
     return evaluation
@@ -342,7 +342,7 @@ def teacher_evaluation(run: Run, resources: Resources, log: Callable[[str], None
 
     def action() -> Evaluation:
         with engine(run, resources, "teacher") as group:
-            return evaluate_with_progress(run, group.gather, prompts, "evaluation of the teacher")
+            return evaluate_with_progress(run, group.completed, prompts, "evaluation of the teacher")
 
     return retry_engine_on_fault(run.settings, "teacher engine", action, log)
 

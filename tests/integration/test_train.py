@@ -21,13 +21,10 @@ from helpers import GAP, ON_GPU, ROOT
 from hub_server import running_hub
 from huggingface_hub import ModelCard
 
-from actors.rollout_actor import RolloutGroup
 from eval import paired
 from eval.faults.processes import actors, kill_tree
 from onpolicy_skd import train
-from onpolicy_skd.config.schema import FaultSettings
 from onpolicy_skd.report.metrics_log import read
-from onpolicy_skd.types import RolloutRequest, SamplingParams, Trajectory
 
 BASE = [
     "--config", str(ROOT / "configs" / "demo.yaml"), "learner.batch_size=8", "run.trackers=[]",
@@ -421,19 +418,6 @@ def test_the_teacher_in_the_learners_process_trains_the_same(finished_run, run_h
     assert done.returncode == 0, done.stdout + done.stderr
     for actual, expected in zip(losses(tmp_path / "r"), losses(finished_run[0]), strict=True):
         assert actual == pytest.approx(expected, rel=1e-4)
-
-
-def test_rollouts_of_two_actors_come_back_in_the_order_of_the_requests(monkeypatch):
-    class Two(RolloutGroup):
-        def __init__(self):
-            self._faults, self._tokens_per_step, self._log = FaultSettings(), 1, print
-
-        def generate(self, requests, sampling):
-            return [[Trajectory(r.key, *[None] * 5) for r in requests[i::2]] for i in (0, 1)]
-
-    monkeypatch.setattr(train.ray, "get", lambda refs, timeout: refs)
-    requests = [RolloutRequest(f"r{i}", [1], 0) for i in range(7)]
-    assert [t.key for t in Two().gather(requests, SamplingParams(8))] == [r.key for r in requests]
 
 
 def test_prefilter_scores_once_and_spends_nothing_on_what_it_drops(run_here, tmp_path):
