@@ -6,6 +6,7 @@ import argparse
 import json
 import platform
 import sys
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,10 @@ from typing import Any
 import torch
 
 from eval.performance import curves, end_to_end, loss, overlap, step
+from onpolicy_skd.config.errors import ConfigError
 from onpolicy_skd.report.summary import versions
+from onpolicy_skd.run.exits import run_cli
+from onpolicy_skd.run.preflight import preflight
 from onpolicy_skd.storage.files import write_text
 
 BENCHMARKS: dict[str, Any] = {
@@ -38,17 +42,35 @@ def add_pair_arguments(command: argparse.ArgumentParser) -> None:
         "--pair", nargs=2, metavar=("STUDENT", "TEACHER"), help="pretrained models (folders or hub names) on GSM8K"
     )
     command.add_argument("--data", help="with --pair: folder of train.jsonl and test.jsonl (default: the hub)")
-    command.add_argument("--batch", type=int, default=4, help="with --pair: responses per step (default: 4)")
-    command.add_argument("--new-tokens", type=int, default=96, help="with --pair: response length (default: 96)")
+    command.add_argument("--batch", type=int, help="with --pair: responses per step (default: 4)")
+    command.add_argument("--new-tokens", type=int, help="with --pair: response length (default: 96)")
 
 
-def pair_of(args: argparse.Namespace) -> end_to_end.Pair:
-    """Return the pair that the arguments name; local folders as absolute paths."""
-    student, teacher, data = (str(Path(p).resolve()) if p and Path(p).exists() else p for p in (*args.pair, args.data))
-    return end_to_end.Pair(student, teacher, data, args.batch, args.new_tokens)
+def pair_of(args: argparse.Namespace) -> end_to_end.Pair | None:
+    """Return the pair that the arguments name, local folders as absolute paths; None without ``--pair``.
+
+    Raises ConfigError for what only goes with ``--pair``, and for models or data that cannot be read.
+    """
+    sizes = {
+        name: value for name in ("data", "batch", "new_tokens") if (value := getattr(args, name, None)) is not None
+    }
+    if getattr(args, "pair", None) is None:
+        if sizes:
+            raise ConfigError(f"--{next(iter(sizes)).replace('_', '-')} is only for --pair")
+        return None
+    paths = (*args.pair, args.data)
+    student, teacher, data = (str(Path(p).resolve()) if p and Path(p).exists() else p for p in paths)
+    pair = end_to_end.Pair(student, teacher, data, sizes.get("batch", 4), sizes.get("new_tokens", 96))
+    preflight(end_to_end.settings_for(Path(tempfile.gettempdir()), pair, args.device, 1.0))
+    return pair
 
 
 def main(argv: Sequence[str] | None = None, prog: str = "python -m eval.performance") -> int:
+    return run_cli(lambda: benchmark(argv, prog))
+
+
+def benchmark(argv: Sequence[str] | None, prog: str) -> int:
+    """Run one benchmark and print its figures."""
     parser = argparse.ArgumentParser(prog=prog, description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     for name, module in BENCHMARKS.items():
@@ -67,7 +89,8 @@ def main(argv: Sequence[str] | None = None, prog: str = "python -m eval.performa
         print(json.dumps(BENCHMARKS[args.benchmark].measure(args.variant, args.shape, args.device)))
         return 0
     module = BENCHMARKS[args.command]
-    names = [json.dumps(pair_of(args)._asdict())] if getattr(args, "pair", None) else args.shapes
+    pair = pair_of(args)
+    names = [json.dumps(pair._asdict())] if pair else args.shapes
     shapes = {name: module.compare(name, args.device, args.rounds) for name in names}
     first = shapes[names[0]]
     result = {

@@ -1,10 +1,12 @@
 import json
+import re
 
 import pytest
 
 from eval.performance import __main__ as performance
 from eval.performance import end_to_end, loss
 from eval.performance.overlap import busy_seconds
+from onpolicy_skd.run.exits import EXIT_BAD_INPUT
 from onpolicy_skd.tracing import Span
 
 
@@ -48,6 +50,19 @@ def test_the_end_to_end_benchmark_writes_its_keys(tmp_path, capsys):
     runs = {name: rounds[0] for name, rounds in result["shapes"]["tiny"]["runs"].items()}
     assert result["ratio_to_trl"]["k20"] == runs["trl"]["seconds"] / runs["ours_k20"]["seconds"]
     assert "step over unavoidable" in capsys.readouterr().out
+
+
+def test_a_pair_that_cannot_be_read_is_one_error(tmp_path, capsys):
+    for arguments, named in (
+        (["--batch", "8"], "--batch is only for --pair"),
+        (["--new-tokens", "8"], "--new-tokens is only for --pair"),
+        (["--pair", str(tmp_path / "gone"), "bundled:demo_teacher"], str(tmp_path / "gone")),
+        (["--pair", "bundled:demo_student", "bundled:demo_teacher", "--data", str(tmp_path)], "train.jsonl"),
+    ):
+        assert performance.main(["end-to-end", *arguments]) == EXIT_BAD_INPUT
+        error = capsys.readouterr().err
+        assert re.fullmatch(r"error: [^\n]+\n", error), error
+        assert named in error, error
 
 
 @pytest.mark.slow
