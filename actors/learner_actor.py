@@ -27,6 +27,7 @@ from onpolicy_skd.evaluation.diagnostics import PositionDiagnostics
 from onpolicy_skd.learner.learner import Learner, NonFiniteLossError, SamplerGapError
 from onpolicy_skd.learner.metrics import StepRecord
 from onpolicy_skd.learner.optimizer import learner_threads
+from onpolicy_skd.models.heap import trim_heap
 from onpolicy_skd.models.loading import load_student, load_tokenizer, pick_device, saved_dtype
 from onpolicy_skd.models.split_model import SplitModel
 from onpolicy_skd.rollout.engine import sort_by_request
@@ -207,6 +208,7 @@ class LearnerActor(SendsWeights):
             return record
         finally:
             self._forget(self._step_keys)
+            trim_heap()  # the engines and the teacher use the memory next
 
     def diagnose_positions(
         self, trajectories: Sequence[Trajectory], encoded: list[ray.ObjectRef]

@@ -16,6 +16,7 @@ from actors.serialization import Packed, unpack_named
 from onpolicy_skd.config.schema import Settings, StudentSettings, TeacherSettings
 from onpolicy_skd.distributed.weight_transfer import Address, WeightSpec
 from onpolicy_skd.evaluation.judge import with_correctness
+from onpolicy_skd.models.heap import trim_heap
 from onpolicy_skd.models.loading import load_tokenizer
 from onpolicy_skd.rollout.build import build_engine
 from onpolicy_skd.rollout.engine import RolloutEngine, sort_by_request
@@ -36,6 +37,7 @@ class RolloutActor:
             use_cores(settings.rollout.threads, settings.rollout.actors, settings)
             self._engine: Any = build_engine(model_cfg.model, settings, model_cfg.trust_remote_code)
             self._tokenizer = load_tokenizer(model_cfg.model, model_cfg.trust_remote_code)
+        trim_heap()  # vLLM packs its weights from a copy
         self._judge = settings.eval.judge
         self._spans = Spans()
 
@@ -61,6 +63,7 @@ class RolloutActor:
     def load_weights(self, weights: dict[str, Packed], version: int) -> None:
         with self._spans("load weights"):
             self._engine.load_weights(unpack_named(weights), version)
+        trim_heap()
 
     def join_group(self, address: Address, first: int, count: int) -> None:
         """Join the group in which the learner broadcasts weights."""

@@ -5,8 +5,6 @@ On one machine's CPU a seed gives the same response in any batch; GPU kernels de
 
 from __future__ import annotations
 
-import ctypes
-import platform
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -18,13 +16,13 @@ from torch import Tensor
 
 from onpolicy_skd.config.schema import Settings
 from onpolicy_skd.evaluation.stop_texts import stop_length
+from onpolicy_skd.models.heap import trim_heap
 from onpolicy_skd.models.lm_head import keeps_float32_sums, project, shift_exp, shift_exp_entropy
 from onpolicy_skd.models.loading import eos_token_ids, load_model, load_tokenizer, pick_device, pick_dtype
 from onpolicy_skd.models.split_model import SplitModel
 from onpolicy_skd.rollout.engine import sort_by_request
 from onpolicy_skd.types import RolloutRequest, SamplingParams, Trajectory, id_array
 
-LIBC = ctypes.CDLL(None) if platform.libc_ver()[0] == "glibc" else None
 STRIDE = 4  # tokens generated between two checks for responses that are complete
 BLOCK = 512  # classes that the sampler sums at once
 
@@ -69,7 +67,7 @@ class TransformersEngine:
     def stream(self, requests: Sequence[RolloutRequest], sampling: SamplingParams) -> Iterator[Trajectory]:
         for start in range(0, len(requests), self._max_sequences):
             yield from self._generate(requests[start : start + self._max_sequences], sampling)
-        free_memory()
+        trim_heap()
 
     def _decode(self, **options: Any) -> Any:
         """Call ``model.generate`` on a model that may be in training mode."""
@@ -175,12 +173,6 @@ def end_tokens_only(model: Any) -> Iterator[None]:
         yield
     finally:
         model.generation_config = saved
-
-
-def free_memory() -> None:
-    """Return to the system the memory that glibc keeps between blocks of many sizes."""
-    if LIBC is not None:
-        LIBC.malloc_trim(0)
 
 
 def _project(head: torch.nn.Linear, input: Tensor) -> Tensor:
