@@ -26,7 +26,7 @@ from onpolicy_skd.config.loading import load_settings
 from onpolicy_skd.config.schema import Settings
 from onpolicy_skd.config.validation import check_trl
 from onpolicy_skd.evaluation.evaluate import evaluate
-from onpolicy_skd.learner.optimizer import adamw, learner_threads, learning_rate
+from onpolicy_skd.learner.optimizer import build_optimizer, learner_threads, learning_rate
 from onpolicy_skd.models import loading as models
 from onpolicy_skd.report import summary
 from onpolicy_skd.report.metrics_log import Event, MetricsLog, read
@@ -165,7 +165,7 @@ def trainer_for(run: Run, student: Any, recorder: TrainerCallback) -> Trainer:
         report_to=[],
         disable_tqdm=True,
     )
-    optimizer = adamw(dict(student.named_parameters()), settings.learner)
+    optimizer = build_optimizer(dict(student.named_parameters()), settings.learner)
     rate = LambdaLR(optimizer, lambda step: learning_rate(settings.learner, step, run.steps) / settings.learner.lr)
     run.tokenizer.padding_side = "left"
     teacher_dtype = models.pick_dtype(settings.teacher.dtype, device)

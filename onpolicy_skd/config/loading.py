@@ -1,4 +1,4 @@
-"""Settings from mappings, YAML files and command lines.
+"""Build settings from mappings, YAML files and command lines.
 
 ``load_settings(["--config", "configs/demo.yaml", "learner.lr=5e-6"])`` reads a YAML file (which may name another one
 under ``extends``), applies the overrides, and refuses unknown keys, wrong types and impossible combinations with the
@@ -39,7 +39,7 @@ def fields_by_key() -> dict[str, FieldInfo]:
 
 
 def accepted(field: Any) -> str:
-    """Return the choices or the range of a setting in words; empty if its type says it all."""
+    """Return the choices or the range of a setting in words; empty if the type alone says it."""
     for item in field.metadata:
         if isinstance(item, AfterValidator) and isinstance(item.func, BuiltinOrPlugin):
             return " | ".join((*item.func.names, "module:function"))
@@ -138,7 +138,7 @@ def parse_override(text: str) -> dict[str, Any]:
     key, equals, value = text.partition("=")
     if not equals or not key or key.count(".") > DEEPEST:
         raise ConfigError(f"{_repr.repr(text)}: {OVERRIDE}")
-    field = fields_by_key().get(key.removeprefix("settings."))  # a comparison's overrides name them so
+    field = fields_by_key().get(key.removeprefix("settings."))  # overrides of a comparison have this prefix
     node: Any = value
     if field is None or not is_text(field.annotation):
         node = _parse_value(text, value)

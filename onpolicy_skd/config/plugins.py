@@ -33,7 +33,7 @@ def find(name: str, known: Mapping[str, Any], setting: str) -> Any:
     if name in known:
         return known[name]
     module, _, attribute = name.partition(":")
-    if os.getcwd() not in sys.path:  # skd leaves out the working directory, which Ray gives to its workers
+    if os.getcwd() not in sys.path:  # the command skd omits the working directory, which Ray adds in its workers
         sys.path.append(os.getcwd())
     accepted = f"accepted: {', '.join(known)}, or module:function"
     try:

@@ -1,8 +1,8 @@
 """The tree of settings and the only home of their defaults.
 
-``setting`` declares a field with its meaning, the other settings it needs (``only_with``), and what a resumed run may
-do with it.  ``validation.py`` enforces ``only_with`` and every other rule between settings; ``loading.py`` builds the
-tree from files and arguments.  None of the three imports torch, Ray or vLLM.
+``setting`` declares a field with its meaning, the other settings it needs (``only_with``), and whether it may change
+when a run is resumed.  ``validation.py`` enforces ``only_with`` and every other rule between settings; ``loading.py``
+builds the tree from files and arguments.  None of the three imports torch, Ray or vLLM.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class Condition(Protocol):
 
 
 class Choices(tuple[str, ...]):
-    """Some choices of a setting; ``module:function`` counts as all of them, for a plugin may read any option."""
+    """Choices of a setting; ``module:function`` counts as all of them, because a plugin may read any option."""
 
     def __contains__(self, value: Any, /) -> bool:
         return super().__contains__(value) or (isinstance(value, str) and ":" in value)
@@ -65,7 +65,7 @@ class Above(float):
 
 
 class Given:
-    """Any value but none."""
+    """Any value except None."""
 
     def __contains__(self, value: Any, /) -> bool:
         return value is not None
@@ -94,7 +94,7 @@ def setting(
     """Return the pydantic field of a setting.
 
     ``only_with`` maps other settings to the choices under which this one may differ from its default.
-    ``affects_result=False`` marks settings that only decide about memory, time, places or reports.  ``resumable``
+    ``affects_result=False`` marks settings that change only memory use, time, paths or reports.  ``resumable``
     settings may change when a run is resumed; by default these are the ones that do not affect the result.
     """
     conditions = {
@@ -120,7 +120,7 @@ def rules_of(field: FieldInfo) -> dict[str, Any]:
 
 
 def is_text(annotation: Any) -> bool:
-    """Tell whether a setting of this type holds text or a path, never a number, truth value or list."""
+    """Return whether a setting of this type holds text or a path, never a number, Boolean or list."""
     if get_origin(annotation) in (Union, types.UnionType):
         return all(a is types.NoneType or is_text(a) for a in get_args(annotation))
     return annotation in (str, Path) or (get_origin(annotation) is Literal)
@@ -139,7 +139,7 @@ def _expand_model(name: str) -> str:
 
 
 def _plain_name(name: str) -> str:
-    """Return the name of a run, which is also the name of its folder, or of a teacher.  Raises ValueError."""
+    """Return the name of a run (also the name of its folder) or of a teacher.  Raises ValueError if it is not plain."""
     if (
         not name.strip()
         or name[0] in ".~-"
@@ -152,7 +152,7 @@ def _plain_name(name: str) -> str:
 
 
 def _repository(name: str) -> str:
-    """Return the name of a hub repository.  Raises ValueError."""
+    """Return the name of a hub repository.  Raises ValueError if it is not valid."""
     from huggingface_hub.utils import HFValidationError, validate_repo_id
 
     try:
@@ -172,7 +172,7 @@ class Section(BaseModel):
     @field_validator("*", mode="before")
     @classmethod
     def _check_scalar(cls, value: Any, info: ValidationInfo) -> Any:
-        """Refuse truth values for numbers and text (YAML reads yes and on as such) and text that is not Unicode."""
+        """Refuse Booleans for numbers and text (YAML reads yes and on as Booleans), and text that is not Unicode."""
         if isinstance(value, bool) and cls.model_fields[str(info.field_name)].annotation is not bool:
             raise ValueError("a truth value (YAML reads yes, on and true as one) is not accepted here")
         if isinstance(value, str) and ("\0" in value or any("\ud800" <= c <= "\udfff" for c in value)):
@@ -288,7 +288,7 @@ class DataSettings(SourceSettings):
 
     @property
     def sources(self) -> list[DataSettings]:
-        """Settings of each source of ``mix``, or these."""
+        """Settings of each source of ``mix``; without a mix, these settings alone."""
         shared = self.model_dump(exclude={"mix", *SourceSettings.model_fields})
         by_source = [{name: getattr(source, name) for name in SourceSettings.model_fields} for source in self.mix]
         return [DataSettings.model_construct(**shared, **fields) for fields in by_source] or [self]
@@ -626,6 +626,9 @@ class LearnerSettings(Section):
     min_lr_ratio: Annotated[float, Field(ge=0, le=1)] = setting(
         0.1, "last learning rate over the peak", {"learner.schedule": ("linear", "cosine")}
     )
+    optimizer: Literal["adamw", "adamw_8bit"] = setting(
+        "adamw", "adamw_8bit: two moments of 8 bits for each weight instead of 32, by bitsandbytes"
+    )
     weight_decay: Annotated[float, Field(ge=0)] = setting(0.0, "decoupled weight decay of AdamW")
     beta1: Annotated[float, Field(ge=0, lt=1)] = setting(0.9, "beta1 of AdamW")
     beta2: Annotated[float, Field(ge=0, lt=1)] = setting(0.95, "beta2 of AdamW")
@@ -662,7 +665,7 @@ class PipelineSettings(Section):
 
     @property
     def overlaps(self) -> bool:
-        """Whether engines, teacher and learner work at the same time."""
+        """True if engines, teacher and learner work at the same time."""
         return self.streaming or self.max_staleness > 0
 
 
@@ -846,7 +849,7 @@ class Settings(Section):
 
     @property
     def by_teacher(self) -> list[Settings]:
-        """These settings once for each teacher, which ``teacher`` then describes."""
+        """A copy of these settings for each teacher, with that teacher under ``teacher``."""
         return [self.of_teacher(name) for name in self.teachers] or [self]
 
     @property
@@ -883,13 +886,13 @@ class Settings(Section):
 
     @property
     def student_rollouts_per_step(self) -> int:
-        """Number of these that the student generates; the others are references."""
+        """Number of ``rollouts_per_step`` that the student generates; the others are references."""
         shares = {"on_policy": 1.0, "off_policy": 0.0, "mixed": self.rollout.share}
         return math.ceil(round(shares[self.mode] * self.rollouts_per_step, 9))
 
     @property
     def prompts_per_step(self) -> int:
-        """Prompts with ``rollout.n`` rollouts each plus prompts with references."""
+        """Number of prompts per step: those with ``rollout.n`` rollouts each plus those with references."""
         return (
             math.ceil(self.student_rollouts_per_step / self.rollout.n)
             + self.rollouts_per_step

@@ -23,7 +23,7 @@ def shipped() -> dict[str, Path]:
 def find(config: Path) -> Path:
     """Return ``config`` if it is a file, else the shipped config of that name.
 
-    Raises ConfigError with the nearest names.
+    Raises ConfigError, which suggests the nearest names.
     """
     if config.exists() and not config.is_dir():
         return config

@@ -1,6 +1,6 @@
 """All rules between settings.  Each refusal names the setting, the reason, and what is accepted.
 
-``only_with`` of the schema is enforced by one rule, ``_unused``; the others are below it.
+The rule ``_unused`` enforces ``only_with`` of the schema; the other rules are below it.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ ASK_TEACHER = (
     *("teacher_entropy", "teacher_ce", "kl", "reverse_kl", "kl_plus_entropy", "ce_ratio", "ce_ratio_plus_entropy"),
     *("tip_soft_or", "tip_q3", "ta_opd", "teacher_mass", "overlap", "margin"),
 )  # metrics that need the teacher's full distribution
-PLACEHOLDER = re.compile(r"\{(\w+)\}")  # of a column, in teacher.prompt
+PLACEHOLDER = re.compile(r"\{(\w+)\}")  # a column's placeholder in teacher.prompt
 WHOLE_BATCH = ("tip_soft_or", "tip_q3", "ta_opd")  # metrics scaled by their ranges over the batch
 
 
@@ -65,7 +65,7 @@ def _data(settings: Settings) -> str | None:
 
 
 def _messages(settings: Settings) -> str | None:
-    """Refuse settings of questions and answers with conversations."""
+    """Refuse settings for questions and answers if rows are conversations."""
     if settings.data.messages_column is None:
         return None
     data, refs = settings.data, settings.references
@@ -82,7 +82,7 @@ def _messages(settings: Settings) -> str | None:
 
 
 def _mix(settings: Settings) -> str | None:
-    """Apply the rules of data sources to each of ``data.mix``, and refuse them next to it."""
+    """Apply the rules for a source to each source of ``data.mix``, and refuse settings of a source outside the mix."""
     data = settings.data
     if not data.mix:
         return None
@@ -142,7 +142,7 @@ def _token_budgets(settings: Settings) -> str | None:
         "teacher.tokens_per_batch": (teacher, settings.max_teacher_sequence, of_teacher),
     }
     if settings.teachers:
-        del budgets["teacher.tokens_per_batch"]  # of each teacher, in _teachers
+        del budgets["teacher.tokens_per_batch"]  # checked for each teacher by _teachers
     for key, (budget, longest, sum_of) in budgets.items():
         if longest > budget:
             return f"{key}={budget}: a sample may have {sum_of} = {longest} tokens; accepted: at least that"
@@ -205,7 +205,7 @@ def _sampled_tokens(settings: Settings) -> str | None:
 
 
 def _teacher_prompt(settings: Settings) -> str | None:
-    """Refuse a second prompt where the responses that follow it are not all that is supervised or scored."""
+    """Refuse a separate teacher prompt if tokens outside the response are supervised or scored."""
     prompt, samples = settings.teacher.prompt, settings.samples
     if prompt is None:
         return None
@@ -231,7 +231,7 @@ def _teacher_prompt(settings: Settings) -> str | None:
 
 
 def _moving_teacher(settings: Settings) -> str | None:
-    """Refuse an averaged student as teacher where the learner cannot move its weights."""
+    """Refuse a moving average of the student as teacher if the learner cannot update its weights."""
     teacher = settings.teacher
     if teacher.ema_decay is None:
         return None
@@ -251,7 +251,7 @@ def _moving_teacher(settings: Settings) -> str | None:
 
 
 def _vllm_teacher(settings: Settings) -> str | None:
-    """Refuse a teacher in vLLM where its engine would share a process or a GPU."""
+    """Refuse a vLLM teacher whose engine would share a process or a GPU."""
     teacher, cluster = settings.teacher, settings.cluster
     if teacher.engine != "vllm":
         return None
@@ -268,14 +268,14 @@ def _vllm_teacher(settings: Settings) -> str | None:
 
 
 def _teachers(settings: Settings) -> str | None:
-    """Apply the rules of one teacher to each of ``teachers``, and refuse what needs a single one."""
+    """Apply the rules for one teacher to each of ``teachers``, and refuse settings that need a single teacher."""
     if not settings.teachers:
         return _unnamed_teachers(settings)
     for key, field in walk(type(settings.teacher), "teacher."):
         if (value := value_of(settings, key)) != field.default:
             return f"{key}={value}: with teachers each has its own settings; move it there"
     for name, teacher in settings.teachers.items():
-        if "model" not in teacher.model_fields_set:  # or a mistyped name would start the default model
+        if "model" not in teacher.model_fields_set:  # otherwise a mistyped name would load the default model
             return f"teachers.{name}.model: missing; accepted: the model of each of several teachers"
         single = {
             "placement=learner": teacher.placement == "learner",
@@ -292,7 +292,7 @@ def _teachers(settings: Settings) -> str | None:
 
 
 def _unnamed_teachers(settings: Settings) -> str | None:
-    """Refuse, without ``teachers``, a source of data whose rows name a teacher."""
+    """Refuse a data source whose rows name a teacher if there are no ``teachers``."""
     for number, source in enumerate(settings.data.sources):
         for key in ("teacher", "teacher_column"):
             if (value := getattr(source, key)) is not None:
@@ -302,7 +302,7 @@ def _unnamed_teachers(settings: Settings) -> str | None:
 
 
 def _named_teachers(settings: Settings) -> str | None:
-    """Refuse a source of data whose rows cannot name one of ``teachers``."""
+    """Refuse a data source whose rows cannot name one of ``teachers``."""
     accepted = ", ".join(settings.teachers)
     for number, source in enumerate(settings.data.sources):
         where = f"data.mix[{number}].teacher" if settings.data.mix else "data.teacher"
@@ -314,7 +314,7 @@ def _named_teachers(settings: Settings) -> str | None:
 
 
 def _single_teacher(settings: Settings) -> str | None:
-    """Refuse, with ``teachers``, what is made for one teacher."""
+    """Refuse settings that need a single teacher if there are ``teachers``."""
     alignment, samples = settings.alignment, settings.samples
     single = {
         "cache.path": settings.cache.path is not None,
@@ -353,6 +353,7 @@ def _ranks(settings: Settings) -> str | None:
         "rollout.placement=learner": settings.rollout.placement == "learner",
         "positions.policy=bandit": settings.positions.policy == "bandit",
         "alignment.variant=at_kd": alignment.variant == "at_kd",
+        "learner.optimizer=adamw_8bit": settings.learner.optimizer == "adamw_8bit",
         "alignment.variant=egad with alignment.feature_weight above 0": (
             alignment.variant == "egad" and alignment.feature_weight > 0
         ),

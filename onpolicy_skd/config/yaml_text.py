@@ -1,4 +1,4 @@
-"""YAML as settings need it: what YAML 1.1 reads otherwise than it looks is refused, and aliases stay small."""
+"""YAML for settings: refuse values that YAML 1.1 reads differently from how they look, and aliases that explode."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from typing import Any
 
 import yaml
 
-LARGEST = 10_000  # values of a document, aliases counted at each use
+LARGEST = 10_000  # values in a document, counting aliases at each use
 FREE_TEXT = ("data.instruction", "data.system", "data.plain")  # settings whose text may well hold a "#"
 ODD_NUMBER = re.compile(r"[-+]?(0[0-9_]+|.*:.*|.*(__|_$|_\.|\._|_[eE]).*)")
 
 
 class RefusedYAML(yaml.YAMLError):
-    """YAML that another reader would take differently; the message says what to write."""
+    """YAML that is easily misread; the message says what to write."""
 
 
 def parse(text: str) -> Any:
@@ -30,7 +30,10 @@ def parse(text: str) -> Any:
 
 
 def _size(node: yaml.Node, key: str, sizes: dict[int, int]) -> int:
-    """Check ``node`` and return the number of values that it stands for; ``sizes`` are those of nodes seen before."""
+    """Check ``node`` and return its number of values, aliases expanded.
+
+    ``sizes`` caches the results by ``id(node)``; 0 marks a node whose check has not ended.
+    """
     if id(node) in sizes:
         if not sizes[id(node)]:
             raise RefusedYAML(f"{key}: an alias of the mapping or list that contains it, so nested without end")
@@ -64,7 +67,7 @@ def _check_keys(node: yaml.MappingNode) -> None:
 
 def _check_scalar(node: yaml.ScalarNode, key: str) -> None:
     if node.style is not None:
-        return  # quoted or a block: as it looks
+        return  # quoted or a block: YAML reads the text as written
     line = node.start_mark.line + 1
     if node.tag in ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float") and ODD_NUMBER.fullmatch(node.value):
         value = yaml.safe_load(node.value)

@@ -23,7 +23,7 @@ from onpolicy_skd.learner.forward import Forward
 from onpolicy_skd.learner.metrics import StepRecord, StepSums
 from onpolicy_skd.learner.micro_batch import MicroBatch
 from onpolicy_skd.learner.objective import Objective, frozen_copy
-from onpolicy_skd.learner.optimizer import adamw, learning_rate
+from onpolicy_skd.learner.optimizer import build_optimizer, learning_rate
 from onpolicy_skd.learner.precision import UpdateSums, precision_warning, sampled_weights, update_sums
 from onpolicy_skd.learner.probe import Probe
 from onpolicy_skd.learner.scoring import Scorer
@@ -36,10 +36,10 @@ from onpolicy_skd.teacher.teacher import TeacherRows
 from onpolicy_skd.tracing import Spans
 from onpolicy_skd.types import Trajectory, check_version
 
-BYTES_TO_COME = 12  # of a trained weight, after the first step: gradient and two moments in float32
-ENDINGS = 4  # responses whose last token the teacher scores ...
-ENDINGS_INTERVAL = 4  # ... once in so many steps: it reads all their positions
-SIGNALS_INTERVAL = 8  # steps between measurements of teacher mass and overlap, which read the teacher's rows everywhere
+BYTES_TO_COME = 12  # per trained weight, allocated by the first step: gradient and two moments in float32
+ENDINGS = 4  # responses per measurement of the teacher's probability of the last token
+ENDINGS_INTERVAL = 4  # steps between these measurements, which score all positions of the responses
+SIGNALS_INTERVAL = 8  # steps between measurements of teacher mass and overlap, which need the teacher's rows everywhere
 
 
 class SamplerGapError(RuntimeError):
@@ -47,7 +47,7 @@ class SamplerGapError(RuntimeError):
 
 
 class NonFiniteLossError(RuntimeError):
-    """A loss or gradient that is not finite; nothing was updated.  ``samples``: keys of the samples that cause it."""
+    """A loss or gradient that is not finite; nothing was updated.  ``samples``: keys of the samples that caused it."""
 
     def __init__(self, message: str, samples: Sequence[str]) -> None:
         super().__init__(message, samples)
@@ -63,7 +63,7 @@ class GradientOverflowError(NonFiniteLossError):
 
 @dataclass
 class _OpenStep:
-    """A step that has begun and is not yet ended."""
+    """A step that has begun and not yet ended; ``weight``: the expected sum of its samples' weights."""
 
     weight: float
     trajectories: list[Trajectory] = field(default_factory=list)
@@ -76,9 +76,9 @@ class Learner:
     """Trains ``student`` towards ``teacher``, with ``scorer`` for scores and ``state`` for checkpoints and weights.
 
     Trainable parameters must be float32: they are the masters that the optimizer updates; forwards run in
-    ``learner.compute_dtype``.  With several ``ranks`` each has such an object; all methods are called on all of them,
-    with the same arguments, and return the same result.  ``special_ids``: the tokenizer's, for
-    ``positions.mask_tokens``.
+    ``learner.compute_dtype``.  With several ``ranks`` each has a Learner; every method must be called on all of them,
+    with the same arguments, and returns the same result.  ``special_ids``: ids of the tokenizer's special tokens, for
+    ``positions.mask_tokens``.  Raises ValueError for trainable parameters that are not float32.
     """
 
     def __init__(
@@ -112,7 +112,7 @@ class Learner:
         local = [p.to_local() if isinstance(p, DTensor) else p for p in named.values()]
         reserve(student.device, BYTES_TO_COME * sum(p.numel() for p in local))
         selector = Selector(settings.positions, settings.run.seed, special_ids)
-        optimizer = adamw(named, settings.learner)
+        optimizer = build_optimizer(named, settings.learner)
         self.state = LearnerState(student, named, optimizer, selector, objective, ranks, self._forward.dtype)
         self.scorer = Scorer(self.state, self._forward, teacher, settings)
         self._open: _OpenStep | None = None
@@ -127,7 +127,7 @@ class Learner:
         return self.state.student
 
     def local_trajectories(self, trajectories: Sequence[Trajectory]) -> list[Trajectory]:
-        """Return those that this rank works on; a teacher in its process must have encoded them."""
+        """Return the trajectories that this rank works on; a teacher in its process must have encoded them."""
         return self.state.ranks.local(trajectories)
 
     def step(self, trajectories: Sequence[Trajectory]) -> StepRecord:
@@ -142,7 +142,7 @@ class Learner:
         return self.end_step()
 
     def begin_step(self, weight: float) -> None:
-        """Begin a step whose trajectories arrive in batches; ``weight``: the expected sum of their weights."""
+        """Begin a step whose trajectories are added in batches; ``weight``: the expected sum of their weights."""
         self._open = _OpenStep(weight)
         in_timeline = self.version == self._settings.run.timeline and self.student.device.type == "cuda"
         self.spans.wait = torch.cuda.synchronize if in_timeline else None
@@ -190,8 +190,8 @@ class Learner:
         """Add the gradient of the batch's objective to the parameters; return the sums over all ranks.
 
         The objective is the (weighted) mean over ``trajectories`` of the weighted mean over each one's selected
-        positions (Eqs. 3-5 of the SE-KD paper), so the gradient does not depend on the micro-batches.  ``weight``: sum
-        of the weights of all trajectories in the mean, if more will be added.
+        positions (Eqs. 3-5 of the SE-KD paper), so the gradient does not depend on the micro-batches.  ``weight``:
+        sum of the weights of all trajectories of the step, if these are only some of them.
         """
         sums = StepSums()
         ranges = self.scorer.ranges(trajectories)
@@ -204,18 +204,18 @@ class Learner:
             del micro
         by_rank = self.state.ranks.gather(sums)
         merged = StepSums.merge(by_rank)
-        merged.teacher_wait_seconds /= len(by_rank)  # they wait at the same time
+        merged.teacher_wait_seconds /= len(by_rank)  # ranks wait at the same time
         return merged
 
     def _backward(self, micro: MicroBatch, ranges: Ranges | None, total: float, sums: StepSums) -> None:
-        """Select, form the loss of a micro-batch and add its gradient; ``total``: sum of all samples' weights."""
+        """Select positions, compute the loss and add its gradient; ``total``: sum of all samples' weights."""
         scores_N, selection = micro.select_positions(self.state.selector, self.version, ranges)
         if self.version % SIGNALS_INTERVAL == 0 and self._settings.classes.sampler == "none":
             sums.add_teacher_signals(micro)
         shares = torch.tensor([t.weight / total for t in micro.members])
         shares_K = shares.repeat_interleave(torch.tensor(selection.counts)).to(selection.weights_K.device)
         with self.spans("loss"):
-            weights_K = selection.weights_K * (shares_K * self.state.loss_scale.value)  # every gradient has them
+            weights_K = selection.weights_K * (shares_K * self.state.loss_scale.value)  # factors of every gradient
             loss, values_K = self.state.objective.loss(micro, selection, weights_K)
         sums.add_student_statistics(micro, selection, self.version)  # before backward reshards the head
         with self.spans("backward"):
@@ -271,7 +271,7 @@ class Learner:
     def _add_response_metrics(
         self, record: StepRecord, trajectories: Sequence[Trajectory], local: Sequence[Trajectory]
     ) -> None:
-        """Add the health metrics of the student's own responses; this rank's teacher has encoded ``local``."""
+        """Add the health metrics of the student's rollouts; this rank's teacher must have encoded ``local``."""
         student = [t for t in trajectories if t.policy_version is not None]
         if not student:
             return
@@ -285,7 +285,7 @@ class Learner:
             record.teacher_ending = sum(map(sum, endings)) / len(ended)
 
     def _ending_probabilities(self, trajectories: Sequence[Trajectory]) -> list[float]:
-        """Return the teacher's probability of the last token of each."""
+        """Return the teacher's probability of the last target of each trajectory."""
         if not trajectories:
             return []
         last_B = torch.tensor([len(t.target_ids) for t in trajectories]).cumsum(0) - 1
@@ -306,7 +306,7 @@ class Learner:
         )
 
     def _add_precision_metrics(self, record: StepRecord, before: Tensor) -> None:
-        """Add how much of the update a forward sees; ``before``: ``sampled_weights`` before it."""
+        """Add how much of the update the compute dtype keeps; ``before``: ``sampled_weights`` before the update."""
         state = self.state
         shares = state.ranks.gather(update_sums(before, sampled_weights(state.named), state.dtype))
         sums = UpdateSums(*map(sum, zip(*shares, strict=True)))
@@ -317,7 +317,7 @@ class Learner:
         state.loss_scale.stepped()
 
     def precision_warning(self) -> str | None:
-        """Return a warning if the compute type sees no updates as small as ``learner.lr``."""
+        """Return a warning if the compute dtype rounds away updates as small as ``learner.lr``."""
         return precision_warning(sampled_weights(self.state.named), self._settings.learner.lr, self.state.dtype)
 
     def _check_gap(self, record: StepRecord) -> None:

@@ -14,6 +14,7 @@ from onpolicy_skd.config.errors import ConfigError, first_line
 from onpolicy_skd.config.schema import DataSettings, Settings
 from onpolicy_skd.data.prompts import prompt_ids
 from onpolicy_skd.data.rows import DataError, load_rows
+from onpolicy_skd.learner.optimizer import check_optimizer
 from onpolicy_skd.models import loading
 from onpolicy_skd.models.generation_config import savable_generation_config
 from onpolicy_skd.models.head_weights import check_plain_logits
@@ -31,6 +32,7 @@ def preflight(settings: Settings) -> None:
     """
     check_folder(settings.run.folder)
     check_trackers(settings.run.trackers)
+    check_optimizer(settings.learner)
     student = settings.student
     tokenizer = loading.load_tokenizer(student.model, student.trust_remote_code)
     check_tokenizer(tokenizer, student.model)
