@@ -1,1 +1,1 @@
-"""Ray, and only Ray: thin typed actors around the classes of onpolicy_skd.  No mathematics here."""
+"""Thin typed Ray actors around the classes of onpolicy_skd, where the mathematics is."""

@@ -21,12 +21,12 @@ from onpolicy_skd.selection.samples import TEACHER_METRICS
 from onpolicy_skd.teacher.cache_format import Shard
 from onpolicy_skd.types import Trajectory
 
-QUEUED = 2  # shards that each builder works on or has waiting
+QUEUED = 2  # shards assigned to each teacher at a time: one in progress, one waiting
 Work = tuple[int, Sequence[Trajectory]]  # number of a shard, and its samples
 
 
 class CacheBuilders:
-    """``resources.teacher.count`` teachers, started when they are first needed and killed at the end of ``with``."""
+    """``resources.teacher.count`` teacher actors that write shards, from their first use to the end of ``with``."""
 
     def __init__(
         self,
@@ -64,7 +64,7 @@ class CacheBuilders:
 
     @contextmanager
     def sample_scorer(self) -> Iterator[Callable[[Sequence[Trajectory]], list[float]]]:
-        """Yield a function that scores samples by the initial student, in a learner that is killed afterwards."""
+        """Yield a function that scores samples with the initial student; its learner is killed afterwards."""
         settings = self._settings
         teachers = self._actors()[:1] if settings.samples.metric in TEACHER_METRICS else ()
         learner: Any = LearnerActor.options(**self._resources.learner.options()).remote(
@@ -77,12 +77,12 @@ class CacheBuilders:
             ray.kill(learner)
 
     def head(self) -> LMHead:
-        """Return the teacher's LM head, V by G."""
+        """Return the teacher's LM head ``[V, G]``."""
         packed: Any = ray.get(self._actors()[0].head.remote())
         return unpack_head(packed)
 
     def write(self, folder: Path, work: Iterable[Work]) -> Iterator[tuple[int, Shard]]:
-        """Write the shards of ``work``; yield number and record of each when it is done, in any order."""
+        """Write the shards of ``work``; yield each shard's number and record when it is complete, in any order."""
         waiting: dict[ray.ObjectRef, tuple[int, Any]] = {}
         left = iter(work)
         first = next(left, None)

@@ -32,7 +32,7 @@ logger = logging.getLogger(__name__)
 class DeferredInitError:
     """A ConfigError or ActorFault of an actor's constructor, kept until ``raise_if_failed``.
 
-    An error that leaves a constructor reaches the driver as a dead actor and a traceback; from a method, as itself.
+    Ray reports an error of a constructor as a dead actor with a traceback, but raises an error of a method as itself.
     """
 
     def __init__(self) -> None:
@@ -40,7 +40,7 @@ class DeferredInitError:
 
     @contextmanager
     def keep(self) -> Iterator[None]:
-        """Keep the error that the block raises."""
+        """Keep a ConfigError or ActorFault that the block raises."""
         try:
             with actor_faults():
                 yield
@@ -58,9 +58,9 @@ def wait_ready(
     timeout_s: float = math.inf,
     places: dict[Any, Place] | None = None,
 ) -> None:
-    """Block until all ``actors``, given by role, are up; fill ``places`` with the place of each.
+    """Block until all ``actors``, given by role, are up; record the place of each in ``places``.
 
-    Logs every minute which roles it waits for.  Raises the error of an actor's start, and GetTimeoutError after
+    Logs every minute which roles are not up yet.  Raises what an actor's constructor raised, and GetTimeoutError after
     ``timeout_s`` seconds.
     """
     pending = {actor.ready.remote(): (role, actor) for role, group in actors.items() for actor in group}
@@ -87,7 +87,7 @@ def wait_ready(
 
 
 def with_absolute_paths(settings: Settings) -> Settings:
-    """Return ``settings`` with absolute paths where a path exists here: actors have another working directory."""
+    """Return ``settings`` with existing paths made absolute, because actors have another working directory."""
     changed: dict[str, Any] = {}
     for section, name in (("student", "model"), ("teacher", "model"), ("cache", "path")):
         group = getattr(settings, section)
@@ -105,11 +105,11 @@ def with_absolute_paths(settings: Settings) -> Settings:
 def connect(settings: Settings, counts: Counts | None = None) -> Iterator[Resources]:
     """Connect to the running cluster (``cluster.address``, the job's, or this machine's), or start a local one.
 
-    Yields the resources that each role asks for.  Disconnects at the end, and stops a Ray that it started.  Raises
-    ClusterError.
+    Yields the resources of each role.  Disconnects at the end, and stops Ray if it started it.  Raises ClusterError if
+    the address does not answer or the cluster has too few resources.
     """
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    os.environ.setdefault("RAY_IGNORE_UNHANDLED_ERRORS", "1")  # the driver asks for every result that matters
+    os.environ.setdefault("RAY_IGNORE_UNHANDLED_ERRORS", "1")  # the driver gets every result that matters
     _join_or_start(settings.cluster.address or os.environ.get("RAY_ADDRESS"))
     try:
         nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
@@ -127,15 +127,16 @@ def _join_or_start(address: str | None) -> None:
         _init(address=running)
         if address or PRIVATE not in ray.cluster_resources():
             return
-        ray.shutdown()  # another run's private Ray would end with that run
+        ray.shutdown()  # this is another run's private Ray, which ends with that run
     _init(address="local", include_dashboard=False, resources={PRIVATE: 1.0})
 
 
 def _init(address: str, **options: Any) -> None:
-    """Call ``ray.init``; dial loopback addresses as they are, and start a private Ray on loopback alone.
+    """Call ``ray.init``: connect to loopback addresses unchanged, and let a private Ray listen on loopback only.
 
-    ray.init has no public option for either: it would replace a loopback address by the host's, where nothing listens.
-    Workers import this project's ``actors`` and ``eval`` also where the working directory holds others.
+    ray.init has no public option for either: it would replace a loopback address with the host's, where nothing
+    listens.  A setup hook makes workers import this project's ``actors`` and ``eval`` even if the working directory
+    contains others.
     """
     if siblings.hidden_in(Path.cwd()):
         options["runtime_env"] = {"worker_process_setup_hook": siblings.worker_setup()}
@@ -147,9 +148,9 @@ def _init(address: str, **options: Any) -> None:
 
 @contextmanager
 def _separate_session() -> Iterator[None]:
-    """Start Ray's processes in a separate session: a signal to the driver's process group does not reach them.
+    """Start Ray's processes in a separate session, which signals to the driver's process group do not reach.
 
-    Ctrl-C in a terminal, ``timeout`` and schedulers signal the whole group, but a checkpoint needs the actors.
+    Ctrl-C in a terminal, ``timeout`` and schedulers signal the whole group, but saving a checkpoint needs the actors.
     """
     popen = services.ConsolePopen
     if sys.platform == "linux":  # elsewhere Ray ends its processes through the driver's process group
@@ -170,9 +171,9 @@ def is_loopback(address: str) -> bool:
 
 
 def running_here() -> str | None:
-    """Return the address of the Ray that was last started on this machine, if it still answers.
+    """Return the address of the Ray that was last started on this machine; None if it no longer answers.
 
-    ``ray.init(address="auto")`` reads the same record but waits for minutes where a killed Ray has left it behind.
+    ``ray.init(address="auto")`` reads the same record but waits for minutes if a killed Ray has left it behind.
     """
     record = Path(os.environ.get("RAY_TMPDIR", "/tmp")) / "ray" / "ray_current_cluster"
     address = record.read_text(encoding="utf-8").strip() if record.exists() else ""

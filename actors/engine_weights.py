@@ -1,4 +1,4 @@
-"""State of the rollout engines: the version of their weights, and sleep of colocated engines."""
+"""Weight versions of the rollout engines, and sleep of colocated engines."""
 
 from __future__ import annotations
 
@@ -7,33 +7,33 @@ from actors.weight_proof import check_sleep, greedy_answers, prove_update
 from actors.weight_sync import build_sync
 from onpolicy_skd.types import Trajectory
 
-UNKNOWN = -1  # version of an engine that just started or slept: it must get weights before it generates
+UNKNOWN = -1  # version of engines that were restarted or slept: they must get weights before they generate
 
 
 class EngineWeights:
-    """Sends the learner's weights to the engines when theirs are old; lets colocated engines sleep in between."""
+    """Sends the learner's weights to engines with old ones, and puts colocated engines to sleep in between."""
 
     def __init__(self, groups: ActorGroups, colocated: bool, vocabulary: int) -> None:
         self._groups = groups
         self._vocabulary = vocabulary
         self._colocated = colocated
         self._awake = True
-        self.learner_version = 0  # optimizer steps whose result came back
+        self.learner_version = 0  # optimizer steps whose result the driver has received
         self._engine_version = 0  # engines start from the same checkpoint as the learner
         self._sending = False
-        self._proved = False  # that an update reaches every parameter
-        self._answers: list[Trajectory] | None = None  # of engines before their first sleep, by the initial weights
+        self._proved = False  # an update reaches every parameter
+        self._answers: list[Trajectory] | None = None  # of engines before their first sleep, with the initial weights
 
     def connect(self) -> None:
-        """Build the connection from learner to engines; again after any actor was replaced."""
+        """Build the connection from the learner to the engines; call again after any actor was replaced."""
         self._sync = build_sync(self._groups.settings, self._groups.learner, self._groups.rollouts)
         self._awake = True
 
     def push(self) -> None:
-        """Send the learner's weights to every rollout engine, unless the engines hold them.
+        """Send the learner's weights to every rollout engine, unless the engines hold them already.
 
-        The first call proves that engines take every parameter, and that sleep lost nothing.  Raises ModelError if
-        either is not so.
+        The first call checks that the engines take every parameter and that sleep loses nothing.  Raises ModelError if
+        a check fails.
         """
         if self._groups.engines and not (self._proved and self._engine_version == self.learner_version):
             self._sending = True
@@ -46,7 +46,7 @@ class EngineWeights:
             self._engine_version, self._awake = self.learner_version, True
 
     def sleep(self) -> None:
-        """Let colocated engines give back their memory, and with it their weights."""
+        """Put colocated engines to sleep, which frees their memory and discards their weights."""
         if self._colocated and self._awake:
             if self._answers is None and not self._proved:
                 self._answers = self._greedy_answers()
@@ -59,16 +59,16 @@ class EngineWeights:
         return greedy_answers(groups.rollouts, len(groups.engines), self._vocabulary, longest)
 
     def _check_sleep(self) -> None:
-        """Compare colocated engines that slept with themselves before; only with the same, initial weights."""
+        """Compare the answers of colocated engines before and after their first sleep, with the initial weights."""
         if self._answers and self._engine_version == UNKNOWN and self.learner_version == 0:
             self._sync.push(0, self._groups.timeout_s())
             check_sleep(self._answers, self._greedy_answers())
 
     def take_interrupted(self) -> bool:
-        """Return True once after a push that failed midway, if it may have left engines with mixed weights."""
+        """Return True if a push failed midway and may have left engines with mixed weights; then forget that push."""
         interrupted, self._sending = self._sending, False
         return interrupted and self._groups.settings.sync.method != "object_store"
 
     def forget_engines(self) -> None:
-        """Note that an engine is new: the next ``push`` sends weights."""
+        """Mark the engines' weights as unknown, so that the next ``push`` sends weights."""
         self._engine_version = UNKNOWN

@@ -1,4 +1,4 @@
-"""Tell faults of actors (death, silence, out of memory) from errors of code, and name the actor that had the fault."""
+"""Distinguish faults of actors (death, no answer, out of memory) from errors in code, and identify the faulty actor."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ FAULTS = (RayActorError, GetTimeoutError, ObjectLostError, ObjectStoreFullError,
           NodeDiedError, WorkerCrashedError)  # fmt: skip
 MEMORY = (MemoryError, torch.OutOfMemoryError)
 NO_ANSWER = "no answer within faults.deadline_minutes"
-DEATHS = {  # words of Ray's message about a dead actor: what the log says instead
+DEATHS = {  # part of Ray's message about a dead actor -> what the log says instead
     "running low on memory": "Ray ended its process because the node was running low on memory",
     "its node has died": "its node is gone",
     "its owner has died": "the process that started it is gone",
@@ -43,13 +43,13 @@ DEATHS = {  # words of Ray's message about a dead actor: what the log says inste
 }
 LONGEST_REASON = 200  # characters
 GRACE = 20.0  # seconds that an idle actor may take to answer
-FIRST_NOTICE = 300.0  # seconds until the log names an actor that has not answered; then after twice as many, and so on
+FIRST_NOTICE = 300.0  # seconds until the log names a role that has not answered; again after 2, 4, 8 times as many
 ActorClass = TypeVar("ActorClass", bound=type)
 Log = Callable[[str], None]
 
 
 class Place(NamedTuple):
-    """Node, process and Ray's id of an actor."""
+    """Node id, process id and Ray's actor id."""
 
     node: str
     pid: int
@@ -57,7 +57,7 @@ class Place(NamedTuple):
 
 
 class ActorFault(RuntimeError):
-    """Out of memory, or a dead engine, in an actor that still answers: only a new process helps."""
+    """Out of memory, or a dead engine, in an actor that still answers but must be replaced."""
 
     def __init__(self, actor_id: str, reason: str) -> None:
         super().__init__(actor_id, reason)
@@ -74,7 +74,7 @@ def place() -> Place:
 
 
 def reports_faults(actor_class: ActorClass) -> ActorClass:
-    """Let every public method of ``actor_class`` raise ActorFault where it runs out of memory or its engine dies."""
+    """Make every public method of ``actor_class`` raise ActorFault if it runs out of memory or its engine dies."""
     for name, method in getmembers(actor_class, isfunction):
         if not name.startswith("_"):
             setattr(actor_class, name, _reporting(method))
@@ -97,7 +97,7 @@ def _reporting(method: Callable[..., Any]) -> Callable[..., Any]:
 
 @contextmanager
 def actor_faults() -> Iterator[None]:
-    """Raise ActorFault in place of errors after which this process is of no more use."""
+    """Raise ActorFault in place of errors that leave this process unusable."""
     try:
         yield
     except Exception as error:
@@ -107,7 +107,7 @@ def actor_faults() -> Iterator[None]:
 
 
 def fault_of(error: BaseException) -> str | None:
-    """Return in one line what happened to an actor; None for errors of code, which a new actor would raise again."""
+    """Return in one line what happened to an actor; None for errors in code, which a new actor would raise again."""
     error = _root(error)
     if isinstance(error, ActorFault):
         return error.reason
@@ -139,7 +139,7 @@ def _root(error: BaseException) -> BaseException:
 
 
 def get_answers(refs: Any, role: str, timeout_s: float, log: Log = print) -> Any:
-    """Return ``ray.get(refs)``, and log which ``role`` has not answered after a while.
+    """Return ``ray.get(refs)``; log at growing intervals that ``role`` has not answered.
 
     Raises the first error of any call, and GetTimeoutError after ``timeout_s`` seconds.
     """
@@ -169,7 +169,7 @@ def unresponsive_reason(actors: Sequence[Any], timeout_s: float) -> str | None:
 
 
 def kill(actor: Any, where: Place | None) -> None:
-    """Kill ``actor``, and its process at ``where`` in case that no longer hears Ray."""
+    """Kill ``actor``, and its process at ``where`` in case the process no longer responds to Ray."""
     ray.kill(actor)
     if where is None:
         return
@@ -180,7 +180,7 @@ def kill(actor: Any, where: Place | None) -> None:
 
 @ray.remote(num_cpus=0, max_retries=0)
 def _kill(pid: int) -> None:
-    """Kill process ``pid`` of this node if it is (still) an actor of Ray's."""
+    """Kill process ``pid`` of this node if it is still a Ray actor."""
     try:
         with open(f"/proc/{pid}/cmdline", "rb") as file:
             if file.read().startswith(b"ray::"):

@@ -1,4 +1,4 @@
-"""The actors of one run by role: started in one placement group, called, replaced and ended."""
+"""The actors of one run by role: started in one placement group, called, replaced and killed."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from onpolicy_skd.config.schema import Settings
 class ActorGroups:
     """The learner's ranks, the teachers and the rollout engines.
 
-    The engines start with the object, the other roles with ``start_trainers``.
+    The constructor starts the engines, ``start_trainers`` the other roles.
     """
 
     def __init__(
@@ -30,7 +30,7 @@ class ActorGroups:
         self._engines_in_learner = settings.rollout.placement == "learner"
         self._placement = placement = Placement(resources)
         self._places: dict[Any, Place] = {}
-        self._joined = False  # the learner's ranks are one process group
+        self._joined = False  # the learner's ranks have formed their process group
         self._resources = resources
         learner, teacher, rollout = resources.roles
         teacher_settings = teacher.on_device(settings)
@@ -67,7 +67,7 @@ class ActorGroups:
 
     @property
     def teachers_by_name(self) -> list[Any] | dict[str, list[Any]]:
-        """The actors of the teacher, or of each of several teachers."""
+        """The actors of the only teacher, or lists of actors by the names of several teachers."""
         if not self._teacher_names:
             return self.teachers
         groups: dict[str, list[Any]] = {name: [] for name in self.settings.teachers}
@@ -83,12 +83,12 @@ class ActorGroups:
 
     @property
     def engines(self) -> list[Any]:
-        """Rollout engines that have a process to themselves."""
+        """Rollout engines in separate processes; none with ``rollout.placement=learner``."""
         return [] if self._engines_in_learner else self.rollouts.actors
 
     @property
     def by_role(self) -> dict[str, list[Any]]:
-        # Teachers first: their error is the reason why a learner that waited for them failed.
+        # Teachers first: a learner that waits for a teacher fails with it, and the teacher's error is the cause.
         return {"teacher": self.teachers, "rollout": self.engines, "learner": self.learner}
 
     @property
@@ -102,13 +102,14 @@ class ActorGroups:
         return self._places.get(actor)
 
     def with_id(self, actor_id: str | None) -> Any:
-        """Return the actor with Ray's ``actor_id``; None if it never answered or is none of this run's."""
+        """Return the actor with Ray's ``actor_id``; None if it never became ready or belongs to another run."""
         return next((a for a in self.all if (where := self.place(a)) and where.actor_id == actor_id), None)
 
     def wait_ready(self, log: Log) -> None:
-        """Block until the cluster has room and every actor is up.
+        """Block until the cluster has room, however long that takes, and every actor is up.
 
-        Raises what an actor's start raised, and GetTimeoutError if it takes longer than ``faults.deadline_minutes``.
+        Raises what an actor's constructor raised, and GetTimeoutError if starting the actors takes longer than
+        ``faults.deadline_minutes``.
         """
         self._placement.wait(log)
         self._places = {}
@@ -121,7 +122,10 @@ class ActorGroups:
             self._joined = True
 
     def call_ranks(self, call: Callable[[Any], ray.ObjectRef], trajectories: int = 0) -> Any:
-        """Make ``call`` on every rank of the learner and return rank 0's answer; raise as soon as any rank fails."""
+        """Make ``call`` on every rank of the learner and return rank 0's answer; raise as soon as any rank fails.
+
+        The timeout grows with ``trajectories``, the number that the call works on.
+        """
         return self.get([call(rank) for rank in self.learner], "learner", trajectories)[0]
 
     def get(self, refs: Any, role: str, trajectories: int = 0) -> Any:
@@ -132,7 +136,7 @@ class ActorGroups:
         return self.settings.faults.timeout_s(trajectories / self.settings.rollouts_per_step)
 
     def replace(self, failed: Collection[Any]) -> None:
-        """Start new actors in place of ``failed`` ones, which were killed."""
+        """Start new actors in place of the ``failed`` ones, which must have been killed."""
         new_learner = self.learner[0] in failed
         if any(teacher in failed for teacher in self.teachers):
             self.teachers = [self._start_teacher(n) if t in failed else t for n, t in enumerate(self.teachers)]

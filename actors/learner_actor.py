@@ -1,4 +1,4 @@
-"""The learner as an actor."""
+"""The learner as a Ray actor."""
 
 from __future__ import annotations
 
@@ -39,16 +39,16 @@ from onpolicy_skd.teacher.teacher import NoTeacher, TeacherRows
 from onpolicy_skd.tracing import Span
 from onpolicy_skd.types import FilterReport, RolloutRequest, SamplingParams, Trajectory
 
-TeacherActors = Sequence[ActorHandle] | Mapping[str, Sequence[ActorHandle]]  # of one teacher, or of each by name
+TeacherActors = Sequence[ActorHandle] | Mapping[str, Sequence[ActorHandle]]  # of one teacher, or by teacher name
 
 
 @ray.remote
 @reports_faults
 class LearnerActor(SendsWeights):
-    """One rank of the learner, with its shard of the student; with ``teacher.placement=learner`` or a cache, also the
-    teacher.
+    """One rank of the learner, with its shard of the student.
 
-    The driver makes every call that is not about one process on all ranks, and uses rank 0's answer.
+    With ``teacher.placement=learner`` or a cache it also holds the teacher.  The driver makes every call that does not
+    concern a single process on all ranks, and uses rank 0's answer.
     """
 
     def __init__(
@@ -60,18 +60,18 @@ class LearnerActor(SendsWeights):
         rank: int = 0,
         scoring_only: bool = False,
     ) -> None:
-        """``scoring_only``: the driver will call ``score_samples`` alone, which may need no teacher."""
+        """``scoring_only``: the driver will only call ``score_samples``, which may need no teacher."""
         self._rank, count = rank, 1 if scoring_only else settings.learner.ranks
-        self._out_of_step = False  # this rank failed in a step that other ranks may still wait in
+        self._out_of_step = False  # this rank failed in a step in which other ranks may still wait
         self._writer = checkpoint.BackgroundWriter()
-        self._step_keys: list[str] = []  # trajectories of the open step
+        self._step_keys: list[str] = []  # of the trajectories of the open step
         self._settings = settings
         self._engine: TransformersEngine | None = None
         self._init_error = DeferredInitError()
         with self._init_error.keep():
             student = self._load(vocabulary, teachers, scoring_only, count)
             pad_id = self._tokenizer.pad_token_id
-            if scoring_only:  # no variant of the loss, which may ask for the teacher's head at once
+            if scoring_only:  # the default loss: other variants may ask for the teacher's head at construction
                 settings = settings.model_copy(update={"alignment": AlignmentSettings()})
             self._build = lambda ranks: Learner(
                 student, self._teacher, settings, pad_id, steps, ranks, self._tokenizer.all_special_ids
@@ -109,12 +109,12 @@ class LearnerActor(SendsWeights):
         return student
 
     def ready(self) -> Place:
-        """Return the place of this actor, once it is up; raise what its constructor raised."""
+        """Return the place of this actor once it is up.  Raises what its constructor raised."""
         self._init_error.raise_if_failed()
         return place()
 
     def rendezvous_address(self) -> Address:
-        """Return the address at which the ranks meet; rank 0 knows it."""
+        """Return the address at which the ranks meet; only rank 0 of several has it."""
         return self._rendezvous.address
 
     def join_ranks(self, address: Address) -> None:
@@ -124,7 +124,7 @@ class LearnerActor(SendsWeights):
         self._learner = self._build(init_process_group(address, self._rank, count, device, timeout_s))
 
     def use_teachers(self, teachers: TeacherActors) -> None:
-        """Ask other actors of the same teacher from now on."""
+        """Use other actors of the same teacher, or teachers, from now on."""
         if isinstance(self._teacher, RemoteTeacher | RemoteTeachers):
             self._teacher.replace(teachers)  # type: ignore[arg-type]
 
@@ -133,22 +133,22 @@ class LearnerActor(SendsWeights):
         return self._learner.spans.drain()
 
     def precision_warning(self) -> str | None:
-        """Return a warning if the compute type sees no updates as small as ``learner.lr``."""
+        """Return a warning if an update of size ``learner.lr`` leaves most weights unchanged in the compute dtype."""
         return self._learner.precision_warning()
 
     def version(self) -> int:
-        """Return the policy version: optimizer steps made."""
+        """Return the policy version: optimizer steps done."""
         return self._learner.version
 
     def generate(self, requests: Sequence[RolloutRequest], sampling: SamplingParams) -> list[Trajectory]:
-        """Generate as a rollout actor does; with ``rollout.placement=learner``."""
+        """Generate as a rollout actor does.  Raises RuntimeError unless ``rollout.placement=learner``."""
         batches = self.stream(requests, sampling, len(requests))
         return sort_by_request(requests, (t for batch in batches for t in batch))
 
     def stream(
         self, requests: Sequence[RolloutRequest], sampling: SamplingParams, size: int
     ) -> Iterator[list[Trajectory]]:
-        """Yield trajectories as they complete, ``size`` at a time; with ``rollout.placement=learner``."""
+        """Yield trajectories as they complete, ``size`` at a time; raises as ``generate`` does."""
         if self._engine is None:
             raise RuntimeError("rollout.placement=actor: this learner has no engine")
         self._engine.load_weights((), self._learner.version)
@@ -161,17 +161,17 @@ class LearnerActor(SendsWeights):
 
     @contextmanager
     def _in_step(self) -> Iterator[None]:
-        """Note an error of this rank alone: the other ranks wait for it forever."""
+        """Note an error that only this rank raises: the other ranks may still wait for it in a collective call."""
         try:
             yield
-        except (NonFiniteLossError, SamplerGapError):  # which every rank raises
+        except (NonFiniteLossError, SamplerGapError):  # every rank raises these
             raise
         except Exception:
             self._out_of_step = self._settings.learner.ranks > 1
             raise
 
     def filter(self, *rollouts: Sequence[Trajectory]) -> tuple[FilterReport, list[Trajectory]]:
-        """Return the report, for the driver, and the kept trajectories, which stay in the object store."""
+        """Apply the sample filter; return its report, for the driver, and the kept trajectories, for other actors."""
         with self._learner.spans("filter"), self._in_step():
             return self._learner.scorer.filter([t for trajectories in rollouts for t in trajectories])
 
@@ -182,8 +182,8 @@ class LearnerActor(SendsWeights):
         return self.finish_step()
 
     def begin_step(self, weight: float) -> None:
-        """Open a step whose trajectories come with ``add_to_step``; ``weight``: their sum if none is dropped."""
-        self._forget(self._step_keys)  # of a step that was not finished
+        """Begin a step that ``add_to_step`` fills; ``weight``: sum of its trajectories' weights if none is dropped."""
+        self._forget(self._step_keys)  # of an earlier step that was not finished
         self._step_keys = []
         self._learner.begin_step(weight)
 
@@ -199,7 +199,7 @@ class LearnerActor(SendsWeights):
             raise
 
     def finish_step(self) -> StepRecord:
-        """Update the weights by the open step and return its metrics."""
+        """Update the weights with the gradient of the open step and return its metrics."""
         try:
             with self._in_step():
                 record = self._learner.end_step()
@@ -213,7 +213,7 @@ class LearnerActor(SendsWeights):
     def diagnose_positions(
         self, trajectories: Sequence[Trajectory], encoded: list[ray.ObjectRef]
     ) -> list[PositionDiagnostics]:
-        """Return diagnostics of every position; no update."""
+        """Return diagnostics of every eligible position; makes no update."""
         try:
             with self._in_step():
                 self._expect(trajectories, encoded)
@@ -231,9 +231,11 @@ class LearnerActor(SendsWeights):
     def save(
         self, folder: Path, step: int, version: int, state: dict[str, Any], keep: int, *prefetched: Sequence[Trajectory]
     ) -> Path:
-        """Write a checkpoint (rank 0), with rollouts of ``step`` that older weights, which will be gone, generated.
+        """Write a checkpoint on rank 0, with the prefetched rollouts of ``step``.
 
-        From a GPU it is copied, and written while training continues: ``finish_saving`` waits for it.
+        It includes them because the older weights that generated them cannot be restored.  A learner on a GPU copies
+        its state and writes while training continues; ``finish_saving`` waits for that.  Raises SaveError, also if the
+        learner is not at policy ``version``.
         """
         if self._learner.version != version:
             actual = f"the learner is at policy version {self._learner.version}, not {version}"
@@ -264,7 +266,7 @@ class LearnerActor(SendsWeights):
         self._learner.state.save_pretrained(folder, self._tokenizer, self._saved_dtype)
 
     def free_memory(self) -> None:
-        """Give the memory that the GPU's allocator keeps back to the GPU."""
+        """Free the unused memory that the CUDA caching allocator holds."""
         free_gpu_memory()
 
     # -- the teacher -----------------------------------------------------------------------------------------------
@@ -277,7 +279,7 @@ class LearnerActor(SendsWeights):
                 self._teacher.encode(self._learner.local_trajectories(trajectories))
 
     def _forget(self, keys: Sequence[str]) -> None:
-        """Drop ``keys`` here; the driver calls ``release`` of teachers in other processes."""
+        """Drop the trajectories ``keys`` here; the driver calls ``release`` on teachers in other processes."""
         if isinstance(self._teacher, RemoteTeacher | RemoteTeachers):
             self._teacher.forget(keys)
         else:
@@ -285,7 +287,7 @@ class LearnerActor(SendsWeights):
 
 
 def peak_memory_mib() -> float:
-    """Return the most memory that this process ever had: of the GPU if there is one, else of the machine."""
+    """Return this process's peak memory, MiB: allocated by torch on the GPU if there is one, else resident."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 2**20
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)

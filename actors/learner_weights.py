@@ -1,4 +1,4 @@
-"""The learner's side of weight transfer to the rollout engines, and of its proof."""
+"""The learner's side of weight transfer to the rollout engines, and of the proof that it works (weight_proof.py)."""
 
 from __future__ import annotations
 
@@ -18,21 +18,21 @@ from onpolicy_skd.learner.learner import Learner
 from onpolicy_skd.models.loading import pick_device, pick_dtype
 from onpolicy_skd.types import Trajectory, seed_of
 
-NOISE = 0.3  # of a parameter's root mean square
-LEAST_SCALE = 0.02  # in its place for parameters that are all zero
+NOISE = 0.3  # standard deviation of the noise, as a share of a parameter's root mean square
+LEAST_SCALE = 0.02  # used as the root mean square of parameters that are all zero
 
 
 class SendsWeights:
-    """Methods of LearnerActor that give the student's weights away: as objects, by broadcast, or by CUDA IPC."""
+    """Methods of LearnerActor that send the student's weights: as objects, by broadcast, or by CUDA IPC."""
 
     _settings: Settings
     _learner: Learner
     _sender: Sender | None = None  # rank 0's, with sync.method=broadcast
     _copy: Tensor | None = None  # of the weights, with sync.method=ipc
-    _unperturbed: Sequence[tuple[Tensor, Tensor]] = ()  # parameter and copy, see ``perturb``
+    _unperturbed: Sequence[tuple[Tensor, Tensor]] = ()  # parameters, each with its copy from before ``perturb``
 
     def weights(self) -> dict[str, Packed]:
-        """Return all weights as arrays."""
+        """Return all weights by name, as numpy arrays of the engine's dtype; only rank 0's are complete."""
         with self._learner.spans("pack weights"):
             return pack_named(self._learner.state.weights(self._engine_dtype))
 
@@ -48,7 +48,7 @@ class SendsWeights:
         return self._sender.address, self._learner.state.weight_spec(self._engine_dtype)
 
     def join_group(self, count: int) -> None:
-        """Wait for the engines' workers, after ``open_group``."""
+        """Form the group of ``count`` processes, this one and all engine workers; call it after ``open_group``."""
         assert self._sender is not None
         self._sender.join(count, self._settings.faults.timeout_s())
 
@@ -62,7 +62,7 @@ class SendsWeights:
                 self._sender.send(weights)
 
     def export_weights(self) -> WeightSpec:
-        """Copy the weights in this GPU's memory, until ``drop_export``, and return how to map the copy."""
+        """Copy the weights within this GPU's memory and return how to map the copy; ``drop_export`` frees it."""
         state, self._copy = self._learner.state, None
         weights = state.weights(self._engine_dtype, everywhere=True)
         weight_spec, self._copy = exported(weights, state.weight_spec(self._engine_dtype))
@@ -106,11 +106,11 @@ class SendsWeights:
         self._unperturbed = ()
 
     def sampler_gaps(self, trajectories: Sequence[Trajectory]) -> list[float]:
-        """Return the mean difference between sampler's and student's log-probabilities of each trajectory, nats."""
+        """Return each trajectory's mean absolute difference of sampler's and student's log-probabilities, nats."""
         return self._learner.scorer.sampler_gaps(trajectories)
 
     def _trained(self) -> Iterator[tuple[str, Tensor]]:
-        """Yield names and (this rank's shards of) parameters."""
+        """Yield the trainable parameters by name, each as this rank's shard."""
         for name, parameter in self._learner.student.model.named_parameters():
             if parameter.requires_grad:
                 yield name, parameter.data.to_local() if isinstance(parameter.data, DTensor) else parameter.data

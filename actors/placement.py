@@ -1,4 +1,4 @@
-"""Resources of each role, and the placement group in which every role is a range of bundles."""
+"""Resources of each role, and the placement group that reserves them."""
 
 from __future__ import annotations
 
@@ -19,32 +19,35 @@ from onpolicy_skd.config.errors import ConfigError
 from onpolicy_skd.config.schema import Settings
 from onpolicy_skd.models.loading import pick_device
 
-CPUS_PER_ROLE = 0.25  # roles alternate on the processors; a small share lets all of them fit on two cores
-TIMEOUT_S = 60  # seconds between two messages
-PRIVATE = "onpolicy_skd_private"  # a resource that marks a Ray which ends with its run
+CPUS_PER_ROLE = 0.25  # of each actor; roles compute alternately, and a small share lets all of them fit on two cores
+TIMEOUT_S = 60  # seconds between two messages about what is waited for
+PRIVATE = "onpolicy_skd_private"  # custom resource that marks a Ray that ends with its run
 INTERFACES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
 FORWARDED = (
     "HF_HOME", "HF_HUB_OFFLINE", "HF_HUB_DISABLE_TELEMETRY", "CUDA_DEVICE_ORDER", "VLLM_BATCH_INVARIANT", *INTERFACES,
 )  # fmt: skip
-TOKEN = "HF_TOKEN"  # on a cluster too: gated models are loaded by actors on other nodes
+TOKEN = "HF_TOKEN"  # forwarded on a cluster, where actors on other nodes load gated models
 LOOPBACK = dict.fromkeys(INTERFACES, "lo")  # a private Ray is on one machine
 Bundle = dict[str, float]
 
 
 class ClusterError(ConfigError):
-    """The cluster cannot be reached or has less than the run asks for; the message shows the arithmetic."""
+    """A cluster that cannot be reached or has less than the run asks for; the message shows the arithmetic."""
 
 
 @dataclass(frozen=True, slots=True)
 class Role:
+    """A role's number of actors and the GPUs of each."""
+
     name: str
     count: int
     gpus: float  # of each actor
 
     def on_device(self, settings: Settings) -> Settings:
-        """Return ``settings`` for an actor of this role, which must use the GPU that it is given and no other.
+        """Return ``settings`` for an actor of this role, with run.device=auto replaced by cuda or cpu.
 
-        run.device=auto would take the CPU where torch cannot use the GPU, and a GPU that Ray has not given it.
+        An actor must use the GPU that Ray assigns to it and no other.  With auto it would fall back to the CPU if torch
+        could not use that GPU, and would take a GPU that was not assigned to it.
         """
         if settings.run.device != "auto":
             return settings
@@ -52,13 +55,13 @@ class Role:
         return settings.model_copy(update={"run": run})
 
     def options(self) -> dict[str, Any]:
-        """Return arguments of ``ActorClass.options`` for an actor anywhere in the cluster."""
+        """Return the arguments of ``ActorClass.options`` for an actor anywhere in the cluster."""
         environment = {"TOKENIZERS_PARALLELISM": "false"} | {n: os.environ[n] for n in FORWARDED if n in os.environ}
         if not self.gpus:
             environment["OMP_NUM_THREADS"] = "1"  # until the actor calls ``use_cores``
             environment["OMP_WAIT_POLICY"] = "PASSIVE"  # threads that spin while idle would slow the other roles
         if PRIVATE in ray.cluster_resources():
-            environment |= LOOPBACK  # and its actors inherit the rest
+            environment |= LOOPBACK  # actors of a private Ray inherit the rest from the driver
         elif TOKEN in os.environ:
             environment[TOKEN] = os.environ[TOKEN]
         return {
@@ -66,17 +69,19 @@ class Role:
             "num_gpus": self.gpus,
             "runtime_env": {"env_vars": environment},
             "max_restarts": 0,  # Workers.recover replaces them: they need the current weights
-            "enable_task_events": False,  # else Ray's head keeps a record of every call: 25 KB a step, for days
+            "enable_task_events": False,  # else Ray's head keeps a record of every call, 25 KB per step
         }
 
 
 @dataclass(frozen=True, slots=True)
 class Resources:
+    """The roles of a run and how they share GPUs and nodes."""
+
     learner: Role
     teacher: Role
     rollout: Role
     colocated: bool = False
-    together: bool = False  # the learner's ranks in one bundle, and so on one node: they talk most
+    together: bool = False  # the learner's ranks in one bundle, and so on one node: they exchange the most data
 
     @property
     def roles(self) -> tuple[Role, ...]:
@@ -86,7 +91,7 @@ class Resources:
         """Return the bundles of the placement group.
 
         Split: one for each actor, learner first (its ranks may share one), then teachers, then engines.
-        Colocated: a GPU for each rank of the learner, shared by the actors of the same number in other roles.
+        Colocated: a GPU for each rank of the learner, shared with the actors of the same number in other roles.
         """
         if not self.colocated:
             bundles = [_bundle(CPUS_PER_ROLE, role.gpus) for role in self.roles for _ in range(role.count)]
@@ -115,7 +120,8 @@ def _bundle(cpus: float, gpus: float) -> Bundle:
 def use_cores(threads: int | None, actors: int, settings: Settings) -> None:
     """Let the calling actor, one of ``actors`` of its role, compute with ``threads``, or with its share of the cores.
 
-    Only on CPU.  The share is 1 with pipeline.streaming or max_staleness, where the roles work at the same time.
+    Does nothing on a GPU.  The share is one core with pipeline.streaming or pipeline.max_staleness, with which the
+    roles work at the same time.
     """
     if pick_device(settings.run.device) != "cpu":
         return
@@ -129,26 +135,26 @@ def use_cores(threads: int | None, actors: int, settings: Settings) -> None:
 
 
 def free_gpu_memory() -> None:
-    """Give the memory that this process's GPU allocator keeps back to the GPU."""
+    """Free the unused memory that this process's CUDA caching allocator holds."""
     if torch.cuda.is_available() and torch.cuda.is_initialized():
         gc.collect()
         torch.cuda.empty_cache()
 
 
 class Placement:
-    """The bundles of one run, which Ray reserves together or not at all."""
+    """The placement group of one run: Ray reserves all of its bundles or none."""
 
     def __init__(self, resources: Resources) -> None:
         self._resources = resources
         self._group = placement_group(resources.bundles(), strategy="PACK")
 
     def options(self, role: Role, number: int) -> dict[str, Any]:
-        """Return arguments of ``ActorClass.options`` for actor ``number`` of ``role``."""
+        """Return the arguments of ``ActorClass.options`` for actor ``number`` of ``role``."""
         index = self._resources.bundle(role.name, number)
         return role.options() | {"scheduling_strategy": PlacementGroupSchedulingStrategy(self._group, index)}
 
     def wait(self, log: Callable[[str], None] = print) -> None:
-        """Block until the cluster has room for all bundles; log every minute what is free."""
+        """Block, without a time limit, until the cluster has room for all bundles; log every minute what is free."""
         bundles = self._resources.bundles()
         most = max(bundle.get("GPU", 0.0) for bundle in bundles)
         while not self._group.wait(TIMEOUT_S):
@@ -183,10 +189,10 @@ class Counts:
 
 
 def plan(settings: Settings, available_gpus: float, counts: Counts | None = None) -> Resources:
-    """Return the resources that each role asks for, in training or with ``counts`` of actors.
+    """Return the resources of each role, for training or for the given ``counts`` of actors.
 
-    run.device=auto means GPUs if the cluster has any, or if cluster.*_gpus asks for at least one.
-    Raises ClusterError, with the arithmetic, if that is more than ``available_gpus``.
+    run.device=auto means GPUs if the cluster has any, or if a setting cluster.*_gpus asks for at least one.
+    Raises ClusterError, with the arithmetic, if the GPUs are more than ``available_gpus`` or cannot be shared as set.
     """
     training, counts = counts is None, counts or Counts.of_training(settings)
     cluster = settings.cluster
@@ -230,7 +236,7 @@ def plan(settings: Settings, available_gpus: float, counts: Counts | None = None
 def fitted(resources: Resources, nodes: Sequence[Mapping[str, float]]) -> Resources:
     """Return ``resources`` with the learner's ranks on one node, if a node has room for them.
 
-    Raises ClusterError, with the arithmetic, if processors do not suffice or a bundle fits no node.
+    Raises ClusterError, with the arithmetic, if the CPUs are too few or a bundle fits on no node.
     """
     count, available = sum(role.count for role in resources.roles), sum(node.get("CPU", 0.0) for node in nodes)
     if count * CPUS_PER_ROLE > available:
@@ -251,7 +257,7 @@ def fitted(resources: Resources, nodes: Sequence[Mapping[str, float]]) -> Resour
 
 
 def _fit_together(bundles: Sequence[Bundle], nodes: Sequence[Mapping[str, float]]) -> bool:
-    """Return True if all fit, the largest first, each on the first node that has room."""
+    """Return True if all bundles fit when placed largest first, each on the first node that has room."""
     left = [dict(node) for node in nodes]
     for bundle in sorted(bundles, key=lambda b: (-b.get("GPU", 0.0), -b["CPU"])):
         node = next((n for n in left if _fits(bundle, [n])), None)

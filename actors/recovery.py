@@ -1,4 +1,4 @@
-"""Recovery from faults: find the actors that failed, replace them, and put the learner back to a checkpoint."""
+"""Recovery from faults: find the actors that failed, replace them, and restore the learner from a checkpoint."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ class FaultRecovery:
                 return Recovery(first, restarted, rolled_back, point, prefetched, time.monotonic() - start)
 
     def _described(self, error: RayError) -> str:
-        """Return the cause of ``error`` after the role of the actor that it hit."""
+        """Return the cause of ``error``, preceded by the role of the faulty actor if it is known."""
         actor = self._groups.with_id(faulty_actor(error))
         return f"{self._groups.role(actor)}: {fault_of(error)}" if actor else fault_of(error) or ""
 
@@ -82,10 +82,10 @@ class FaultRecovery:
         if needs_restart(error) and (actor := groups.with_id(faulty_actor(error))):
             if actor in groups.learner:
                 return failed | dict.fromkeys(groups.learner, cause)
-            failed[actor] = cause  # only the end of a process gives back its memory
+            failed[actor] = cause  # only ending the process frees its memory
             if len(groups.learner) == 1 and not interrupted:
                 return failed
-        # After a timeout, an actor that still works has worked too long; otherwise let the others end their calls.
+        # After a timeout, an actor that is still busy has taken too long; after other faults, let them end their calls.
         timeout_s = GRACE if isinstance(error, GetTimeoutError) else groups.timeout_s()
         for actor in (*groups.teachers, *groups.engines):  # the learner last: it may be waiting for a teacher
             if actor not in failed and (reason := unresponsive_reason([actor], timeout_s)):
@@ -97,12 +97,12 @@ class FaultRecovery:
         return failed
 
     def _learner_fails(self, error: RayError, cause: str, failed: Mapping[Any, str], timeout_s: float) -> str | None:
-        """Return why the learner must be replaced, all ranks of it: no rank can continue without the others."""
+        """Return why the learner must be replaced, None if it need not: no rank can continue without the others."""
         groups = self._groups
         if len(groups.learner) > 1:
             if any(actor in groups.teachers for actor in failed):
                 return f"its ranks may have stopped in different places ({cause})"
-            timeout_s = GRACE  # no rank has work now: one that does not answer waits for another rank
+            timeout_s = GRACE  # no rank has work now: one that does not answer is waiting for another rank
         if failed and groups.settings.sync.method == "broadcast":
             timeout_s = GRACE  # it may be sending to an engine that is gone
         if reason := unresponsive_reason(groups.learner, timeout_s):
@@ -126,7 +126,7 @@ class FaultRecovery:
         if new_learner:
             self._weights.learner_version = 0
         if groups.shares_gpus and any(engine in failed for engine in groups.engines):
-            # A new engine needs its share of the GPU free, of which the allocators of the others keep a part.
+            # A new engine needs its share of the GPU, part of which the other actors' allocators may hold unused.
             alive = {role: [actor for actor in groups.by_role[role] if actor not in failed]
                      for role in ("learner", "teacher")}  # fmt: skip
             for role, actors in alive.items():

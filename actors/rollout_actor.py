@@ -1,4 +1,4 @@
-"""Rollout actors, each with one engine, and the group that splits every batch among them."""
+"""Rollout actors, each with one engine, and the group that divides every batch among them."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from onpolicy_skd.rollout.engine import RolloutEngine, sort_by_request
 from onpolicy_skd.tracing import Span, Spans
 from onpolicy_skd.types import RolloutRequest, SamplingParams, Trajectory
 
-BATCHES = 4  # in which a streaming actor returns its share of the responses of a step
+BATCHES = 4  # number of batches in which a streaming actor returns its share of a step's responses
 EVALUATED_TOGETHER = 8  # responses of an evaluation that an actor returns at a time
 ModelSettings = StudentSettings | TeacherSettings
 
@@ -78,7 +78,10 @@ class RolloutActor:
 
 
 class RolloutGroup:
-    """Rollout actors that share each batch; the choice of the actor for a request does not change its response."""
+    """Rollout actors that share each batch.
+
+    A request carries the seed of its response, so the choice of its actor changes nothing but the engine's rounding.
+    """
 
     def __init__(
         self,
@@ -88,7 +91,7 @@ class RolloutGroup:
         count: int,
         log: Log = print,
     ) -> None:
-        """``options`` returns Ray's options of an actor by its number."""
+        """``options``: a function from an actor's number to its Ray options."""
         self._start = lambda number: RolloutActor.options(**options(number)).remote(model_cfg, settings)
         self._log = log
         self._tokens_per_step = settings.rollouts_per_step * settings.rollout.max_tokens  # at most
@@ -96,17 +99,20 @@ class RolloutGroup:
         self.actors: list[Any] = [self._start(number) for number in range(count)]
 
     def restart(self, number: int) -> None:
-        """Start a new actor in place of a dead one; it has the weights of its checkpoint."""
+        """Start a new actor in place of a dead one; it begins with the model's initial weights."""
         self.actors[number] = self._start(number)
 
     def generate(self, requests: Sequence[RolloutRequest], sampling: SamplingParams) -> list[Any]:
-        """Return for each actor a ref to a list of trajectories."""
+        """Return a ref to a list of trajectories for each actor that has requests."""
         return [actor.generate.remote(share, sampling) for actor, share in self._shares(requests)]
 
     def stream(
         self, requests: Sequence[RolloutRequest], sampling: SamplingParams, size: int | None = None
     ) -> list[Any]:
-        """Return for each actor a generator of refs to lists of ``size`` trajectories, by default a quarter."""
+        """Return a generator of refs for each actor that has requests.
+
+        Each ref is to a list of ``size`` trajectories, by default a quarter of the actor's share.
+        """
         return [
             actor.stream.options(num_returns="streaming").remote(share, sampling, size or -(-len(share) // BATCHES))
             for actor, share in self._shares(requests)
@@ -126,7 +132,7 @@ class RolloutGroup:
             yield from ray.get(ref)
 
     def _shares(self, requests: Sequence[RolloutRequest]) -> list[tuple[Any, list[RolloutRequest]]]:
-        """Deal the requests round-robin, so that actors get similar shares; leave out actors without any."""
+        """Divide the requests round-robin, so that actors get similar shares; leave out actors without any."""
         shares = [list(requests[i :: len(self.actors)]) for i in range(len(self.actors))]
         return [(actor, share) for actor, share in zip(self.actors, shares, strict=True) if share]
 
@@ -146,7 +152,7 @@ def judged_batches(
     judge: str,
     size: int,
 ) -> Iterator[list[Trajectory]]:
-    """Yield the engine's trajectories as they complete, judged, ``size`` at a time."""
+    """Yield the engine's trajectories as they complete, with their correctness, ``size`` at a time."""
     by_key = {r.key: r for r in requests}
     trajectories = engine.stream(requests, sampling)
     while batch := list(itertools.islice(trajectories, size)):
@@ -154,9 +160,10 @@ def judged_batches(
 
 
 def iter_completed(rollout_refs: Sequence[Any], timeout_s: float) -> Iterator[ray.ObjectRef]:
-    """Yield refs to lists of trajectories as soon as each exists; ``rollout_refs`` may be generators of such.
+    """Yield refs to lists of trajectories as each becomes available.
 
-    Raises GetTimeoutError if there is no new one within ``timeout_s`` seconds.
+    ``rollout_refs`` holds such refs or generators of them.  Raises GetTimeoutError if there is no new one within
+    ``timeout_s`` seconds.
     """
     pending: list[Any] = list(rollout_refs)
     while pending:

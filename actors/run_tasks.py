@@ -23,18 +23,18 @@ from onpolicy_skd.run.exits import EXIT_FAILED, cause_of
 
 Name = TypeVar("Name")
 LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
-STOP_TIMEOUT_S = 600.0  # for the step that a run is in, and its checkpoint
+STOP_TIMEOUT_S = 600.0  # for the current step of a run, and its checkpoint
 DIES_WITH_PARENT = 1  # prctl's PR_SET_PDEATHSIG
 
 
 @dataclass(frozen=True, slots=True)
 class Command(Generic[Name]):
-    """A run as ``skd`` with ``arguments``, with its output in ``log``."""
+    """A run to start: the arguments of ``skd``, and the file for its output."""
 
     name: Name
     arguments: list[str]
     log: Path
-    owns_device: bool = False  # computes in the process of the command, which needs a GPU where the cluster has any
+    owns_device: bool = False  # the command's process computes, and needs a GPU if the cluster has any
 
 
 @ray.remote(num_cpus=0, max_retries=0)
@@ -42,7 +42,7 @@ def run_command(arguments: list[str], log: Path, address: str, folder: Path) -> 
     """Run ``skd`` with ``arguments`` in ``folder``, with its output in ``log``; return the exit code."""
     log.parent.mkdir(parents=True, exist_ok=True)
     environment = os.environ | {"RAY_ADDRESS": address}
-    environment.pop("OMP_NUM_THREADS", None)  # which Ray sets for a task of 0 CPUs
+    environment.pop("OMP_NUM_THREADS", None)  # Ray sets it for a task of 0 CPUs
     with log.open("ab") as out:
         process = subprocess.Popen(
             [sys.executable, "-m", "onpolicy_skd.cli", *arguments],
@@ -54,14 +54,14 @@ def run_command(arguments: list[str], log: Path, address: str, folder: Path) -> 
         )
         try:
             while process.poll() is None:
-                time.sleep(0.5)  # ray.cancel interrupts Python code, not a system call that waits
+                time.sleep(0.5)  # ray.cancel interrupts Python code, not a blocking system call
         except KeyboardInterrupt:
             process.terminate()
         return process.wait()
 
 
 def _stop_with_parent() -> None:
-    """Let a run whose comparison is killed stop with a checkpoint (Linux only; elsewhere it runs to its end)."""
+    """Make a run whose parent process dies stop with a checkpoint (only on Linux; elsewhere it runs to its end)."""
     if LIBC is not None:
         LIBC.prctl(DIES_WITH_PARENT, signal.SIGTERM)
 
@@ -69,7 +69,7 @@ def _stop_with_parent() -> None:
 def parallel_runs(settings: Settings, limit: int | None = None) -> int:
     """Return how many runs like ``settings`` fit into the connected cluster at a time, at most ``limit``.
 
-    Raises ConfigError if none fits.
+    Compares total CPUs and GPUs only, not nodes.  Raises ConfigError if none fits.
     """
     total = ray.cluster_resources()
     bundles = plan(settings, total.get("GPU", 0.0)).bundles()
@@ -86,9 +86,9 @@ def parallel_runs(settings: Settings, limit: int | None = None) -> int:
 
 
 def run_all(work: Iterable[Command[Name]], count: int) -> Generator[tuple[Name, int], None, None]:
-    """Run all commands, ``count`` at a time; yield names with exit codes as they end.
+    """Run all commands, ``count`` at a time; yield the name and exit code of each when it ends.
 
-    Closing the generator, or a signal in it, stops the commands that run: each saves a checkpoint first.
+    Closing the generator, or a signal in it, stops the running commands, each of which saves a checkpoint first.
     """
     address, gpus = ray.get_runtime_context().gcs_address, ray.cluster_resources().get("GPU", 0.0)
     waiting: dict[ray.ObjectRef, Name] = {}
@@ -104,7 +104,7 @@ def run_all(work: Iterable[Command[Name]], count: int) -> Generator[tuple[Name, 
             name = waiting.pop(done)
             try:
                 code: int = ray.get(done)
-            except RayError as error:  # its worker died: this run has failed, the others continue
+            except RayError as error:  # its worker died: this run has failed, but the others continue
                 print(f"{cause_of(error)}", file=sys.stderr)
                 code = EXIT_FAILED
             yield name, code
@@ -113,7 +113,7 @@ def run_all(work: Iterable[Command[Name]], count: int) -> Generator[tuple[Name, 
 
 
 def _stop(tasks: list[ray.ObjectRef]) -> None:
-    """Let the commands of ``tasks`` stop with a checkpoint, and wait for them."""
+    """Ask the commands of ``tasks`` to stop with a checkpoint, and wait for them."""
     if not tasks:
         return
     print(f"{len(tasks)} runs save a checkpoint and stop; a second signal exits at once", file=sys.stderr)

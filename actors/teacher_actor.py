@@ -1,4 +1,4 @@
-"""The teacher as an actor, and the learner's view of it from another process."""
+"""The teacher as a Ray actor, and the learner's view of it from another process."""
 
 from __future__ import annotations
 
@@ -52,9 +52,7 @@ def build_teacher(settings: Settings, vocabulary: int, pad_id: int) -> Teacher |
 def split_for(settings: Settings, model: Any, vocabulary: int, pad_id: int, longest: int) -> SplitModel:
     """Split ``model`` into backbone and LM head; check that it keeps documents apart if the run packs sequences.
 
-    ``longest``: tokens of the longest sequence that it reads.
-
-    Raises ModelError.
+    ``longest``: tokens of the longest sequence that it reads.  Raises ModelError.
     """
     split_model = split(model, vocabulary)
     separate = settings.data.source == "text" and settings.data.documents == "separate"
@@ -64,14 +62,14 @@ def split_for(settings: Settings, model: Any, vocabulary: int, pad_id: int, long
 
 
 def remote_with_answers(actor_class: type) -> Any:
-    """Make an actor class of ``actor_class``, whose methods of the group "answers" run on a second thread."""
+    """Make ``actor_class`` a Ray actor whose methods of the concurrency group "answers" run on a second thread."""
     return ray.remote(concurrency_groups={"answers": 1})(actor_class)  # type: ignore[call-overload]
 
 
 @remote_with_answers
 @reports_faults
 class TeacherActor:
-    """The teacher; a second thread answers for trajectories of a batch of which others are still being encoded."""
+    """The teacher; a second thread answers requests for encoded trajectories while others are still being encoded."""
 
     def __init__(
         self,
@@ -85,8 +83,8 @@ class TeacherActor:
     ) -> None:
         """``number``: index of this actor among the ``count`` that share each batch.
 
-        ``name``: of its teacher, if the run has several; ``processes``: teacher actors of them all, by default
-        ``count``.
+        ``name``: the name of its teacher if the run has several; ``processes``: number of actors of all teachers, by
+        default ``count``.
         """
         self._name = name
         self._settings = settings
@@ -98,7 +96,7 @@ class TeacherActor:
             self._teacher = build_teacher(settings, vocabulary, pad_id)
             self._encoder = Encoder(self._teacher)
         on_gpu = pick_device(settings.run.device) == "cuda"
-        self._spans = Spans(torch.cuda.synchronize if on_gpu else None)  # a wait per batch: rows are asked for next
+        self._spans = Spans(torch.cuda.synchronize if on_gpu else None)  # once per batch, whose rows come next
 
     def drain(self) -> list[Span]:
         return self._spans.drain()
@@ -112,7 +110,7 @@ class TeacherActor:
         return pack_head(self._teacher.head())
 
     def encode(self, trajectories: Sequence[Trajectory]) -> None:
-        """Encode this actor's share of ``trajectories``, or of those of its teacher."""
+        """Encode this actor's share of ``trajectories``, of which a named teacher takes only those that name it."""
         if self._name is not None:
             trajectories = [t for t in trajectories if t.teacher == self._name]
         share = balance_by_tokens([t.length for t in trajectories], self._count)[self._number]
@@ -144,7 +142,7 @@ class TeacherActor:
         self._teacher.release(keys)
 
     def free_memory(self) -> None:
-        """Give the memory that the GPU's allocator keeps back to the GPU."""
+        """Free the unused memory that the CUDA caching allocator holds."""
         free_gpu_memory()
 
     def write_shard(self, folder: Path, number: int, trajectories: Sequence[Trajectory]) -> Shard:
@@ -168,8 +166,8 @@ class RemoteTeacher:
     def expect(self, encoded: Sequence[ray.ObjectRef], trajectories: Sequence[Trajectory]) -> None:
         """Note ``trajectories`` that the driver has asked every actor to encode, and the refs of these calls.
 
-        An actor answers for a trajectory as soon as that is encoded, even if its call comes first: Ray does not order
-        calls of two processes.
+        An actor answers for a trajectory as soon as it is encoded, even if the request arrives before the call to
+        encode: Ray does not order calls from two processes.
         """
         self._encoded += encoded
         shares = balance_by_tokens([t.length for t in trajectories], len(self._actors))
@@ -213,7 +211,7 @@ class RemoteTeacher:
 
         answers = self._call_holders([key for key, _ in request], call)
         counts = [len(positions) for _, positions in request]
-        width = max(ids[0].shape[1] for _, (ids, _, _) in answers)  # slots; each actor has as many as its rows fill
+        width = max(ids[0].shape[1] for _, (ids, _, _) in answers)  # slots C; each actor has as many as its rows fill
         ids, probs = ([(indices, _padded(unpack(v[i]), width)) for indices, v in answers] for i in (0, 1))
         return SparseTargets(self._in_order(ids, counts).long(), self._in_order(probs, counts), answers[0][1][2])
 
@@ -226,7 +224,7 @@ class RemoteTeacher:
             self._holders.pop(key, None)
 
     def _call_holders(self, keys: Sequence[str], call: Callable[[Any, list[int]], ray.ObjectRef]) -> list[tuple]:
-        """Call each actor for those of ``keys`` that it has; return pairs of indices into ``keys`` and answer."""
+        """Call each actor for those of ``keys`` that it encodes; return pairs of (indices into ``keys``, answer)."""
         if self._encoded:
             done, self._encoded = ray.wait(self._encoded, num_returns=len(self._encoded), timeout=0)
             ray.get(done)  # raises the error of a batch that could not be encoded
@@ -245,7 +243,7 @@ class RemoteTeacher:
         return self._holders[key]
 
     def _in_order(self, answers: Sequence[tuple[list[int], Tensor]], counts: Sequence[int]) -> Tensor:
-        """Join the actors' rows in the order of the request; ``counts``: rows of each trajectory."""
+        """Concatenate the actors' rows in the order of the request; ``counts``: rows of each trajectory."""
         if len(answers) == 1:
             return answers[0][1].to(self._device)
         rows_of = {i: rows for indices, values in answers
@@ -266,7 +264,7 @@ class RemoteTeachers(RoutedTeachers[RemoteTeacher]):
             self.teachers[name].replace(group)
 
     def expect(self, encoded: Sequence[ray.ObjectRef], trajectories: Sequence[Trajectory]) -> None:
-        """Note what ``RemoteTeacher.expect`` notes; ``encoded``: a ref of each actor, teacher by teacher."""
+        """Do what ``RemoteTeacher.expect`` does; ``encoded``: one ref per actor, teacher by teacher."""
         start = 0
         for name, teacher in self.teachers.items():
             end = start + self._sizes[name]

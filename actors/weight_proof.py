@@ -1,8 +1,8 @@
 """Proof that a weight update reaches every trained parameter of the rollout engines; made once, before the first step.
 
-The learner adds noise to its parameters, the engines get them the way they get every update, and generate.  Both sides
-then have the same log-probabilities only if the engines use each new parameter: also where an engine packs, merges or
-copies parameters, and on every way of sending them.
+The learner adds noise to its parameters, and the engines receive them like every update and generate.  Both sides then
+have the same log-probabilities only if the engines use each new parameter.  This holds for every way to send weights,
+and for engines that pack, merge or copy parameters.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ from actors.weight_sync import WeightSync
 from onpolicy_skd.models.loading import ModelError
 from onpolicy_skd.types import RolloutRequest, SamplingParams, Trajectory
 
-REQUESTS, TOKENS = 4, 16  # of each engine; tokens of a prompt and of its response
-SLEEP_TOLERANCE = 0.05  # nats between two answers of one engine with the same weights
-TOLERANCE = {True: 0.01, False: 0.15}  # nats between engine and learner; True: both compute in float32
+REQUESTS, TOKENS = 4, 16  # requests per engine; tokens of each prompt, and at most as many of its response
+SLEEP_TOLERANCE = 0.05  # nats per token between two answers of one engine with the same weights
+TOLERANCE = {True: 0.01, False: 0.15}  # nats per token between engine and learner; True: both compute in float32
 
 
 def prove_update(groups: ActorGroups, sync: WeightSync, version: int, vocabulary: int) -> None:
     """Raise ModelError, naming kinds of parameters, if the engines keep old values after an update.
 
-    Leaves the learner as it was and the engines with wrong weights: send the true ones afterwards.
+    Leaves the learner as it was, but the engines with perturbed weights: send the learner's weights afterwards.
     """
     settings = groups.settings
     precise: bool = groups.call_ranks(lambda rank: rank.in_float32.remote())
@@ -44,7 +44,7 @@ def prove_update(groups: ActorGroups, sync: WeightSync, version: int, vocabulary
 
 
 def greedy_answers(rollouts: RolloutGroup, engines: int, vocabulary: int, longest: int) -> list[Trajectory]:
-    """Return greedy responses of the engines to random prompts, the same at each call."""
+    """Return greedy responses of the engines to random prompts, which are the same in each call."""
     requests, length = _requests(engines, vocabulary, longest)
     return rollouts.gather(requests, SamplingParams(length, temperature=0.0))
 
@@ -71,14 +71,14 @@ def check_sleep(before: Sequence[Trajectory], after: Sequence[Trajectory]) -> No
 
 
 def _requests(engines: int, vocabulary: int, longest: int) -> tuple[list[RolloutRequest], int]:
-    """Return requests with random prompts, and the tokens of a prompt, as many as of its response."""
+    """Return requests with random prompts, and the tokens of a prompt, which also limit its response."""
     length = min(TOKENS, longest // 2)
     prompts = np.random.default_rng(0).integers(0, vocabulary, (REQUESTS * engines, length)).tolist()
     return [RolloutRequest(f"proof/{i}", prompt, i) for i, prompt in enumerate(prompts)], length
 
 
 def _gap(groups: ActorGroups, sync: WeightSync, version: int, vocabulary: int, kinds: Sequence[str] | None) -> float:
-    """Return the largest mean difference of a response's log-probabilities, with noise in ``kinds`` of parameters."""
+    """Return the largest gap of a response, nats per token, with noise in ``kinds`` of parameters (None: in all)."""
     requests, length = _requests(len(groups.engines), vocabulary, groups.settings.max_model_length)
     groups.call_ranks(lambda rank: rank.perturb.remote(kinds))
     try:

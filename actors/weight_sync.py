@@ -31,7 +31,7 @@ class ObjectStoreSync:
         self._rollouts = rollouts
 
     def push(self, version: int, timeout_s: float) -> None:
-        # The weights stay in the object store, the driver holds a ref.  The other ranks help rank 0 to gather them.
+        # The weights stay in the object store; the driver holds a ref.  The other ranks help rank 0 to gather them.
         refs = [rank.weights.remote() for rank in self._learner]
         try:
             wait_all([actor.load_weights.remote(refs[0], version) for actor in self._rollouts.actors], timeout_s)
@@ -103,12 +103,12 @@ def sync_method(settings: Settings, resources: Resources) -> str:
         return "object_store"
     if resources.colocated:
         return "ipc"
-    # NCCL allows one process of a group on a GPU.
+    # NCCL allows only one process of a group per GPU.
     return "broadcast" if min(learner.gpus, rollout.gpus) >= 1 else "object_store"
 
 
 def build_sync(settings: Settings, learner: Sequence[Any], rollouts: RolloutGroup) -> WeightSync:
-    """Return the way of ``settings.sync.method``, which must not be auto; build another one when an actor is new."""
+    """Return the WeightSync of ``settings.sync.method``, which must not be auto, for these actors only."""
     if settings.sync.method == "broadcast":
         return BroadcastSync(learner, rollouts, settings.rollout.tensor_parallel)
     if settings.sync.method == "ipc":
@@ -117,9 +117,9 @@ def build_sync(settings: Settings, learner: Sequence[Any], rollouts: RolloutGrou
 
 
 def wait_all(refs: Sequence[ray.ObjectRef], timeout_s: float) -> None:
-    """Wait for all ``refs``; of their errors raise one that is a fault, if any.
+    """Wait for all ``refs``; if calls fail, raise an error that is a fault rather than another one.
 
-    When an actor dies, the actors that exchanged data with it fail as well, each with another error.
+    When an actor dies, the actors that exchange data with it fail as well, each with a different error.
     """
     try:
         ray.get(list(refs), timeout=timeout_s)

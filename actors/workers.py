@@ -1,4 +1,4 @@
-"""The actors of a run behind plain methods, which the drivers call: a schedule reads like an algorithm."""
+"""The actors of a run behind plain methods, so that a driver's schedule reads like an algorithm."""
 
 from __future__ import annotations
 
@@ -49,27 +49,29 @@ class Workers:
         self._weights = EngineWeights(groups, resources.colocated, vocabulary)
         self._recovery = FaultRecovery(groups, self._weights, self.restore)
         if 0 < resources.rollout.gpus < 1:
-            # vLLM measures its GPU while it starts: alone, so that it does not count the memory of other actors.
+            # vLLM measures its GPU's memory while it starts, so the engines start before the other actors use any.
             wait_ready({"rollout": groups.engines}, log)
             self._weights.sleep()
         groups.start_trainers()
         self._weights.connect()
 
     def wait_ready(self, log: Log = print) -> None:
-        """Block until the cluster has room and every actor is up.
+        """Block until the cluster has room, however long that takes, and every actor is up.
 
-        Raises what an actor's start raised, and GetTimeoutError if it takes longer than ``faults.deadline_minutes``.
+        Raises what an actor's constructor raised, and GetTimeoutError if starting the actors takes longer than
+        ``faults.deadline_minutes``.
         """
         self._groups.wait_ready(log)
         self._weights.sleep()
 
     def precision_warning(self) -> str | None:
-        """Return a warning if the learner's compute type sees no updates as small as ``learner.lr``."""
+        """Return a warning if an update of size ``learner.lr`` leaves most weights unchanged in the compute dtype."""
         return self._groups.call_ranks(lambda rank: rank.precision_warning.remote())
 
     # -- a step ----------------------------------------------------------------------------------------------------
 
     def generate(self, requests: Sequence[RolloutRequest], sampling: SamplingParams) -> Refs:
+        """Start the rollouts; return for each engine a ref or, with ``pipeline.streaming``, a generator of refs."""
         rollouts = self._groups.rollouts
         return (rollouts.stream if self._settings.pipeline.streaming else rollouts.generate)(requests, sampling)
 
@@ -87,7 +89,8 @@ class Workers:
     ) -> tuple[FilterReport, ray.ObjectRef]:
         """Return the sample filter's report and a ref to the kept trajectories.
 
-        The learner completes earlier ``calls`` first; raises what they raised, and gives their time to ``timer``.
+        With ``timer``, waits for the learner's earlier ``calls`` first: raises what they raised, and records the wait
+        as the phase "learn".
         """
         answers = [rank.filter.options(num_returns=2).remote(*rollout_refs) for rank in self._groups.learner]
         if timer:
@@ -173,7 +176,7 @@ class Workers:
         return self._groups.rollouts
 
     def push_weights(self) -> None:
-        """Send the learner's weights to every rollout engine, unless the engines hold them."""
+        """Send the learner's weights to every rollout engine, unless the engines hold them already."""
         self._weights.push()
 
     def save(
@@ -185,10 +188,11 @@ class Workers:
         keep: int,
         prefetched_rollouts: Sequence[Any] = (),
     ) -> Path:
-        """Write a checkpoint, with rollouts of ``step`` if they were generated before it.
+        """Write a checkpoint, with the rollouts of ``step`` if they were prefetched.
 
-        It may still be written when this returns: ``finish_saving`` waits.  Raises SaveError, also for the checkpoint
-        before it, and if the learner is not at policy ``version``: after a failure it may be new.
+        Writing may continue in the background after the return; ``finish_saving`` waits.  Raises SaveError if this
+        checkpoint or the one before cannot be written, or if the learner is not at policy ``version``, for example
+        because it was restarted after a fault.
         """
         return self._groups.call_ranks(
             lambda rank: rank.save.remote(folder.absolute(), step, version, state, keep, *prefetched_rollouts)
@@ -209,7 +213,7 @@ class Workers:
         self._groups.call_ranks(lambda rank: rank.save_pretrained.remote(folder.absolute()))
 
     def recover(self, error: RayError, checkpoints: Path | None, log: Log = print) -> Recovery:
-        """Replace the actors that died or hang, as ``error`` of any method shows; the caller then repeats the method.
+        """Replace the actors that died or hang after a method raised ``error``; the caller then repeats the method.
 
         A new learner starts from the newest of ``checkpoints``, or from its model if there is none.  Raises ``error``
         itself if code raised it and would raise it again, and RunError when the supervisor gives up.

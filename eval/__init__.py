@@ -1,1 +1,1 @@
-"""Evaluation: exact match on GSM8K-style answers, and performance measurements."""
+"""Command lines for evaluation, benchmarks, fault injection and GPU checks."""

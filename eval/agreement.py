@@ -31,7 +31,7 @@ NEEDED = ("key", "output", "reference")
 
 @dataclass(frozen=True, slots=True)
 class Judged:
-    """One answer under the four rules; ``ours`` and ``theirs`` are what match and flexible-extract looked at."""
+    """One answer under the four rules; ``ours`` and ``theirs`` are the texts that match and flexible-extract judged."""
 
     key: str
     output: str
@@ -44,7 +44,7 @@ class Judged:
 
 
 def judge(records: Sequence[dict[str, str]]) -> list[Judged]:
-    """Judge every record by our rules and by lm-eval's own gsm8k task."""
+    """Judge every record by our rules and by lm-eval's gsm8k task."""
     results = []
     for record, theirs in zip(records, harness([(r["output"], r["reference"]) for r in records]), strict=True):
         ours = score(record["output"], record["reference"])
@@ -65,7 +65,7 @@ def judge(records: Sequence[dict[str, str]]) -> list[Judged]:
 
 
 def harness(answers: Sequence[tuple[str, str]]) -> list[dict[str, tuple[bool, str]]]:
-    """lm-eval's gsm8k on (output, reference) pairs, its filters and metric: for each filter, right and extracted."""
+    """Judge (output, reference) pairs by lm-eval's gsm8k task; return (right, extracted text) by filter for each."""
     from lm_eval.api.instance import Instance
 
     with tempfile.TemporaryDirectory() as folder:
@@ -122,10 +122,10 @@ def _other_reading(ours: str, theirs: str, match: bool) -> str:
 
 
 def read(files: Iterable[Path]) -> list[dict[str, str]]:
-    """Records of all files.  Raises ConfigError naming file and line."""
+    """Read the records of all files.  Raises ConfigError naming file and record."""
     records = []
     for file in files:
-        if file.name.startswith("tokens-"):  # which a glob over evaluations/ brings along
+        if file.name.startswith("tokens-"):  # token views, which a glob over evaluations/ includes
             continue
         for number, row in enumerate(read_jsonl(file), 1):
             missing = [k for k in NEEDED if not isinstance(row.get(k), str)]
@@ -138,7 +138,7 @@ def read(files: Iterable[Path]) -> list[dict[str, str]]:
 
 
 def main(argv: Sequence[str] | None = None, prog: str = "python -m eval.agreement") -> int:
-    """Runs the command line; returns the exit code: 0 strict agrees everywhere, 1 it does not, 2 bad input."""
+    """Run the command line and return the exit code: 0 if strict agrees everywhere, 1 if not, 2 for bad input."""
     parser = argparse.ArgumentParser(
         prog=prog, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -103,7 +103,7 @@ def next_token_calibration(
 
 
 def _predictions(hidden_NH: torch.Tensor, head: LMHead, targets_N: torch.Tensor) -> torch.Tensor:
-    """Return float32 ``[N, 3]``: the top token's probability, 1 if it is the target, the target's log-probability."""
+    """Return float32 ``[N, 3]``: top token's probability, 1 if it is the target, target's log-probability (nats)."""
     out_N3 = torch.empty(len(hidden_NH), 3, dtype=torch.float32, device=hidden_NH.device)
     size = chunk_size(len(hidden_NH), head)
     project = Projector(head.to(hidden_NH.dtype), size)

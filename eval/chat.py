@@ -31,7 +31,7 @@ from onpolicy_skd.types import RolloutRequest, SamplingParams, seed_of
 if TYPE_CHECKING:
     from onpolicy_skd.rollout.engine import RolloutEngine
 
-NARROWEST = 20  # characters of a column; with less room answers stand below each other
+NARROWEST = 20  # characters of a column; with less room, answers are shown one below the other
 HINT = "Type a question; an empty line, Ctrl-D or Ctrl-C ends."
 
 
@@ -44,14 +44,14 @@ class Answer:
 
 @dataclass(frozen=True, slots=True)
 class Speaker:
-    """A model that answers, with the tokenizer that its prompts are made with."""
+    """A model that answers, with the tokenizer for its prompts."""
 
     label: str
     engine: RolloutEngine
     tokenizer: Any
 
     def answer(self, question: str, settings: Settings, sampling: SamplingParams) -> Answer:
-        """Answer ``question`` in the prompt format of ``settings.data``.  Raises DataError for one that is too long."""
+        """Answer ``question`` in the prompt format of ``settings.data``.  Raises DataError if it is too long."""
         from onpolicy_skd.data.prompts import DataError, load_shots, render
         from onpolicy_skd.evaluation.stop_texts import before_stop
 
@@ -69,15 +69,15 @@ class Speaker:
 
 
 def models_of(args: argparse.Namespace) -> dict[str, tuple[str, bool]]:
-    """Return (model, whether its prompts are made with the student's tokenizer) by label.
+    """Return (model, True if its prompts are made with the student's tokenizer) by label.
 
-    The models of a run have one vocabulary, and training made all prompts with the student's tokenizer.
+    The models of a run share a vocabulary, and training made all prompts with the student's tokenizer.
     """
     run_config = args.config or config_beside(args.model)
     if args.alone or args.versus or run_config is None:
         return {name: (name, False) for name in [*(args.versus or []), args.model]}
     run = build_settings(run_config, [parse_override(text) for text in args.overrides])
-    teacher = {} if run.teachers else {"teacher": (run.teacher_model.model, True)}  # several are left out
+    teacher = {} if run.teachers else {"teacher": (run.teacher_model.model, True)}  # several teachers are left out
     return {"before": (run.student.model, True), "after": (args.model, True), **teacher}
 
 
@@ -99,7 +99,7 @@ def load(args: argparse.Namespace, settings: Settings) -> list[Speaker]:
 
 
 def side_by_side(answers: Mapping[str, Answer | None], width: int) -> RenderableType:
-    """Return the answers as columns, or below each other where ``width`` is too small; None is still to come."""
+    """Return the answers as columns, or as rows if ``width`` is too small; None stands for a pending answer."""
     columns = width // len(answers) >= NARROWEST
     table = Table(expand=True, show_header=columns, show_lines=not columns, padding=(0, 1))
     if columns:
@@ -126,13 +126,13 @@ def reply(question: str, speakers: Sequence[Speaker], settings: Settings, sampli
 
 
 def show(labels: Sequence[str], answers: Iterable[Answer], console: Console) -> None:
-    """Show answers in a terminal as they come."""
+    """Show answers in a terminal as they arrive."""
     shown: dict[str, Answer | None] = dict.fromkeys(labels)
     with Live(side_by_side(shown, console.width), console=console, transient=True) as live:
         for label, answer in zip(labels, answers, strict=True):
             shown[label] = answer
             live.update(side_by_side(shown, console.width))
-    console.print(side_by_side(shown, console.width))  # whole, where the live one was cut at the screen's height
+    console.print(side_by_side(shown, console.width))  # in full: the live table is cut at the screen's height
 
 
 def questions(interactive: bool) -> Iterator[str]:
@@ -151,7 +151,7 @@ def questions(interactive: bool) -> Iterator[str]:
 
 
 def chat(speakers: Sequence[Speaker], settings: Settings, sampling: SamplingParams) -> int:
-    """Answer all questions; return the exit code: 2 if a question was refused."""
+    """Answer all questions; return the exit code: 2 if a question that was not typed at a prompt was refused."""
     console, refused = Console(highlight=False), False
     labels = [speaker.label for speaker in speakers]
     interactive = sys.stdin.isatty() and console.is_terminal
@@ -199,7 +199,7 @@ def main(argv: Sequence[str] | None = None, prog: str = "python -m eval.chat") -
     except KeyboardInterrupt:
         print()
         return 0
-    except BrokenPipeError:  # the reader of a pipe has enough
+    except BrokenPipeError:  # the reader of a pipe has closed it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
 

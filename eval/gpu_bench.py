@@ -38,7 +38,8 @@ from onpolicy_skd.types import Trajectory
 LOSSES = ("dense", "trl", "liger", "ours_k100", "ours_k20", "ours_k5")
 SHARES = {"ours_k100": 1.0, "ours_k20": 0.2, "ours_k5": 0.05}
 PROMPT = 128  # tokens of each prompt
-NOMINAL = {"H100": (989e12, 3.35e12), "H200": (989e12, 4.8e12), "A100": (312e12, 2.04e12)}  # bfloat16 FLOP/s, bytes/s
+# Dense bfloat16 FLOP/s, and bytes/s of memory, of the SXM cards.
+NOMINAL = {"H100": (989e12, 3.35e12), "H200": (989e12, 4.8e12), "A100": (312e12, 2.04e12)}
 
 
 class Shape(NamedTuple):
@@ -62,7 +63,7 @@ SHAPES = {
 
 
 def card(device: str) -> dict[str, Any]:
-    """Return name, memory, and what a large product and a large copy reach here: FLOP/s and bytes/s."""
+    """Return the device's name and memory, and the measured rates of a large matrix product and a large copy."""
     size = 8192 if device == "cuda" else 256
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
@@ -78,7 +79,7 @@ def card(device: str) -> dict[str, Any]:
 
 
 def seconds_of(action: Callable[[], Any], device: str, repeat: int = 3) -> float:
-    """Return the seconds of a warm call, the fastest of ``repeat``."""
+    """Return the seconds of the fastest of ``repeat`` calls after a warm-up call."""
     times = []
     for _ in range(repeat + 1):
         start = wall(device)
@@ -88,14 +89,14 @@ def seconds_of(action: Callable[[], Any], device: str, repeat: int = 3) -> float
 
 
 def wall(device: str) -> float:
-    """Return the time, once the device has nothing left to do."""
+    """Return the time in seconds, once the device has finished all work."""
     if device == "cuda":
         torch.cuda.synchronize()
     return time.perf_counter()
 
 
 def measured(action: Callable[[], dict[str, Any]], device: str) -> dict[str, Any]:
-    """Return what ``action`` returns and the peak of memory above what was in use; ``error`` where memory ends."""
+    """Return what ``action`` returns and its peak of additional memory, GiB, or ``error`` if it runs out of memory."""
     gc.collect()
     if device == "cuda":
         torch.cuda.empty_cache()
@@ -148,7 +149,7 @@ def liger_step(inputs: dict[str, Tensor]) -> Callable[[], Tensor]:
 
 
 def loss_flops(shape: Shape, name: str) -> float:
-    """Return the floating-point operations of the products: logits of both models, two gradients, the entropy pass."""
+    """Return the FLOPs of the matrix products: logits of both models, two gradients, with k < 1 the entropy pass."""
     rows = SHARES.get(name, 1.0) * shape.rows
     once = 2.0 * shape.vocabulary
     entropy = once * shape.rows * shape.student if SHARES.get(name, 1.0) < 1 else 0.0
@@ -156,7 +157,11 @@ def loss_flops(shape: Shape, name: str) -> float:
 
 
 def loss_bytes(shape: Shape, name: str) -> float:
-    """Return the least bytes that must move: heads, the head's gradient, logits of both written and read once."""
+    """Return the least bytes that must move, with products in bfloat16 and logits in float32.
+
+    They are both heads and the gradient of the student's; the logits of both models and their bfloat16 gradient, each
+    written and read once; and with k < 1 the logits of the entropy pass.
+    """
     rows, full = SHARES.get(name, 1.0) * shape.rows, shape.rows if SHARES.get(name, 1.0) < 1 else 0
     heads = 2 * shape.vocabulary * (2 * shape.student + shape.teacher)
     return heads + 4 * shape.vocabulary * (2 * full + 5 * rows)
@@ -166,7 +171,7 @@ def loss_bytes(shape: Shape, name: str) -> float:
 
 
 class RandomTeacher(NoTeacher):
-    """A teacher whose rows are noise: it costs nothing but its LM head and the rows."""
+    """A teacher whose rows are noise: it costs only its LM head and the rows."""
 
     def __init__(self, shape: Shape, device: str, dtype: torch.dtype) -> None:
         super().__init__()
@@ -179,7 +184,7 @@ class RandomTeacher(NoTeacher):
 
 
 def random_student(shape: Shape, device: str) -> SplitModel:
-    """Return a Qwen3 model of the shape, in float32."""
+    """Return a Qwen3 model of the shape, in float32, with random weights."""
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
     config = Qwen3Config(
@@ -192,7 +197,7 @@ def random_student(shape: Shape, device: str) -> SplitModel:
 
 
 def random_batch(shape: Shape, tokens: int, version: int) -> list[Trajectory]:
-    """Return trajectories of one length that fill a micro-batch of ``tokens``."""
+    """Return trajectories of equal length that fill a micro-batch of ``tokens``."""
     rng, length = np.random.default_rng(version), shape.responses
     prompt = min(PROMPT, length)
     return [
@@ -239,7 +244,10 @@ def learner_step(
 
 
 def predicted_gb(shape: Shape, tokens: int, k: float, checkpointing: bool) -> float:
-    """Return the estimated peak of a step: weights, gradient and moments; heads; a chunk of logits; activations."""
+    """Estimate the peak memory of a step, in units of 1e9 bytes.
+
+    Counts weights, gradient and moments; both heads in bfloat16; a chunk of logits; activations.
+    """
     head, layer = shape.vocabulary * shape.student, 12 * shape.student**2  # grouped attention 3, three MLP matrices 9
     parameters = head + shape.layers * layer
     positions = k * tokens * shape.responses / (shape.responses + min(PROMPT, shape.responses))
@@ -250,7 +258,7 @@ def predicted_gb(shape: Shape, tokens: int, k: float, checkpointing: bool) -> fl
 
 
 def steps(shape: Shape, device: str) -> list[dict[str, Any]]:
-    """Measure steps by length, with and without recomputed activations, and by share of positions."""
+    """Measure steps by tokens, with and without recomputed activations, and by share of positions."""
     middle = shape.tokens[len(shape.tokens) // 2]
     cases = [(tokens, 0.2, recomputed) for tokens in shape.tokens for recomputed in (False, True)]
     cases += [(middle, k, False) for k in (0.05, 1.0)]
@@ -291,7 +299,10 @@ def whole_run(config: str, overrides: Sequence[str], count: int = 6) -> dict[str
 
 
 def run_figures(records: Iterable[dict[str, Any]]) -> dict[str, Any]:
-    """Return means over the steps of a run but the first: seconds by phase, generated tokens per second, gap."""
+    """Return means over all steps of a run but the first: seconds by phase, generated tokens per second, sampler gap.
+
+    The learner's memory is the maximum, GiB.
+    """
     warm = steps_of(records)[1:]
     phases = {name: float(np.mean([r["seconds"][name] for r in warm])) for name in warm[0]["seconds"]}
     generated = np.mean([r["response_tokens"] * r["generated"] for r in warm])
@@ -309,7 +320,7 @@ def run_figures(records: Iterable[dict[str, Any]]) -> dict[str, Any]:
 
 
 def page(result: dict[str, Any]) -> str:
-    """Return the results as Markdown, next to the arithmetic."""
+    """Return the results as Markdown, next to estimates and the device's peak rates."""
     reached = result["card"]["reached"]
     peaks = result["card"].get("nominal", reached)
     lines = [

@@ -38,9 +38,9 @@ MAX_DRAWS = 4_096
 
 
 def measure(settings: Settings, samples: int) -> dict[str, Any]:
-    """Measure angle (degrees) and length ratio against the exact gradient, one record per class sampler.
+    """Measure the angle (degrees) and the length ratio to the exact gradient, one record per class sampler.
 
-    Raises ConfigError for several teachers.
+    ``samples``: reference answers in the batch.  Raises ConfigError for several teachers.
     """
     from onpolicy_skd.learner.learner import Learner
     from onpolicy_skd.models.loading import load_model, pick_device, pick_dtype
@@ -110,7 +110,7 @@ def _dot(left: Sequence[Tensor], right: Sequence[Tensor]) -> float:
 
 
 def _draws_for(unique_classes: Callable[[ClassSettings], float]) -> int:
-    """Return the number of draws that yields about UNIQUE_CLASSES different classes, by bisection."""
+    """Return the number of draws that yields about UNIQUE_CLASSES different classes per position, by bisection."""
     low, high = UNIQUE_CLASSES, MAX_DRAWS
     while low < high:
         middle = (low + high) // 2

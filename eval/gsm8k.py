@@ -66,7 +66,7 @@ def _run(args: argparse.Namespace, settings: Settings) -> int:
 
 
 def show(result: dict[str, Any]) -> None:
-    """Print shares with their intervals: avg@N and pass@k for several samples."""
+    """Print shares with their 95 % intervals: avg@N and pass@k for several samples."""
     samples = result["samples"]
     for rule in RULES:
         print(f"{rule:>6}: {_interval(result[rule])}" + (f"  avg@{samples}" if samples > 1 else ""))

@@ -48,7 +48,7 @@ class Change:
 
     @property
     def p_value(self) -> float:
-        """The two-sided exact p-value of McNemar's test: gained and lost are equally likely (McNemar, 1947)."""
+        """Two-sided exact p-value of McNemar's test of equally likely gains and losses (McNemar, 1947)."""
         from scipy.stats import binomtest
 
         discordant = self.gained + self.lost
@@ -56,7 +56,7 @@ class Change:
 
     @property
     def interval(self) -> tuple[float, float]:
-        """The 95 % interval of after - before: the adjusted Wald interval of paired shares (Agresti and Min, 2005)."""
+        """95 % interval of after - before: the adjusted Wald interval of paired shares (Agresti and Min, 2005)."""
         gained, lost, count = self.gained + 0.5, self.lost + 0.5, self.problems + 2.0
         center = (gained - lost) / count
         half = Z * math.sqrt(gained + lost - (gained - lost) ** 2 / count) / count
@@ -91,7 +91,7 @@ def read(path: Path) -> Records:
 
 
 def paired(first: Records, second: Records, names: tuple[Path, Path]) -> list[str]:
-    """Return the keys of both; raise ConfigError unless they hold the same questions."""
+    """Return the keys of both records.  Raises ConfigError unless they hold the same questions."""
     for key in first.keys() | second.keys():
         questions = [records[key]["question"] if key in records else None for records in (first, second)]
         if questions[0] != questions[1]:

@@ -31,7 +31,7 @@ NAMES = ("LearnerActor", "TeacherActor", "RolloutActor", "raylet", "gcs_server")
 
 
 def measure(driver: psutil.Process) -> dict[str, dict[str, float]]:
-    """Return memory in MiB and open files of each process of a run, by its kind."""
+    """Return memory (MiB) and open files of a run's processes by kind, of one process per kind."""
     sample = {}
     for process in [driver, *driver.children(recursive=True)]:
         with contextlib.suppress(psutil.NoSuchProcess, psutil.AccessDenied, IndexError):
@@ -45,7 +45,7 @@ def measure(driver: psutil.Process) -> dict[str, dict[str, float]]:
 
 
 def _store(driver: psutil.Process) -> float:
-    """Return the MiB of Ray's object store on this machine, the shared memory of the raylet."""
+    """Return the MiB of Ray's object store on this machine: the shared memory of the raylet."""
     for process in driver.children(recursive=True):
         with contextlib.suppress(psutil.NoSuchProcess, psutil.AccessDenied):
             if "raylet" in process.name():
@@ -88,7 +88,7 @@ def main(argv: Sequence[str] | None = None, prog: str = "python -m eval.soak") -
 
 
 def conclude(samples: Sequence[dict[str, Any]], steps: int, code: int | None, seconds: float) -> dict[str, Any]:
-    """Return the growth between the second and the last tenth of ``samples``; flat means at most 5 % each."""
+    """Return the growth from the second to the last tenth of ``samples``; flat means at most 5 % in each series."""
     series: defaultdict[str, list[float]] = defaultdict(list)
     pids: defaultdict[str, set[float]] = defaultdict(set)
     for sample in samples:

@@ -66,7 +66,7 @@ def load_tasks(
     """Return lm-eval's task objects by name; they read FOLDER/NAME/SPLIT.jsonl where that folder exists.
 
     Answers have at most half of ``max_length`` tokens, which leaves the other half to the prompt.  ``fewshot`` replaces
-    the number of examples where a task takes any.  Raise ConfigError for an unknown name and for data that neither the
+    the number of examples where a task takes any.  Raises ConfigError for an unknown name and for data that neither the
     folder nor the hub has.
     """
     from lm_eval import tasks
@@ -125,7 +125,7 @@ def _build(name: str, config: dict[str, Any], splits: Sequence[str], folder: Pat
     source = config["dataset_path"]
     try:
         return ConfigurableTask(config={k: v for k, v in config.items() if k not in ("tag", "group")})
-    except Exception as error:  # datasets and the hub client raise many kinds; each means there is no such data
+    except Exception as error:  # datasets and the hub client raise many kinds; each means that data cannot be loaded
         files = ", ".join(f"{folder or Path('FOLDER') / name}/{split}.jsonl" for split in splits)
         first = str(error).splitlines()[0] if str(error) else ""
         raise ConfigError(
@@ -135,7 +135,7 @@ def _build(name: str, config: dict[str, Any], splits: Sequence[str], folder: Pat
 
 
 def language_model(args: argparse.Namespace) -> Any:
-    """Return lm-eval's wrapper of the model on the chosen backend.  Raise ConfigError if vLLM cannot run it."""
+    """Return lm-eval's wrapper of the model on the chosen backend.  Raises ConfigError if vLLM cannot run here."""
     print(f"loading {args.model} into {args.backend}", flush=True)
     path, device = models.resolve_path(args.model), models.pick_device(args.device)
     dtype = str(models.pick_dtype(args.dtype, device)).removeprefix("torch.")
@@ -151,7 +151,10 @@ def language_model(args: argparse.Namespace) -> Any:
 
 
 def max_length(args: argparse.Namespace) -> int:
-    """Return the most tokens of a prompt with its answer: ``--max-length``, or the model's positions if fewer."""
+    """Return the most tokens of a prompt with its answer: ``--max-length``, or the model's positions if fewer.
+
+    Raises ConfigError if the model cannot be found.
+    """
     config = models.load_config(args.model, args.trust_remote_code).get_text_config()
     return min(args.max_length, getattr(config, "max_position_embeddings", None) or args.max_length)
 
@@ -194,7 +197,7 @@ class Outcome:
 
 
 def evaluate(args: argparse.Namespace) -> Outcome:
-    """Run the suite.  Raise ConfigError before a model loads."""
+    """Run the suite.  Raises ConfigError, for tasks and data before a model loads."""
     from lm_eval.evaluator import simple_evaluate
 
     start = time.perf_counter()

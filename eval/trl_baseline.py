@@ -37,8 +37,8 @@ from onpolicy_skd.run.prepare import Run, open_folder, prepare
 from onpolicy_skd.run.stop import Stopped, StopSignal
 from onpolicy_skd.types import Prompt
 
-VLLM_GPU_MEMORY = 0.25  # at most this share: student, teacher and optimizer are on the same GPU
-BETA = {"forward_kl": 0.0, "reverse_kl": 1.0}  # TRL's name for the divergence; jsd sets alignment.beta
+VLLM_GPU_MEMORY = 0.25  # largest share for the engine: student, teacher and optimizer are on the same GPU
+BETA = {"forward_kl": 0.0, "reverse_kl": 1.0}  # TRL's beta by divergence; that of jsd is alignment.beta
 
 
 class Trainer(DistillationTrainer):
@@ -49,7 +49,7 @@ class Trainer(DistillationTrainer):
 
 
 class Recorder(TrainerCallback):
-    """Write TRL's log under this project's names, evaluate every ``run.evaluate_every`` steps, stop on a signal."""
+    """Writes TRL's log under this project's names, evaluates every ``run.evaluate_every`` steps, stops on a signal."""
 
     def __init__(self, run: Run, metrics: MetricsLog, stop: StopSignal, student: Any) -> None:
         self.evaluations: dict[str, Any] = {}
@@ -59,7 +59,7 @@ class Recorder(TrainerCallback):
         self._tokens = 0
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self._tokens = int(state.num_input_tokens_seen)  # counted before a resume
+        self._tokens = int(state.num_input_tokens_seen)  # not 0 in a resumed run
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self._step_start = time.perf_counter()
@@ -122,7 +122,7 @@ class Recorder(TrainerCallback):
 
 
 def newest(folder: Path) -> Path | None:
-    """Return the newest complete checkpoint: transformers writes a checkpoint in place, trainer_state.json last."""
+    """Return the newest complete checkpoint; transformers writes a checkpoint in place, trainer_state.json last."""
     complete = [p for p in folder.glob("checkpoint-*") if (p / "trainer_state.json").exists()]
     return max(complete, key=lambda p: int(p.name.rpartition("-")[2]), default=None)
 
@@ -185,7 +185,7 @@ def trainer_for(run: Run, student: Any, recorder: TrainerCallback) -> Trainer:
 
 
 def train(settings: Settings) -> int:
-    """Train one run, from settings to summary.json, and return the exit code.  Raise ConfigError for bad settings."""
+    """Train one run, from settings to summary.json, and return the exit code.  Raises ConfigError for bad settings."""
     check_trl(settings)
     run = prepare(settings, generates=False)
     with open_folder(run):

@@ -17,7 +17,7 @@ PROBLEMS = 200
 
 
 def answers_right(metric: str) -> list[bool]:
-    """Train with positions selected by ``metric``; return which held-out problems the student then solves."""
+    """Train with positions selected by ``metric``; return for each held-out problem if the student then solves it."""
     settings = load_config(
         "demo",
         {

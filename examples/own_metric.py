@@ -3,8 +3,8 @@
     python examples/own_metric.py
 
 A metric is a function from ``Signals`` (what is known about N positions, in nats) to N scores; the highest are
-supervised.  docs/extending.md lists the signals.  The actors import the function by the name of its module, so training
-starts only under ``__main__``.
+supervised.  docs/extending.md lists the signals.  Actors import this module by its name, so training must start only
+under ``__main__``.
 """
 
 from torch import Tensor
@@ -14,7 +14,7 @@ from onpolicy_skd.selection.metrics import Signals
 
 
 def sure_and_wrong(signals: Signals) -> Tensor:
-    """Return the reverse KL divergence from the teacher per nat of the student's entropy."""
+    """Return ``[N]``: the reverse KL to the teacher divided by the student's entropy plus 0.1 nats."""
     return signals.reverse_kl_N / (signals.entropy_N + 0.1)
 
 

@@ -1,1 +1,1 @@
-"""Fault injection: what happens to runs whose processes, disks and files fail.  See docs/reliability.md."""
+"""Fault injection: outcomes of runs whose processes, disks or files fail.  See docs/reliability.md."""

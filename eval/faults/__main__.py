@@ -83,7 +83,7 @@ def main(argv: Sequence[str] | None = None, prog: str = "python -m eval.faults")
 
 
 def _earlier_outcomes(file: Path) -> dict[str, dict]:
-    """Return the outcomes of an earlier call, which ``--only`` completes."""
+    """Return the outcomes of an earlier call, so that calls with ``--only`` add to one summary."""
     return json.loads(file.read_text(encoding="utf-8"))["scenarios"] if file.exists() else {}
 
 

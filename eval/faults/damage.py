@@ -30,7 +30,7 @@ SLOW = 10.0  # seconds after which a reader counts as hung
 
 
 def flipped(content: bytes, rng: random.Random) -> bytes:
-    """Return ``content`` with a changed byte."""
+    """Return ``content`` with one byte changed."""
     at = rng.randrange(len(content))
     return content[:at] + bytes([content[at] ^ rng.randrange(1, 256)]) + content[at + 1 :]
 
@@ -56,7 +56,10 @@ def mutated(content: bytes, rng: random.Random) -> bytes:
 
 
 def tried(tally: Tally, what: str, action: Callable[[], bool]) -> None:
-    """Count the outcome of ``action``: True is right, a ConfigError with text is clear, anything else is wrong."""
+    """Count the outcome of ``action``: True is right, a ConfigError with text is a clear error, all else is wrong.
+
+    An action that takes longer than SLOW is wrong too.
+    """
     start = time.monotonic()
     try:
         right = action()
@@ -75,7 +78,7 @@ def tried(tally: Tally, what: str, action: Callable[[], bool]) -> None:
 
 
 def damaged_checkpoints(folder: Path, rng: random.Random, count: int) -> Tally:
-    """Change a byte of the newest checkpoint: it, or the one before, must be read without damage."""
+    """Change one byte of the newest checkpoint: ``newest`` must return it or the one before, undamaged."""
     tally = Tally()
     for number in range(count):
         checkpoints = folder / f"checkpoint-{number}"
@@ -125,7 +128,7 @@ def small_cache(folder: Path) -> tuple[Path, list[Trajectory], list[torch.Tensor
 def damaged_caches(
     folder: Path, rng: random.Random, count: int, change: Callable[[bytes, random.Random], bytes] = flipped
 ) -> Tally:
-    """Change a file of a cache: it is read as before, or refused."""
+    """Change a file of a cache: the cache must be read as before, or refused."""
     tally = Tally()
     cache_folder, texts, expected = small_cache(folder / "cache")
     files = sorted(f for f in cache_folder.iterdir() if f.is_file() and f.stat().st_size)
@@ -146,7 +149,7 @@ def damaged_caches(
 def damaged_data(
     folder: Path, rng: random.Random, count: int, change: Callable[[bytes, random.Random], bytes] = flipped
 ) -> Tally:
-    """Change a data file: rows are read as other text, or the error names file and line."""
+    """Change a data file: its rows must be read, if with other text, or refused with a ConfigError."""
     tally, file = Tally(), folder / "rows.jsonl"
     folder.mkdir(parents=True, exist_ok=True)
     rows = [row for row, _ in zip(demo_task.problems("train"), range(20), strict=False)]
@@ -162,7 +165,7 @@ def damaged_data(
 
 
 def fuzzed_settings(folder: Path, rng: random.Random, count: int) -> Tally:
-    """Build settings from mutated configuration files and random overrides."""
+    """Build settings from mutated configuration files and from random overrides, alternately."""
     tally, file = Tally(), folder / "config.yaml"
     folder.mkdir(parents=True, exist_ok=True)
     configs = [f.read_bytes() for f in sorted((ROOT / "configs").rglob("*.yaml")) if "compare" not in f.name]

@@ -104,7 +104,10 @@ class Lab:
         return values
 
     def reference(self, steps: int, *overrides: str) -> dict[int, tuple[float, ...]]:
-        """Return the metrics of an undisturbed run of ``steps`` steps, which is made once."""
+        """Return the metrics of an undisturbed run of ``steps`` steps, which is made once, by the first call.
+
+        Later calls ignore ``overrides``.  Raises RuntimeError if the run fails.
+        """
         name = f"reference-{steps}"
         if not RunPaths(self.folder / name).final.exists():
             shutil.rmtree(self.folder / name, ignore_errors=True)
@@ -114,7 +117,7 @@ class Lab:
 
 
 def exit_code(process: subprocess.Popen[bytes]) -> int:
-    """Wait for a run; return its exit code, or -1 if it hung."""
+    """Wait for a run; return its exit code, or -1 if it hung and was killed."""
     try:
         return process.wait(TIMEOUT_S)
     except subprocess.TimeoutExpired:
@@ -123,7 +126,7 @@ def exit_code(process: subprocess.Popen[bytes]) -> int:
 
 
 def kill_tree(pid: int) -> None:
-    """Kill a process that was started here and all its descendants."""
+    """Kill the process ``pid`` and all its descendants."""
     with contextlib.suppress(psutil.NoSuchProcess):
         process = psutil.Process(pid)
         family = [*process.children(recursive=True), process]
@@ -134,7 +137,7 @@ def kill_tree(pid: int) -> None:
 
 
 def actors(driver: int, kind: str) -> list[psutil.Process]:
-    """Return the processes of the ``kind`` of actor in the private Ray of process ``driver``."""
+    """Return the actor processes of ``kind`` in the private Ray of process ``driver``."""
     processes = []
     with contextlib.suppress(psutil.NoSuchProcess):
         for process in psutil.Process(driver).children(recursive=True):
@@ -145,7 +148,7 @@ def actors(driver: int, kind: str) -> list[psutil.Process]:
 
 
 def verdict(lab: Lab, tally: Tally, name: str, steps: int, code: int, count: int) -> None:
-    """Count ``count`` faults of a run that must end with the losses of the undisturbed run."""
+    """Count ``count`` faults of a run, which must end with the metrics of the undisturbed run."""
     expected, actual = lab.reference(steps), lab.steps(name)
     if code == 0 and actual == expected and (RunPaths(lab.folder / name).final / "model.safetensors").exists():
         tally.add("ended_right", count)
@@ -161,7 +164,7 @@ def one_error(text: str) -> bool:
 
 
 def killed_actors(lab: Lab, kind: str, count: int, signal_number: int = signal.SIGKILL, *overrides: str) -> Tally:
-    """Kill actors of ``kind`` in a run ``count`` times, at random moments, also while they start."""
+    """Kill an actor of ``kind`` in a run ``count`` times, at random moments, also while actors start."""
     tally, steps, name = Tally(), 8 * count, f"killed-{kind.lower()}"
     lab.reference(steps, *overrides)
     process = lab.start(lab.command(name, steps, *overrides), name)
@@ -209,7 +212,7 @@ def killed_driver(lab: Lab, count: int, steps: int = 60) -> Tally:
 
 
 def newest_step(run: Path) -> int:
-    """Return the step of the newest checkpoint, a folder under replacement included; -1 if there is none."""
+    """Return the step of the newest checkpoint, folders that are being replaced included; -1 if there is none."""
     names = [p.name.removeprefix(".").removesuffix(".old") for p in RunPaths(run).checkpoints.glob("*step-*")]
     return max((int(n.removeprefix("step-")) for n in names if n.removeprefix("step-").isdigit()), default=-1)
 
@@ -249,7 +252,7 @@ def full_disk(lab: Lab, count: int, steps: int = 14) -> Tally:
         name, left = f"full-disk-{number}", lab.rng.choice((0, 40, 400, 2000))
         when = lab.rng.randrange(2, steps - 3)
         train = " ".join(lab.command("r", steps, folder=mount))
-        # A background process fills the disk, but for a little, as soon as a checkpoint exists.
+        # A background process fills the disk except for ``left`` KiB once the checkpoint of step ``when`` exists.
         script = f"""
             mount -t tmpfs -o size=24m none {mount}
             ( while [ ! -d {mount}/r/checkpoints/step-{when:08d} ]; do sleep 0.02; done
@@ -277,7 +280,10 @@ def full_disk(lab: Lab, count: int, steps: int = 14) -> Tally:
 
 @contextlib.contextmanager
 def cluster(cpus: float, *options: str) -> Iterator[tuple[str, Callable[[], subprocess.Popen[bytes]], dict[str, str]]]:
-    """Start a Ray head; yield its address, a function that adds a node of 1 CPU, and an environment with its token."""
+    """Start a Ray head; yield its address, a function that adds a node of 1 CPU, and variables with its token.
+
+    Raises RuntimeError if the head does not answer within 90 s.
+    """
     environment = os.environ | {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
     ray, port = str(Path(sys.executable).parent / "ray"), free_port()
     nodes: list[subprocess.Popen[bytes]] = []
@@ -317,7 +323,7 @@ def _listens(port: int) -> bool:
 
 
 def lost_node(lab: Lab, count: int) -> Tally:
-    """Kill the only node with room for actors ``count`` times, each time after another one has joined."""
+    """Kill the only node that runs actors ``count`` times, each time after another one was added."""
     tally, steps, name = Tally(), 8 * count + 8, "lost-node"
     lab.reference(steps)
     with cluster(0) as (address, add_node, token):
@@ -330,7 +336,7 @@ def lost_node(lab: Lab, count: int) -> Tally:
             wait_for(process, lambda before=first: newest_step(lab.folder / name) > before)
             time.sleep(lab.rng.uniform(0.0, 2.0))
             spare = add_node()
-            time.sleep(10)  # until it has joined; if that is too soon, the run waits for it
+            time.sleep(10)  # for the node to join; if that is too short, the run waits for it
             kill_tree(node.pid)
             node = spare
         code = exit_code(process)
@@ -363,7 +369,7 @@ time.sleep(600)
 
 
 def full_object_store(lab: Lab, steps: int = 40) -> Tally:
-    """Let another driver of the same Ray hold five times the size of its object store."""
+    """Let another driver on the same cluster hold five times the size of the object store."""
     tally, name = Tally(), "full-object-store"
     lab.reference(steps)
     with cluster(2, "--object-store-memory=80000000") as (address, _, token):
@@ -375,7 +381,7 @@ def full_object_store(lab: Lab, steps: int = 40) -> Tally:
 
 
 def result_of(scenario: Callable[..., Tally], *arguments: Any) -> Tally:
-    """Return the outcome of ``scenario``; an exception of it counts as wrong, so that the others still run."""
+    """Return the outcome of ``scenario``; an exception in it counts as wrong, so that the other scenarios still run."""
     try:
         return scenario(*arguments)
     except Exception as error:

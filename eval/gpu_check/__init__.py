@@ -1,1 +1,1 @@
-"""The GPU path, checked in ten minutes: machine, mathematics, engine, runs; each check has a pass criterion."""
+"""Checks of the GPU path in ten minutes: machine, mathematics, engine, runs; each check has a pass criterion."""

@@ -49,7 +49,7 @@ def run_part(part: str, args: argparse.Namespace) -> list[Result]:
 
 
 def run_separately(part: str, arguments: Sequence[str]) -> list[Result]:
-    """Run a part in a process that gives back the GPU when it ends; a process that dies is a failed check."""
+    """Run a part in a separate process, which frees the GPU when it ends; a process that dies is a failed check."""
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "part.json"
         command = [sys.executable, "-m", "eval.gpu_check", *arguments, "--part", part, "--json", str(file)]

@@ -1,4 +1,4 @@
-"""A vLLM engine against the learner's forward: log-probabilities, new weights, the prefix cache, tokens per second."""
+"""Checks of a vLLM engine against the learner's forward: log-probabilities, new weights, prefix cache, throughput."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ from onpolicy_skd.teacher.teacher import NoTeacher
 from onpolicy_skd.types import RolloutRequest, SamplingParams, Trajectory
 
 PUSHES = 5
-MAX_GAP = 0.02  # nats between engine and learner in a coarse type; 1e-3 in float32
+MAX_GAP = 0.02  # nats per token between engine and learner in a 16-bit type; 1e-3 in float32
 
 
 def check(report: Report, device: str, model: str, tokens: int = 128, prompts: int = 64) -> None:
-    """Generate with vLLM, score with the learner's forward, push weights, change them, and generate again."""
+    """Generate with vLLM, score with the learner's forward, push the same and then changed weights, generate again."""
     cfg = settings(model, device, tokens)
     engine: Any = build_engine(model, cfg)
     rng, known = np.random.default_rng(0), len(loading.load_tokenizer(model))
     requests = [RolloutRequest(f"p{i}", rng.integers(0, known, 32).tolist(), i) for i in range(prompts)]
     sampling, greedy = SamplingParams(tokens), SamplingParams(tokens, temperature=0.0)
-    engine.generate(requests[:2], sampling)  # kernels compile
+    engine.generate(requests[:2], sampling)  # compiles kernels
     start = time.perf_counter()
     sampled = engine.generate(requests, sampling)
     generated = sum(len(t.response_ids) for t in sampled)
@@ -70,19 +70,19 @@ def settings(model: str, device: str, tokens: int) -> Settings:
 
 
 def build_learner(cfg: Settings, model: str, device: str) -> Learner:
-    """Return a learner without a teacher, of the model's full vocabulary, from which the engine samples."""
+    """Return a learner without a teacher, over the model's full vocabulary, from which the engine samples."""
     vocabulary = loading.vocabulary_of(loading.load_config(model))
     student = split(loading.load_model(model, torch.float32, device), vocabulary)
     return Learner(student, NoTeacher(), cfg, 0, 1)
 
 
 def gap(learner: Learner, trajectories: Sequence[Trajectory]) -> float:
-    """Return the mean difference of log-probabilities per token between engine and learner, nats."""
+    """Return the mean absolute difference of log-probabilities between engine and learner, nats per token."""
     return float(np.mean(learner.scorer.sampler_gaps(trajectories)))
 
 
 def _difference(a: Trajectory, b: Trajectory) -> float:
-    """Return the mean difference of log-probabilities up to the first token that differs, nats."""
+    """Return the mean absolute difference of log-probabilities up to the first token that differs, nats per token."""
     shared = min(len(a.response_ids), len(b.response_ids))
     different = np.flatnonzero(a.response_ids[:shared] != b.response_ids[:shared])
     end = different[0] + 1 if len(different) else shared
@@ -91,7 +91,7 @@ def _difference(a: Trajectory, b: Trajectory) -> float:
 
 @torch.no_grad()
 def _perturb(learner: Learner) -> None:
-    """Add noise of a tenth of its size to each weight matrix."""
+    """Add noise to each weight matrix, with a tenth of its root mean square as standard deviation."""
     for number, parameter in enumerate(learner.state.named.values()):
         if parameter.ndim > 1:
             rng = torch.Generator(parameter.device).manual_seed(number)

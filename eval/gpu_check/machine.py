@@ -1,4 +1,4 @@
-"""What a GPU machine must have: driver, compiler, Python's headers, shared memory, a torch that sees the card."""
+"""Checks of a GPU machine: driver, compiler, Python's headers, shared memory, a torch that sees the card."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ import torch
 from eval.gpu_check.report import Report
 from onpolicy_skd.models.vllm_setup import vllm_version
 
-LEAST_DRIVER = {12: 525, 13: 580}  # by CUDA's major version
+LEAST_DRIVER = {12: 525, 13: 580}  # major version of the driver by CUDA's major version
 LEAST_SHARED_MEMORY = 8e9  # bytes of /dev/shm: Ray's object store
 
 
 def check(report: Report, device: str, with_vllm: bool = True) -> None:
-    """Check this machine; on a CPU only what a CPU run needs too."""
+    """Check this machine; with ``device="cpu"`` only what a CPU run needs."""
     report.note("torch", f"{torch.__version__}, built for CUDA {torch.version.cuda}")
     if device == "cuda":
         driver = driver_version()
@@ -45,7 +45,7 @@ def check(report: Report, device: str, with_vllm: bool = True) -> None:
 
 
 def driver_version() -> str | None:
-    """Return the driver's version as nvidia-smi prints it; None without one."""
+    """Return the driver's version as nvidia-smi prints it; None if it prints none."""
     if shutil.which("nvidia-smi") is None:
         return None
     command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]

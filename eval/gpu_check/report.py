@@ -1,4 +1,4 @@
-"""Results of checks: printed as they come, as a table, and as JSON."""
+"""Results of checks: printed as they arrive, as a table, and as JSON."""
 
 from __future__ import annotations
 
@@ -56,11 +56,11 @@ class Report:
 
     @contextmanager
     def guard(self, name: str) -> Iterator[None]:
-        """Turn an error of the block into a failed check ``name``, and note the block's seconds."""
+        """Turn an error in the block into a failed check ``name``; without one, note the block's seconds."""
         start = time.perf_counter()
         try:
             yield
-        except Exception as error:  # the other checks still tell something
+        except Exception as error:  # the other checks are still informative
             text = str(error).strip().splitlines()
             self._add(name, FAILED, f"{type(error).__name__}: {text[0] if text else ''}", "no error")
         else:
@@ -74,7 +74,7 @@ class Report:
 
 
 def table(results: Sequence[Result]) -> str:
-    """Return the results with a criterion, or skipped, as a Markdown table."""
+    """Return the results as a Markdown table, without notes."""
     rows = [r for r in results if r.status != NOTE]
     lines = ["| part | check | result | measured | passes if |", "|---|---|---|---|---|"]
     for r in rows:

@@ -1,4 +1,4 @@
-"""Whole runs with Ray: the demo, and the run on one GPU, whose engine is killed; it is stopped, then resumed."""
+"""Checks of whole runs with Ray: the demo, and the run on one GPU, with its engine killed, stopped and resumed."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ ONE_GPU = [
 
 
 def check(report: Report, device: str, overrides: Sequence[str] = (), one_gpu: Sequence[str] = ONE_GPU) -> None:
-    """Make the runs in a temporary folder; ``overrides`` are settings of both, such as the folders of models."""
+    """Make the runs in a temporary folder; ``overrides`` are settings of the run on one GPU, such as model folders."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         common = [f"run.dir={folder}", "run.trackers=[]", f"run.device={device}"]
@@ -47,13 +47,13 @@ def command(arguments: Sequence[str]) -> list[str]:
 
 
 def run(arguments: Sequence[str]) -> tuple[int, str]:
-    """Make a run; return its exit code and the end of its output."""
+    """Make a run; return its exit code and the end of its output.  Raises TimeoutExpired."""
     process = subprocess.run(command(arguments), capture_output=True, text=True, check=False, timeout=TIMEOUT_S)
     return process.returncode, (process.stdout + process.stderr)[-1000:]
 
 
 def run_with_faults(arguments: Sequence[str], folder: Path) -> tuple[int, str]:
-    """Make a run whose engine is killed after a few steps, and that is asked to stop after a few more."""
+    """Make a run, kill its engine after KILL_AFTER steps, and send SIGTERM after STOP_AFTER; return as ``run`` does."""
     with tempfile.TemporaryFile("w+", encoding="utf-8") as out:
         process = subprocess.Popen(command(arguments), stdout=out, stderr=subprocess.STDOUT, text=True)
         try:
@@ -71,7 +71,7 @@ def run_with_faults(arguments: Sequence[str], folder: Path) -> tuple[int, str]:
 
 
 def wait_for_steps(process: subprocess.Popen[str], metrics: Path, count: int) -> None:
-    """Return once ``metrics`` has ``count`` steps or the run ended.  Raises TimeoutError."""
+    """Block until ``metrics`` has ``count`` steps or the run has ended.  Raises TimeoutError."""
     deadline = time.monotonic() + TIMEOUT_S
     while process.poll() is None and len(steps_of(read(metrics))) < count:
         if time.monotonic() > deadline:
@@ -91,7 +91,7 @@ def check_demo(report: Report, code: int, output: str, folder: Path) -> None:
 
 
 def check_stopped(report: Report, code: int, output: str, records: Sequence[dict[str, Any]]) -> None:
-    """Check the run with faults: the engine came back, each step's gap is small, a checkpoint is left."""
+    """Check the run with faults: it stopped with a checkpoint, the engine was restarted, each step's gap is small."""
     report.true(
         "one GPU: stopped with a checkpoint", code == EXIT_STOPPED, output.strip()[-200:] or str(code), "exit 3"
     )
@@ -109,7 +109,7 @@ def check_stopped(report: Report, code: int, output: str, records: Sequence[dict
 
 
 def check_resumed(report: Report, code: int, output: str, records: Sequence[dict[str, Any]]) -> None:
-    """Check that the resumed run made the remaining steps, each once."""
+    """Check that the resumed run ended, and that no step was made twice."""
     report.true("one GPU: resumed to its end", code == EXIT_OK, output.strip()[-200:] if code else "0", "exit code 0")
     steps = [r["step"] for r in steps_of(records)]
     report.true("one GPU: each step once", steps == sorted(set(steps)), str(steps), f"steps up to {STEPS - 1}")

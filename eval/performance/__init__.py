@@ -1,1 +1,1 @@
-"""Benchmarks of the loss and of whole steps, each compared with its peer in the same run."""
+"""Benchmarks of the loss and of whole steps, each compared with a baseline in the same run."""

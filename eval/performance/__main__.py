@@ -37,7 +37,7 @@ HELP = {
 
 
 def add_pair_arguments(command: argparse.ArgumentParser) -> None:
-    """Add ``--pair`` and what it reads."""
+    """Add ``--pair`` and the arguments that go with it."""
     command.add_argument(
         "--pair", nargs=2, metavar=("STUDENT", "TEACHER"), help="pretrained models (folders or hub names) on GSM8K"
     )
@@ -49,7 +49,7 @@ def add_pair_arguments(command: argparse.ArgumentParser) -> None:
 def pair_of(args: argparse.Namespace) -> end_to_end.Pair | None:
     """Return the pair that the arguments name, local folders as absolute paths; None without ``--pair``.
 
-    Raises ConfigError for what only goes with ``--pair``, and for models or data that cannot be read.
+    Raises ConfigError for arguments that need ``--pair``, and for models or data that cannot be read.
     """
     sizes = {
         name: value for name in ("data", "batch", "new_tokens") if (value := getattr(args, name, None)) is not None

@@ -35,7 +35,10 @@ DEFAULT = ("small",)
 
 
 def measure(variant: str, shape: str, device: str) -> dict[str, float]:
-    """Measure seconds of a warm step and peak extra MiB at ``variant``, "AXIS=VALUE"; other axes as in the base."""
+    """Measure seconds of a warm step, and its peak MiB above what the warm-up left, at the point ``variant``.
+
+    ``variant`` is "AXIS=VALUE"; the other axes are as in the base.
+    """
     torch.set_num_threads(1)
     axis, _, value = variant.partition("=")
     point = SHAPES[shape].base | {axis: float(value)}
@@ -50,7 +53,7 @@ def measure(variant: str, shape: str, device: str) -> dict[str, float]:
     return {
         "seconds": seconds,
         "extra_mib": memory(device, "peak") - resident,
-        "logits_mib": 2 * point["rows"] * point["vocabulary"] * 4 / 2**20,  # of both models, if kept
+        "logits_mib": 2 * point["rows"] * point["vocabulary"] * 4 / 2**20,  # float32, of both models, if kept
     }
 
 

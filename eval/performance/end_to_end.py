@@ -40,7 +40,7 @@ MEANING = {
     "trl_ragged": "TRL's, mean answer length a third of the limit",
     "ours_ragged": "this project, all positions, the same answers",
 }
-WARM, TIMED = 1, 2  # steps
+WARM, TIMED = 1, 2  # steps that are not timed, and timed steps
 SCORED_PROMPTS = 40  # for the cost of the prefilter
 PREFILTER_KEEP = 0.2
 
@@ -71,12 +71,12 @@ DEFAULT = ("small",)
 
 
 def sizes_of(shape: str) -> Shape | Pair:
-    """Return the shape of that name, or the pair that ``shape`` is the JSON object of."""
+    """Return the shape of that name, or the pair that ``shape`` holds as a JSON object."""
     return Pair(**json.loads(shape)) if shape.startswith("{") else SHAPES[shape]
 
 
 def measure(variant: str, shape: str, device: str) -> dict[str, Any]:
-    """Measure seconds of a warm step, its phases, and peak MiB, in this process."""
+    """Measure the seconds of a warm step and of its phases, and the peak MiB, in this process."""
     torch.set_num_threads(1)
     sizes = sizes_of(shape)
     with tempfile.TemporaryDirectory() as folder:
@@ -90,14 +90,17 @@ def measure(variant: str, shape: str, device: str) -> dict[str, Any]:
 
 
 def ragged(shape: Shape | Pair) -> list[int]:
-    """Return answer lengths of a batch: a third of the limit on average, the first at the limit."""
+    """Return the answer lengths of a batch, tokens: a third of the limit on average, the first at the limit."""
     rest = (shape.new_tokens * shape.batch // 3 - shape.new_tokens) / max(1, shape.batch - 1)
     spread = np.linspace(0.5, 1.5, shape.batch - 1) * rest
     return [shape.new_tokens, *(max(1, round(x)) for x in spread)]
 
 
 def settings_for(folder: Path, shape: Shape | Pair, device: str, k: float) -> Settings:
-    """Return settings that run the models of ``save_random_models``, or a pair, in one process."""
+    """Return settings that run the models of ``save_random_models``, or a pair, in one process.
+
+    ``k``: share of the positions to supervise.
+    """
     dtype = teacher_dtype = "bfloat16" if device == "cuda" else "float32"
     student, teacher = str(folder / "student"), str(folder / "teacher")
     data: dict[str, Any] = {"source": "demo", "max_prompt_tokens": 96}
@@ -197,7 +200,7 @@ def _ours(run: Run, limits: Sequence[int], device: str) -> dict[str, Any]:
 
 
 class _LengthLimitedEngine(TransformersEngine):
-    """Engine that ends each response at a given length, as if the model had sampled an end there."""
+    """Engine that ends each response at a given length, as if the model had sampled an end token there."""
 
     limits: dict[str, int]  # tokens by request key
 
@@ -219,7 +222,7 @@ class _LimitedResponse(Response):
 def _student_bound(
     learner: Learner, teacher: split_model.SplitModel, batch: Sequence[Trajectory], supervised: int, device: str
 ) -> float:
-    """Measure seconds of backbone forward and backward, head products over the supervised rows, and optimizer."""
+    """Measure the seconds of backbone forward and backward, head products over ``supervised`` rows, and optimizer."""
     student, pad = learner.student, 0
     collated = collate(batch, pad, student.device)
     optimizer = learner.state.optimizer
@@ -264,7 +267,8 @@ def _trl(run: Run, limits: Sequence[int], device: str) -> dict[str, Any]:
     trainer = trainer_for(run, student, Timer())
     generate = trainer._generate_single_turn
 
-    def cut(*arguments: Any, **named: Any) -> list[list[int]]:  # the longest answer is at the limit, so all are
+    # TRL generates until the longest answer ends, which is at the limit: cutting the others afterwards costs the same.
+    def cut(*arguments: Any, **named: Any) -> list[list[int]]:
         return [ids[:limit] for ids, limit in zip(generate(*arguments, **named), limits, strict=True)]
 
     trainer._generate_single_turn = cut  # type: ignore[method-assign]
@@ -281,7 +285,7 @@ def compare(shape: str, device: str, rounds: int) -> dict[str, Any]:
     variants = VARIANTS if isinstance(sizes, Shape) else PAIR_VARIANTS
     runs = run_alternately("end-to-end", variants, [shape, device], rounds)
     batch = sizes.batch
-    for r in runs["ours_k20"]:  # a pass over the prompts: score all, train on a share
+    for r in runs["ours_k20"]:  # a pass with the prefilter: score all prompts, train on a share
         r["seconds_of_pass"] = batch * r["seconds_per_prompt_scored"] + PREFILTER_KEEP * r["seconds"]
     for r in runs["trl"]:
         r["seconds_of_pass"] = r["seconds"]

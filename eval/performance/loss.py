@@ -1,4 +1,4 @@
-"""Forward and backward of the loss alone: dense, TRL's chunked loss, this project's; and each method over exact KL."""
+"""Benchmarks of the loss alone: dense, TRL's chunked loss, this project's; and each method over exact reverse KL."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ METHODS: dict[str, dict[str, Any]] = {  # settings under alignment; all rows
     "mixture_skewed": {"mixture": {"gate": "constant", "skew": 0.1}},
     "clip": {"clip": 1.0},
 }
-SCORES = ("kl_alone", "teacher_signals")  # no gradient: forward KL of each row; it and all signals over the top K
+SCORES = ("kl_alone", "teacher_signals")  # without gradient: forward KL of each row; forward KL and all other signals
 SHAPES = {  # name -> vocabulary, student hidden, teacher hidden, rows
     "small": (151_936, 256, 512, 512),
     "large": (151_936, 2048, 4096, 1024),
@@ -38,11 +38,11 @@ SHAPES = {  # name -> vocabulary, student hidden, teacher hidden, rows
 }
 WITH_METHODS = ("small", "tiny")
 DEFAULT = ("small", "large")
-SEQUENCES = 8  # the rows are this many responses, for the per-sequence selection
+SEQUENCES = 8  # responses into which the rows are divided, for the selection per sequence
 
 
 def loss_step(variant: str, inputs: dict[str, Tensor], k: float = 1.0) -> Callable[[], Tensor]:
-    """Return a function that runs forward and backward of reverse KL and returns the loss; ``k`` is for "ours"."""
+    """Return a function that runs forward and backward of ``variant`` and returns the loss; ``k`` is for "ours"."""
     hidden, head = inputs["student_hidden"], inputs["student_head"]
     other, other_head, targets = inputs["teacher_hidden"], inputs["teacher_head"], inputs["targets"]
     rows = len(hidden)
@@ -115,7 +115,7 @@ def method_loss(name: str, inputs: dict[str, Tensor]) -> Tensor:
 
 
 def make_inputs(shape: Sequence[int], device: str) -> dict[str, Tensor]:
-    """Return random hidden states, LM heads and targets; ``shape``: vocabulary, hidden sizes of both models, rows."""
+    """Return random hidden states, LM heads and targets; ``shape``: vocabulary, student and teacher hidden, rows."""
     vocabulary, student, teacher, rows = shape
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     rng = torch.Generator(device).manual_seed(0)
@@ -133,7 +133,7 @@ def make_inputs(shape: Sequence[int], device: str) -> dict[str, Tensor]:
 
 
 def measure(variant: str, shape: str, device: str) -> dict[str, float]:
-    """Measure seconds of a warm step and peak extra MiB, in this process."""
+    """Measure the seconds of a warm step and the peak extra MiB, in this process."""
     torch.set_num_threads(1)
     step = loss_step(variant, make_inputs(SHAPES[shape], device))
     reset_peak(device)
@@ -166,7 +166,7 @@ def compare(shape: str, device: str, rounds: int) -> dict[str, Any]:
 
 
 def compare_methods(shape: str, device: str, rounds: int) -> dict[str, Any]:
-    """Measure each method over ``exact`` reverse KL, and the scores over a pass for forward KL alone."""
+    """Measure each method relative to ``exact`` reverse KL, and the scores relative to forward KL alone."""
     runs = run_alternately("loss", [*METHODS, *SCORES], [shape, device], rounds)
     base = {name: "kl_alone" if name in SCORES else "exact" for name in runs}
     return {

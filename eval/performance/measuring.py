@@ -20,7 +20,7 @@ Runs = dict[str, list[dict[str, Any]]]
 
 
 def clock(device: str) -> float:
-    """Return seconds since an arbitrary start."""
+    """Return the seconds since an arbitrary start: wall time on CUDA, this process's CPU time otherwise."""
     if device == "cuda":
         torch.cuda.synchronize()
         return time.perf_counter()
@@ -47,7 +47,7 @@ def memory(device: str, which: str) -> float:
 def run_alternately(benchmark: str, variants: Sequence[str], arguments: Sequence[str], rounds: int) -> Runs:
     """Measure the variants alternately for ``rounds`` rounds, so that a drift of the machine's speed affects all.
 
-    Raise RuntimeError with the process's error output if a measurement fails.
+    Raises RuntimeError with the process's error output if a measurement fails.
     """
     runs: Runs = {v: [] for v in variants}
     for number in range(rounds):
@@ -63,6 +63,6 @@ def run_alternately(benchmark: str, variants: Sequence[str], arguments: Sequence
 
 
 def ratio(over: list[dict[str, Any]], under: list[dict[str, Any]], key: str) -> dict[str, float]:
-    """Return median, minimum and maximum over rounds of the ratio of ``key``."""
+    """Return median, minimum and maximum over rounds of ``over[key] / under[key]``."""
     pairs = [a[key] / b[key] for a, b in zip(over, under, strict=True)]
     return {"median": statistics.median(pairs), "min": min(pairs), "max": max(pairs)}

@@ -1,7 +1,7 @@
 """Steps with sequential, streaming and overlapping phases, in two processes of one thread (or GPU) each.
 
-The driver's step on Ray actors: the engine in one process, learner and teacher in another.  The wall time of a step is
-compared with the time each process was busy in it; with overlap the longest of these is the lower bound.
+The driver makes its steps on Ray actors: the engine in one process, learner and teacher in another.  The wall time of
+a step is compared with the time each process was busy in it; with overlap, the longest busy time is a lower bound.
 """
 
 from __future__ import annotations
@@ -22,19 +22,19 @@ from onpolicy_skd.run.prepare import prepare
 from onpolicy_skd.tracing import Span
 
 __all__ = ["DEFAULT", "SHAPES", "compare", "measure", "show"]
-VARIANTS: dict[str, dict[str, Any]] = {  # with the settings of pipeline
+VARIANTS: dict[str, dict[str, Any]] = {  # variant -> settings of pipeline
     "one_by_one": {},
     "streaming": {"streaming": True},
     "overlap": {"max_staleness": 1},
 }
 EOS_SHARE = 0.045  # of the classes end an answer: its mean length is about a third of the limit of 64 tokens
-WARM, TIMED = 2, 6  # steps
+WARM, TIMED = 2, 6  # steps that are not timed, and timed steps
 BUSY = ("generate", "load weights", "receive weights", "filter", "encode", "backbone", "entropy", "loss", "backward",
         "optimizer", "pack weights", "send weights")  # fmt: skip
 
 
 def measure(variant: str, shape: str, device: str) -> dict[str, Any]:
-    """Measure wall seconds of a step, and the seconds each process was busy in it."""
+    """Measure the wall seconds of a step, and the seconds that each process was busy in it."""
     from actors.cluster import connect  # imported late: Ray would count as memory of the other benchmarks
     from actors.workers import Workers
     from onpolicy_skd.train import update
@@ -82,7 +82,7 @@ def _settings(settings: Settings, pipeline: dict[str, Any]) -> Settings:
 
 
 def busy_seconds(spans: Sequence[Span], since: float) -> float:
-    """Return the length of the union of ``spans`` after ``since``; spans may overlap."""
+    """Return the seconds after ``since`` that ``spans``, which may overlap, cover together."""
     total, end = 0.0, since
     for span in sorted(spans, key=lambda s: s.start):
         total += max(0.0, span.end - max(span.start, end))

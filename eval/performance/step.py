@@ -1,4 +1,4 @@
-"""On-policy steps by phase: the variants of ``end-to-end`` that are this project's."""
+"""On-policy steps by phase: this project's variants of ``end-to-end``."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Qwen3-32B -> Qwen3-8B on two nodes of eight GPUs, from the root of the repository, which all nodes can read:
 #   sbatch examples/cluster/slurm.sh
-# The run stops by itself before the time limit, with a checkpoint. Submit the script again to continue it; --dependency=singleton
-# lets you submit several at once, of which each continues the one before it.
+# The run stops by itself before the time limit, with a checkpoint. Submit the script again to continue it. You can
+# submit it several times at once: with --dependency=singleton each job waits for the one before it and continues it.
 #SBATCH --job-name=gsm8k_two_nodes
 #SBATCH --dependency=singleton
 #SBATCH --nodes=2
@@ -16,7 +16,7 @@ set -euo pipefail
 # shellcheck source=/dev/null
 source .venv/bin/activate
 export RAY_AUTH_MODE=token RAY_USAGE_STATS_ENABLED=0
-ray get-auth-token --generate > /dev/null # once; a home directory that all nodes share brings it to them
+ray get-auth-token --generate > /dev/null # once, in the home directory, which all nodes share
 
 head_node=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 head_address=$(getent ahostsv4 "$head_node" | awk 'NR == 1 { print $1 }'):6379
