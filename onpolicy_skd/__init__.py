@@ -1,7 +1,7 @@
 """On-policy selective distillation of language models on Ray.
 
-``from onpolicy_skd import Settings, load_config, train, evaluate`` is the interface from Python (docs/python.md).  The
-names are imported when they are first used: they bring torch and Ray.
+``from onpolicy_skd import Settings, load_config, train, evaluate`` is the Python API (docs/python.md).  Names are
+imported on first use, because they import torch and Ray.
 """
 
 import sys
@@ -37,7 +37,7 @@ _MODULES = {
 
 
 def __getattr__(name: str) -> Any:
-    """Import a public name, or the module ``train``, which can be called."""
+    """Import a public name, or the callable module ``train``."""
     from importlib import import_module
 
     if name in ("train", "RunResult"):

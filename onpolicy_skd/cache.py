@@ -1,7 +1,7 @@
 """Store a teacher's outputs on disk: build, info, verify.
 
-build takes the settings of the training run that will use the cache.  After a kill the same command continues with the
-missing shards; the cache has the same bytes as an uninterrupted build.
+build takes the settings of the training run that will use the cache.  After a kill, the same command writes the missing
+shards; the cache has the same bytes as one from an uninterrupted build.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ USAGE = "usage: {} build --config FILE cache.path=DIR [a.b=value ...] | info DIR
 
 
 def build(settings: Settings, log: Log = print_now) -> None:
-    """Build a complete cache of the run's texts in ``cache.path``.  Raises ConfigError."""
+    """Build a complete cache of the run's texts in ``cache.path``.  Raises ConfigError, also if it holds a cache."""
     folder = settings.cache.path
     if folder is None:
         raise ConfigError("cache.path: needed to build a cache; give the folder for it")
@@ -52,7 +52,7 @@ def build(settings: Settings, log: Log = print_now) -> None:
     rolls_out = prefilters and settings.samples.prefilter_text == "rollout"
     preflight(teaching)
     run = prepare(teaching, log, generates=rolls_out or settings.generates_references)
-    # Actors that exist at the same time: the scoring learner asks a builder where the metric needs a teacher.
+    # Actors that run at the same time; the scoring learner queries a builder if its metric needs a teacher.
     counts = Counts(int(prefilters), settings.teacher.actors, int(rolls_out))
     with caches.locked(folder), connect(teaching, counts) as resources, ExitStack() as stack:
         add_generated_references(run, resources, log)
@@ -62,7 +62,7 @@ def build(settings: Settings, log: Log = print_now) -> None:
 
 
 def selected(run: Run, resources: Resources, builders: CacheBuilders, log: Log) -> Sequence[Prompt]:
-    """Return the prompts to cache; the actors that score them start when the first score is missing on disk."""
+    """Return the prompts to cache; the actors that score them start only if scores are missing on disk."""
     with ExitStack() as stack:
         ranking = functools.cache(lambda: stack.enter_context(builders.sample_scorer()))
         rollouts = functools.cache(lambda: stack.enter_context(engine(run, resources, "student")))
@@ -74,7 +74,7 @@ def selected(run: Run, resources: Resources, builders: CacheBuilders, log: Log) 
 
 
 class Samples:
-    """The samples that a run on ``prompts`` may train on, made on request; their digests and sizes are kept."""
+    """The samples that a run on ``prompts`` may train on, built on request; only digests and sizes stay in memory."""
 
     def __init__(self, run: Run, prompts: Sequence[Prompt]) -> None:
         self._run = run
@@ -89,6 +89,7 @@ class Samples:
                 self.positions.append(len(t.target_ids))
 
     def of(self, indices: range) -> list[Trajectory]:
+        """Return the samples at consecutive ``indices``."""
         first = bisect_right(self._first, indices.start) - 1
         last = bisect_right(self._first, indices.stop - 1) - 1
         trajectories = list(self._run.every_reference([self._prompts[i] for i in range(first, last + 1)]))

@@ -1,6 +1,6 @@
 """The command ``skd``: one verb for each program, which ``python -m MODULE`` starts as well.
 
-Programs are imported when they are asked for, so that ``skd --help`` does not wait for torch, Ray or vLLM.
+A program is imported only when it is run, so that ``skd --help`` does not wait for torch, Ray or vLLM.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def usage() -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the program that ``argv`` names; return its exit code, or 2 if there is none of that name."""
+    """Run the program that ``argv`` names; return its exit code, or 2 for an unknown name."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     if not arguments:
         print(usage(), file=sys.stderr)

@@ -32,7 +32,7 @@ from onpolicy_skd.storage.files import lock, write_text
 def compare(
     comparison: Comparison, retry: bool = False, parallel: int | None = None, report_to: Path | None = None
 ) -> int:
-    """Run what is missing and write the report; return how many runs have not finished.  Raises ConfigError."""
+    """Run what is missing and write the report; return the number of unfinished runs.  Raises ConfigError."""
     folder = comparison.grid.dir
     folder.mkdir(parents=True, exist_ok=True)
     with lock(folder / ".lock", f"dir={folder}"):
@@ -47,14 +47,14 @@ def compare(
 
 
 def _run_missing(comparison: Comparison, retry: bool, parallel: int | None) -> None:
-    """Run what is missing, in parallel.  A signal stops the runs with a checkpoint each, and raises Stopped."""
+    """Run what is missing, in parallel.  On a signal, each run stops with a checkpoint and Stopped is raised."""
     folder = comparison.grid.dir
     statuses = ("waiting", "started", "failed") if retry else ("waiting", "started")
     missing = [r for r in comparison.runs if r.status in statuses]
     if not missing:
         return
     (folder / "configs").mkdir(exist_ok=True)
-    with connect(missing[0].settings), StopSignal():  # in this order: Ray sets handlers too
+    with connect(missing[0].settings), StopSignal():  # in this order, because Ray sets signal handlers too
         count = min(parallel_runs(run.settings, parallel) for run in missing)
         print(f"{len(missing)} of {len(comparison.runs)} runs to do, {count} at a time", flush=True)
         with closing(run_all(_commands(missing, folder), count)) as outcomes:
@@ -86,14 +86,14 @@ def _note_failure(run: PlannedRun, code: int) -> None:
 
 def _commands(runs: Sequence[PlannedRun], folder: Path) -> Iterator[Command[PlannedRun]]:
     for run in runs:
-        if run.status == "failed":  # until its next summary
+        if run.status == "failed":  # it counts as started until its next summary
             run.paths.summary.unlink()
         config = folder / "configs" / f"{run.settings.run.name}.yaml"
         write_text(config, dump(run.settings))
         arguments = [VERBS[run.row.trainer], "--config", str(config.absolute()), "resume=auto"]
         owns_device = (
             run.row.trainer == "trl" and run.settings.run.device != "cpu"
-        )  # the actors of other runs ask for theirs
+        )  # the actors of the other runs reserve their devices
         yield Command(run, arguments, _log(run, folder), owns_device)
 
 

@@ -1,4 +1,4 @@
-"""The packages ``actors`` and ``eval`` installed next to this one, whatever else in sys.path has their names."""
+"""The packages ``actors`` and ``eval`` next to this one, even if other entries of sys.path have these names."""
 
 from __future__ import annotations
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple
 
-KEPT = 4_096  # spans that a process keeps
+KEPT = 4_096  # newest spans that a process keeps
 
 
 class Span(NamedTuple):
@@ -20,7 +20,7 @@ class Span(NamedTuple):
 class Spans:
     """Recorder of spans: ``with spans("backbone"): ...``.
 
-    ``wait`` is called at both ends of a span if it is set: a GPU still computes when the call that started it returns.
+    ``wait``, if set, is called at both ends of a span, because a GPU still computes after a kernel launch returns.
     """
 
     def __init__(self, wait: Callable[[], None] | None = None) -> None:
@@ -47,7 +47,7 @@ class Spans:
 
 
 def within(spans: Mapping[str, Sequence[Span]], start: float, end: float) -> dict[str, list[Span]]:
-    """Return the spans of each process between ``start`` and ``end``, cut to that time."""
+    """Return the spans of each process that overlap ``start`` to ``end``, clipped to that interval."""
     return {
         name: [Span(s.name, max(s.start, start), min(s.end, end)) for s in recorded if s.end > start and s.start < end]
         for name, recorded in spans.items()

@@ -46,17 +46,17 @@ def _as_json(value: Any) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """A question, or a sample of packed text, which asks for nothing and is its own response."""
+    """A question, or a sample of packed text, which has no question: its tokens are the response."""
 
-    key: str  # made from the question's text, so the same wherever the data was read from
+    key: str  # derived from the question's text, so it does not depend on where the data was read from
     token_ids: list[int]
     question: str
-    answer: str  # reference answer, in GSM8K's format for GSM8K-like data; empty: none
+    answer: str  # reference answer, in GSM8K's format for GSM8K-like data; empty if there is none
     documents: np.ndarray | None = None  # packed text: as in Trajectory; its tokens are all in token_ids
     row: str = ""  # file or data set and row number, for messages
     columns: Mapping[str, Any] = field(default_factory=dict)  # the row of the data, for templates and judges
-    chat: Chat | None = None  # of data.messages_column
-    source: int = 0  # number of its source in data.mix
+    chat: Chat | None = None  # the conversation, with data.messages_column
+    source: int = 0  # index of its source in data.mix
     teacher_ids: list[int] | None = None  # the prompt that the teacher reads; None: the same
     teacher: str | None = None  # name of its teacher among ``teachers``; None: the run has one teacher
 
@@ -68,12 +68,14 @@ class Prompt:
 
 @dataclass(frozen=True, slots=True)
 class Trajectory:
+    """A prompt, a response to it, and what the sampler recorded at the n eligible positions."""
+
     key: str  # "PROMPT KEY/SAMPLE", unique within a step
     prompt_ids: np.ndarray  # int64 [prompt tokens]
     response_ids: np.ndarray  # int64 [response tokens]; ends with the end-of-sequence token if one was produced
     sampler_logprobs: np.ndarray  # float32 [n]; nats, of the unmodified model at temperature 1
     finish_reason: FinishReason  # "length": no end of sequence within the limit
-    policy_version: int | None  # optimizer steps behind the weights that sampled it; None: not sampled by the student
+    policy_version: int | None  # optimizer steps done when its weights were current; None: not sampled by the student
     correct: bool | None = None  # whether its answer equals the reference's; None: unknown
     weight: float = 1.0  # of this sample in the batch's mean
     documents: np.ndarray | None = None  # int64; tokens, after the first, at which attention restarts
@@ -93,7 +95,7 @@ class Trajectory:
 
     @property
     def digest(self) -> bytes:
-        """Eight bytes that identify what the models see: tokens, which of them are eligible, and document starts."""
+        """Eight bytes that identify what the models read: tokens, eligible positions, document starts."""
         digest = hashlib.sha256(len(self.prompt_ids).to_bytes(8, "little"))
         for ids in (self.prompt_ids, self.response_ids, () if self.documents is None else self.documents):
             digest.update(np.asarray(ids, dtype="<i8").tobytes())
@@ -109,7 +111,7 @@ class Trajectory:
 
     @property
     def prompt_key(self) -> str:
-        """The prompt's name among those of its step."""
+        """The prompt's key within its step."""
         return self.key.rpartition("/")[0] or self.key
 
 
@@ -128,8 +130,8 @@ class SamplingParams:
 class RolloutRequest:
     """A response to generate.
 
-    On one machine's CPU its seed makes it the same in any batch, on any actor.  GPU kernels round differently in
-    another batch; there vLLM's VLLM_BATCH_INVARIANT=1 does the same at a cost.
+    On the CPUs of one machine, the seed determines the response in any batch and on any actor.  GPU kernels round
+    differently in another batch; vLLM's VLLM_BATCH_INVARIANT=1 avoids that, at the cost of speed.
     """
 
     key: str
@@ -137,13 +139,13 @@ class RolloutRequest:
     seed: int
     answer: str | None = None  # the reference answer, where correctness is needed; empty: a judge decides
     columns: Mapping[str, Any] | None = None  # the row of the data, for that judge
-    teacher_prompt_ids: list[int] | None = None  # as in Trajectory, which takes it over
+    teacher_prompt_ids: list[int] | None = None  # copied to the Trajectory
     teacher: str | None = None  # as in Prompt
 
 
 @dataclass(slots=True)
 class FilterReport:
-    """Trajectories that a sample filter kept of a batch, and reasons for the others."""
+    """Trajectories of a batch that a sample filter kept, and how many it dropped for each reason."""
 
     kept: list[str]  # trajectory keys
     generated: int
@@ -167,15 +169,15 @@ class FilterReport:
 
 
 def id_array(ids: Sequence[int] | None) -> np.ndarray | None:
-    """Return token ids as int64, or None for none."""
+    """Return token ids as an int64 array; None stays None."""
     return None if ids is None else np.asarray(ids, dtype=np.int64)
 
 
 def check_version(trajectories: Iterable[Trajectory], version: int, max_staleness: int = 0) -> None:
-    """Refuse trajectories sampled by another policy than ``version``.
+    """Check that ``trajectories`` were sampled by policy ``version`` or at most ``max_staleness`` steps before it.
 
-    Those that the student did not sample pass.  Raises RuntimeError naming the first that is more than
-    ``max_staleness`` steps old, or newer than the learner.
+    Trajectories that the student did not sample always pass.  Raises RuntimeError naming the first that is too old, or
+    newer than the learner.
     """
     for t in trajectories:
         if t.policy_version is not None and not 0 <= version - t.policy_version <= max_staleness:

@@ -28,7 +28,7 @@ STYLE: dict[Any, Any] = {
     "axes.spines.top": False, "axes.spines.right": False, "lines.linewidth": 1.4, "legend.frameon": False,
     "text.parse_math": False,
 }  # fmt: skip
-# Colors that most people can tell apart (Okabe and Ito, 2008); after the last, the same with other lines.
+# Colors that most people can tell apart (Okabe and Ito, 2008); more rows repeat them with other line styles.
 COLORS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#7A7A7A")
 LINES = ("-", "--", ":")
 MARKERS = ("o", "s", "D")
@@ -36,7 +36,7 @@ Curve = tuple[list[float], list[float]]
 
 
 def figures(comparison: Comparison, rows: Sequence[RowResult]) -> dict[str, Figure]:
-    """Return the figures by name, without those for which nothing was recorded."""
+    """Return the figures by name, without those that have no data."""
     with rc_context(STYLE):
         figures = {
             "learning_curves": _curves(comparison, "exact match on held-out problems, %", _exact_match),
@@ -95,13 +95,13 @@ def _series(key: str) -> Callable[[PlannedRun], Curve]:
 
 
 def _truncation(run: PlannedRun) -> Curve:
-    """Return the share of the student's rollouts that reach the token limit, of steps with an empty batch too."""
+    """Return the percentage of student rollouts that reach the token limit, including steps with an empty batch."""
     steps = [r for r in _records(run) if "truncated" in r and r.get("event") in (None, Event.EMPTY_BATCH)]
     return _smoothed([r["step"] for r in steps], [100 * r["truncated"] for r in steps])
 
 
 def _smoothed(x: list[float], y: list[float], points: int = 40) -> Curve:
-    """Return means over at most ``points`` bins of equal width, each at the middle of its bin."""
+    """Return the means over at most ``points`` bins of equal width, each at the middle of its bin."""
     if not x:
         return [], []
     width = max(1, math.ceil((max(x) + 1) / points))
@@ -122,7 +122,7 @@ def _mean_curve(runs: Sequence[PlannedRun], read: Callable[[PlannedRun], Curve])
 
 
 def _finished(comparison: Comparison, mode: Mode) -> list[tuple[int, Row, list[PlannedRun]]]:
-    """Return each row that has finished runs, with its place in the grid: the place decides color and line."""
+    """Return each row that has finished runs, with its place in the grid, which decides color and line style."""
     rows = [
         (place, row, [r for r in comparison.of(row, mode) if r.status == "finished"])
         for place, row in enumerate(comparison.grid.rows)
@@ -201,7 +201,7 @@ def _costs(rows: Sequence[RowResult]) -> Figure | None:
 
 
 def _selected_and_not(comparison: Comparison, quantity: str, title: str) -> Figure | None:
-    """Plot ``quantity`` of the positions that training would select, and of the others, on held-out rollouts."""
+    """Plot ``quantity`` at the positions of held-out rollouts that training would select, and at the others."""
 
     def plot_row(axis: Axes, place: int, row: Row, runs: list[PlannedRun]) -> None:
         if runs[0].settings.positions.policy == "full":

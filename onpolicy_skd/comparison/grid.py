@@ -32,13 +32,14 @@ from onpolicy_skd.config.schema import NonNegative, Section, Settings, rules_of,
 from onpolicy_skd.config.validation import check_trl
 from onpolicy_skd.storage.files import RunPaths
 
-# Settings that may have changed since a run finished: they affect neither training nor evaluation.
+# Settings that may change after a run has finished, because they affect neither training nor evaluation.
 HARMLESS = frozenset(key for key, field in walk() if not rules_of(field)["affects_result"])
 Mode = Literal["off_policy", "on_policy"]
 Trainer = Literal["skd", "trl"]
-VERBS: dict[Trainer, str] = {"skd": "train", "trl": "trl"}  # of the command skd
+VERBS: dict[Trainer, str] = {"skd": "train", "trl": "trl"}  # verb of the command skd
 METHOD = ("positions", "samples", "classes", "alignment", "cache")  # sections in which rows of one mode may differ
-# May differ too: what is part of a method elsewhere, and eval.teacher, whose default depends on cache and teacher.
+# Rows may also differ in these method settings of other sections, and in eval.teacher, whose default depends on cache
+# and teacher.
 SINGLE = (
     *("teacher.model", "teacher.prompt", "teacher.max_prompt_tokens", "teacher.ema_decay"),
     *("references.source", "rollout.max_tokens_start", "rollout.max_tokens_steps"),
@@ -72,6 +73,8 @@ class Grid(Section):
 
 @dataclass(frozen=True, slots=True)
 class PlannedRun:
+    """A run of a row in a mode, with resolved settings, whether it has started or not."""
+
     row: Row
     mode: Mode
     settings: Settings
@@ -113,8 +116,8 @@ class PlannedRun:
 @dataclass(frozen=True, slots=True)
 class Comparison:
     grid: Grid
-    untrained: PlannedRun  # no step: evaluates student and teacher before training
-    trained: list[PlannedRun]  # seed by seed, so that an interrupted comparison has complete seeds
+    untrained: PlannedRun  # makes no step; evaluates student and teacher before training
+    trained: list[PlannedRun]  # ordered by seed, so that an interrupted comparison has complete seeds
 
     @property
     def runs(self) -> list[PlannedRun]:
@@ -127,8 +130,8 @@ class Comparison:
 def load(path: Path, overrides: dict[str, Any] | None = None) -> Comparison:
     """Return the runs of the grid in ``path``, with resolved settings.
 
-    Raises ConfigError naming the row for impossible settings, for rows of one mode that differ in more than their
-    method, and for finished runs in the folder with other settings.
+    Raises ConfigError for a grid that is not valid, for impossible settings, for rows of one mode that differ in more
+    than their method, and for runs in the folder that finished with other settings.
     """
     path = shipped.find(path)
     try:
@@ -206,7 +209,7 @@ def _untrained(path: Path, grid: Grid) -> Settings:
 def _check_fair(path: Path, runs: list[PlannedRun]) -> None:
     """Raise ConfigError unless all rows of a mode and seed share student, data, epochs, optimizer and evaluation.
 
-    A method that drops prompts before training makes its epochs over the kept ones, so it has fewer steps.
+    A method that drops prompts before training counts epochs over the remaining ones, so it has fewer steps.
     """
     first: dict[tuple[Mode, int], PlannedRun] = {}
     for run in runs:

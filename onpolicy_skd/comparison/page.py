@@ -1,4 +1,4 @@
-"""``report.html`` of a comparison: a single file without network access; model output is shown as text."""
+"""``report.html`` of a comparison: a single file that loads nothing from the network; model output is escaped."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from onpolicy_skd.comparison.figures import svg
 from onpolicy_skd.comparison.grid import Comparison, PlannedRun
 from onpolicy_skd.comparison.results import MODES, ModeDifference, RowResult
 
-VIEWS = 4  # rollouts shown token by token for each of the rows shown
-FULL_COLOR = 2.0  # nats of student entropy at which a token's color is full
+VIEWS = 4  # rollouts shown token by token per run
+FULL_COLOR = 2.0  # student entropy, nats, at which a token has the full color
 STYLE = """
 :root { color-scheme: light dark; --ink: #1b1f24; --paper: #ffffff; --soft: #5c656e; --line: #d8dee4; --band: #f3f5f7;
   --hot: 235, 120, 30; --mark: #0072b2; }
@@ -114,7 +114,7 @@ def _list(lines: Any) -> str:
 
 
 def _token_views(comparison: Comparison) -> Iterator[str]:
-    """Yield the recorded rollouts of the trained students of the first seed."""
+    """Yield the HTML of the recorded rollouts of the trained students of the first seed."""
     shown = [
         r for r in comparison.trained if r.seed == comparison.grid.seeds[0] and r.status == "finished" and _views(r)
     ]

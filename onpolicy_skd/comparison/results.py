@@ -1,4 +1,4 @@
-"""Results of a comparison: each run, each row over its seeds, differences beyond noise; and ``report.md``."""
+"""Results of a comparison: runs, rows over their seeds, differences and their noise; and ``report.md``."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ class RowResult:
     row: str
     mode: Mode
     seeds: list[int]
-    exact_match: Estimate  # percent, as are the next three
-    strict: Estimate
-    difference: Difference | None  # from the baseline in the same mode; None for the baseline
+    exact_match: Estimate  # percent
+    strict: Estimate  # percent
+    difference: Difference | None  # from the baseline in the same mode, percentage points; None for the baseline
     significant: bool  # after Holm's correction over the rows of the mode
-    published: tuple[float, float] | None
+    published: tuple[float, float] | None  # exact match and its standard deviation, percent
     cost: dict[str, float]  # means over seeds: see ``measured_cost``
 
 
@@ -81,7 +81,7 @@ def record(comparison: Comparison, rows: Sequence[RowResult], across: Sequence[M
 
 
 def shown(run: PlannedRun) -> str:
-    """Return the result of a finished run in a few words."""
+    """Return the exact match of a finished run, for a progress line."""
     summary = run.summary
     return f"exact match {percent(summary['exact_match']['after'], summary['exact_match_interval']['after'])}"
 
@@ -92,11 +92,11 @@ def untrained(comparison: Comparison) -> dict[str, float | None]:
     return {who: _in_percent(exact_match.get(when)) for who, when in (("student", "before"), ("teacher", "teacher"))}
 
 
-ScoredRuns = list[tuple[PlannedRun, dict[str, bool]]]  # with the correctness of each answer
+ScoredRuns = list[tuple[PlannedRun, dict[str, bool]]]  # with the correctness of each answer, by key
 
 
 def _scored_runs(comparison: Comparison) -> dict[tuple[str, Mode], ScoredRuns]:
-    """Return the finished runs of each row and mode."""
+    """Return the finished runs of each row and mode, with the correctness of their answers."""
     return {
         (row.name, mode): [(r, answers(r)) for r in comparison.of(row, mode) if r.status == "finished"]
         for row in comparison.grid.rows
@@ -110,7 +110,7 @@ def _compare(pairs: Mapping[str, tuple[ScoredRuns, ScoredRuns]]) -> dict[str, tu
     for name, (runs, others) in pairs.items():
         correct = _correctness([answers for _, answers in [*runs, *others]])
         differences[name] = _percent_points(paired_difference(correct[: len(runs)], correct[len(runs) :]))
-    single_seed = {name for name, pair in pairs.items() if min(map(len, pair)) < 2}  # whose noise is unknown
+    single_seed = {name for name, pair in pairs.items() if min(map(len, pair)) < 2}  # one seed does not show its noise
     notable = significant({name: 1.0 if name in single_seed else d.p for name, d in differences.items()})
     return {name: (d, name in notable) for name, d in differences.items()}
 
@@ -167,7 +167,7 @@ def answers(run: PlannedRun) -> dict[str, bool]:
 
 
 def _correctness(runs: Sequence[dict[str, bool]]) -> np.ndarray:
-    """Return the correctness, bool ``[runs, problems]``.  Raises ConfigError if the runs answered other problems."""
+    """Return the correctness, bool ``[runs, problems]``.  Raises ConfigError if runs answered different problems."""
     keys = sorted(runs[0])
     if any(sorted(run) != keys for run in runs):
         raise ConfigError("finished runs were evaluated on different problems; remove the folders of the odd ones")
@@ -217,7 +217,7 @@ def seconds_of_runs(comparison: Comparison) -> dict[Any, float]:
 
 
 def notes(comparison: Comparison) -> list[str]:
-    """Return notes about how the runs were made."""
+    """Return notes on the runs: unfinished ones, versions of the code, how costs were measured."""
     finished = [r for r in comparison.runs if r.status == "finished"]
     missing, lines = len(comparison.runs) - len(finished), []
     if missing:
@@ -341,7 +341,7 @@ def _order(
     difference: Difference,
     notable: bool,
 ) -> str:
-    """Say whether the ``published`` order, (mean, standard deviation) of each, holds for the measured difference."""
+    """Return a sentence on whether the order of ``published`` (mean, standard deviation) holds for ``difference``."""
     (mean, std), (other_mean, other_std) = published
     gap = mean - other_mean
     order = f"{names[0]} {'above' if gap > 0 else 'below'} {names[1]} ({mean:.1f} v {other_mean:.1f}): "

@@ -220,7 +220,7 @@ TEXT = {"data.source": "text"}
 
 
 class SourceSettings(Section):
-    """Where rows come from and what their columns are."""
+    """A data source: the origin of its rows and the names of their columns."""
 
     source: Literal["gsm8k", "demo", "jsonl", "hub", "text"] = setting(
         "gsm8k",

@@ -1,4 +1,4 @@
-"""Conversations as token ids, and which of these are the assistant's."""
+"""Conversations as token ids, and the mask of the assistant's tokens."""
 
 from __future__ import annotations
 
@@ -14,24 +14,24 @@ from onpolicy_skd.config.errors import first_line
 from onpolicy_skd.data.rows import DataError
 from onpolicy_skd.types import Chat
 
-MARKED = re.compile(r"\{%-?\s*generation\s*-?%\}")  # a template that marks what the assistant writes
+MARKED = re.compile(r"\{%-?\s*generation\s*-?%\}")  # in templates that mark the assistant's text
 
 
 def chat_ids(chat: Chat, tokenizer: Any, generation_prompt: bool = True) -> list[int]:
-    """Return the token ids of all messages of ``chat``, with the header of a turn to generate or without.
+    """Return the token ids of all messages of ``chat``, with or without the header of a turn to generate.
 
-    Raises DataError if the tokenizer has no chat template, or one that gives ``chat`` no place for its tools.
+    Raises DataError if the tokenizer has no chat template, or one that fails or does not show the tools of ``chat``.
     """
     return _render(chat, tokenizer, add_generation_prompt=generation_prompt, return_dict=False)
 
 
 def conversation(chat: Chat, tokenizer: Any, last: bool = False) -> tuple[list[int], np.ndarray]:
-    """Return the token ids of ``chat`` up to the assistant's last turn, and bool of the same length: its tokens.
+    """Return the token ids of ``chat`` up to the assistant's last turn, and a bool mask of the assistant's tokens.
 
-    The assistant's tokens are those that the template marks by ``{% generation %}``, else those that follow the
-    generation prompt of the messages before a turn, up to the end of the turn; an end of sequence is appended where
-    such a template puts none behind the last turn.  ``last``: the tokens of the last turn alone.  Raises DataError for
-    a chat without such a turn, or whose turns cannot be told apart.
+    The assistant's tokens are those that the template marks by ``{% generation %}``.  If it marks none, they are those
+    from the generation prompt of the messages before a turn to the end of the turn; an end of sequence is appended if
+    the template puts none after the last turn.  ``last``: only the tokens of the last turn.  Raises DataError for a
+    chat without a turn of the assistant, or whose turns cannot be told apart.
     """
     turns = [number for number, m in enumerate(chat.messages) if m["role"] == "assistant"]
     if not turns:
@@ -47,7 +47,7 @@ def conversation(chat: Chat, tokenizer: Any, last: bool = False) -> tuple[list[i
 
 
 def _marked_turns(chat: Chat, turns: list[int], tokenizer: Any) -> tuple[list[int], list[tuple[int, int]]]:
-    """Return the ids of ``chat`` and, by the template's own marks, start and end of each of its last turns."""
+    """Return the ids of ``chat``, and start and end of each span that the template marks; for one turn the last."""
     encoded = _render(chat, tokenizer, return_dict=True, return_assistant_tokens_mask=True)
     edges = np.flatnonzero(np.diff(np.array([0, *encoded["assistant_masks"], 0])))
     spans = [(int(start), int(end)) for start, end in zip(edges[::2], edges[1::2], strict=True)]
@@ -60,7 +60,7 @@ def _marked_turns(chat: Chat, turns: list[int], tokenizer: Any) -> tuple[list[in
 
 
 def _turns_by_prefix(chat: Chat, turns: list[int], tokenizer: Any) -> tuple[list[int], list[tuple[int, int]]]:
-    """Return the ids of ``chat`` and start and end of ``turns``, each the continuation of the messages before it."""
+    """Return the ids of ``chat``, and start and end of ``turns``, each rendered after the messages before it."""
     ids, spans, special = chat_ids(chat, tokenizer, generation_prompt=False), [], special_ids(tokenizer)
     for number in turns:
         before = chat_ids(dataclasses.replace(chat, messages=chat.messages[:number]), tokenizer)
@@ -80,7 +80,7 @@ def _turns_by_prefix(chat: Chat, turns: list[int], tokenizer: Any) -> tuple[list
 
 
 def _end_of_turn(ids: list[int], start: int, special: set[int], tokenizer: Any) -> int:
-    """Return the end of a turn in ``ids[start:]``: behind its last special token if only white space follows that."""
+    """Return the end of a turn in ``ids[start:]``: after its last special token if only white space follows that."""
     for end in range(len(ids), start, -1):
         if ids[end - 1] in special:
             return end
@@ -90,14 +90,14 @@ def _end_of_turn(ids: list[int], start: int, special: set[int], tokenizer: Any) 
 
 
 def special_ids(tokenizer: Any) -> set[int]:
-    """Return the ids of all special tokens: those with a name, and those that were added."""
+    """Return the ids of all special tokens, named and added ones."""
     added = getattr(tokenizer, "added_tokens_decoder", {})
     return {*tokenizer.all_special_ids, *(number for number, token in added.items() if token.special)}
 
 
 @contextmanager
 def naming(row: str) -> Iterator[None]:
-    """Put the name of ``row`` before the message of a DataError of the block."""
+    """Prefix the message of a DataError from the block with ``row``."""
     try:
         yield
     except DataError as error:

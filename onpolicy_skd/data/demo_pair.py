@@ -86,7 +86,7 @@ def collate(rows: list[tuple[list[int], list[int]]], pad: int) -> tuple[torch.Te
 
 @torch.no_grad()
 def greedy_match(model: Qwen3ForCausalLM, rows: list[tuple[list[int], list[int]]], pad: int) -> float:
-    """Return the share of ``rows`` that greedy decoding would answer word for word (one forward, no generation)."""
+    """Return the share of ``rows`` whose answers greedy decoding reproduces (by one forward, without generation)."""
     right = 0
     for start in range(0, len(rows), 128):
         ids, labels = collate(rows[start : start + 128], pad)
@@ -96,7 +96,7 @@ def greedy_match(model: Qwen3ForCausalLM, rows: list[tuple[list[int], list[int]]
 
 
 def train(model, tokenizer, steps: int, batch: int, lr: float, stop_at: float = 1.0) -> float:
-    """Train by cross-entropy on the reference answers, at most until ``stop_at``; return the held-out exact match."""
+    """Train by cross-entropy on reference answers until a held-out exact match of ``stop_at``; return the match."""
     stream, pad = problems("train"), tokenizer.pad_token_id
     held_out = [encode(p, tokenizer) for p in itertools.islice(problems("test", seed=1), 512)]
     matrices = [p for n, p in model.named_parameters() if p.ndim == 2 and "layers" in n]

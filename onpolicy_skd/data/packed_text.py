@@ -1,8 +1,9 @@
 """Packed text: documents one after another, cut into samples of equal length.
 
-The token stream is ``[end] document [end] document [end] ...`` with the tokenizer's end of sequence: it ends a document
-and starts the next one, which then has a token to be predicted from.  It is written to disk once, as uint32, and read
-memory-mapped: a sample costs no memory until it is used, and their order is a pure function of seed and step.
+The token stream is ``[end] document [end] document [end] ...`` with the tokenizer's end of sequence, which ends a
+document and starts the next one, so that a document's first token is predicted from it.  The stream is written to disk
+once, as uint32, and read memory-mapped: a sample costs no memory until it is used, and the order of samples is a pure
+function of seed and step.
 """
 
 from __future__ import annotations
@@ -21,14 +22,14 @@ from onpolicy_skd.data.rows import DataError, check_text, read_hub, read_jsonl
 from onpolicy_skd.storage.files import replacing, sha256, write_text
 from onpolicy_skd.types import Prompt
 
-DOCUMENTS_AT_ONCE = 256  # tokenized together
+DOCUMENTS_AT_ONCE = 256  # documents tokenized together
 TOKENS_BETWEEN_MESSAGES = 1_000_000
 LARGEST_DOCUMENT = 64 * 2**20  # bytes of a .txt file, which is tokenized as a whole
 SUFFIXES = (".jsonl", ".parquet", ".txt")
 
 
 class Lazy(Sequence[Prompt]):
-    """``make(i)`` for each ``i`` of ``indices``, each prompt made when it is accessed."""
+    """Sequence of the prompts ``make(i)`` for ``i`` in ``indices``, each made when it is accessed."""
 
     def __init__(self, make: Callable[[int], Prompt], indices: Sequence[int]) -> None:
         self._make = make
@@ -96,7 +97,7 @@ def _rules(tokenizer: Any) -> str:
 
 def _write(file: Path, settings: DataSettings, tokenizer: Any, source: Any, log: Callable[[str], None]) -> None:
     budget, end = settings.tokens, [tokenizer.eos_token_id]
-    written, documents, next_message = 0, -1, 0  # the first end of sequence ends no document
+    written, documents, next_message = 0, -1, 0  # -1, because the first end of sequence ends no document
     with replacing(file) as temporary, temporary.open("wb") as out:
         texts = _documents(settings, source)
         for ids in itertools.chain([end], (ids + end for ids in _tokenized(texts, tokenizer))):
@@ -117,7 +118,7 @@ def _write(file: Path, settings: DataSettings, tokenizer: Any, source: Any, log:
 
 def _tokenized(texts: Iterator[str], tokenizer: Any) -> Iterator[list[int]]:
     while documents := list(itertools.islice(texts, DOCUMENTS_AT_ONCE)):
-        # A special token that a document spells out is text: an end of sequence would look like the document's.
+        # Special tokens in a document are tokenized as text, or they would look like the end of a document.
         yield from tokenizer(documents, add_special_tokens=False, split_special_tokens=True)["input_ids"]
 
 
@@ -125,7 +126,7 @@ def _source(settings: DataSettings) -> tuple[str, Any]:
     """Return a name for the samples and the identity of the text: files with size and time, or the hub's names."""
     if settings.train_file is None:
         names = [settings.name, settings.subset, settings.train_split]
-        local = sorted(f for f in Path(str(settings.name)).rglob("*") if f.is_file())  # nothing, of a hub data set
+        local = sorted(f for f in Path(str(settings.name)).rglob("*") if f.is_file())  # empty for a hub data set
         return f"{settings.name}:{settings.train_split}", [*names, *_stamps(local)]
     root = settings.train_file
     files = sorted(f for f in root.rglob("*") if f.suffix in SUFFIXES) if root.is_dir() else [root]
@@ -177,7 +178,7 @@ def _parquet_rows(file: Path, column: str) -> Iterator[dict[str, Any]]:
     try:
         with parquet.ParquetFile(file) as opened:
             if column not in opened.schema_arrow.names:
-                yield dict.fromkeys(opened.schema_arrow.names)  # the error then names the columns there are
+                yield dict.fromkeys(opened.schema_arrow.names)  # so that the error names the existing columns
                 return
             for batch in opened.iter_batches(DOCUMENTS_AT_ONCE, columns=[column]):
                 yield from batch.to_pylist()

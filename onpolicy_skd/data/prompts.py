@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 def load_shots(settings: DataSettings) -> list[tuple[str, str]]:
     """Return (question, answer) of the first ``data.shots`` rows of the training split: the examples of every prompt.
 
-    Raises DataError if the split has fewer rows, or none to read.
+    Raises DataError if the split has fewer rows or cannot be read.
     """
     if not settings.shots:
         return []
@@ -37,9 +37,9 @@ def load_shots(settings: DataSettings) -> list[tuple[str, str]]:
 def render(question: str, tokenizer: Any, settings: DataSettings, shots: Sequence[tuple[str, str]] = ()) -> list[int]:
     """Return the prompt token ids of ``question``, after the examples ``shots`` and without an end of sequence.
 
-    Examples are user and assistant turns of a chat template; in plain text, lm-eval's format: a space before an answer
-    and an empty line after it.  Raises DataError if the tokenizer has no chat template, if the template fails, or if no
-    token is left.
+    With a chat template, examples are turns of user and assistant; in plain text they have lm-eval's format: a space
+    before an answer and an empty line after it.  Raises DataError if the tokenizer has no chat template, if the
+    template fails, or if no token is left.
     """
     text = question + settings.instruction
     if settings.template == "plain":
@@ -67,9 +67,9 @@ def render(question: str, tokenizer: Any, settings: DataSettings, shots: Sequenc
 
 
 def _without_suffix(text: str, tokenizer: Any) -> list[int]:
-    """Return the token ids of ``text`` with the special tokens that a tokenizer prepends but none that it appends.
+    """Return the token ids of ``text`` with the special tokens that a tokenizer prepends, without those it appends.
 
-    After an appended end of sequence a model has nothing left to answer.
+    After an appended end of sequence, a model would have nothing left to answer.
     """
     ids, body = tokenizer(text)["input_ids"], tokenizer(text, add_special_tokens=False)["input_ids"]
     for end in range(len(ids), len(body) - 1, -1):
@@ -86,12 +86,11 @@ def answer_ids(answer: str, tokenizer: Any) -> list[int]:
 def load_prompts(settings: DataSettings, tokenizer: Any, split: str, limit: int | None = None) -> list[Prompt]:
     """Return the (first ``limit``) prompts of ``split``; overlong ones are dropped and counted, if so configured.
 
-    Prompts of ``data.mix`` come source by source in the training split, and alternately in the eval split, from the
-    sources that have one.  Problems that are examples of ``data.shots`` are left out.
-    Raises DataError, also for a prompt over ``data.max_prompt_tokens``, and in the eval split for an answer that no
-    output could be judged against.
+    Prompts of ``data.mix`` are ordered source by source in the training split; in the eval split they alternate between
+    the sources that have one.  Problems that are examples of ``data.shots`` are left out.  Raises DataError, also for a
+    prompt over ``data.max_prompt_tokens``, and in the eval split for an answer that no output can be judged against.
     """
-    repeats: Counter[str] = Counter()  # of a question, over all sources
+    repeats: Counter[str] = Counter()  # occurrences of each question, over all sources
     by_source = [
         _load_source(number, source, tokenizer, split, limit, repeats)
         for number, source in enumerate(settings.sources)
@@ -139,7 +138,7 @@ def _load_source(
 
 
 def prompt_ids(row: Row, tokenizer: Any, settings: DataSettings, shots: Sequence[tuple[str, str]] = ()) -> list[int]:
-    """Return the prompt token ids of ``row``: of its conversation up to the turn to generate, or of its question."""
+    """Return the prompt token ids of the conversation of ``row`` up to the turn to generate, or of its question."""
     if row.chat:
         return chat_ids(dataclasses.replace(row.chat, messages=row.chat.prompt), tokenizer)
     return render(row.question, tokenizer, settings, shots)
@@ -168,7 +167,7 @@ def check_references(prompts: Iterable[Prompt]) -> None:
 
 
 def question_digest(question: str) -> str:
-    """Return a name for a question that depends on its words alone: not on white space, file or row."""
+    """Return a digest of the words of a question, whatever its white space, file or row."""
     return hashlib.sha256(" ".join(question.split()).encode()).hexdigest()[:16]
 
 
@@ -192,10 +191,10 @@ def hold_out(prompts: list[Prompt], count: int) -> tuple[list[Prompt], list[Prom
 
 
 def prompts_of_step(count: int, per_step: int, step: int, seed: int) -> list[int]:
-    """Return the indices of the prompts of ``step`` (0-based) among ``count``: a pure function, so resuming needs only
-    the step.
+    """Return the indices, below ``count``, of the prompts of ``step`` (0-based).
 
-    Each epoch is another permutation; a step may span two epochs, and no prompt is left out at their border.
+    A pure function, so that resuming needs only the step.  Each epoch is another permutation; a step may span two
+    epochs, and no prompt is left out at their border.
     """
     indices = []
     for place in range(step * per_step, (step + 1) * per_step):
@@ -207,9 +206,9 @@ def prompts_of_step(count: int, per_step: int, step: int, seed: int) -> list[int
 def mixed_prompts_of_step(
     members: Sequence[Sequence[int]], weights: Sequence[float], per_step: int, step: int, seed: int
 ) -> list[int]:
-    """Return the indices of the prompts of ``step`` of a mix, a pure function as ``prompts_of_step`` is.
+    """Return the indices of the prompts of ``step`` of a mix; a pure function like ``prompts_of_step``.
 
-    ``members`` are the indices of each source's prompts.  Each place draws its source in proportion to ``weights``, and
+    ``members`` holds the indices of each source's prompts.  Each place draws a source in proportion to ``weights`` and
     takes the next prompt of that source, whose epochs are permutations of its prompts.
     """
     start, end = step * per_step, (step + 1) * per_step
@@ -226,7 +225,7 @@ def mixed_prompts_of_step(
 
 @functools.lru_cache(2)
 def _drawn_sources(weights: tuple[float, ...], seed: int, places: int) -> np.ndarray:
-    """Return the source of each of the first ``places`` places of a run; more places begin with the same ones."""
+    """Return the source of each of the first ``places`` places of a run, int16; more places only add sources."""
     borders = np.cumsum(weights) / sum(weights)
     uniform = np.random.default_rng(seed_of(seed, "mix")).random(places)
     return np.minimum(np.searchsorted(borders, uniform, side="right"), len(weights) - 1).astype(np.int16)

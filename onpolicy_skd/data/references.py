@@ -1,6 +1,6 @@
-"""Responses that the student does not write in training: answers, or rollouts of the teacher or the initial student.
+"""References: answers of the data or of a file, or rollouts of the teacher or the initial student.
 
-Filter, teacher, learner and evaluation treat them as they treat the student's rollouts.
+Filter, teacher, learner and evaluation treat them like the student's rollouts.
 """
 
 from __future__ import annotations
@@ -27,14 +27,16 @@ from onpolicy_skd.storage.files import RunPaths, write_text
 from onpolicy_skd.types import FinishReason, Prompt, RolloutRequest, Trajectory, id_array, seed_of
 
 ANNOTATION = re.compile(r"<<[^<>]*>>")  # GSM8K's calculator annotations: <<48/2=24>>
-BATCH = 256  # prompts that a model answers between two writes to disk
+BATCH = 256  # prompts that a model answers between writes to disk
 
 
 @dataclass(frozen=True, slots=True)
 class Response:
-    ids: list[int]  # end of sequence included, if there is one; of a conversation its prompt too
+    """A reference response to a prompt."""
+
+    ids: list[int]  # end of sequence included, if there is one; in a conversation the prompt too
     finish_reason: FinishReason = "stop"
-    mask: np.ndarray | None = None  # of a conversation: bool, the tokens of the assistant
+    mask: np.ndarray | None = None  # of a conversation: bool, True at the assistant's tokens
 
 
 Responses = Mapping[str, Sequence[Response]]  # by prompt key, at least one for each
@@ -60,7 +62,7 @@ def trajectory(prompt: Prompt, response: Response, key: str, supervise: str) -> 
 
 
 def of_data(prompt: Prompt, tokenizer: Any, supervise: str = "response") -> Response:
-    """Return the response that the data has to ``prompt``.  Raises DataError, naming the row, if it is unusable."""
+    """Return the response to ``prompt`` in the data.  Raises DataError, naming the row, if it is unusable."""
     if prompt.chat is None:
         return Response(answer_ids(prompt.answer, tokenizer))
     with naming(prompt.row):
@@ -107,7 +109,7 @@ def from_text(settings: Settings, prompts: Sequence[Prompt], tokenizer: Any) -> 
 
 
 def _reader(settings: Settings, prompts: Sequence[Prompt], tokenizer: Any) -> Callable[[Prompt], list[Response]]:
-    """Return the function that returns the responses to a prompt, from the data or from ``references.file``."""
+    """Return a function from a prompt to its responses in the data or in ``references.file``."""
     cfg = settings.references
     answers = _from_file(settings, prompts) if cfg.source == "file" else {}
 
@@ -145,10 +147,10 @@ def generated_responses(
 ) -> tuple[list[Prompt], Responses]:
     """Return the prompts that the model of ``references.source`` answered, and its answers.
 
-    Of the teacher: sequence-level KD (Kim and Rush, 2016); of the initial student: offline on-policy distillation
-    (arXiv 2604.13010).
-    ``roll`` generates them once; all runs on the same model, prompts and sampling reuse them, and a run continues
-    where a killed one stopped.  Truncated answers are left out if ``samples.truncated`` says so.
+    Answers of the teacher give sequence-level KD (Kim and Rush, 2016), those of the initial student offline on-policy
+    distillation (arXiv 2604.13010).  ``roll`` generates them once; all runs with the same model, prompts and sampling
+    reuse them, and a run continues where a killed one stopped.  Truncated answers are left out with
+    ``samples.truncated=drop``.  Raises ConfigError if no answer is left, or the file of answers is damaged.
     """
     source = settings.references.source
     path = RunPaths(settings.run.folder).references / f"{_fingerprint(settings, prompts)}.jsonl"

@@ -1,4 +1,4 @@
-"""Rows of data sets: gsm8k, the demo task, files with one JSON object per line, hub data sets."""
+"""Rows of data sets: GSM8K, the demo task, files with one JSON object per line, hub data sets."""
 
 from __future__ import annotations
 
@@ -66,10 +66,10 @@ def _teacher(row: dict[str, Any], settings: DataSettings, where: str) -> str | N
 
 
 def read_chat(row: dict[str, Any], settings: DataSettings, where: str) -> Chat:
-    """Return the conversation of a row, with ``data.system`` before it unless it has a system message.
+    """Return the conversation of a row, starting with ``data.system`` unless it has a system message.
 
-    Raises DataError, naming ``where``, for messages or tools that no chat template reads, and for a conversation in
-    which nothing asks the assistant for its last turn.
+    Raises DataError, naming ``where``, for messages or tools that no chat template can read, and for a conversation in
+    which the assistant's last turn answers neither a user nor a tool.
     """
     messages = row.get(str(settings.messages_column))
     if not isinstance(messages, list) or not messages:
@@ -130,7 +130,7 @@ def _tools(value: Any, where: str) -> list[dict[str, Any]] | None:
 
 
 def _from_json(value: Any) -> Any:
-    """Return the value of JSON text; other values, and text that is not JSON, as they are."""
+    """Return the value of JSON text; return other values, and text that is not JSON, unchanged."""
     try:
         return json.loads(value) if isinstance(value, str) else value
     except (json.JSONDecodeError, RecursionError):
@@ -143,7 +143,7 @@ def load_questions(settings: DataSettings, split: str) -> Iterator[tuple[str, st
 
 
 def _rows(settings: DataSettings, split: str) -> tuple[str, Iterator[tuple[int, dict[str, Any]]]]:
-    """Return a name of the split's source, for messages, and its rows by number (of a file: by line)."""
+    """Return the name of the split's source, for messages, and its rows with their numbers (in files: line numbers)."""
     training = split == "train"
     name = settings.train_split if training else settings.eval_split
     if settings.source == "demo":
@@ -152,7 +152,7 @@ def _rows(settings: DataSettings, split: str) -> tuple[str, Iterator[tuple[int, 
             raise DataError(f"{key}={name}: the demo task has no such split; accepted: {', '.join(demo_task.SPLITS)}")
         count = DEMO_TRAIN_PROBLEMS if training else DEMO_TEST_PROBLEMS
         return f"demo:{name}", enumerate(itertools.islice(demo_task.problems(name), count), 1)
-    if settings.source == "jsonl" or settings.path:  # a path is GSM8K's
+    if settings.source == "jsonl" or settings.path:  # only GSM8K has a path
         named = settings.train_file if training else settings.eval_file
         file = settings.path / f"{name}.jsonl" if settings.path else named
         if file is None:
@@ -163,8 +163,10 @@ def _rows(settings: DataSettings, split: str) -> tuple[str, Iterator[tuple[int, 
 
 
 def text_columns(row: dict[str, Any], columns: Sequence[str], where: str) -> list[str]:
-    """Return the texts in ``columns`` of a row.  Raises DataError, naming ``where``, if one is missing, not text or
-    blank."""
+    """Return the texts in ``columns`` of a row.
+
+    Raises DataError, naming ``where``, if one is missing, blank or not text.
+    """
     texts = []
     for column in columns:
         text = row.get(column)
@@ -200,7 +202,7 @@ def read_jsonl(file: Path) -> Iterator[dict[str, Any]]:
 def numbered_jsonl(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     """Yield what ``read_jsonl`` yields, each object with the number of its line."""
     try:
-        with file.open(encoding="utf-8-sig") as lines:  # a byte order mark is no part of the first row
+        with file.open(encoding="utf-8-sig") as lines:  # utf-8-sig drops a byte order mark
             for number, line in enumerate(lines, 1):
                 if not line.strip():
                     continue

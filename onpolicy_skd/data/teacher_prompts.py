@@ -18,11 +18,11 @@ logger = logging.getLogger(__name__)
 
 
 def with_teacher_prompts(settings: Settings, tokenizer: Any, prompts: list[Prompt]) -> list[Prompt]:
-    """Return ``prompts`` with what ``teacher.prompt`` makes of each; as they are if it is empty.
+    """Return ``prompts`` with the teacher's prompt of each from ``teacher.prompt``; unchanged if that is empty.
 
-    The text takes the place of the question: template, system message, examples and instruction are the student's.
-    Raises DataError for a column that is missing, not text or blank, and for a prompt over
-    ``teacher.max_prompt_tokens``, which ``data.overlong=drop`` leaves out.
+    The text replaces the question; template, system message, examples and instruction are the student's.  Raises
+    DataError for a column that is missing, not text or blank, and for a prompt over ``teacher.max_prompt_tokens``
+    unless ``data.overlong=drop`` leaves it out.
     """
     template, longest = settings.teacher.prompt, settings.teacher.max_prompt_tokens
     if template is None:
@@ -50,7 +50,7 @@ def with_teacher_prompts(settings: Settings, tokenizer: Any, prompts: list[Promp
 
 
 def _filled(template: str, prompt: Prompt) -> str:
-    """Return ``template`` with the texts of the prompt's row.  Raises DataError."""
+    """Return ``template`` filled with the texts of the prompt's row.  Raises DataError."""
     columns = {**prompt.columns, "question": prompt.question, "answer": prompt.answer}
     names: Iterable[str] = PLACEHOLDER.findall(template)
     for name in names:

@@ -1,4 +1,4 @@
-"""A learner as several processes, its ranks: they share the student's weights (FSDP2) and the work on each batch.
+"""The ranks of a learner: processes that share the student's weights (FSDP2) and the work on each batch.
 
 All ranks get the same batches and return the same results, but each runs the models over its share only.  Collective
 calls (forwards, backwards, ``gather``, ``full_tensor``) must be made equally often on all ranks, in the same order.
@@ -34,7 +34,7 @@ class Ranks:
         self._device = device
 
     def shares(self, lengths: Sequence[int]) -> list[list[int]]:
-        """Return the indices of sequences of so many tokens, by the rank that works on them."""
+        """Divide sequences of ``lengths`` tokens over the ranks; return the indices for each rank."""
         return balance_by_tokens(lengths, self.count)
 
     def local(self, trajectories: Sequence[Trajectory]) -> list[Trajectory]:
@@ -50,12 +50,12 @@ class Ranks:
         return values
 
     def gather_by_index(self, local: Mapping[int, T]) -> list[T]:
-        """Return in order the values that the ranks have for the indices 0, 1, 2, ..."""
+        """Return the values of all ranks in the order of their indices 0, 1, 2, ..."""
         values = {index: value for share in self.gather(local) for index, value in share.items()}
         return [values[index] for index in range(len(values))]
 
     def shard(self, student: SplitModel) -> SplitModel:
-        """Shard the parameters of ``student`` over the ranks; its blocks are gathered while they are needed.
+        """Shard the parameters of ``student`` over the ranks; each block is gathered while it is needed.
 
         Embeddings, final norm and LM head stay gathered from a forward to the backward after it, since the loss uses
         the head outside the model's forward.  Gradients are summed over the ranks.
@@ -102,5 +102,5 @@ def shard_like(tensor: Tensor, parameter: Tensor) -> Tensor:
     mesh, placements = parameter.device_mesh, parameter.placements
     chunks = tensor.chunk(mesh.size(), dim=0)  # sharded over the first dimension, as FSDP2 does
     shard = chunks[mesh.get_local_rank()] if mesh.get_local_rank() < len(chunks) else tensor[:0]
-    local = shard.to(parameter.device, copy=True)  # which reads a mapped file's slice
+    local = shard.to(parameter.device, copy=True)  # reads only that slice of a mapped file
     return DTensor.from_local(local, mesh, placements, shape=tensor.shape, stride=tensor.stride())

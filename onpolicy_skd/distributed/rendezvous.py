@@ -12,7 +12,7 @@ from onpolicy_skd.distributed.ranks import Ranks
 
 
 class Rendezvous:
-    """A TCP store at which the ranks of a learner meet: opened by rank 0, on ``host`` only."""
+    """The TCP store at which the ranks of a learner meet; rank 0 opens it, on ``host`` only."""
 
     def __init__(self, host: str) -> None:
         listener = listen(host)
@@ -33,7 +33,7 @@ def listen(host: str) -> socket.socket:
 def init_process_group(address: tuple[str, int], rank: int, count: int, device: str, timeout_s: float) -> Ranks:
     """Make this process rank ``rank`` of ``count``; return when all have joined.
 
-    Raises if they do not within ``timeout_s``, which bounds all later collective calls too.
+    Raises RuntimeError if they have not within ``timeout_s``, which also bounds all later collective calls.
     """
     timeout = timedelta(seconds=timeout_s)
     store = TCPStore(*address, is_master=False, timeout=timeout)

@@ -1,6 +1,6 @@
-"""New weights from the learner directly to vLLM's workers, through vLLM's update calls (vllm_engine.py).
+"""Transfer of new weights from the learner directly to vLLM's workers, through vLLM's update calls (vllm_engine.py).
 
-Tensors travel packed in byte buffers: a call for each of hundreds of tensors would take longer than the bytes.
+Tensors travel packed in byte buffers, because one call for each of hundreds of tensors would take longer.
 ``broadcast``: the learner's rank 0 and all workers of all engines are one group; NCCL on GPUs, gloo on CPUs.
 ``ipc``: a worker on the learner's GPU maps the memory in which the learner holds a copy.
 """
@@ -24,12 +24,12 @@ from onpolicy_skd.distributed.rendezvous import Rendezvous, listen
 
 Address = tuple[str, int]
 Named = Iterable[tuple[str, Tensor]]
-BUFFER_BYTES = 2**26  # of a buffer of gloo; a larger tensor has one to itself
+BUFFER_BYTES = 2**26  # size of a gloo buffer; a larger tensor fills one alone
 
 
 @dataclass(frozen=True, slots=True)
 class WeightSpec:
-    """Names, dtypes and shapes of the weights that a worker will get; names as in a transformers checkpoint."""
+    """Names, dtypes and shapes of the weights that a worker will get, named as in a transformers checkpoint."""
 
     names: list[str]
     dtype_names: list[str]  # such as "bfloat16"
@@ -74,7 +74,7 @@ class GlooGroup:
 def buffers(sizes: Iterable[int], limit: int) -> Iterator[int]:
     """Yield the number of tensors in each buffer: consecutive ones of at most ``limit`` bytes together, at least one.
 
-    Lazy by one tensor, and the same on both sides, which know the sizes.
+    Reads one size ahead.  Sender and receiver both know the sizes, so they get the same numbers.
     """
     count = filled = 0
     for size in sizes:
@@ -118,7 +118,7 @@ class Sender:
     def __init__(self, host: str, device: str) -> None:
         self._device = device
         if device == "cuda":
-            self._listener = listen(host)  # until ``join``, so that no other process takes the port
+            self._listener = listen(host)  # open until ``join``, so that no other process takes the port
             self.address: Address = (host, self._listener.getsockname()[1])
         else:
             self._rendezvous = Rendezvous(host)
@@ -132,11 +132,11 @@ class Sender:
             from vllm.distributed.utils import StatelessProcessGroup
             from vllm.utils.nccl import unpinned_nccl_env
 
-            torch.cuda.set_stream(torch.cuda.current_stream())  # else vLLM moves this thread to another stream
+            torch.cuda.set_stream(torch.cuda.current_stream())  # otherwise vLLM moves this thread to another stream
             store = StatelessProcessGroup.create(
                 *self.address, 0, count, store_timeout=math.ceil(timeout_s), listen_socket=self._listener
             )
-            with unpinned_nccl_env():  # as vLLM's workers, so that both sides choose the same transport
+            with unpinned_nccl_env():  # as in vLLM's workers, so that both sides choose the same transport
                 self._group = PyNcclCommunicator(store, device=torch.cuda.current_device())
         else:
             self._group = GlooGroup(self.address, 0, count, timeout_s)
@@ -158,7 +158,7 @@ class Sender:
 
 
 def exported(weights: Named, spec: WeightSpec) -> tuple[WeightSpec, Tensor]:
-    """Return the WeightSpec for ``ipc``, and a copy on this GPU that must live until the workers have read it."""
+    """Return the WeightSpec for ``ipc``, and the copy on this GPU, which must live until the workers have read it."""
     from torch.multiprocessing.reductions import reduce_tensor
 
     uuid = str(torch.cuda.get_device_properties(torch.cuda.current_device()).uuid)
@@ -182,7 +182,7 @@ def fill(buffer: Tensor, weights: Named) -> None:
 def plain_segments() -> Iterator[None]:
     """Allocate GPU memory without expandable segments, which some kernels and containers cannot map elsewhere.
 
-    Many export PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True; it holds again afterwards.
+    Many users export PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True; it is restored afterwards.
     """
     configured = os.environ.get("PYTORCH_ALLOC_CONF") or os.environ.get("PYTORCH_CUDA_ALLOC_CONF", "")
     expandable = "expandable_segments:True" in configured

@@ -13,11 +13,11 @@ from onpolicy_skd.types import Trajectory
 
 @dataclass(frozen=True, slots=True)
 class PositionDiagnostics:
-    """Numbers at the n eligible positions of a trajectory."""
+    """Statistics at the n eligible positions of a trajectory."""
 
     key: str
     entropy: np.ndarray  # float32 [n], nats; the student's
-    divergence: np.ndarray  # float32 [n], nats; between student and teacher, of the trained kind
+    divergence: np.ndarray  # float32 [n], nats; the trained divergence between student and teacher
     selected: np.ndarray  # bool [n]; training would supervise the position now
 
 
@@ -36,7 +36,7 @@ def means(diagnostics: Sequence[PositionDiagnostics]) -> dict[str, float | None]
 
 
 def token_view(trajectory: Trajectory, diagnostics: PositionDiagnostics, tokenizer: Any) -> dict[str, Any]:
-    """Return a trajectory token by token, the text of each token with its numbers, for the token view."""
+    """Return the target tokens of a trajectory with their statistics, for the token view."""
     return {
         "key": trajectory.key,
         "prompt": tokenizer.decode(trajectory.prompt_ids.tolist()),
@@ -52,7 +52,7 @@ NGRAM = 8  # tokens
 
 
 def repetition(ids_n: Sequence[int] | np.ndarray) -> float:
-    """Return the share of a response's ``NGRAM``-grams that occurred in it before; 0 for short responses."""
+    """Return the share of a response's ``NGRAM``-grams that repeat an earlier one; 0 for short responses."""
     ids = np.asarray(ids_n)
     if len(ids) <= NGRAM:
         return 0.0

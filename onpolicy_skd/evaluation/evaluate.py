@@ -18,14 +18,14 @@ from onpolicy_skd.types import Prompt, RolloutRequest, SamplingParams, Trajector
 
 Generate = Callable[[Sequence[RolloutRequest], SamplingParams], Iterable[Trajectory]]
 RULES = ("match", "strict")
-Z = 1.959964  # of the two-sided 95 % interval
+Z = 1.959964  # normal quantile of the two-sided 95 % interval
 
 
 @dataclass(frozen=True, slots=True)
 class Evaluation:
     """Result of an evaluation.
 
-    ``result`` holds the figures for metrics and summaries, ``records`` a row per answer, ``views`` a few rollouts token
+    ``result`` holds the numbers for metrics and summaries, ``records`` a row per answer, ``views`` a few rollouts token
     by token.
     """
 
@@ -87,9 +87,9 @@ def _record(trajectory: Trajectory, prompt: Prompt, tokenizer: Any, stop: Sequen
 
 
 def summarize(records: Sequence[dict[str, Any]], samples: int) -> dict[str, Any]:
-    """Compute the figures of ``records``, which hold ``samples`` answers in a row per problem.
+    """Compute the result of ``records``, which hold ``samples`` consecutive answers per problem.
 
-    ``share`` of a rule is the mean over all answers (avg@samples); ``pass_at`` is there for several samples.
+    ``share`` of a rule is the mean over all answers (avg@samples); ``pass_at`` exists only for several samples.
     """
     counts = {
         rule: [sum(r[rule] for r in records[i : i + samples]) for i in range(0, len(records), samples)]
@@ -125,7 +125,7 @@ def pass_at_k(correct: int, samples: int, k: int) -> float:
 def _mean(values: Sequence[float]) -> dict[str, Any]:
     """Return the mean over problems with its 95 % interval; problems, not samples, are independent."""
     mean, spread = statistics.fmean(values), statistics.pstdev(values)
-    if not spread:  # equal values do not mean certainty
+    if not spread:  # equal values are no proof of certainty
         return {"share": mean, "interval": wilson(mean * len(values), len(values))}
     half = Z * statistics.stdev(values) / len(values) ** 0.5
     return {"share": mean, "interval": (max(0.0, mean - half), min(1.0, mean + half))}

@@ -3,7 +3,7 @@
 ``strict``: the number after the first ``####`` equals the reference's, as text without thousands separators; the rule
 of the GSM8K authors and, answer by answer, of lm-eval's strict-match (``python -m eval.agreement``).
 ``match``: drop thinking and later turns, locate the stated answer (last ``####``, else last ``\\boxed{}``, else last
-number), read all of it as one quantity, compare. What is no quantity is compared as text and by math-verify.
+number), read all of it as one quantity, compare. An answer that is no quantity is compared as text and by math-verify.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from onpolicy_skd.evaluation.quantity import CHARACTERS, NUMBER, Quantity, has_n
 
 ANSWER_TAIL = 4_000  # characters from the end that may hold the final answer
 LONGEST_ANSWER = 100  # characters of a box, of a formula, and of the answer that a record keeps
-LONGEST_COMPARISON = 0.4  # seconds of symbolic algebra; what takes longer is not equal
-AGAIN = 0.05  # seconds after which it is interrupted once more
+LONGEST_COMPARISON = 0.4  # seconds of symbolic algebra; a comparison that takes longer counts as not equal
+AGAIN = 0.05  # seconds between further interrupts
 MARKER, BOXED = "####", "\\boxed"
 STRICT = re.compile(r"#### (-?[0-9.,]+)")
 for _name in ("math_verify", "math_verify.parser", "math_verify.grader"):
@@ -73,7 +73,7 @@ def reference_number(answer: str) -> str:
 
 
 def check_reference(answer: str) -> str | None:
-    """Return why no output could be judged against ``answer``, or None if it can be read whole."""
+    """Return the reason why ``answer`` cannot be read whole, so that no output could be judged; None if it can."""
     stated = _stated_reference(answer)
     if not stated:
         return "the reference answer is empty"
@@ -95,7 +95,7 @@ def _stated_reference(answer: str) -> str:
 
 
 def judged_text(output: str) -> str:
-    """Return the piece of ``output`` that ``match`` judges: after the thinking, up to the first new turn."""
+    """Return the part of ``output`` that ``match`` judges: after the thinking, up to the first new turn."""
     closed = [tag.end() for tag in THINKING.finditer(output) if "/" in tag.group()]
     text = THINKING.split(output[closed[-1] if closed else 0 :], maxsplit=1)[0]
     digit, statement = re.search("[0-9]", text), STATEMENT.search(text)
@@ -127,7 +127,7 @@ def final_answer(output: str, numeric: bool = True) -> str | None:
 
 
 def _boxes(text: str) -> Iterator[str]:
-    """Yield what stands in closed, short, nonempty boxes, the last first."""
+    """Yield the contents of closed, short, nonempty boxes, last one first."""
     for piece in reversed(text.split(BOXED)[1:]):
         depth = 0
         for place, char in enumerate(piece[: LONGEST_ANSWER + 2]):
@@ -169,14 +169,14 @@ def _equal(reference: str, gold: Quantity | None, stated: str) -> bool:
 
 
 def _verified(reference: str, stated: str) -> bool:
-    only_latex = [LatexExtractionConfig()]  # math-verify's other reader takes a number out of what it cannot parse
+    only_latex = [LatexExtractionConfig()]  # math-verify's other parser takes a number out of text that it cannot parse
     gold, guess = (parse(f, only_latex, fallback_mode="no_fallback", parsing_timeout=0) for f in (reference, stated))
     return bool(gold and guess) and verify(gold, guess, timeout_seconds=0)
 
 
 @functools.cache
 def _warm_up() -> None:
-    """Load the parser's tables and sympy's simplification, which take longer than a comparison, once per process."""
+    """Load the parser's tables and sympy's simplification once per process, outside a comparison's time limit."""
     _verified("$x+1$", "$2x+1$")
 
 
@@ -193,14 +193,14 @@ def _formula(text: str) -> str:
 
 
 class _TooLongError(BaseException):
-    """Like KeyboardInterrupt, no ``except Exception`` of a library swallows it."""
+    """The timeout of a comparison; like KeyboardInterrupt, it passes a library's ``except Exception``."""
 
 
 @contextmanager
 def _within(seconds: float) -> Iterator[None]:
-    """Interrupt the block by _TooLongError after ``seconds``, again and again: a bare ``except`` may swallow some.
+    """Raise _TooLongError in the block after ``seconds``, repeatedly, because a bare ``except`` may swallow it.
 
-    Off the main thread, where there are no signals, the block runs to its end.
+    Outside the main thread, where signals cannot be handled, the block runs without a limit.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -226,7 +226,7 @@ def _plain(number: str) -> str:
 
 
 def wilson(right: float, total: int, z: float = 1.959964) -> tuple[float, float]:
-    """Return the 95 % interval of a share (Wilson, 1927), which holds near 0 and 1, where the normal one does not."""
+    """Return the 95 % interval of a share (Wilson, 1927); unlike the normal interval, it holds near 0 and 1."""
     if total == 0:
         return (0.0, 1.0)
     share, spread = right / total, z * z / total

@@ -12,7 +12,7 @@ from onpolicy_skd.evaluation.exact_match import LONGEST_ANSWER, Score, score
 from onpolicy_skd.evaluation.stop_texts import before_stop
 from onpolicy_skd.types import RolloutRequest, Trajectory
 
-Judge = Callable[[str, Mapping[str, Any]], bool]  # of an output and the columns of its row
+Judge = Callable[[str, Mapping[str, Any]], bool]  # (output, columns of its row) -> whether it is right
 
 
 def find_judge(name: str) -> Judge | None:
@@ -21,9 +21,9 @@ def find_judge(name: str) -> Judge | None:
 
 
 def verdict(output: str, answer: str, columns: Mapping[str, Any], judge: str = "exact_match") -> Score:
-    """Judge ``output`` by exact match with ``answer`` or, where that is empty, by ``judge``, for both rules alike.
+    """Judge ``output`` by exact match with ``answer`` or, if that is empty, by ``judge``, for both rules alike.
 
-    Raises ConfigError if the judge fails.
+    Raises ConfigError if the judge fails, and ValueError if there is neither an answer nor a judge.
     """
     if answer:
         return score(output, answer)
@@ -46,7 +46,7 @@ def with_correctness(
 ) -> list[Trajectory]:
     """Return ``trajectories`` (one per request) with ``correct`` set where the request asks for it.
 
-    What follows one of the ``stop`` texts is not judged.
+    Text from the first ``stop`` text on is not judged.
     """
     results = []
     for t, request in zip(trajectories, requests, strict=True):

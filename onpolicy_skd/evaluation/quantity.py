@@ -30,7 +30,7 @@ REWRITES = [
         (r"(?<![\w*])[*_]+(?=[^\s*_])|(?<=[^\s*_])[*_]+(?=$|[\s.,;:!?)])", ""),  # emphasis
         (rf"\\[dtc]?frac\s*(?:{FIGURE}\s*{FIGURE}|([0-9])\s*([0-9]))", r" \1\3/\2\4 "),
         (WRAPPER, r"\1"),
-        (WRAPPER, r"\1"),  # around another
+        (WRAPPER, r"\1"),  # nested wrappers
         (r"\\(?:left|right|displaystyle|textdollar|!)", ""),
         (r"\{,\}", ","),
         (r"\\[,;: ]|~|\\quad", "\u2009"),
@@ -58,7 +58,7 @@ NUMBER = re.compile(
 ZEROS = {"hundred": 2, "thousand": 3, "k": 3, "million": 6, "m": 6, "billion": 9, "b": 9, "trillion": 12}
 SEPARATORS = str.maketrans("", "", ", \u2009")
 
-# What changes the number before or after it.
+# Text before or after a number that changes its value.
 OPERATORS = r"*\u00d7÷·<>≠≤≥±√\\{}|^"
 NUMERAL = (
     r"(?:two|three|four|five|six|seven|eight|nine|ten|eleven|twelve|"

@@ -1,4 +1,4 @@
-"""Records of an evaluation on disk: appended as they come, kept over a kill, put in problem order at the end."""
+"""Records of an evaluation on disk: appended as they come, safe from a kill, sorted by problem at the end."""
 
 from __future__ import annotations
 
@@ -20,7 +20,8 @@ RECORDS, SETTINGS = "records.jsonl", "evaluation.json"
 class RecordFile:
     """``FOLDER/records.jsonl``, open for appending, with the settings that made it in ``FOLDER/evaluation.json``.
 
-    Raise ConfigError if the folder cannot be written, is in use, or holds records of other settings or problems.
+    ``__enter__`` raises ConfigError if the folder cannot be written, is in use, or holds records of other settings or
+    problems.
     """
 
     def __init__(self, folder: Path, settings: dict[str, Any], prompts: Sequence[Prompt], samples: int) -> None:
@@ -52,7 +53,7 @@ class RecordFile:
         self._file.flush()
 
     def replace(self, records: Iterable[dict[str, Any]]) -> None:
-        """Replace the content by ``records``."""
+        """Replace the records on disk by ``records``, atomically."""
         write_text(self.path, "".join(map(_line, records)))
 
     def _check_settings(self) -> None:
@@ -72,7 +73,7 @@ class RecordFile:
             )
 
     def _read(self) -> list[dict[str, Any]]:
-        """Return the records on disk and cut off a line that a kill left incomplete."""
+        """Return the records on disk and cut off a line that a kill left incomplete.  Raises ConfigError."""
         if not self.path.exists():
             return []
         content = self.path.read_bytes()

@@ -52,9 +52,9 @@ def paired_difference(first_SP: np.ndarray, second_RP: np.ndarray, draws: int = 
 
     Each resample draws P problems with replacement, the same for both methods, which makes it paired, and seeds with
     replacement for each method, so that both sources of noise count.  A few seeds underestimate their noise, so they
-    are first moved away from their mean (``_widened``): differences are then not called significant too often, at the
-    price of calling them so too rarely where seeds agree.  With a single seed the interval is that of the problems.
-    Raises ValueError for different problems.
+    are first moved away from their mean (``_widened``): this prevents too many significant differences, at the price of
+    too few where seeds agree.  With a single seed, the interval covers the noise of the problems only.  Raises
+    ValueError for different problems.
     """
     first_SP, second_RP = np.asarray(first_SP, np.float64), np.asarray(second_RP, np.float64)
     if first_SP.shape[1] != second_RP.shape[1] or 0 in (*first_SP.shape, *second_RP.shape):
@@ -76,7 +76,7 @@ def paired_difference(first_SP: np.ndarray, second_RP: np.ndarray, draws: int = 
 
 
 def _widened(rows_SP: np.ndarray, freedom: int) -> np.ndarray:
-    """Move seeds away from their mean.
+    """Move the rows of the seeds away from their mean.
 
     The factor is sqrt(S / (S - 1)), since a resample of S seeds has (S - 1) / S of the true variance, times Student's
     quantile over the normal one, since that variance is an estimate.
@@ -90,7 +90,7 @@ def _widened(rows_SP: np.ndarray, freedom: int) -> np.ndarray:
 
 
 def significant(p_values: Mapping[Key, float], level: float = 1.0 - LEVEL) -> set[Key]:
-    """Return the significant keys (Holm, 1979): a false one is among them with probability ``level`` at most."""
+    """Return the significant keys (Holm, 1979): the probability that any of them is false is at most ``level``."""
     significant_keys: set[Key] = set()
     ordered = sorted(p_values, key=lambda key: p_values[key])
     for i, key in enumerate(ordered):

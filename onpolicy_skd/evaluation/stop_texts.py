@@ -10,7 +10,7 @@ def stop_length(
 ) -> int | None:
     """Return the number of tokens after which a stop text is complete, or None.
 
-    ``known``: the first tokens, which are known to contain none.
+    ``known``: number of first tokens that are known to contain none.
     """
     if not contains(decode(ids), stop):
         return None
@@ -23,5 +23,5 @@ def contains(text: str, stop: Sequence[str]) -> bool:
 
 
 def before_stop(text: str, stop: Sequence[str]) -> str:
-    """Return ``text`` up to the first stop text, which is no part of the answer."""
+    """Return ``text`` up to the first stop text, which is not part of the answer."""
     return text[: min((text.find(s) for s in stop if s in text), default=len(text))]

@@ -22,7 +22,7 @@ from onpolicy_skd.types import Trajectory, seed_of
 
 
 class Forward:
-    """Runs the student, in ``learner.compute_dtype``, over this rank's share of the trajectories."""
+    """Forward passes of the student, in ``learner.compute_dtype``, over this rank's share of the trajectories."""
 
     def __init__(
         self, student: SplitModel, teacher: TeacherRows, settings: Settings, pad_id: int, ranks: Ranks, spans: Spans
@@ -39,13 +39,13 @@ class Forward:
     def micro_batches(self, trajectories: Sequence[Trajectory], version: int) -> Iterator[tuple[list[int], MicroBatch]]:
         """Yield this rank's micro-batches, each with the indices of its members in ``trajectories``.
 
-        They have a gradient unless that is switched off.  To free one before the next forward, delete it.
+        They record a graph if gradients are enabled.  Delete one before the next to free its memory.
         """
         lengths, packing = [t.length for t in trajectories], self._settings.pipeline.packing
         groups_by_rank = []
         for share in self.ranks.shares(lengths):
             groups_by_rank.append([])
-            for indices in by_teacher(share, trajectories):  # whose heads differ
+            for indices in by_teacher(share, trajectories):  # a micro-batch has one teacher, because LM heads differ
                 groups = micro_batches(
                     [lengths[i] for i in indices], self._settings.learner.tokens_per_micro_batch, packing
                 )
@@ -59,7 +59,7 @@ class Forward:
     def each(
         self, trajectories: Sequence[Trajectory], version: int, score: Callable[[MicroBatch], Sequence[Tensor]]
     ) -> list[float]:
-        """Return ``score``, a number per member of a micro-batch, of all trajectories in their order."""
+        """Return the scores of all trajectories in order; ``score`` returns one number per member of a micro-batch."""
         scores: dict[int, float] = {}
         with torch.no_grad():
             for group, micro in self.micro_batches(trajectories, version):
@@ -68,9 +68,9 @@ class Forward:
         return self.ranks.gather_by_index(scores)
 
     def hidden(self, model: SplitModel, batch: Batch, embedded_BLH: Tensor | None = None) -> Tensor:
-        """Return last hidden states ``[N, H]`` of ``model`` in the compute dtype."""
+        """Return the last hidden states ``[N, H]`` of ``model`` in the compute dtype."""
         coarse = self.dtype != torch.float32
-        # Autocast's cache would keep a coarse copy of all weights during the forward.
+        # Autocast's cache would keep a low-precision copy of all weights during the forward.
         with torch.autocast(model.device.type, dtype=self.dtype, enabled=coarse, cache_enabled=False):
             return model.hidden(batch, embedded_BLH).to(self.dtype)
 
@@ -94,7 +94,7 @@ class Forward:
         )
 
     def _empty_micro_batch(self) -> None:
-        """Run a forward that adds nothing, for other ranks that have one more and gather weights with this one."""
+        """Run a micro-batch that adds nothing, because ranks with one more need this rank to gather weights."""
         empty = Trajectory("none", np.zeros(1, np.int64), np.zeros(1, np.int64), np.zeros(1, np.float32), "stop", None)
         hidden = self.hidden(self._student, collate([empty], self._pad_id, self._student.device))
         if torch.is_grad_enabled():

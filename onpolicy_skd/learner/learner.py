@@ -73,7 +73,7 @@ class _OpenStep:
 
 
 class Learner:
-    """Trains ``student`` towards ``teacher``, with ``scorer`` for scores and ``state`` for checkpoints and weights.
+    """Trainer of ``student`` towards ``teacher``; ``scorer`` computes scores, ``state`` has checkpoints and weights.
 
     Trainable parameters must be float32: they are the masters that the optimizer updates; forwards run in
     ``learner.compute_dtype``.  With several ``ranks`` each has a Learner; every method must be called on all of them,

@@ -1,4 +1,4 @@
-"""Sums over the micro-batches of a step, and the metrics formed from them."""
+"""Sums over the micro-batches of a step, and the metrics computed from them."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class StepRecord:
     sampler_gap_max: float | None = None
     policy_gap: float | None = None  # the same for rollouts of older weights: the effect of the updates since
     entropy_gap: float | None = None  # mean |entropy recorded by the engine - of the learner|
-    k: float  # share of positions at this step
+    k: float  # share of positions to select at this step
     samples: int
     positions: int  # eligible
     positions_selected: int
@@ -39,14 +39,14 @@ class StepRecord:
     teacher_wait_seconds: float
     teacher_mass: float | None = None  # mean over the eligible positions of the teacher's mass on the student's top K
     overlap: float | None = None  # mean share of the student's top K classes among the teacher's
-    reference_kl: float | None = None  # from the initial student, mean over the selected positions
+    reference_kl: float | None = None  # to the initial student, mean over the selected positions
     repetition: float | None = None  # mean share of repeated n-grams in the student's responses
     teacher_ending: float | None = None  # the teacher's mean probability of the student's end-of-sequence tokens
-    arm: int | None = None  # of the bandit
+    arm: int | None = None  # index of the bandit's arm
     probe_divergence: float | None = None
     reward: float | None = None
-    update_changed: float | None = None  # share of weights whose value in the compute type the update changed
-    update_visible: float | None = None  # size of the update in the compute type over its size in float32
+    update_changed: float | None = None  # share of weights whose value in the compute dtype the update changed
+    update_visible: float | None = None  # size of the update in the compute dtype over its size in float32
     loss_scale: float | None = None  # of this step; float16 only
     overflows: int | None = None  # steps skipped so far because a float16 gradient overflowed
     grad_norm: float = 0.0
@@ -54,10 +54,10 @@ class StepRecord:
     learner_seconds: float = 0.0
     learner_memory_mib: float | None = None  # peak of the learner's process
     version: int = 0  # optimizer steps done, this one included
-    divergence_by_teacher: dict[str, float] = field(default_factory=dict)  # of several: mean over its positions
+    divergence_by_teacher: dict[str, float] = field(default_factory=dict)  # with several teachers: mean per teacher
 
     def as_dict(self) -> dict[str, float]:
-        """Return the metrics by name, without those that are None; ``divergence_selected/NAME`` for each teacher."""
+        """Return the metrics by name, without those that are None, and ``divergence_selected/NAME`` of each teacher."""
         fields = dataclasses.asdict(self)
         by_teacher = {f"divergence_selected/{t}": value for t, value in fields.pop("divergence_by_teacher").items()}
         return {name: value for name, value in fields.items() if value is not None} | by_teacher
@@ -88,14 +88,15 @@ class StepSums:
     student_logprob: float = 0.0
     teacher_mass: float = 0.0
     overlap: float = 0.0
-    signal_positions: int = 0  # at which the two above were measured
+    signal_positions: int = 0  # where teacher_mass and overlap were measured
     gap_max: float = 0.0
-    by_teacher: dict[str, tuple[float, int]] = field(default_factory=dict)  # of several: divergence, positions
+    by_teacher: dict[str, tuple[float, int]] = field(default_factory=dict)  # of several teachers: divergence, positions
     scores: dict[str, Tensor] = field(default_factory=dict)  # position scores by trajectory
     non_finite: list[str] = field(default_factory=list)  # trajectories with a divergence that is not finite
 
     @classmethod
     def merge(cls, shares: Sequence[StepSums]) -> StepSums:
+        """Return the sum of ``shares``, the sums of all ranks or of several batches."""
         merged = cls(gap_max=max(share.gap_max for share in shares))
         for share in shares:
             for name in SUMMED:
@@ -115,8 +116,8 @@ class StepSums:
     def add_student_statistics(self, micro: MicroBatch, selection: Selection, version: int) -> None:
         """Add the student's entropies and log-probabilities, and their distance from the sampler's.
 
-        They come from a pass over all positions where one was made, else from the loss at the selected positions and
-        from the engine's records elsewhere.
+        They come from the pass over all positions if there was one; otherwise from the loss at the selected positions
+        and from the engine's records at the others.
         """
         selected_K, count = selection.indices_K, len(micro.batch.targets)
         only_loss = micro.recorded or len(selected_K) == count

@@ -1,7 +1,7 @@
 """A forward of the student on a few trajectories, from hidden states to selected positions.
 
-An entropy takes this way: ``statistics`` (one pass over the LM head) -> ``entropy_and_ce`` -> ``signals`` ->
-``select_positions``.  What the teacher knows of the same positions is fetched when it is first read.
+Entropies pass through ``statistics`` (one pass over the LM head) -> ``entropy_and_ce`` -> ``signals`` ->
+``select_positions``.  The teacher's values at the same positions are fetched when they are first read.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ T = TypeVar("T")
 
 
 class MicroBatch:
-    """N eligible positions of the sequences ``members``; ``seeds``: one per sequence, for random selection."""
+    """The N eligible positions of the sequences ``members``; ``seeds``: one per sequence, for random selection."""
 
     def __init__(
         self,
@@ -50,14 +50,14 @@ class MicroBatch:
     ) -> None:
         self.members = members
         self.batch = batch
-        self.embedded_BLH = embedded_BLH  # a leaf of the graph, where the backbone started from embeddings
+        self.embedded_BLH = embedded_BLH  # a leaf of the graph; None if the backbone started from token ids
         self.hidden_NH = hidden_NH
         self.head = head
         self.teacher = teacher
         self.alignment = alignment
         self.seeds = seeds
-        self.loss_statistics: tuple[Tensor, RowStatistics] | None = None  # indices [K] and statistics, by the loss
-        self.reference_kl_K: Tensor | None = None  # reverse KL from the initial student, by the loss
+        self.loss_statistics: tuple[Tensor, RowStatistics] | None = None  # indices [K] and statistics, set by the loss
+        self.reference_kl_K: Tensor | None = None  # reverse KL to the initial student, set by the loss
         self.teacher_wait_seconds = 0.0
         self._spans = spans
         self._top_classes = top_classes  # K of the signals over the student's most likely classes
@@ -79,7 +79,7 @@ class MicroBatch:
 
     @property
     def has_statistics(self) -> bool:
-        """True once that pass was made."""
+        """True once ``statistics`` has been computed."""
         return "statistics" in self.__dict__
 
     @cached_property
@@ -99,7 +99,7 @@ class MicroBatch:
         return self.statistics.entropy_N, -self.statistics.logprob_N
 
     def signals(self, ranges: Ranges | None = None) -> Signals:
-        """Return the numbers that position scores are computed from."""
+        """Return the inputs of position scores, computed when they are first read."""
         return Signals(
             self.entropy_and_ce,
             self.batch.counts,
@@ -112,7 +112,7 @@ class MicroBatch:
         )
 
     def select_positions(self, selector: Selector, step: int, ranges: Ranges | None) -> tuple[Tensor, Selection]:
-        """Return the scores ``[N]`` of ``step`` and the positions that they select."""
+        """Return the scores ``[N]`` at ``step`` and the positions that they select."""
         return selector.select(self.signals(ranges), step)
 
     # -- the teacher -----------------------------------------------------------------------------------------------
@@ -125,20 +125,20 @@ class MicroBatch:
 
     @cached_property
     def teacher_signals(self) -> TeacherSignals:
-        """The comparison of both distributions at all N positions, by a pass over both heads without gradient."""
+        """Signals that compare both distributions at all N positions, by a pass over both heads without gradient."""
         cfg, teacher = self.alignment, HiddenRows(self._all_rows(), self.teacher.head())
         hidden_NH, head = self.hidden_NH.detach(), self.head.detach()
         with self._spans("teacher signals"):
             return teacher_signals(hidden_NH, head, teacher, self._top_classes, cfg.temperature, cfg.chunk_rows)
 
     def rows(self, selection: Selection) -> HiddenRows:
-        """Return the teacher at the selected positions; only these cross the wire, unless all have done so before."""
+        """Return the teacher's rows at the selected positions; only these are transferred, unless all were before."""
         if self._all_rows_NG is not None:
             return HiddenRows(self._all_rows_NG[selection.indices_K], self.teacher.head())
         return HiddenRows(self._fetch(self.row_request(selection)), self.teacher.head())
 
     def classes(self, selection: Selection, cfg: ClassSettings) -> SparseTargets:
-        """Return a few classes of the teacher's distributions at the selected positions."""
+        """Return the teacher's sparse targets at the selected positions."""
         request, seeds = self.row_request(selection), [seed_of(seed, "classes") for seed in self.seeds]
         return self._timed(lambda: self.teacher.classes(request, seeds, cfg)).to(self.hidden_NH.device)
 
@@ -153,7 +153,7 @@ class MicroBatch:
     def divergence(self, kind: str, rows_NG: Tensor | None = None) -> Tensor:
         """Return ``kind`` between student and teacher at all N positions, float32, nats.
 
-        ``rows_NG``: the teacher's hidden states, if they need not be fetched.
+        ``rows_NG``: the teacher's hidden states, if the caller has them already.
         """
         rows_NG = self._all_rows() if rows_NG is None else rows_NG
         targets = self.batch.targets

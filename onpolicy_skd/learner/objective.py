@@ -29,14 +29,14 @@ from onpolicy_skd.selection.positions import Selection, num_selected
 from onpolicy_skd.teacher.teacher import Teacher, TeacherRows
 from onpolicy_skd.types import Trajectory, seed_of
 
-TEACHER = "teacher/"  # before the names of a moving teacher's parameters in the state
-HARD_SHARE = 0.5  # of a batch's positions are hard for at_kd (arXiv 2402.11890, section 4)
+TEACHER = "teacher/"  # prefix of a moving teacher's parameters in the state dict
+HARD_SHARE = 0.5  # share of a batch's positions that are hard for at_kd (arXiv 2402.11890, section 4)
 
 
 class Objective:
-    """Losses of micro-batches.  The student must be in eval mode: its moving average starts as a copy.
+    """Losses of micro-batches.  The student must be in eval mode, because its moving average starts as a copy.
 
-    ``reference``: the initial student, where ``alignment.reference_weight`` asks for it.
+    ``reference``: the initial student, needed if ``alignment.reference_weight`` is above 0.
     """
 
     def __init__(
@@ -65,11 +65,11 @@ class Objective:
 
     @property
     def parameters(self) -> dict[str, torch.nn.Parameter]:
-        """Parameters that are trained besides the student."""
+        """Trained parameters that are not the student's."""
         return {} if self._projection is None else {"objective.projection": self._projection}
 
     def prepare(self, trajectories: Sequence[Trajectory], teacher: TeacherRows) -> None:
-        """Prepare for an optimizer batch before its micro-batches: at_kd ranks all its positions."""
+        """Prepare for the micro-batches of ``trajectories``: at_kd ranks all their positions."""
         if self._cfg.variant == "at_kd":
             _, logprob_N = teacher.entropy_and_logprob([t.key for t in trajectories])
             hard_N = hardest(1.0 - logprob_N.exp(), HARD_SHARE)
@@ -111,7 +111,7 @@ class Objective:
 
     @torch.no_grad()
     def after_step(self) -> None:
-        """Move the averages of the student towards its new weights, and forget the batch."""
+        """Update the moving averages with the student's new weights, and drop the state of the batch."""
         self._hard = {}
         if self._moving_teacher is not None:
             means = dict(self._moving_teacher.model.named_parameters())
@@ -122,7 +122,7 @@ class Objective:
                 mean.lerp_(new, 1.0 - self._cfg.ema_decay)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Return the state that ``parameters`` does not hold."""
+        """Return the moving averages; ``parameters`` are saved separately."""
         averages = {"": self._average, TEACHER: self._moving_teacher}
         return {prefix + n: p for prefix, model in averages.items() if model for n, p in model.model.named_parameters()}
 
@@ -156,7 +156,7 @@ class Objective:
 
 
 def frozen_copy(student: SplitModel) -> SplitModel:
-    """Return a copy of a student, which is not sharded, that is not trained."""
+    """Return a frozen copy of ``student``, which must not be sharded."""
     return dataclasses.replace(
         student, model=copy.deepcopy(student.model).requires_grad_(False), takes_embeddings=True, checkpointed=()
     )

@@ -1,4 +1,4 @@
-"""Coarse compute types: the loss scale of float16, and how much of an update of the float32 masters a forward sees."""
+"""Coarse compute dtypes: the loss scale of float16, and how much of a float32 update remains in the compute dtype."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ INITIAL_SCALE = 2.0**16  # as torch.amp.GradScaler's
 LARGEST_SCALE = 2.0**24
 GROWTH_INTERVAL = 200  # steps without an overflow after which the scale doubles; a run has a few hundred
 SAMPLED_WEIGHTS = 65_536
-UNSEEN = 0.5  # share of the weights that an update of size lr leaves as they are, from which on a run warns
+UNSEEN = 0.5  # a run warns if an update of size lr leaves more than this share of the weights unchanged
 
 
 class LossScale:
-    """Factor of all gradients from where they are formed to the optimizer, for float16, whose least number is 6e-8.
+    """Factor of the loss, removed from the gradients before the optimizer, for float16, whose least number is 6e-8.
 
-    A power of two, so it changes no digit.  It halves after a gradient that overflows and doubles after
-    ``GROWTH_INTERVAL`` steps without one.  For other types it is 1 and stays so.
+    It is a power of two, so it adds no rounding.  It halves after a gradient overflow and doubles after
+    ``GROWTH_INTERVAL`` steps without one.  For other dtypes it is always 1.
     """
 
     def __init__(self, dtype: torch.dtype) -> None:
@@ -33,11 +33,11 @@ class LossScale:
         return self.active and self.value > 1.0
 
     def overflowed(self) -> None:
-        """Note a step that was skipped because its gradient overflowed."""
+        """Record a step that was skipped because its gradient overflowed: halve the scale."""
         self.value, self.overflows, self._steps = self.value / 2, self.overflows + 1, 0
 
     def stepped(self) -> None:
-        """Note a step that was made."""
+        """Record a step that was made; double the scale if it is time."""
         self._steps += 1
         if self.active and self._steps == GROWTH_INTERVAL:
             self.value, self._steps = min(LARGEST_SCALE, 2 * self.value), 0
@@ -48,14 +48,14 @@ class LossScale:
         return {"state": state} if self.active else {}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Load what ``state_dict`` returned; a checkpoint of another compute type has nothing to load."""
+        """Load what ``state_dict`` returned; a checkpoint of another compute dtype has nothing to load."""
         if self.active and state:
             self.value, overflows, steps = state["state"].tolist()
             self.overflows, self._steps = int(overflows), int(steps)
 
 
 class UpdateSums(NamedTuple):
-    """Sums over sampled weights of one update; those of several ranks add up."""
+    """Sums over the sampled weights of one update; the sums of several ranks add up."""
 
     weights: float  # their number
     changed: float  # weights whose rounded value changed
@@ -67,7 +67,7 @@ class UpdateSums(NamedTuple):
 def sampled_weights(named: Mapping[str, Tensor]) -> Tensor:
     """Return about ``SAMPLED_WEIGHTS`` evenly spaced values of the matrices in ``named`` (of this rank's shards).
 
-    Autocast rounds matrices and leaves vectors (norms, biases) alone.
+    Vectors (norms, biases) are left out, because autocast does not round them.
     """
     matrices = [p.to_local() if isinstance(p, DTensor) else p for p in named.values() if p.ndim > 1]
     stride = 1 | sum(p.numel() for p in matrices) // SAMPLED_WEIGHTS  # odd: not in step with the rows
@@ -84,7 +84,7 @@ def update_sums(before: Tensor, after: Tensor, dtype: torch.dtype) -> UpdateSums
 
 @torch.no_grad()
 def precision_warning(weights: Tensor, lr: float, dtype: torch.dtype) -> str | None:
-    """Return a warning if an update of size ``lr`` leaves most ``weights`` as they are in ``dtype``."""
+    """Return a warning if an update of size ``lr`` leaves most ``weights`` unchanged in ``dtype``."""
     rounded = weights.to(dtype)
     unseen = ((rounded.float() + lr).to(dtype) == rounded).double().mean().item()
     if not unseen > UNSEEN:

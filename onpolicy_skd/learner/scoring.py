@@ -1,4 +1,4 @@
-"""Scores that train nothing: the sample filter, divergences, and diagnostics of positions."""
+"""Scores without training: the sample filter, divergences, and diagnostics of positions."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from onpolicy_skd.types import FilterReport, Trajectory, seed_of
 
 
 class Scorer:
-    """Scores samples and positions with the student of ``state`` and the teacher."""
+    """Scorer of samples and positions with the student of ``state`` and the teacher."""
 
     def __init__(self, state: LearnerState, forward: Forward, teacher: TeacherRows, settings: Settings) -> None:
         self._state = state
@@ -32,9 +32,9 @@ class Scorer:
         self._vocabulary = state.student.vocabulary
 
     def filter(self, trajectories: Sequence[Trajectory]) -> tuple[FilterReport, list[Trajectory]]:
-        """Apply validity, then (``samples.when=rollout``) keep the top share by the ranking metric.
+        """Drop invalid trajectories, then (``samples.when=rollout``) keep the top share by ``samples.metric``.
 
-        Returns the report, which counts what was dropped, and the kept trajectories with their weights.
+        Returns the report, with a count of drops per reason, and the kept trajectories with their weights.
         """
         samples_cfg, rollout_cfg = self._settings.samples, self._settings.rollout
         drop_truncated = samples_cfg.truncated == "drop"
@@ -69,7 +69,7 @@ class Scorer:
         return [scores.get(t.key, -math.inf) for t in trajectories]
 
     def _scores(self, trajectories: Sequence[Trajectory]) -> list[float]:
-        """Return the scores of valid samples; the teacher keeps them encoded if the metric needs it."""
+        """Return the scores of valid samples; if the metric needs the teacher, they stay encoded there."""
         metric, version = self._settings.samples.metric, self._state.version
         if metric == "random":
             seed = self._settings.run.seed
@@ -82,7 +82,7 @@ class Scorer:
         return self._forward.each(trajectories, version, SAMPLE_SCORES[metric])
 
     def sampler_gaps(self, trajectories: Sequence[Trajectory]) -> list[float]:
-        """Return the mean |sampler - student| log-probability of each trajectory, nats."""
+        """Return the mean absolute difference of sampler and student log-probabilities of each trajectory, nats."""
 
         def gaps(micro: MicroBatch) -> list[Tensor]:
             sampled_N = torch.from_numpy(np.concatenate([t.sampler_logprobs for t in micro.members]))
@@ -93,7 +93,7 @@ class Scorer:
     def divergence(self, trajectories: Sequence[Trajectory], rows: Mapping[str, Tensor] | None = None) -> float:
         """Return the mean divergence per eligible position, nats; nothing is selected or trained.
 
-        The teacher must have encoded ``trajectories``, or ``rows`` hold its hidden states ``[n, G]`` by key.
+        The teacher must have encoded ``trajectories``, or ``rows`` must hold its hidden states ``[n, G]`` by key.
         """
         kind, device = self._settings.alignment.divergence, self._state.student.device
 
@@ -125,7 +125,7 @@ class Scorer:
 
     @torch.no_grad()
     def ranges(self, trajectories: Sequence[Trajectory]) -> Ranges | None:
-        """Return the batch's ranges of the signals that its scores need, by a separate forward; None if none."""
+        """Return the batch's range of each signal that its scores scale, by a separate forward; None if none."""
         version = self._state.version
         names = self._state.selector.ranges(version)
         if not names:
@@ -150,8 +150,8 @@ def _ce_ratio(micro: MicroBatch) -> list[Tensor]:
     return [s / t.clamp(min=LEAST_CE) for s, t in zip(student, teacher, strict=True)]
 
 
-SAMPLE_SCORES: dict[str, Callable[[MicroBatch], Sequence[Tensor]]] = {  # a value per sequence
+SAMPLE_SCORES: dict[str, Callable[[MicroBatch], Sequence[Tensor]]] = {  # one value per sequence
     "student_entropy": lambda micro: micro.means(micro.statistics.entropy_N),
     "kl": lambda micro: micro.means(micro.signals().kl_N),
-    "ce_ratio": _ce_ratio,  # of the two sequence means, not the mean of ratios (DA-KD)
+    "ce_ratio": _ce_ratio,  # ratio of the sequence means, not mean of the ratios (DA-KD)
 }

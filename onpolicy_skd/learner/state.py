@@ -1,4 +1,4 @@
-"""The learner's state: what a checkpoint holds, and the student's weights as engines and folders get them."""
+"""The learner's state: the tensors of a checkpoint, and the student's weights for engines and for saved models."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class LearnerState:
     selector: Selector
     objective: Objective
     ranks: Ranks
-    dtype: torch.dtype  # of the forward
+    dtype: torch.dtype  # compute dtype of the forward
     version: int = 0  # optimizer steps done
     probe: Probe | None = None  # of the bandit
 
@@ -45,13 +45,13 @@ class LearnerState:
         self.loss_scale = LossScale(self.dtype)
 
     def reshard(self) -> None:
-        """Drop gathered parameters: the shards are about to be read or written."""
+        """Drop gathered parameters before the shards are read or written."""
         self.ranks.reshard(self.student)
 
     def tensors(self) -> dict[str, Tensor]:
         """Return all tensors of a checkpoint by name: masters, moments, selector, objective, probe, loss scale.
 
-        Rank 0 gets full tensors, so that a run may resume with another number of ranks; other ranks' are not usable.
+        Rank 0 gets full tensors, so that a run may resume with another number of ranks.  Other ranks cannot use theirs.
         """
         sections: dict[str, Mapping[str, Tensor]] = {
             "model": self.named,
@@ -85,7 +85,7 @@ class LearnerState:
         load_optimizer_tensors(self.optimizer, self.named, tensors, shard_like)
         self.version = version
         self.loss_scale.load_state_dict(sections["loss_scale"])
-        if version:  # a checkpoint from before the first step has no state of these
+        if version:  # a checkpoint from before the first step lacks these
             self.selector.load_state_dict(sections["selector"])
             self.objective.load_state_dict(sections["objective"])
             self.probe = Probe.from_state_dict(sections["probe"]) if sections["probe"] else None
@@ -93,7 +93,7 @@ class LearnerState:
     def weights(self, dtype: torch.dtype | None = None, everywhere: bool = False) -> Iterator[tuple[str, Tensor]]:
         """Yield names and tensors as in a transformers checkpoint; a tied LM head is left out.
 
-        Rank 0 gets full tensors, and with ``everywhere`` the others too.
+        Rank 0 gets full tensors; the other ranks get them only with ``everywhere``.
         """
         self.ranks.reshard(self.student)
         gather = partial(self.ranks.full_tensor, everywhere=everywhere)
@@ -109,9 +109,9 @@ class LearnerState:
     def save_pretrained(self, folder: Path, tokenizer: Any, dtype: torch.dtype | None = None) -> None:
         """Save the student as a plain transformers checkpoint in ``dtype`` (the compute dtype); rank 0 writes it.
 
-        Merged adapters are saved in float32: they may be finer than the steps of a bfloat16 weight.  Generation
-        settings that transformers refuses to save are left out.  Raises SaveError, with nothing changed, if the disk
-        is full or refuses.
+        Merged adapters are saved in float32, since bfloat16 may round away their effect.  Generation settings that
+        transformers refuses to save are left out.  Raises SaveError, with nothing changed, if writing fails, for
+        example on a full disk.
         """
         dtype = torch.float32 if any(LORA in name for name in self.named) else dtype or self.dtype
         state = {name: tensor.cpu() for name, tensor in self.weights(dtype)}
@@ -126,7 +126,7 @@ class LearnerState:
         try:
             model.generation_config = savable_generation_config(generation_config)
             model.save_pretrained(temporary, state_dict=state)
-            model.config.dtype = dtype  # which save_pretrained sets to that of the masters
+            model.config.dtype = dtype  # save_pretrained has set it to the dtype of the masters
             model.config.save_pretrained(temporary)
             tokenizer.save_pretrained(temporary)
             files.replace_folder(folder, temporary)

@@ -45,9 +45,9 @@ def distillation_loss(
 
     Returns the scalar sum over rows of weight * loss, differentiable in ``student_hidden_NH`` and
     ``student_head``, and the detached divergence per row, float32 ``[N]``, nats.  The two hidden sizes may differ;
-    both heads must have the same V.  For sparse targets the alignment's divergence and estimator are not used.  Writes
-    the student's entropies and log-probabilities to ``observed``, at temperature 1 only.  Only the first derivative
-    exists.  Raises ValueError if the vocabularies differ.
+    both heads must have the same V.  For sparse targets the alignment's divergence and estimator are not used.  The
+    student's entropies and log-probabilities are written to ``observed``; pass it at temperature 1 only.  Only the
+    first derivative exists.  Raises ValueError if the vocabularies differ.
     """
     if isinstance(teacher, HiddenRows) and len(student_head) != len(teacher.head):
         raise ValueError(f"vocabularies differ: student {len(student_head)}, teacher {len(teacher.head)}")
@@ -64,7 +64,7 @@ class _DistillationLoss(torch.autograd.Function):
         grad_hidden, grad_head, grad_bias = gradients
         head = LMHead(weight_VH, bias_V, scale, cap).to(
             student_NH.dtype
-        )  # one copy a call where compute and master dtypes differ
+        )  # one copy per call if compute and master dtypes differ
         size = chunk_size(len(student_NH), head, alignment.chunk_rows)
         student_logits = Projector(head, size)
         chunk_of = teacher.__getitem__ if isinstance(teacher, SparseTargets) else teacher.logits(size)
@@ -104,7 +104,7 @@ class _DistillationLoss(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_loss, _):  # type: ignore[override]
-        # Nobody else holds the buffers: they are scaled in place, and autograd takes them without a copy.
+        # Nothing else holds the buffers, so they are scaled in place, and autograd takes them without a copy.
         gradients, ctx.gradients = ctx.gradients, None
         if gradients is None:
             raise RuntimeError("the distillation loss was already differentiated; its gradients are formed only once")
@@ -126,9 +126,9 @@ def _accumulate(grad_head_VH: Tensor, grad_logits_cV: Tensor, hidden_cH: Tensor)
 def _eager_block(
     logits: Tensor, teacher: Tensor | SparseTargets, rows: Rows, alignment: Alignment, stats: RowStatistics | None
 ) -> tuple[Tensor, Tensor]:
-    """Return loss and divergences of a few rows; **overwrite** ``logits`` with the gradient at the raw logits.
+    """Return the loss and the divergences ``[b]``; **overwrite** ``logits`` with the gradient at the raw logits.
 
-    The teacher's logits are overwritten too, so exact divergences allocate at most a scratch.
+    The teacher's logits are overwritten too, so that exact divergences allocate at most one scratch tensor.
     """
     temperature = alignment.temperature if rows.temperature_N is None else rows.temperature_N[:, None]
     targets = rows.targets_N[:, None]

@@ -41,7 +41,7 @@ def fused_loss(
     kd_weight: float,
     weights: Tensor,
 ) -> tuple[Tensor, ...]:
-    """Compute the loss of a chunk without writing in place: what torch.compile turns into a few fused passes.
+    """Compute the loss of a chunk without in-place writes, so that torch.compile fuses it into a few passes.
 
     Returns the weighted loss, the divergences ``[c]``, the gradient at the logits ``[c, V]``, the student's entropies
     ``[c]`` and the log-probabilities of the targets ``[c]``, in nats.
@@ -176,8 +176,8 @@ def _mixed_skewed(log_q: Tensor, log_p: Tensor, skew: float, weigh: Weigh) -> tu
 def trust(log_ratio: Tensor, clip: float, mode: str) -> Tensor:
     """Return the factor of each row's loss, given log p(y) - log q(y): 1 where its size is within ``clip``.
 
-    Beyond, it is 0 for ``mask``, and for ``scale`` the bound over the size.  Sources: TrOPD (arXiv 2606.01249) and
-    REOPOLD (arXiv 2603.11137), in our reading.
+    Beyond that, it is 0 for ``mask``, and ``clip`` over the size for ``scale``.  Sources: TrOPD (arXiv 2606.01249) and
+    REOPOLD (arXiv 2603.11137), as we read them.
     """
     size = log_ratio.abs()
     return (size <= clip).float() if mode == "mask" else clip / size.clamp(min=clip)
@@ -186,8 +186,8 @@ def trust(log_ratio: Tensor, clip: float, mode: str) -> Tensor:
 def topk_tail(log_q: Tensor, log_p: Tensor, alignment: Alignment) -> RowGradients:
     """Compute the divergence over ``top_k`` classes and one group of all others; overwrites ``log_q``.
 
-    They are the teacher's most likely classes, or the student's for ``student_topk_tail``.  Classes of the group share
-    its gradient in proportion to q.
+    The classes are the teacher's most likely ones, or the student's for ``student_topk_tail``.  The classes of the
+    group share its gradient in proportion to q.
     """
     ranked = log_q if alignment.estimator == "student_topk_tail" else log_p
     ids = largest(ranked, min(alignment.top_k, log_p.shape[1])).indices
@@ -203,7 +203,7 @@ def topk_tail(log_q: Tensor, log_p: Tensor, alignment: Alignment) -> RowGradient
 def sampled(log_q: Tensor, log_p: Tensor, targets: Tensor, alignment: Alignment) -> RowGradients:
     """Estimate the divergence from the target y ~ q alone; overwrites ``log_q``.
 
-    D = E[term / q] and its gradient = E[(slope / q) (one-hot of y - q)], with ``terms_over_q`` at y.
+    D = E[term / q], and its gradient is E[(slope / q) (one-hot of y - q)], with ``terms_over_q`` at y.
     """
     value, slope = terms_over_q(log_q.gather(1, targets), log_p.gather(1, targets), alignment)
     q = log_q.exp_()
@@ -268,5 +268,5 @@ def without(log_probs: Tensor, ids: Tensor) -> Tensor:
 
 
 def log_mass(log_probs: Tensor) -> Tensor:
-    """Return the logarithm of each row's total ``[b, 1]``; of a total of 0, the finite LOG_ZERO."""
+    """Return the logarithm of each row's total ``[b, 1]``; the finite LOG_ZERO for a total of 0."""
     return log_probs.logsumexp(1, keepdim=True).clamp_(min=LOG_ZERO)

@@ -33,7 +33,7 @@ class Alignment:
     estimator: str = "exact"
     top_k: int = 64
     compiled: bool = False  # exact divergences by torch.compile instead of the eager block
-    mixture: Mixture | None = None  # of reverse and forward KL, which replaces the divergence
+    mixture: Mixture | None = None  # of reverse and forward KL; replaces the divergence
     clip: float | None = None  # bound of |log p(y) - log q(y)|, nats; positions beyond are masked or scaled to it
     clip_mode: str = "mask"
 
@@ -47,13 +47,13 @@ class Alignment:
     def from_settings(cls, cfg: AlignmentSettings) -> Alignment:
         """Return the settings under ``alignment`` that one call of the loss needs.
 
-        Raises ConfigError for a gate of the user that cannot be imported.
+        Raises ConfigError for a user's gate that cannot be imported.
         """
         fields = {f.name: getattr(cfg, f.name) for f in dataclasses.fields(cls) if f.name != "mixture"}
         return cls(**fields, mixture=Mixture.from_settings(cfg.mixture))
 
     def at(self, step: int) -> Alignment:
-        """Return the loss after ``step`` optimizer steps, on which a mixture may depend."""
+        """Return the loss after ``step`` optimizer steps, since a mixture may depend on the step."""
         return dataclasses.replace(self, mixture=self.mixture.at(step)) if self.mixture else self
 
     def exact(self, divergence: str) -> Alignment:
@@ -73,7 +73,7 @@ class HiddenRows:
     """The teacher's full distributions at N positions, as last hidden states and LM head."""
 
     hidden_NG: Tensor
-    head: Tensor | LMHead  # V by G
+    head: Tensor | LMHead  # [V, G]
 
     def logits(self, size: int) -> Callable[[slice], Tensor]:
         """Return a function from a slice of up to ``size`` rows to their logits; each call overwrites the last."""

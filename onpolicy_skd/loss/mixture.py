@@ -1,8 +1,8 @@
 """Mixtures of reverse and forward KL whose weights depend on the position (docs/method.md, section 7).
 
 A gate is a function of ``GateRows`` and the settings under ``alignment.mixture`` that returns the weights (a, b) of
-reverse and forward KL, float32 ``[b, 2]``; adding one is one function and one line in ``GATES``, or a function in your
-code named ``module:function`` in ``alignment.mixture.gate``.
+reverse and forward KL, float32 ``[b, 2]``.  To add one, write a function and add a line to ``GATES``, or name a
+function of your code, ``module:function``, in ``alignment.mixture.gate``.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from onpolicy_skd.config.schema import MixtureSettings
 
 @dataclass(frozen=True, slots=True)
 class GateRows:
-    """What a gate knows of b rows, in nats, without gradient."""
+    """Inputs of a gate for b rows, float32, nats, without gradient."""
 
     entropy_b: Tensor  # H(q)
     teacher_entropy_b: Tensor  # H(p)
@@ -34,18 +34,18 @@ Gate = Callable[[GateRows, MixtureSettings], Tensor]
 
 
 def constant(rows: GateRows, cfg: MixtureSettings) -> Tensor:
-    """(lambda, 1 - lambda) everywhere."""
+    """Return (lambda, 1 - lambda) for every row."""
     return rows.entropy_b.new_tensor([cfg.reverse_weight, 1.0 - cfg.reverse_weight]).expand(len(rows.entropy_b), 2)
 
 
 def eopd(rows: GateRows, cfg: MixtureSettings) -> Tensor:
-    """Reverse KL, plus w times forward KL where the teacher's entropy exceeds the threshold (EOPD)."""
+    """Return (1, w) where the teacher's entropy exceeds the threshold, else (1, 0) (EOPD)."""
     forward = cfg.forward_weight * (rows.teacher_entropy_b > cfg.teacher_threshold).float()
     return torch.stack([torch.ones_like(forward), forward], 1)
 
 
 def zones(rows: GateRows, cfg: MixtureSettings) -> Tensor:
-    """A pair of weights for each cell of (student sure or not, teacher sure or not) (SEAD)."""
+    """Return the weights that the settings give each case of student and teacher sure or unsure (SEAD)."""
     cells = [[cfg.both_sure, cfg.student_sure], [cfg.teacher_sure, cfg.both_unsure]]
     student = (rows.entropy_b > cfg.student_threshold).long()
     teacher = (rows.teacher_entropy_b > cfg.teacher_threshold).long()
@@ -57,7 +57,7 @@ GATES: dict[str, Gate] = {"constant": constant, "eopd": eopd, "zones": zones}
 
 @dataclass(frozen=True, slots=True)
 class Mixture:
-    """The gate and its settings at a step; ``progress`` from ``start`` (0) to the gate's weights (1)."""
+    """A gate and its settings at a step; ``progress`` goes from ``start`` (0) to the gate's weights (1)."""
 
     gate: Gate
     options: MixtureSettings
@@ -77,7 +77,7 @@ class Mixture:
     def weights(self, rows: GateRows) -> Tensor:
         """Return (a, b) of each row ``[b, 2]``.
 
-        Raises ValueError for weights of another shape, negative or not finite ones.
+        Raises ValueError for weights of another shape, and for negative or non-finite ones.
         """
         gated = self.gate(rows, self.options).float()
         if gated.shape != (len(rows.entropy_b), 2) or not ((gated >= 0) & gated.isfinite()).all():
@@ -85,7 +85,7 @@ class Mixture:
         if self.options.start is None or self.progress == 1.0:
             return gated
         blended = torch.lerp(gated.new_tensor(self.options.start).expand_as(gated), gated, self.progress)
-        return torch.where(gated.any(1, keepdim=True), blended, 0.0)  # what a gate skips is skipped from the start
+        return torch.where(gated.any(1, keepdim=True), blended, 0.0)  # rows that the gate skips stay skipped
 
 
 def progress(cfg: MixtureSettings, step: int) -> float:

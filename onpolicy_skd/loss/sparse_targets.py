@@ -1,7 +1,7 @@
 """The class axis: a teacher distribution reduced to a few classes (docs/method.md, section 6).
 
-``rs_kd`` draws classes; the truncations are pure functions of the largest probabilities at b positions, and adding one
-is one function and one line in ``TRUNCATIONS``.  Sources: RS-KD (arXiv 2503.16870), sections 3.1 to 3.4, appendix K.
+``rs_kd`` draws classes; the truncations are pure functions of the largest probabilities at b positions.  To add one,
+write a function and add a line to ``TRUNCATIONS``.  Sources: RS-KD (arXiv 2503.16870), sections 3.1 to 3.4, appendix K.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from onpolicy_skd.config.schema import ClassSettings
 class SparseTargets:
     """Teacher distributions over a few classes at each of N positions: C slots, unused ones with probability 0.
 
-    ``ids_NC`` are unique within a row's used slots.  What a row's probabilities lack to 1 is handled as ``residual``
-    says: ignored (``none``), given to one ``ghost`` class that stands for all others, or spread evenly (``smooth``).
+    ``ids_NC`` are unique within a row's used slots.  ``residual`` says how the mass that a row lacks to 1 is handled:
+    ignored (``none``), given to one ``ghost`` class that stands for all others, or spread evenly (``smooth``).
     """
 
     ids_NC: torch.Tensor  # int64
@@ -57,7 +57,7 @@ def rs_kd(log_p_bV: Tensor, draws: Draws) -> SparseTargets:
     first = torch.ones_like(ids, dtype=torch.bool)
     first[:, 1:] = ids[:, 1:] != ids[:, :-1]
     slot = first.long().cumsum(-1) - 1
-    log_ratio = (1.0 - tau) * log_p_bV.gather(1, ids).double()  # p / p^tau up to the row's constant
+    log_ratio = (1.0 - tau) * log_p_bV.gather(1, ids).double()  # log of p / p^tau, up to a constant per row
     weight = (log_ratio - log_ratio.amax(-1, keepdim=True)).exp()
     probs = torch.zeros_like(weight).scatter_add_(1, slot, weight)
     used = int(slot.max()) + 1
@@ -66,13 +66,13 @@ def rs_kd(log_p_bV: Tensor, draws: Draws) -> SparseTargets:
 
 
 def largest(log_p_bV: Tensor, k: int) -> SparseTargets:
-    """Return the k largest probabilities in falling order: all that a truncation reads of the distribution."""
+    """Return the k largest probabilities in descending order; a truncation reads nothing else."""
     top = log_p_bV.topk(min(k, log_p_bV.shape[1]))
     return SparseTargets(top.indices, top.values.exp())
 
 
 def top_k(known: SparseTargets, targets_b: Tensor, options: ClassSettings) -> SparseTargets:
-    """Keep the K largest probabilities as they are: biased, the student learns them scaled up."""
+    """Keep the K largest probabilities unchanged: biased, because the student learns them scaled up."""
     return known
 
 
@@ -82,7 +82,7 @@ def top_k_normalised(known: SparseTargets, targets_b: Tensor, options: ClassSett
 
 
 def top_p(known: SparseTargets, targets_b: Tensor, options: ClassSettings) -> SparseTargets:
-    """Keep the fewest largest probabilities that reach the mass p, at most K, as they are."""
+    """Keep the fewest largest probabilities that reach the mass p, at most K, unchanged."""
     before = known.probs_NC.cumsum(-1) - known.probs_NC
     probs = known.probs_NC.masked_fill(before >= options.p, 0.0)
     used = int((probs > 0).sum(-1).max())
@@ -129,7 +129,7 @@ def sample(log_p_bV: Tensor, draws: Draws) -> SparseTargets:
 
 
 def concatenate(targets: Sequence[SparseTargets]) -> SparseTargets:
-    """Concatenate rows; those with fewer slots than the widest get unused ones.  An empty input gives no rows."""
+    """Concatenate rows, padded with unused slots to the widest; an empty input gives no rows."""
     if not targets:
         return SparseTargets(torch.empty(0, 1, dtype=torch.long), torch.empty(0, 1))
     width = max(t.ids_NC.shape[1] for t in targets)

@@ -18,7 +18,7 @@ class TeacherSignals(NamedTuple):
     forward_kl_N: Tensor  # KL(p || q), nats
     reverse_kl_N: Tensor  # KL(q || p), nats
     teacher_mass_N: Tensor  # the teacher's probability of S
-    overlap_N: Tensor  # share of S among the teacher's K most likely classes; classes as likely as its K-th count
+    overlap_N: Tensor  # share of S among the teacher's K most likely classes, ties with the K-th included
     margin_N: Tensor  # the teacher's largest minus second largest probability within S
 
 

@@ -23,7 +23,7 @@ class Batch:
     columns: torch.Tensor  # int64 [N]; its column: the token *before* its target
     targets: torch.Tensor  # int64 [N]; y_t
     counts: list[int]  # eligible positions of each sequence; sums to N
-    right_padded: bool = False  # and no documents: the causal mask alone keeps every token from seeing others' padding
+    right_padded: bool = False  # padded on the right and without documents, so that the causal mask alone suffices
 
     def eligible(self, hidden_BLH: torch.Tensor) -> torch.Tensor:
         """Return the hidden states at the eligible positions ``[N, H]``."""
@@ -37,7 +37,7 @@ def collate(
     padding_side: Literal["right", "left"] = "right",
     packed: bool = False,
 ) -> Batch:
-    """Pad ``trajectories`` to the longest or, with ``packed``, put more than one in a row behind an attention mask.
+    """Pad ``trajectories`` to the longest or, with ``packed``, put several into a row, separated by an attention mask.
 
     Raises ValueError if one has no response or no prompt.
     """
@@ -90,14 +90,14 @@ def first_fit(lengths: Sequence[int], width: int) -> list[tuple[int, int]]:
 
 
 def _restarting(document_L: np.ndarray) -> np.ndarray:
-    """Return 0, 1, 2, ... from the start of each document."""
+    """Return positions that restart at 0 in each document."""
     places = np.arange(len(document_L))
     starts = np.where(np.diff(document_L, prepend=-1) != 0, places, 0)
     return places - np.maximum.accumulate(starts)
 
 
 def micro_batches(lengths: Sequence[int], token_budget: int, packed: bool = False) -> list[list[int]]:
-    """Group the indices of ``lengths`` so that a group has at most ``token_budget`` tokens with padding, longest first.
+    """Group the indices of ``lengths``, longest first, into at most ``token_budget`` tokens each, padding included.
 
     Sorting by length keeps padding small; the longest group comes first so that memory peaks at the start.
     A single sequence over the budget is a group by itself.
@@ -112,7 +112,10 @@ def micro_batches(lengths: Sequence[int], token_budget: int, packed: bool = Fals
 
 
 def _tokens(lengths: Sequence[int], packed: bool) -> int:
-    """Return the tokens, padding included, of a batch of such sequences, the longest first."""
+    """Return the tokens, padding included, of a batch of ``lengths``, longest first.
+
+    If packed, rows are counted up to that of the last sequence; earlier rows passed when they were opened.
+    """
     return lengths[0] * (1 + first_fit(lengths, lengths[0])[-1][0] if packed else len(lengths))
 
 

@@ -1,4 +1,4 @@
-"""Generation settings of a checkpoint: reading them, and making them savable."""
+"""Generation settings of a checkpoint, made savable."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def savable_generation_config(config: Any) -> Any:
         return config
     kept: dict[str, Any] = {}
     values = config.to_diff_dict()
-    for key in sorted(values, key=lambda k: (k != "do_sample", k)):  # which decides what else is valid
+    for key in sorted(values, key=lambda k: (k != "do_sample", k)):  # do_sample decides what else is valid
         if _is_valid(GenerationConfig(**kept, **{key: values[key]})):
             kept[key] = values[key]
     return GenerationConfig(**kept)

@@ -1,4 +1,4 @@
-"""The LM head of a checkpoint, read from its files: for a model that another library runs."""
+"""The LM head of a checkpoint, read from its files, for a model that another library runs."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from onpolicy_skd.models.loading import auto_class, load_config, resolve_path
 from onpolicy_skd.models.split_model import LOGIT_SETTING
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
-NEOX_HEAD = "embed_out.weight"  # in files of GPT-NeoX, whose module has another name
+NEOX_HEAD = "embed_out.weight"  # name in files of GPT-NeoX, whose module has another name
 
 
 def check_plain_logits(model: str, trust_remote_code: bool = False) -> None:
-    """Raise ModelError if the config of ``model`` scales or caps logits: its head alone would give others."""
+    """Raise ModelError if the config of ``model`` scales or caps logits, which its head alone does not do."""
     settings = load_config(model, trust_remote_code).get_text_config().to_dict()
     for key, value in settings.items():
         if LOGIT_SETTING.search(key) and type(value) in (int, float) and value not in (0, 1):
@@ -67,7 +67,7 @@ def _names(model: str, trust_remote_code: bool) -> tuple[str, str]:
 
 
 def _tensor(model: str, name: str) -> Tensor | None:
-    """Return a tensor of the checkpoint by its name, or by the last two words of it; None if there is none."""
+    """Return the tensor with this name, or else the only one with its last two words; None if there is none."""
     from safetensors import safe_open
 
     last_words = ".".join(name.split(".")[-2:])

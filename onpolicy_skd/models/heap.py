@@ -7,6 +7,6 @@ LIBC = ctypes.CDLL(None) if platform.libc_ver()[0] == "glibc" else None
 
 
 def trim_heap() -> None:
-    """Return free pages of the heap to the system; glibc keeps those between blocks that are in use."""
+    """Return free pages of the heap to the system; glibc keeps those between used blocks.  Does nothing elsewhere."""
     if LIBC is not None:
         LIBC.malloc_trim(0)

@@ -15,10 +15,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-LOGITS_PER_CHUNK = 20_000_000  # elements of one chunk of logits: 80 MB in float32; more for wide heads
+LOGITS_PER_CHUNK = 20_000_000  # elements in a chunk of logits: 80 MB in float32; more for wide heads
 MAX_LOGITS_PER_CHUNK = 400_000_000  # on a GPU with free memory, where larger chunks run faster
-BYTES_PER_LOGIT = 16  # student's and teacher's in float32, a scratch, the gradient in the compute dtype
-GROUP = 64  # columns that ``largest`` looks at through their maximum first
+BYTES_PER_LOGIT = 16  # the student's and the teacher's in float32, scratch, and the gradient in the compute dtype
+GROUP = 64  # columns per group in ``largest``, which first compares the maxima of groups
 LOGITS_PER_BLOCK = 300_000  # elements that the reductions touch at once on CPU: fits its cache
 
 
@@ -26,8 +26,8 @@ LOGITS_PER_BLOCK = 300_000  # elements that the reductions touch at once on CPU:
 class LMHead:
     """The last layer of a model: logits = cap tanh(scale (W h + b) / cap), or scale (W h + b) without a cap.
 
-    ``bias_V`` is that of Phi and GPT-J, ``scale`` that of Cohere and Granite, ``cap`` the soft cap of Gemma 2.  For
-    models whose logits are W h alone, functions take the weight in its place.
+    Phi and GPT-J have a ``bias_V``, Cohere and Granite a ``scale``, Gemma 2 a soft ``cap``.  For models whose logits
+    are W h alone, functions also accept the weight.
     """
 
     weight_VH: Tensor
@@ -37,7 +37,7 @@ class LMHead:
 
     @classmethod
     def of(cls, head: Tensor | LMHead) -> LMHead:
-        """Return ``head``, or the head whose weight it is."""
+        """Return ``head`` if it is an LMHead, else an LMHead with that weight."""
         return head if isinstance(head, LMHead) else cls(head)
 
     def __len__(self) -> int:
@@ -45,7 +45,7 @@ class LMHead:
 
     @property
     def shape(self) -> torch.Size:
-        """V and H."""
+        """The shape (V, H) of the weight."""
         return self.weight_VH.shape
 
     @property
@@ -57,7 +57,7 @@ class LMHead:
         return self.weight_VH.dtype
 
     def to(self, target: torch.dtype | torch.device | str) -> LMHead:
-        """Return the head with its tensors of another dtype or on another device."""
+        """Return the head with its tensors in another dtype or on another device."""
         bias_V = None if self.bias_V is None else self.bias_V.to(target)
         return dataclasses.replace(self, weight_VH=self.weight_VH.to(target), bias_V=bias_V)
 
@@ -66,7 +66,7 @@ class LMHead:
         return dataclasses.replace(self, weight_VH=self.weight_VH.detach(), bias_V=bias_V)
 
     def logits_(self, products_cV: Tensor) -> Tensor:
-        """Turn W h, float32, into logits, **in place**."""
+        """Turn W h, float32 ``[c, V]``, into logits **in place**; return them."""
         if self.bias_V is not None:
             products_cV.add_(self.bias_V)
         if self.cap is not None:
@@ -91,7 +91,7 @@ def chunk_size(rows: int, head_VH: Tensor | LMHead, chunk_rows: int | None = Non
 
 
 def logits_per_chunk(device: torch.device) -> int:
-    """Return LOGITS_PER_CHUNK, or on a GPU what an eighth of its free memory holds if that is more."""
+    """Return LOGITS_PER_CHUNK; on a GPU as many as an eighth of its free memory holds, between both bounds."""
     return _logits_for(_free_memory(device)) if device.type == "cuda" else LOGITS_PER_CHUNK
 
 
@@ -103,14 +103,14 @@ _reserved: dict[torch.device, int] = {}  # bytes
 
 
 def reserve(device: torch.device, size: int) -> None:
-    """Keep ``size`` bytes of a GPU out of what chunks may take: gradients and optimizer state will need them."""
+    """Exclude ``size`` bytes of a GPU from the memory for chunks; gradients and optimizer state will need them."""
     _reserved[device] = size
     _free_memory.cache_clear()
 
 
 @functools.cache  # measured once: sums in chunks of another size would round differently
 def _free_memory(device: torch.device) -> int:
-    """Return the bytes that are free on the device or held by its allocator, without those of ``reserve``."""
+    """Return the bytes that are free on the device or unused in torch's allocator, minus those of ``reserve``."""
     held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     return max(0, torch.cuda.mem_get_info(device)[0] + held - _reserved.get(device, 0))
 
@@ -132,8 +132,8 @@ def blocks(logits_cV: Tensor) -> Iterator[slice]:
 def project(hidden_cH: Tensor, head_HV: Tensor, out_cV: Tensor) -> Tensor:
     """Write the float32 logits of ``hidden_cH`` to ``out_cV`` and return it.
 
-    Sums of coarser products stay in float32 on GPUs, as in the engines there (``head_dtype`` of vLLM); on CPUs, whose
-    products have no such output, learner, teacher and engine all round them to the compute dtype.
+    For 16-bit inputs, the sums stay in float32 on GPUs, as in the engines there (``head_dtype`` of vLLM).  CPU products
+    have no such output, so learner, teacher and engine all round the sums to the compute dtype.
     """
     if hidden_cH.dtype == torch.float32:
         return torch.mm(hidden_cH, head_HV, out=out_cV)
@@ -143,14 +143,14 @@ def project(hidden_cH: Tensor, head_HV: Tensor, out_cV: Tensor) -> Tensor:
 
 
 def keeps_float32_sums(device: torch.device) -> bool:
-    """Return True if products of coarse types can have a float32 output there."""
+    """Return True if products of 16-bit dtypes can have a float32 output on ``device``."""
     return device.type == "cuda"
 
 
 class Projector:
-    """Computes the logits of one chunk after another in one float32 buffer, which avoids page faults of new memory.
+    """Projection of one chunk after another into one float32 buffer, which avoids page faults of new memory.
 
-    Each call overwrites what the call before returned.
+    Each call overwrites the result of the previous one.
     """
 
     def __init__(self, head: Tensor | LMHead, size: int) -> None:
@@ -166,7 +166,7 @@ class Projector:
 def shift_exp(logits_bV: Tensor) -> tuple[Tensor, Tensor]:
     """Shift each row **in place** so that its maximum is 0; return its exponential ``[b, V]`` and the row sums ``[b]``.
 
-    Log softmax is then ``logits - sums.log()``.  The exponential lives in a scratch that the next call overwrites.
+    Log softmax is then ``logits - sums.log()``.  The exponential is in a scratch buffer that the next call overwrites.
     """
     logits_bV.sub_(logits_bV.amax(-1, keepdim=True))
     weight = torch.exp(logits_bV, out=_scratch(logits_bV))
@@ -197,7 +197,7 @@ def largest(values_bV: Tensor, k: int) -> torch.return_types.topk:
     groups = width // GROUP
     if groups <= k:
         return values_bV.topk(k)
-    maxima_bG = values_bV[:, : groups * GROUP].unflatten(1, (GROUP, groups)).amax(1)  # a group is each groups-th column
+    maxima_bG = values_bV[:, : groups * GROUP].unflatten(1, (GROUP, groups)).amax(1)  # a group: every groups-th column
     columns = torch.arange(0, groups * GROUP, groups, device=values_bV.device)
     candidates = (maxima_bG.topk(k).indices[:, :, None] + columns).flatten(1)
     rest = torch.arange(groups * GROUP, width, device=values_bV.device).expand(len(values_bV), -1)
@@ -210,7 +210,7 @@ _scratches: dict[torch.device, Tensor] = {}
 
 
 def _scratch(like: Tensor) -> Tensor:
-    """Return a float32 tensor of the shape of ``like``; on CPU a reused one, since new memory costs page faults."""
+    """Return a float32 tensor of the shape of ``like``; on CPU a reused one, to avoid page faults."""
     if like.device.type != "cpu":
         return torch.empty_like(like)
     scratch = _scratches.get(like.device)
@@ -243,7 +243,7 @@ class RowStatistics:
 
     @classmethod
     def empty(cls, rows: int, device: torch.device) -> RowStatistics:
-        """Return uninitialized statistics at temperature 1, where both log-probabilities are one tensor."""
+        """Return uninitialized statistics for temperature 1, where both log-probabilities share one tensor."""
         entropy_N, logprob_N = torch.empty(2, rows, device=device)
         return cls(entropy_N, logprob_N, logprob_N)
 

@@ -1,4 +1,4 @@
-"""Loading of causal language models and tokenizers, and the checks that two of them fit together."""
+"""Loading of causal language models and tokenizers, and checks that student and teacher fit together."""
 
 from __future__ import annotations
 
@@ -108,7 +108,7 @@ def load_model(model: str, dtype: torch.dtype, device: str, trust_remote_code: b
 
 
 def auto_class(config: Any) -> Any:
-    """Return transformers' class for causal language models, or for multimodal ones that only that class knows."""
+    """Return the auto class for causal language models, or the multimodal one for models that only it knows."""
     from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
     causal = type(config) in AutoModelForCausalLM._model_mapping
@@ -117,7 +117,7 @@ def auto_class(config: Any) -> Any:
 
 
 def freeze_other_towers(model: Any) -> Any:
-    """Freeze what text does not pass through in a multimodal model: its towers for images and sound."""
+    """Freeze the parameters of a multimodal model that text does not use: its image and audio towers."""
     config = model.config
     if config.get_text_config() is not config:
         text = [*model.get_decoder().parameters(), *model.get_output_embeddings().parameters()]
@@ -128,10 +128,10 @@ def freeze_other_towers(model: Any) -> Any:
 
 
 def load_student(settings: Settings, device: str, compute_device: str) -> Any:
-    """Load the model that is trained, on ``device``.
+    """Load the student to train, on ``device``.
 
     Its weights are float32 masters.  With ``student.lora_rank`` only the adapters are float32; the frozen weights have
-    the compute dtype of ``compute_device``, except with several ranks, where a sharded layer needs one dtype.  Raises
+    the compute dtype of ``compute_device``, except with several ranks, because a sharded layer needs one dtype.  Raises
     ModelError.
     """
     student_cfg = settings.student
@@ -144,7 +144,7 @@ def load_student(settings: Settings, device: str, compute_device: str) -> Any:
 
 
 def saved_dtype(settings: Settings) -> torch.dtype:
-    """Return the dtype of the saved student: its checkpoint's, or that of ``learner.compute_dtype`` if finer."""
+    """Return the dtype of the saved student: its checkpoint's, or ``learner.compute_dtype`` if that is finer."""
     if settings.learner.compute_dtype == "float32":
         return torch.float32
     config = load_config(settings.student.model, settings.student.trust_remote_code)
@@ -206,12 +206,12 @@ def check_length(config: Any, model: str, tokens: int) -> None:
 
 
 def vocabulary_of(config: Any) -> int:
-    """Return the rows of a model's LM head."""
+    """Return the number of rows of a model's LM head."""
     return config.get_text_config().vocab_size
 
 
 def shared_vocabulary(student_config: Any, teacher_config: Any, tokenizer_size: int) -> int:
-    """Return the rows that both LM heads have: a vocabulary padded in one of them is cut.  Raises ModelError."""
+    """Return the number of rows that both LM heads have; padding of the larger one is cut.  Raises ModelError."""
     sizes = (vocabulary_of(student_config), vocabulary_of(teacher_config))
     if min(sizes) < tokenizer_size:
         raise ModelError(

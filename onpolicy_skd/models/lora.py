@@ -18,10 +18,9 @@ LORA, BASE = ".lora_", ".base_layer.weight"  # in peft's parameter names
 def add_lora(model: Any, rank: int, alpha: int, seed: int) -> Any:
     """Freeze ``model`` and add trainable adapters to its linear layers except the LM head (arXiv 2106.09685).
 
-    Layers that are frozen already get none.
-
-    The adapters start at zero, so the model's outputs do not change yet.  Raises ModelError for models that peft does
-    not support, or whose merged weights would not have a plain model's names.
+    Layers that are frozen already get none.  The adapters start at zero, so the model's outputs do not change yet.
+    Raises ModelError for models that peft does not support, or whose merged weights would not have the names of a
+    plain checkpoint.
     """
     from peft import LoraConfig, inject_adapter_in_model
     from transformers.pytorch_utils import Conv1D

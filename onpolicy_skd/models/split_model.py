@@ -20,14 +20,14 @@ LOGIT_SETTING = re.compile(r"^(?!attn).*(logit|soft_?cap|lm_head_)")  # settings
 
 @dataclass(frozen=True)
 class SplitModel:
-    """A causal language model as backbone (all but the LM head, final norm included) and LM head."""
+    """A causal language model as backbone (everything before the LM head, final norm included) and LM head."""
 
     model: Any  # a transformers PreTrainedModel
     vocabulary: int  # rows of the head in use
     takes_embeddings: bool = True  # the backbone gives the same states from embeddings as from their ids
-    causal: bool = False  # what follows a token changes nothing, so padding on the right needs no mask
+    causal: bool = False  # later tokens do not change earlier states, so padding on the right needs no mask
     forward: Any = None  # replaces a call of the backbone where the model is sharded (ranks.py)
-    checkpointed: tuple[Any, ...] = ()  # layers whose activations are computed again in the backward pass
+    checkpointed: tuple[Any, ...] = ()  # layers whose activations are recomputed in the backward pass
     scale: float = 1.0  # of the head, see LMHead
     cap: float | None = None
 
@@ -53,9 +53,9 @@ class SplitModel:
         return self.model.get_output_embeddings().weight.device
 
     def embedded(self, batch: Batch) -> Tensor | None:
-        """Return embeddings ``[B, L, H]``, a leaf whose gradient ``add_embedding_gradient`` takes; None if unsupported.
+        """Return embeddings ``[B, L, H]``, a leaf for ``add_embedding_gradient``; None if that is not supported.
 
-        Autograd would form a gradient of the full table ``[V, H]`` for a few rows at every micro-batch.
+        Autograd would compute a gradient of the full table ``[V, H]`` at every micro-batch, for a few rows.
         """
         table = self.model.get_input_embeddings()
         plain = type(table) is torch.nn.Embedding and table.max_norm is None and not table.scale_grad_by_freq
@@ -65,7 +65,7 @@ class SplitModel:
 
     @torch.no_grad()
     def add_embedding_gradient(self, batch: Batch, leaf_BLH: Tensor) -> None:
-        """Add the gradient of ``embedded`` to that of the table, after the backward pass."""
+        """Add the gradient of ``leaf_BLH``, from ``embedded``, to that of the table, after the backward pass."""
         table, gradient = self.model.get_input_embeddings(), leaf_BLH.grad
         if gradient is None:
             return
@@ -74,7 +74,7 @@ class SplitModel:
         if table.padding_idx is not None:
             gradient = gradient.masked_fill((batch.input_ids == table.padding_idx)[..., None], 0.0)
         ids, gradient_TH = batch.input_ids.flatten(), gradient.flatten(0, 1).to(table.weight.dtype)
-        if ids.device.type == "cpu":  # on each kind of device the function that adds in a fixed order
+        if ids.device.type == "cpu":  # the function that adds in a fixed order on this kind of device
             table.weight.grad.index_add_(0, ids, gradient_TH)
         else:
             table.weight.grad.index_put_((ids,), gradient_TH, accumulate=True)
@@ -82,8 +82,8 @@ class SplitModel:
     def hidden(self, batch: Batch, embedded_BLH: Tensor | None = None) -> Tensor:
         """Return the last hidden states ``[N, H]``, after the final norm, at the eligible positions.
 
-        Where padding is on the right, a causal model gets no mask: transformers makes one with four dimensions of it,
-        which excludes FlashAttention and grouped keys and values.
+        With padding on the right, a causal model gets no mask, because transformers would expand it to four dimensions,
+        which rules out FlashAttention and grouped-query kernels.
         """
         mask, position_ids = batch.attention_mask, batch.position_ids
         if batch.right_padded and self.causal:
@@ -104,11 +104,11 @@ class SplitModel:
 
 
 def checkpoint_activations(model: Any) -> tuple[Any, ...]:
-    """Make each layer of ``model`` compute its activations again in the backward pass; return the layers.
+    """Make each layer of ``model`` recompute its activations in the backward pass; return the layers.
 
-    The model stays in eval mode, whatever its family calls dropout, layer drop or router noise: a layer is in training
-    mode only when transformers decides on checkpointing, and leaves it before its forward starts.  Raises ModelError if
-    the family has no such layers.
+    The model stays in eval mode, without dropout, layer drop or router noise: a layer is in training mode only while
+    transformers decides on checkpointing, and leaves it before its forward starts.  Raises ModelError if the model
+    family does not support checkpointing.
     """
     from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -129,7 +129,7 @@ def _leave_training_mode(layer: Any, _: Any) -> None:
 
 
 def _mask_for(model: Any, mask_B1LL: Tensor) -> Tensor:
-    """Return a mask of documents in the form that ``model``'s attention takes.  Raises ModelError if it takes none."""
+    """Return the document mask in the form that ``model``'s attention takes.  Raises ModelError if it takes none."""
     kind = model.config._attn_implementation
     if kind == "sdpa":
         return mask_B1LL
@@ -165,7 +165,7 @@ def check_documents(split_model: SplitModel, pad_id: int, longest: int) -> None:
         together = hidden(np.concatenate(documents), [5])[5:]
     except (ModelError, torch.OutOfMemoryError):
         raise
-    except Exception as error:  # each family fails in its way on a mask with four dimensions
+    except Exception as error:  # model families fail in different ways on a four-dimensional mask
         raise ModelError(
             f"{name}: takes no attention mask of documents ({type(error).__name__}); accepted with "
             "data.documents=joined and pipeline.packing=false"
@@ -181,10 +181,10 @@ def check_documents(split_model: SplitModel, pad_id: int, longest: int) -> None:
 
 @torch.no_grad()
 def split(model: Any, vocabulary: int) -> SplitModel:
-    """Split ``model`` into backbone and head, and check in one short forward that they are the model.
+    """Split ``model`` into backbone and head, and check by short forwards that together they are the model.
 
-    Raises ModelError for models whose logits are not an ``LMHead`` of the last hidden state, or not finite in the
-    ``vocabulary`` rows in use.
+    Raises ModelError for models whose logits are not an ``LMHead`` of the last hidden state, or whose head is not
+    finite in the ``vocabulary`` rows in use.
     """
     name, head = type(model).__name__, model.get_output_embeddings()
     if head is None or model.base_model is model:
@@ -202,7 +202,7 @@ def split(model: Any, vocabulary: int) -> SplitModel:
 
 
 def _check_head(model: Any, head: Any, ids: Tensor, hidden_BLH: Tensor, vocabulary: int) -> tuple[float, float | None]:
-    """Return scale and cap of the model's logits, functions of its head's output on ``hidden_BLH``.
+    """Return scale and cap of the model's logits as a function of its head's output on ``hidden_BLH``.
 
     The head's output is replaced by numbers from 1e-4 to 1e4 of both signs, so the test does not depend on the logits'
     size.  Raises ModelError for other logits.
@@ -245,13 +245,13 @@ def _check_head(model: Any, head: Any, ids: Tensor, hidden_BLH: Tensor, vocabula
 
 
 def _probe(size: int, device: torch.device) -> Tensor:
-    """Return float32 ``[size]``: zero if that is odd, and numbers from 1e-4 to 1e4 of both signs."""
+    """Return float32 ``[size]``, ascending: numbers from 1e-4 to 1e4 of both signs, and zero if ``size`` is odd."""
     positive = torch.logspace(-4, 4, size // 2, device=device)
     return torch.cat([-positive.flip(0), positive.new_zeros(size % 2), positive])
 
 
 def _transform(probe_V: Tensor, logits_BLV: Tensor, config: Any) -> tuple[float, float | None] | None:
-    """Return scale and cap under which ``logits_BLV`` follow from ``probe_V``; None if there are none."""
+    """Return the scale and cap that turn ``probe_V`` into ``logits_BLV``; None if there are none."""
     logits_V = logits_BLV.flatten(0, -2)[0]
     if not torch.equal(logits_BLV, logits_V.expand_as(logits_BLV)):
         return None
@@ -271,7 +271,7 @@ def _transform(probe_V: Tensor, logits_BLV: Tensor, config: Any) -> tuple[float,
 
 
 def _configured(value: float, config: Any) -> float:
-    """Return the number of the config, or its reciprocal, that ``value`` was measured from; else ``value``."""
+    """Return a logit setting of the config, or its reciprocal, that is within 1 % of ``value``; else ``value``."""
     for key, setting in config.get_text_config().to_dict().items():
         if LOGIT_SETTING.search(key) and type(setting) in (int, float) and setting:
             for exact in (float(setting), 1.0 / setting):
@@ -287,7 +287,7 @@ def _logit_settings(model: Any) -> str:
 
 
 def _close(actual: Tensor, expected: Tensor) -> bool:
-    """Tell whether two tensors are equal up to rounding, whatever their size."""
+    """Return whether two tensors are equal up to rounding, relative to the largest value."""
     if actual.shape != expected.shape:
         return False
     tolerance = 1e-4 if expected.dtype == torch.float32 else 2e-2
@@ -295,7 +295,7 @@ def _close(actual: Tensor, expected: Tensor) -> bool:
 
 
 def _is_causal(model: Any, ids: Tensor, hidden_BLH: Tensor) -> bool:
-    """Return True if tokens after ``ids`` and no mask give ``hidden_BLH`` too."""
+    """Return True if more tokens after ``ids``, without a mask, leave ``hidden_BLH`` unchanged."""
     longer = torch.cat([ids, ids[:, :1].expand_as(ids)], 1)
     hidden = model.base_model(input_ids=longer, use_cache=False).last_hidden_state[:, : ids.shape[1]]
     tolerance = 1e-3 if hidden.dtype == torch.float32 else 5e-2
@@ -304,7 +304,7 @@ def _is_causal(model: Any, ids: Tensor, hidden_BLH: Tensor) -> bool:
 
 
 def _takes_embeddings(model: Any, ids: Tensor, hidden_BLH: Tensor) -> bool:
-    """Return True if embeddings give ``hidden_BLH`` too: some families scale them, or read the ids."""
+    """Return True if embeddings as input give ``hidden_BLH`` too; some families scale them, or read the ids."""
     embeddings = model.get_input_embeddings()(ids)
     try:
         hidden = model.base_model(inputs_embeds=embeddings, use_cache=False).last_hidden_state

@@ -1,4 +1,4 @@
-"""What every vLLM engine needs: its environment, its common arguments, and a clear refusal where it cannot run."""
+"""Setup shared by all vLLM engines: environment variables, common arguments, and a clear error if vLLM cannot run."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _DEVICE_ENVIRONMENT = {
     "cpu": {"TORCH_COMPILE_DISABLE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_LOGGING_LEVEL": "ERROR"},
     "cuda": {"VLLM_LOGGING_LEVEL": "WARNING"},
 }
-_FLOAT32_HEAD = {"head_dtype": "float32"}  # logits as the learner forms them (models/lm_head.py)
+_FLOAT32_HEAD = {"head_dtype": "float32"}  # logits as the learner computes them (models/lm_head.py)
 
 
 def require_vllm(device: str = "auto", setting: str = "rollout.engine") -> None:
@@ -55,7 +55,7 @@ def set_environment(device: str, more: Mapping[str, str] | None = None, setting:
 def engine_kwargs(
     device: str, max_length: int, kv_cache_mib: int, gpu_memory: float, tensor_parallel: int
 ) -> dict[str, Any]:
-    """Return the arguments of an engine that depend on its device and on how many it has."""
+    """Return the arguments of an engine that depend on its device and its number of GPUs."""
     kwargs: dict[str, Any] = dict(gpu_memory_utilization=gpu_memory, hf_overrides=_FLOAT32_HEAD)
     if device == "cpu":
         kwargs = cpu_engine_kwargs(max_length, kv_cache_mib)

@@ -1,4 +1,4 @@
-"""The model card of a run's student: ``final/README.md`` with metadata as the Hugging Face hub reads it."""
+"""The model card of a run's student: ``final/README.md`` with metadata for the Hugging Face hub."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ WIDTH = 88  # characters of a line of the command
 def write(settings: Settings, summary: dict[str, Any]) -> Path:
     """Write the card of a finished run, with the run's curves, into ``final/``; return its path.
 
-    No license is named: it follows from those of the models and the data.
+    It names no license, because that follows from the licenses of the models and the data.
     """
     paths = RunPaths(settings.run.folder)
     if paths.curves.exists():
@@ -58,7 +58,7 @@ def write(settings: Settings, summary: dict[str, Any]) -> Path:
 def command(settings: Settings) -> str:
     """Return one command that repeats a run: every setting that differs from its default and affects the result.
 
-    Folders and files are given by their last name alone, and credentials are left out.
+    Folders and files are given by name without their path, and credentials are left out.
     """
     changed = {
         key: value_of(settings, key)
@@ -92,7 +92,7 @@ def _public(value: Any) -> Any:
 
 
 def _name(value: str | Path) -> str:
-    """Return a setting's text; of a local path its last name, for the rest says where somebody works."""
+    """Return a setting's text; for a local path only its name, since the rest may identify a user or machine."""
     if isinstance(value, Path) or os.path.exists(value):  # Path.exists raises for long texts
         return Path(value).name
     return value
@@ -172,7 +172,7 @@ def _text(settings: Settings, summary: dict[str, Any]) -> str:
 
 
 def _positions(settings: Settings) -> str:
-    """Say which positions were supervised."""
+    """Return in words which positions were supervised."""
     cfg = settings.positions
     if cfg.policy == "full":
         return "all positions"

@@ -19,7 +19,7 @@ from onpolicy_skd.report.progress import shared_console
 
 Record = dict[str, Any]
 ROWS = 12  # steps in the live table
-INTERVALS = 20  # steps that the remaining time is estimated from
+INTERVALS = 20  # last steps from which the remaining time is estimated
 
 
 class Column(NamedTuple):
@@ -60,7 +60,7 @@ def _phases(record: Record) -> str:
 
 
 class Display:
-    """``with Display(steps) as display: display.step(record); display.log(text)``."""
+    """Display of a run: ``with Display(steps) as display: display.step(record); display.log(text)``."""
 
     def __init__(
         self, steps: int, first: int = 0, divergence: str = "divergence", console: Console | None = None
@@ -69,7 +69,7 @@ class Display:
         self._columns = columns(steps, divergence)
         self._steps = steps
         self._records: deque[Record] = deque(maxlen=ROWS)
-        self._times: deque[float] = deque(maxlen=INTERVALS + 1)  # at which steps ended
+        self._times: deque[float] = deque(maxlen=INTERVALS + 1)  # monotonic seconds at which the last steps ended
         self._has_legend = False
         self._progress = Progress(
             TextColumn("steps"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("eta"),

@@ -1,4 +1,4 @@
-"""The run's metrics: one JSON object a line, and the same numbers to trackers."""
+"""The run's metrics: one JSON object per line, and the same numbers for trackers."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from onpolicy_skd.storage.files import RunPaths, write_text
 
 
 class Event(StrEnum):
-    """``event`` of a record; the record of an optimizer step has none, but a ``loss``."""
+    """Values of ``event`` in a record; the record of an optimizer step has a ``loss`` instead."""
 
     EVALUATION = "evaluation"
     EMPTY_BATCH = "empty_batch"
@@ -27,7 +27,7 @@ class Event(StrEnum):
 
 
 class MetricsLog:
-    """Appends records to ``metrics.jsonl``; on resume, drops those of steps that will be repeated."""
+    """Writer that appends records to ``metrics.jsonl`` and, on resume, drops those of steps that will be repeated."""
 
     def __init__(
         self, folder: Path, first_step: int = 0, resumed: bool | None = None, trackers: Trackers | None = None
@@ -41,14 +41,14 @@ class MetricsLog:
         self._trackers = trackers
 
     def write(self, record: dict[str, Any]) -> None:
-        """Append ``record``, which must hold ``step``; trackers get its numbers.
+        """Append ``record``, which must hold ``step``, and pass its numbers to the trackers.
 
-        Raises OSError.
+        Raises OSError, with the file unchanged, if the disk is full.
         """
         line = (json.dumps(record) + "\n").encode()
         end = self._file.seek(0, os.SEEK_END)
         if self._file.write(line) < len(line):
-            self._file.truncate(end)  # half a line would be taken for damage
+            self._file.truncate(end)  # half a line would look like damage
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.path))
         if self._trackers:
             self._trackers.log(record)

@@ -36,7 +36,7 @@ class ProgressReporter:
         completed: int = 0,
         interval_s: float = INTERVAL_S,
     ) -> None:
-        """``completed``: what an earlier process did; it does not count for the rate."""
+        """``completed``: units that an earlier process did; they do not count for the rate."""
         self._label, self._total, self._completed, self._before = label, total, completed, completed
         self._interval_s = interval_s
         self._log = log or functools.partial(print, flush=True)

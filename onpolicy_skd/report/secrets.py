@@ -1,4 +1,4 @@
-"""Removal of credentials from what leaves the machine: settings for trackers and model cards."""
+"""Removal of credentials from settings that leave the machine, for trackers and model cards."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import re
 from typing import Any
 
 MASK = "***"
-SHORTEST = 8  # characters of a value that is taken for a credential
+SHORTEST = 8  # fewest characters of an environment variable that counts as a credential
 SECRET_NAME = re.compile(r"TOKEN|SECRET|PASSW|API_?KEY|ACCESS_?KEY|CREDENTIAL", re.IGNORECASE)
 PATTERNS = (
     (re.compile(r"(?<=://)[^/\s@]+(?=@)"), MASK),  # user and password of a URL

@@ -69,7 +69,7 @@ def versions() -> dict[str, str]:
 
 @lru_cache(maxsize=1)
 def source_digest() -> str:
-    """Return a digest of all Python files of the project, as they are at the first call."""
+    """Return a digest of all Python files of the project at the time of the first call."""
     root, digest = Path(__file__).parents[2], hashlib.sha256()
     for file in sorted(f for package in ("onpolicy_skd", "actors", "eval") for f in (root / package).rglob("*.py")):
         digest.update(file.relative_to(root).as_posix().encode() + b"\0" + file.read_bytes() + b"\0")
@@ -77,7 +77,7 @@ def source_digest() -> str:
 
 
 def write(folder: Path, summary: dict[str, Any], settings: Settings) -> Path:
-    """Write all three files; return the path of the report."""
+    """Write ``summary.json``, ``report.md`` and, if there were steps, ``curves.png``; return the path of the report."""
     paths = RunPaths(folder)
     write_text(paths.summary, json.dumps(summary, indent=2) + "\n")
     records = metrics_log.read(paths.metrics)
@@ -210,7 +210,7 @@ def plot(path: Path, steps: list[dict], evaluations: list[dict], summary: dict[s
 
 
 def _plot_evaluations(axis: Any, evaluations: list[dict], summary: dict[str, Any]) -> None:
-    """Plot exact match or, where nothing was answered, the divergence."""
+    """Plot exact match or, for packed text, the divergence."""
     steps = [r["step"] for r in evaluations]
     if evaluations and "match" not in evaluations[0]:
         axis.set_title("divergence on held-out text, nats per token", loc="left", fontsize=10)

@@ -1,7 +1,7 @@
 """Experiment trackers by name, from accelerate's registry: TensorBoard, Weights & Biases, trackio, MLflow.
 
 A tracker gets the numbers of ``metrics.jsonl``, the settings without credentials, the plots, and the token views of
-evaluations.  One that fails is dropped with a line in the log: a run never ends because of a tracker.
+evaluations.  A tracker that fails is dropped with a line in the log, so it never ends the run.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from onpolicy_skd.config.schema import Settings
 from onpolicy_skd.report.secrets import redact_tree
 from onpolicy_skd.storage.files import RunPaths, write_text
 
-PROJECT = "onpolicy_skd"  # of wandb, trackio and mlflow, unless their environment variables name another
+PROJECT = "onpolicy_skd"  # name at wandb, trackio and mlflow, unless their environment variables set another
 
 
 def check_trackers(names: Sequence[str]) -> None:
     """Raise ConfigError for a tracker whose package is missing, or that would ask for a login in the middle of a run.
 
-    Nothing is imported for TensorBoard, which is always there.
+    TensorBoard needs no check, because it is always installed.
     """
     for name in names:
         if name == "tensorboard":
@@ -44,7 +44,7 @@ def check_trackers(names: Sequence[str]) -> None:
 def _check_login() -> None:
     import wandb
 
-    mode = wandb.setup().settings.mode  # of WANDB_MODE or `wandb offline`
+    mode = wandb.setup().settings.mode  # from WANDB_MODE or `wandb offline`
     if mode == "online" and not wandb.login(prompt=False, verify=False):
         raise ConfigError(
             "run.trackers: wandb has no login here; run `wandb login`, set WANDB_API_KEY, or set WANDB_MODE=offline, "
@@ -55,8 +55,7 @@ def _check_login() -> None:
 class Trackers:
     """The trackers of a run: ``log`` numbers, ``send`` files, ``close``.
 
-    ``trackers.json`` in the run folder holds the names of the run at wandb and MLflow, so that a resumed run continues
-    there.
+    ``trackers.json`` in the run folder holds the run's ids at wandb and MLflow, so that a resumed run continues there.
     """
 
     def __init__(self, settings: Settings, first_step: int, resumed: bool, log: Callable[[str], None]) -> None:
@@ -74,7 +73,7 @@ class Trackers:
         """Call ``action``; if it fails, drop the tracker ``name``."""
         try:
             action()
-        except Exception as error:  # every tracker raises its own kinds, and those of its network client
+        except Exception as error:  # trackers and their network clients raise many kinds
             self._trackers.pop(name, None)
             reason = f"{type(error).__name__}: {first_line(error)}"
             self._log(f"tracker {name}: {reason}; the run continues without it")
@@ -83,7 +82,7 @@ class Trackers:
         from accelerate import PartialState
         from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 
-        PartialState(cpu=True)  # which the trackers read; the driver owns no device
+        PartialState(cpu=True)  # accelerate's trackers read it; the driver uses no device
         project, options = getattr(self, f"_{name}_options")(first_step)
         tracker = LOGGER_TYPE_TO_CLASS[name](project, **options)
         tracker.start()
@@ -103,7 +102,7 @@ class Trackers:
     def _wandb_options(self, _: int) -> tuple[str, dict[str, Any]]:
         import wandb
 
-        # Without command line, git remote, source code and console, any of which may hold a credential.
+        # No command line, git remote, source code or console output: any of them may hold a credential.
         private = wandb.Settings(console="off", disable_git=True, save_code=False, x_disable_meta=True)
         return os.environ.get("WANDB_PROJECT", PROJECT), {
             "name": self._run.name, "id": self._ids.get("wandb"), "resume": "allow", "dir": str(self._run.folder),
@@ -120,13 +119,13 @@ class Trackers:
         return PROJECT, {"run_id": self._ids.get("mlflow"), "run_name": self._run.name}
 
     def rewind(self, step: int) -> None:
-        """Continue at ``step`` after a fault: TensorBoard drops what it has of later steps, the others keep it."""
+        """Continue at ``step`` after a fault: TensorBoard drops later steps, the other trackers keep them."""
         if "tensorboard" in self._trackers:
             self._attempt("tensorboard", self._trackers["tensorboard"].finish)
             self._attempt("tensorboard", lambda: self._start("tensorboard", step))
 
     def log(self, record: dict[str, Any]) -> None:
-        """Log the numbers of ``record``, which must hold ``step``; nested ones are called ``outer/inner``."""
+        """Log the numbers of ``record``, which must hold ``step``; nested ones are named ``outer/inner``."""
         step, values = record["step"], _numbers(record)
         for name, tracker in list(self._trackers.items()):
             if name == "wandb":
@@ -135,7 +134,7 @@ class Trackers:
                 self._attempt(name, lambda tracker=tracker: tracker.log(values, step=step))
 
     def send(self, plots: Sequence[Path], files: Sequence[Path], step: int) -> None:
-        """Send plots (PNG) as images and other files as they are; those that do not exist are left out."""
+        """Send plots (PNG) as images and other files unchanged; files that do not exist are left out."""
         plots, files = ([path for path in paths if path.exists()] for paths in (plots, files))
         for name in list(self._trackers):
             self._attempt(

@@ -11,7 +11,7 @@ from onpolicy_skd.types import RolloutRequest, SamplingParams, Trajectory
 
 
 class RolloutEngine(Protocol):
-    """Generates with the weights of policy ``version``."""
+    """Engine that generates with the weights of policy ``version``."""
 
     version: int
 

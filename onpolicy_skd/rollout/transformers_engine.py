@@ -1,6 +1,6 @@
 """The transformers engine: ``model.generate`` with a sampler that draws each response from a seed of that response.
 
-On one machine's CPU a seed gives the same response in any batch; GPU kernels depend on the batch.
+On the CPUs of one machine, a seed gives the same response in any batch; GPU kernels round differently in another batch.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ BLOCK = 512  # classes that the sampler sums at once
 
 
 class TransformersEngine:
-    """Generates with ``model.generate``: slower than vLLM, runs wherever torch does."""
+    """Engine on ``model.generate``: slower than vLLM, but it runs wherever torch does."""
 
     def __init__(
         self, model: str, settings: Settings, trust_remote_code: bool = False, shared: SplitModel | None = None
     ) -> None:
-        """``shared``: a model that this process trains; the engine then generates with it and holds no weights."""
+        """Load ``model``, or generate with ``shared``, a model that this process trains."""
         device = pick_device(settings.run.device)
         dtype = pick_dtype(settings.rollout.dtype, device)
         self.version = 0
@@ -59,7 +59,7 @@ class TransformersEngine:
         self.version = version
 
     def sleep(self) -> None:
-        """Do nothing: the engine holds no memory but its weights."""
+        """Do nothing: the engine holds no memory except its weights."""
 
     def generate(self, requests: Sequence[RolloutRequest], sampling: SamplingParams) -> list[Trajectory]:
         return sort_by_request(requests, self.stream(requests, sampling))
@@ -73,7 +73,7 @@ class TransformersEngine:
         """Call ``model.generate`` on a model that may be in training mode."""
         training = self._model.training
         self._model.eval()
-        # Not inference mode: a shared model's training uses what its forward caches.
+        # Not inference mode: training a shared model uses tensors that its forward caches.
         with torch.no_grad(), self._autocast, end_tokens_only(self._model):
             output = self._model.generate(**options)
         self._model.train(training)
@@ -122,7 +122,7 @@ class TransformersEngine:
 
 
 class Response:
-    """The response of a request so far."""
+    """The response to a request so far."""
 
     def __init__(self, request: RolloutRequest) -> None:
         self.request = request
@@ -164,7 +164,7 @@ class Response:
 
 @contextmanager
 def end_tokens_only(model: Any) -> Iterator[None]:
-    """Hide the model's generation settings but its end tokens: ``generate`` uses them where it is given none."""
+    """Hide the model's generation settings except its end tokens, since ``generate`` uses them as defaults."""
     from transformers import GenerationConfig
 
     saved = model.generation_config
@@ -176,7 +176,7 @@ def end_tokens_only(model: Any) -> Iterator[None]:
 
 
 def _project(head: torch.nn.Linear, input: Tensor) -> Tensor:
-    """Return ``input @ head.T``; for 5 to 15 rows by its transpose, for which MKL takes 1.6 times less."""
+    """Return ``input @ head.T``; for 5 to 15 rows as the transposed product, in which MKL is 1.6 times faster."""
     rows = input.shape[:-1].numel()
     if not 5 <= rows < 16:
         return torch.nn.functional.linear(input, head.weight)
@@ -185,7 +185,7 @@ def _project(head: torch.nn.Linear, input: Tensor) -> Tensor:
 
 
 def _project_to_float32(head: torch.nn.Linear, dtype: torch.dtype, input: Tensor) -> Tensor:
-    """Return ``input @ head.T`` of products in ``dtype``, not rounded to it: what the learner computes."""
+    """Return ``input @ head.T`` in float32 from operands in ``dtype``, as the learner computes it."""
     rows_NH = input.to(dtype).flatten(0, -2)
     logits_NV = torch.empty(len(rows_NH), len(head.weight), device=input.device)
     with torch.autocast(input.device.type, enabled=False):
@@ -196,7 +196,7 @@ class _Sampler:
     """A logits processor that chooses each row's token by the inverse of its cumulative distribution.
 
     It draws a uniform number per row and step from the row's generator, records the chosen token's log-probability
-    under the model at temperature 1, and leaves greedy decoding only that token to pick.
+    under the model at temperature 1, and masks all other tokens, so that greedy decoding picks it.
     """
 
     def __init__(self, generators: Sequence[torch.Generator], sampling: SamplingParams) -> None:
@@ -227,7 +227,7 @@ class _Sampler:
             weight_BV = torch.exp(scores_BV / sampling.temperature)
         if sampling.top_p < 1.0:
             ordered, order = (weight_BV / weight_BV.sum(-1, keepdim=True)).sort(-1, descending=True)
-            outside = ordered.cumsum(-1) - ordered >= sampling.top_p  # the mass before it already fills the nucleus
+            outside = ordered.cumsum(-1) - ordered >= sampling.top_p  # the classes before it already fill the nucleus
             weight_BV = weight_BV.scatter(1, order, ordered.masked_fill(outside, 0.0))
         uniform_B = torch.stack([torch.rand((), generator=g, dtype=torch.float64) for g in self._generators])
         return sample_inverse_cdf(weight_BV, uniform_B.to(weight_BV.device))
@@ -236,8 +236,8 @@ class _Sampler:
 def sample_inverse_cdf(weight_BV: Tensor, uniform_B: Tensor) -> Tensor:
     """Return ``[B]``: the class at which the cumulative sum of a row's weights (>= 0) first exceeds its uniform share.
 
-    ``uniform_B`` is float64 in [0, 1).  Sums by blocks, and then only within the block that holds the class: less work
-    than the LM head before it.
+    ``uniform_B`` is float64 in [0, 1).  Sums by blocks, then only within the block that holds the class, which is less
+    work than the LM head.
     """
     rows, classes = weight_BV.shape
     full_blocks = classes // BLOCK

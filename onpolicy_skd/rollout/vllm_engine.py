@@ -1,7 +1,7 @@
-"""The vLLM engine of rollouts.
+"""The vLLM engine for rollouts.
 
-vLLM's Python API changes often: all code that depends on it is here, in vllm_worker.py, models/vllm_setup.py and
-teacher/vllm_teacher.py.
+vLLM's Python API changes often.  The code that depends on it is in this file, vllm_worker.py, models/vllm_setup.py,
+teacher/vllm_teacher.py and distributed/weight_transfer.py.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from onpolicy_skd.types import RolloutRequest, SamplingParams, Trajectory, id_ar
 if TYPE_CHECKING:
     import vllm
 
-_RECORDING = {"VLLM_USE_V2_MODEL_RUNNER": "0"}  # the runner that EntropyRecorder is made for
+_RECORDING = {"VLLM_USE_V2_MODEL_RUNNER": "0"}  # the model runner that EntropyRecorder supports
 WORKER = "onpolicy_skd.rollout.vllm_worker"
 LM_EVAL_KV_CACHE_MIB = 2048
 
@@ -49,7 +49,7 @@ class VLLMEngine:
             kwargs |= dict(weight_transfer_config={"backend": backend}, worker_extension_cls=f"{WORKER}.Extension")
         self.version = 0
         self._on_cpu = device == "cpu"
-        self._timeout_s = settings.faults.timeout_s()  # for the learner to send a tensor
+        self._timeout_s = settings.faults.timeout_s()  # limit for the learner to send a tensor
         self._devices = cfg.tensor_parallel
         self._sleeps, self._asleep = device == "cuda" and settings.cluster.topology == "colocated", False
         self._tokenizer = load_tokenizer(path, trust_remote_code)
@@ -85,7 +85,7 @@ class VLLMEngine:
         if count:
             info = dict(master_address=host, master_port=port, rank_offset=first, world_size=count)
             info |= dict(timeout_s=self._timeout_s) if self._on_cpu else {}
-        self._llm.shutdown_weight_transfer_engine()  # of an earlier group
+        self._llm.shutdown_weight_transfer_engine()  # leave an earlier group
         self._llm.init_weight_transfer_engine({"init_info": info | {"packed": True}})
 
     def receive(self, weight_spec: WeightSpec, version: int) -> None:
@@ -97,7 +97,7 @@ class VLLMEngine:
 
     @contextmanager
     def _updated(self, version: int) -> Iterator[None]:
-        """Wake the engine for a weight update and drop all caches of the old weights after it."""
+        """Wake the engine for a weight update, and drop all caches of the old weights afterwards."""
         if self._asleep:
             self._llm.wake_up(["weights"])
         yield
@@ -143,7 +143,7 @@ class VLLMEngine:
         return self._tokenizer.decode(ids, skip_special_tokens=True)
 
     def _entropies(self, key: str) -> Mapping[int, float] | None:
-        """Return the recorded entropies of a request by position, and forget them; None if there are none."""
+        """Return and delete the recorded entropies of a request by position, nats; None if there are none."""
         return self._llm.collective_rpc(_worker().take_entropies, args=(key,))[0]
 
     def _params(self, request: RolloutRequest, sampling: SamplingParams) -> vllm.SamplingParams:
@@ -155,7 +155,7 @@ class VLLMEngine:
             top_p=sampling.top_p,
             max_tokens=sampling.max_tokens,
             seed=request.seed,
-            logprobs=0,  # of the sampled token alone
+            logprobs=0,  # only of the sampled token
             detokenize=bool(sampling.stop),
             stop=list(sampling.stop),
             output_kind=RequestOutputKind.FINAL_ONLY,
@@ -191,7 +191,7 @@ def harness_model(device: str, max_length: int, **arguments: Any) -> Any:
     """Return lm-eval's wrapper around a new vLLM engine.  Raises ModelError if vLLM is not installed."""
     set_environment(device)
     known = metadata.version
-    metadata.version = lambda name: vllm_version() if name == "vllm" else known(name)  # the wrapper asks for it
+    metadata.version = lambda name: vllm_version() if name == "vllm" else known(name)  # the wrapper looks it up
     try:
         vllm_causallms: Any = importlib.import_module("lm_eval.models.vllm_causallms")
     finally:

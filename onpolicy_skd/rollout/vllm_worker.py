@@ -1,6 +1,6 @@
 """Code inside vLLM's workers, which are separate processes with rollout.tensor_parallel above 1.
 
-Imports vLLM: vLLM imports this module by its name, or vllm_engine.py does after it has set the environment.
+It imports vLLM, so only vLLM itself (by its name) and vllm_engine.py (after setting the environment) import it.
 """
 
 from __future__ import annotations
@@ -23,20 +23,20 @@ from vllm.v1.sample.logits_processor.builtin import process_dict_updates
 from onpolicy_skd.distributed.weight_transfer import BUFFER_BYTES, GlooGroup, WeightSpec, buffers, unpacked
 from onpolicy_skd.models.lm_head import entropy_of
 
-ENTROPIES: dict[str, dict[int, float]] = {}  # by request and position
+ENTROPIES: dict[str, dict[int, float]] = {}  # nats, by request and position
 
 
 class EntropyRecorder(LogitsProcessor):
-    """Writes the entropy of each row of logits, at temperature 1, to ENTROPIES.
+    """Logits processor that writes the entropy of each row, at temperature 1, to ENTROPIES.
 
-    For vLLM's first model runner, which vllm_engine.py asks for; the second has another interface.
+    It supports vLLM's first model runner, which vllm_engine.py selects; the second one has another interface.
     """
 
     def __init__(self, vllm_config: Any, device: Any, is_pin_memory: bool) -> None:
         self._rows: dict[int, tuple[dict[int, float], list[int]]] = {}  # the dict to write to, and the tokens so far
 
     def is_argmax_invariant(self) -> bool:
-        return False  # else vLLM skips it in greedy decoding and applies the temperature first
+        return False  # otherwise vLLM skips it in greedy decoding and applies the temperature before it
 
     def update_state(self, batch_update: Any) -> None:
         process_dict_updates(self._rows, batch_update, self._row)
@@ -55,14 +55,14 @@ class EntropyRecorder(LogitsProcessor):
 
 
 def take_entropies(_: Any, key: str) -> dict[int, float] | None:
-    """Return and forget the entropies of a request; each worker sees all rows."""
+    """Return and delete the entropies of a request; each worker sees all rows."""
     return ENTROPIES.pop(key, None)
 
 
 def repack_heads(model: Any) -> None:
-    """Renew the packed copy of the LM head from which vLLM's CPU backend computes logits.
+    """Refresh the packed copy of the LM head from which vLLM's CPU backend computes logits.
 
-    Reloading renews it for an untied head only; with tied embeddings the engine would sample through the old head.
+    Reloading refreshes it for an untied head only; with tied embeddings the engine would sample from the old head.
     """
     for module in model.modules():
         if isinstance(module, ParallelLMHead):
@@ -71,7 +71,7 @@ def repack_heads(model: Any) -> None:
 
 @dataclass(kw_only=True)
 class GlooInitInfo(NCCLWeightTransferInitInfo):
-    timeout_s: float  # for the learner to send a tensor
+    timeout_s: float  # limit for the learner to send a tensor
 
 
 class GlooWeightTransferEngine(NCCLWeightTransferEngine):
@@ -104,7 +104,7 @@ class GlooWeightTransferEngine(NCCLWeightTransferEngine):
 
 
 class Extension:
-    """Makes vLLM's workers import this module."""
+    """Worker extension that only makes vLLM's workers import this module."""
 
 
 WeightTransferEngineFactory.register_engine("gloo", GlooWeightTransferEngine)

@@ -1,4 +1,4 @@
-"""Exact match of any model on the evaluation problems of some settings, in this process and without Ray."""
+"""Exact match of any model on evaluation problems, in this process and without Ray."""
 
 from __future__ import annotations
 
@@ -36,10 +36,11 @@ def evaluate(
 ) -> Evaluation:
     """Generate answers with ``model`` and judge them by exact match.
 
-    ``model`` is a folder, a hub name or ``bundled:NAME``.  ``settings`` give problems, prompts, engine and lengths; by
-    default they are those of the run folder that holds the model.  ``problems`` limits their number.  ``samples``
-    answers each problem so many times, at ``temperature`` (0 for one sample, else 1), for avg@N and pass@k.  ``out`` is
-    a folder for records.jsonl and result.json: records are written as they come, and those that it holds are kept.
+    ``model`` is a folder, a hub name or ``bundled:NAME``.  ``settings`` give problems, prompts, engine and lengths; the
+    default is the config of the run folder that holds the model, else all defaults.  ``problems`` limits their number.
+    ``samples`` is the number of answers per problem, at ``temperature`` (default: 0 for one sample, else 1), for avg@N
+    and pass@k.  ``out`` is a folder for records.jsonl and result.json: records are written as they come, and those that
+    it already holds are kept.
 
     ``result`` has shares between 0 and 1 with their 95 % intervals: ``result["match"]["share"]``.  Raises ConfigError.
     """
@@ -88,7 +89,7 @@ def _engine(model: str, settings: Settings, log: Callable[[str], None]) -> Rollo
 
 
 def _provenance(model: str, settings: Settings, sampling: SamplingParams) -> dict[str, Any]:
-    """Return what an answer depends on, apart from its problem."""
+    """Return everything that an answer depends on, except its problem."""
     return {
         "model": weights_digest(model),
         "data": settings.data.model_dump(mode="json"),

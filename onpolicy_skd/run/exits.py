@@ -15,7 +15,7 @@ class RunError(RuntimeError):
 
 
 def run_cli(action: Callable[[], int], *failures: type[Exception]) -> int:
-    """Return the exit code of ``action``; print bad input and ``failures`` as one line, without a traceback."""
+    """Run ``action``; return its exit code.  Print bad input and ``failures`` as one line, without a traceback."""
     try:
         return action()
     except (ConfigError, RunError, OSError, *failures) as error:

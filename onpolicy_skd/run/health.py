@@ -1,8 +1,8 @@
-"""Warnings about training that goes wrong without an error, from the metrics of its steps.
+"""Warnings, from the metrics of steps, about training that goes wrong without an error.
 
 Each guard compares the mean of a metric over its last readings with a limit, which may depend on the mean of the first
-readings.  It warns when the limit is crossed, at once where the first readings leave no doubt, and warns again only
-after the mean has been clearly on the right side.
+readings.  It warns when the mean of a full window crosses the limit, or any mean the bound ``clear``, and warns again
+only after the mean has recovered.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from typing import Any
 
 import numpy as np
 
-WINDOW = 10  # readings: one per step, but for metrics that are measured less often
-RECOVERY = 0.8  # a guard is ready again when its mean is below this share of the limit
+WINDOW = 10  # readings; one per step, fewer for metrics that are not measured in every step
+RECOVERY = 0.8  # a guard can warn again once its mean is below this share of the limit
 Record = Mapping[str, Any]
 
 
@@ -74,10 +74,10 @@ def guards(max_gap: float) -> tuple[Guard, ...]:
 
 @dataclass
 class HealthMonitor:
-    """``for name, text in monitor.check(record): ...`` after each step."""
+    """Monitor of all guards: ``for name, text in monitor.check(record): ...`` after each step."""
 
     max_gap: float
-    growing: bool = False  # responses become longer as their limit does
+    growing: bool = False  # the length limit grows, so longer responses are no warning
     _first: defaultdict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
     _last: defaultdict[str, deque[float]] = field(default_factory=lambda: defaultdict(lambda: deque(maxlen=WINDOW)))
     _warned: set[str] = field(default_factory=set)

@@ -22,8 +22,7 @@ def has_login() -> bool:
 def push(settings: Settings, log: Callable[[str], None]) -> str | None:
     """Upload ``final/`` to the model repository ``hub.push``; return its address, or None with one line in the log.
 
-    The run has finished already, so nothing that happens here makes it fail: no login, a refused token, no network, a
-    signal.
+    The run has finished already, so no failure here (login, token, network, a signal) makes it fail.
     """
     from huggingface_hub import HfApi
 
@@ -36,7 +35,7 @@ def push(settings: Settings, log: Callable[[str], None]) -> str | None:
         repo = api.create_repo(name, private=settings.hub.private, exist_ok=True)
         log(f"uploading {final} to {repo}")
         api.upload_folder(repo_id=repo.repo_id, folder_path=final, commit_message=f"Student of run {settings.run.name}")
-    except (Exception, KeyboardInterrupt, Stopped) as error:  # the client raises its own kinds and httpx's
+    except (Exception, KeyboardInterrupt, Stopped) as error:  # the client raises many kinds, also of httpx
         reason = redact(first_line(error) or type(error).__name__)
         flag = " --private" if settings.hub.private else ""
         log(f"warning: hub.push={name}: {reason}. The student stays in {final}; upload it with: hf upload {name} "

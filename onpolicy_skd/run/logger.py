@@ -38,7 +38,7 @@ EMPTY_BATCH_ADVICE = {
 
 
 def evaluation_value(result: dict[str, Any]) -> float:
-    """Return the figure that the best evaluation has most of: exact match or, on packed text, minus the divergence."""
+    """Return the value to maximize over evaluations: exact match or, on packed text, minus the divergence."""
     return result["match"]["share"] if "match" in result else -result["divergence_reference"]
 
 
@@ -82,7 +82,7 @@ class PhaseTimer:
 
 
 class RunLogger:
-    """Shows the progress of a run, writes its metrics, checkpoints and summary, and resumes them."""
+    """Logger of a run: shows its progress; writes its metrics, checkpoints and summary, and resumes them."""
 
     def __init__(self, run: Run, first_step: int, state: dict[str, Any]) -> None:
         self.evaluations: dict[str, Any] = dict(state.get("evaluations", {}))
@@ -108,7 +108,7 @@ class RunLogger:
             self.conclude("stopped", f"{stopped} outside the steps")
         self._metrics.close()
         if error[0] is not None:
-            self._trackers.close()  # conclude() does where nothing went wrong
+            self._trackers.close()  # otherwise conclude() has closed them
 
     def log(self, text: str) -> None:
         self._display.log(text)
@@ -128,16 +128,16 @@ class RunLogger:
         self.log("starting " + ", ".join(f"{role.count} x {role.name}" for role in roles if role.count))
 
     def _open(self, first_step: int, state: dict[str, Any], resumed: bool) -> None:
-        """Take the run up at ``first_step``: its metrics up to there, and the ``state`` of the checkpoint."""
+        """Continue the run at ``first_step`` with its metrics up to there and the ``state`` of the checkpoint."""
         self._steps = first_step
-        self._version = state.get("version", 0)  # of the learner after these steps
+        self._version = state.get("version", 0)  # the learner's version after these steps
         self._skipped = state.get("skipped", 0)
         self.last_eval_step = state.get("last_eval_step", 0)  # of the last evaluation during training
         self._metrics = MetricsLog(self._run.folder, first_step, resumed, self._trackers)
         records = read(self._metrics.path)
         self._health = HealthMonitor(self._run.settings.sync.max_gap, self._grows)
         for record in steps_of(records):
-            deque(self._health.check(record), maxlen=0)  # its warnings are in the metrics already
+            deque(self._health.check(record), maxlen=0)  # only for its state: these warnings are logged already
         self._restarts = Counter(role for r in events_of(records, Event.FAULT) for role in r["restarted"])
         self.best_step, self._best_value = self._read_best(records, resumed)
 
@@ -165,7 +165,7 @@ class RunLogger:
         }
 
     def save(self, workers: TrainingWorkers, step: int, required: bool, rollout_refs: Sequence[Any] = ()) -> None:
-        """Save a checkpoint.  If that fails, end the run where the checkpoint is ``required``, else log it."""
+        """Save a checkpoint.  If that fails, raise RunError if the checkpoint is ``required``, else log the failure."""
         try:
             self._save(workers, step, required, rollout_refs)
             self._has_checkpoint |= any(self.checkpoints.glob("step-*"))  # not one that is still being written
@@ -174,7 +174,7 @@ class RunLogger:
             if required:
                 raise RunError(f"{reason}; make room and use resume=auto") from None
             self.log(f"{reason}; continuing with the checkpoint before it")
-            with contextlib.suppress(OSError):  # the same disk
+            with contextlib.suppress(OSError):  # the disk may still be full
                 self._metrics.write({"step": step, "event": Event.UNSAVED, "reason": reason})
 
     def _save(self, workers: TrainingWorkers, step: int, wait: bool, rollout_refs: Sequence[Any] = ()) -> None:
@@ -193,7 +193,7 @@ class RunLogger:
         self.evaluation("during", step, evaluation)
 
     def _save_best(self, workers: TrainingWorkers, step: int, value: float) -> bool:
-        """Return whether best/ was saved.  Without its record, after a kill, the next evaluation counts as the best."""
+        """Save best/ and its record; return whether that worked.  A kill in between leaves no record, so no best."""
         self._run.paths.best_record.unlink(missing_ok=True)
         try:
             workers.save_pretrained(self._run.paths.best)
@@ -209,10 +209,10 @@ class RunLogger:
         write_text(self._run.paths.best_record, json.dumps({"step": step, "value": value}) + "\n")
 
     def recovered(self, step: int, recovery: Recovery) -> int:
-        """Return the step to continue with after a fault in ``step``."""
+        """Log a fault in ``step``; return the step to continue with.  Raises RunError if no checkpoint can be read."""
         if recovery.rolled_back and recovery.checkpoint is None and self._has_checkpoint:
             raise RunError(f"{recovery.cause}; and none of the checkpoints in {self.checkpoints} can be read")
-        if recovery.rolled_back:  # as a resumed run would
+        if recovery.rolled_back:  # continue as a resumed run does
             checkpoint = recovery.checkpoint
             step = checkpoint.step if checkpoint else 0
             self._metrics.close()
@@ -240,7 +240,7 @@ class RunLogger:
             "tokens_per_second": metrics.train_tokens / timer.total,
         }
         self._metrics.write(record)
-        self._steps, self._version = step + 1, metrics.version  # not before the record is safe
+        self._steps, self._version = step + 1, metrics.version  # only after the record is written
         self._display.step(record)
         for guard, text in self._health.check(record):
             self.warning(step, guard, text)
@@ -251,7 +251,7 @@ class RunLogger:
         self.log(f"warning ({guard}): {text}")
 
     def timeline(self, workers: TrainingWorkers, step: int, timer: PhaseTimer) -> None:
-        """Write which process was busy when, in a step that has just ended."""
+        """Write the timeline of the step that has just ended."""
         now = time.time()
         try:
             write_timeline(self._run.folder, within(workers.spans(), now - timer.total, now), step)
@@ -272,8 +272,8 @@ class RunLogger:
     def skipped(self, step: int, report: FilterReport, error: NonFiniteLossError) -> None:
         """Record a step without an update.
 
-        Raises RunError after more than ``learner.max_skipped`` of them; overflows of float16 gradients do not count,
-        since each halves the loss scale.
+        Raises RunError after more than ``learner.max_skipped`` of them.  Overflows of float16 gradients do not count,
+        because each halves the loss scale.
         """
         self._steps = step + 1
         if isinstance(error, GradientOverflowError):
@@ -309,8 +309,10 @@ class RunLogger:
         self.log(f"{name}: " + ", ".join(figures))
 
     def on_failure(self, workers: TrainingWorkers, *failures: type[Exception]) -> Callable[..., bool]:
-        """Return an exit callback for a run that fails: it saves a checkpoint, if the learner lives, and the summary
-        with the reason."""
+        """Return an exit callback for a run that fails with RunError, OSError or one of ``failures``.
+
+        It saves a checkpoint, if the learner is alive, and a summary with the reason.
+        """
 
         def leave(_: type | None, error: BaseException | None, __: Any) -> bool:
             if isinstance(error, (RunError, OSError, *failures)):
@@ -327,7 +329,7 @@ class RunLogger:
         return leave
 
     def conclude(self, status: str, reason: str | None = None) -> None:
-        """Write summary, report and a finished run's model card; log the closing lines; end the trackers."""
+        """Write summary, report and, for a finished run, the model card; log the closing lines; close the trackers."""
         settings = self._run.settings
         result = summary.build(settings, self.evaluations, status, self._steps, self._seconds(), reason)
         result |= {"restarts": self._restarts, "best_step": self.best_step}
@@ -353,7 +355,7 @@ class RunLogger:
 
 
 def step_counts(report: FilterReport) -> dict[str, Any]:
-    """Return what became of a step's trajectories; ``truncated`` is a share of the student's rollouts."""
+    """Return the counts of generated and dropped trajectories; ``truncated`` is a share of the student's rollouts."""
     counts: dict[str, Any] = {"generated": report.generated, "dropped": report.dropped}
     if report.student_rollouts:
         counts["truncated"] = report.truncated / report.student_rollouts

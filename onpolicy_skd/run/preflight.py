@@ -1,4 +1,4 @@
-"""Checks before Ray starts: everything that can be known without weights, in seconds, with one line for a refusal."""
+"""Checks before Ray starts: everything that can be checked in seconds without weights, with one-line errors."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def check_template(data: DataSettings, tokenizer: Any) -> None:
 def _check_first_row(data: DataSettings, tokenizer: Any) -> None:
     row = next(iter(load_rows(data, "train")), None)
     if row is None:
-        return  # which prepare refuses by the name of the split
+        return  # prepare raises the error, which names the split
     try:
         _with_timeout(lambda: prompt_ids(row, tokenizer, data))
     except ConfigError as error:
@@ -115,7 +115,7 @@ def _with_timeout(action: Callable[[], T]) -> T:
 def check_checkpoint(model: str, trust_remote_code: bool) -> None:
     """Raise ModelError unless ``model`` is a causal language model with readable safetensors.
 
-    Files of a hub model are not looked at, for they may have to be downloaded first.
+    Weight files of a hub model are not checked, because they may not be downloaded yet.
     """
     import torch
 
@@ -125,11 +125,11 @@ def check_checkpoint(model: str, trust_remote_code: bool) -> None:
         loading.check_weights(model)
         check_weight_headers(folder, model)
     if trust_remote_code:
-        return  # its code may not build without weights
+        return  # the model's code may not build without weights
     try:
         with torch.device("meta"):
             built = loading.auto_class(config).from_config(config)
-    except Exception as error:  # a configuration can be wrong in many ways
+    except Exception as error:  # transformers raises many kinds for a bad configuration
         raise ModelError(
             f"model {model!r}: its config.json describes no causal language model that transformers knows: "
             f"{type(error).__name__}: {first_line(error)}"
@@ -175,7 +175,7 @@ def check_weight_headers(folder: Path, model: str) -> None:
 
 
 def check_generation_config(model: str) -> None:
-    """Save the generation settings of ``model`` once, as the end of the run will.  Raises ModelError."""
+    """Raise ModelError unless the generation settings of ``model`` can be saved, as the end of a run does."""
     from transformers import GenerationConfig
 
     folder = Path(loading.resolve_path(model))

@@ -47,7 +47,7 @@ Changes = dict[str, list[Any]]  # setting: [value before, value now]
 
 @dataclass
 class Run:
-    """Settings, data and derived quantities of a run, as its driver needs them."""
+    """Settings and data of a run, and what its driver derives from them."""
 
     settings: Settings
     tokenizer: Any
@@ -61,13 +61,13 @@ class Run:
 
     @property
     def scored(self) -> list[Prompt]:
-        """The prompts whose responses a teacher may score: held-out ones where the divergence is measured on them."""
+        """The prompts whose responses a teacher may score, held-out ones only if the divergence is measured on them."""
         held_out = self.held_out if self.settings.eval.divergence_prompts and not self.validation else ()
         return [*self.train, *self.validation, *held_out]
 
     @property
     def worker_settings(self) -> Settings:
-        """The settings without the teachers that no prompt names, which are not started."""
+        """The settings without the teachers that no prompt names, so that these are not started."""
         idle = idle_teachers(self.settings, self.scored)
         teachers = {name: teacher for name, teacher in self.settings.teachers.items() if name not in idle}
         return self.settings.model_copy(update={"teachers": teachers})
@@ -82,7 +82,7 @@ class Run:
 
     @property
     def steps(self) -> int:
-        """Number of steps of the run; counts alone give it, before a prefilter ran."""
+        """Number of steps of the run, known from counts alone, before a prefilter has run."""
         run, samples = self.settings.run, self.settings.samples
         if run.steps is not None:
             return run.steps
@@ -123,14 +123,14 @@ class Run:
         return self.validation or self.held_out[: cfg.during or cfg.problems or None]
 
     def save_validation(self) -> None:
-        """Write which training problems are held out, if any are: their keys and rows."""
+        """Write keys and rows of the training problems that are held out, if any are."""
         if self.validation:
             rows = {p.key: p.row for p in self.validation}
             files.write_text(self.paths.validation, json.dumps(rows, indent=0) + "\n")
 
     @property
     def knows_its_texts(self) -> bool:
-        """True if data and settings alone decide what is trained on, before a model has answered or scored anything."""
+        """True if data and settings alone decide the training texts, without a model's answers or scores."""
         return self.settings.samples.when != "prefilter" and not self.settings.generates_references
 
     def requests(self, prompts: Sequence[Prompt], step: int) -> list[RolloutRequest]:
@@ -152,7 +152,7 @@ class Run:
         return requests[: settings.student_rollouts_per_step]
 
     def references(self, prompts: Sequence[Prompt], step: int) -> list[Trajectory]:
-        """Return the references of ``step``: one for each of its other prompts."""
+        """Return the references of ``step``: one for each of its prompts without rollouts."""
         seed, supervise, trajectories = self.settings.run.seed, self.settings.references.supervise, []
         for place, prompt in self._prompts(prompts, step)[self._rolled_out :]:
             key = f"{place}:{prompt.key}/0"
@@ -190,7 +190,7 @@ class Run:
         return math.ceil(self.settings.student_rollouts_per_step / self.settings.rollout.n)
 
     def _prompts(self, prompts: Sequence[Prompt], step: int) -> list[tuple[int, Prompt]]:
-        """Return the prompts of ``step``, numbered: the numbers keep keys apart if a small set repeats in a step."""
+        """Return the prompts of ``step`` with numbers, which keep keys unique if a small set repeats within a step."""
         per_step, seed, mix = self.settings.prompts_per_step, self.settings.run.seed, self.settings.data.mix
         if mix:
             indices = mixed_prompts_of_step(self._by_source(prompts), [s.weight for s in mix], per_step, step, seed)
@@ -214,7 +214,7 @@ class Run:
 
 
 def prepare(settings: Settings, log: Callable[[str], None] = print, generates: bool = True) -> Run:
-    """Load data and tokenizers and check that they fit; ``generates`` tells that a rollout engine may be needed.
+    """Load data and tokenizers and check that they fit; ``generates``: a rollout engine may be needed.
 
     Raises ConfigError (or a subclass).
     """
@@ -241,7 +241,7 @@ def prepare(settings: Settings, log: Callable[[str], None] = print, generates: b
     cfg = settings.eval
     limit = max(cfg.problems, cfg.during, cfg.divergence_prompts) if cfg.problems else None
     held_out = load_prompts(settings.data, tokenizer, "eval", limit) if settings.data.has_eval else []
-    if cfg.divergence_prompts and not validation:  # for the rest the teacher reads the student's prompt
+    if cfg.divergence_prompts and not validation:  # in other evaluations the teacher reads the student's prompt
         held_out = with_teacher_prompts(settings, tokenizer, held_out)
     check_judged([*judged, *held_out], settings.eval.judge)
     run = Run(settings, tokenizer, vocabulary, train, held_out, responses, validation, _data_digest(train, responses))
@@ -289,7 +289,7 @@ def idle_teachers(settings: Settings, prompts: Sequence[Prompt]) -> list[str]:
 
 
 def check_plugins(settings: Settings) -> None:
-    """Import the user's metrics, policies, weightings and gates.  Raises ConfigError for one that does not fit."""
+    """Import the user's metric, policy, weighting and gate.  Raises ConfigError for one that does not fit."""
     selector = Selector(settings.positions, settings.run.seed)
     Mixture.from_settings(settings.alignment.mixture)
     if settings.pipeline.streaming and selector.ranges(0):
@@ -420,11 +420,13 @@ def _newest(run: Run) -> Checkpoint | None:
 
 
 def _changes(run: Run) -> Changes:
-    """Return what differs from the run to resume.  Raises ConfigError for a difference that affects the result, unless
-    ``resume_with`` names it."""
+    """Return what differs from the run to resume.
+
+    Raises ConfigError for a difference that affects the result, unless ``resume_with`` names it.
+    """
     settings, paths = run.settings, run.paths
     tree = read_yaml(paths.config)
-    with suppress(ConfigError):  # settings that did not exist yet had their defaults
+    with suppress(ConfigError):  # gives settings that did not exist then their defaults
         tree = resolve(tree).model_dump(mode="json")
     before, now = flat(tree), flat(settings.model_dump(mode="json"))
     keys = sorted((before.keys() | now.keys()) - {"resume", "resume_with"})
@@ -451,7 +453,7 @@ def _changes(run: Run) -> Changes:
 
 
 def _plain(key: str) -> str:
-    """Return the setting whose rules a key has: ``teacher.actors`` for ``teachers.maths.actors``."""
+    """Return the setting whose rules apply to a key: ``teacher.actors`` for ``teachers.maths.actors``."""
     section, *_, name = key.split(".")
     return f"teacher.{name}" if section == "teachers" else key
 
@@ -464,7 +466,7 @@ def _read_record(paths: RunPaths) -> dict[str, Any]:
 
 
 def _write_record(run: Run, changes: Changes, step: int) -> None:
-    """Write the digest of the data and append what has changed, in which step."""
+    """Write the digest of the data, and append ``changes`` with their step to the history."""
     history = _read_record(run.paths).get("changes", []) if run.settings.resume == "auto" else []
     history += [{"step": step, "changed": changes}] if changes else []
     record = {"data": run.data_digest, "changes": history}

@@ -1,8 +1,8 @@
-"""Stopping a run from outside, by a signal or by the clock.
+"""Stopping of a run by a signal or by the clock.
 
-During the steps the first signal requests a stop with a checkpoint, as the deadline does; the second signal exits at
-once.  Before and after the steps (engines starting, evaluation) there is nothing to save: the first signal ends the run
-by raising ``Stopped``.
+During the steps, the first signal requests a stop with a checkpoint, as the deadline does; the second signal exits at
+once.  Before and after the steps (engines starting, evaluation) there is nothing to save, so the first signal ends the
+run by raising ``Stopped``.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ def as_stopped(error: BaseException | None) -> Stopped | None:
 
 
 class StopSignal:
-    """``with StopSignal() as stop: ... with stop.orderly(): while not stop.requested: ...``
+    """Handler of stop signals: ``with StopSignal() as stop: ... with stop.orderly(): while not stop.requested: ...``
 
-    Enter it after Ray is connected, because Ray sets handlers too; the previous handlers return on exit.  ``hours``
-    from now, ``requested`` becomes true by itself.
+    Enter it after connecting to Ray, which sets handlers too; the previous handlers are restored on exit.  After
+    ``hours``, ``requested`` becomes true without a signal.
     """
 
     def __init__(self, hours: float | None = None, clock: Callable[[], float] = time.monotonic) -> None:
@@ -66,14 +66,15 @@ class StopSignal:
     def request(self, reason: str, hint: str = "") -> None:
         """Request a stop with a checkpoint.
 
-        Writes to the file descriptor: a signal handler that prints may interrupt a print, which raises RuntimeError.
+        It writes to the file descriptor, because a print in a signal handler may interrupt another print, which raises
+        RuntimeError.
         """
         self._requested = True
         os.write(STDERR, f"{reason}: ending after this step, with a checkpoint{hint}\n".encode())
 
     @contextmanager
     def orderly(self) -> Iterator[None]:
-        """Within this context the first signal only sets ``requested``."""
+        """Make the first signal within this context set ``requested`` only."""
         self._orderly = True
         try:
             yield

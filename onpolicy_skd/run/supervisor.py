@@ -1,4 +1,4 @@
-"""The decision about failed actors, restart or give up: a pure state machine with an injected clock, without Ray.
+"""The decision to restart failed actors or to give up: a state machine with an injected clock, without Ray.
 
 Each role has a history of failures.  A failure leads to a restart, after a wait that doubles with each failure still in
 the history.  More than ``faults.restarts`` failures within an hour end the run.
@@ -42,7 +42,7 @@ class Supervisor:
         self._failures: defaultdict[str, deque[float]] = defaultdict(deque)
 
     def decide(self, failed: Mapping[str, str]) -> Restart | GiveUp:
-        """Return what to do about ``failed``, causes by role.  With several roles the most frequent failure decides."""
+        """Return what to do about ``failed``, causes by role; the role with the most failures decides the wait."""
         now, faults_cfg = self._clock(), self._settings
         for role, cause in failed.items():
             history = self._failures[role]
@@ -60,11 +60,11 @@ class Supervisor:
 
 @dataclass(frozen=True, slots=True)
 class Recovery:
-    """Result of ``Workers.recover``."""
+    """Result of ``actors.workers.Workers.recover``."""
 
     cause: str
     restarted: list[str]  # role of each restarted actor
-    rolled_back: bool  # the learner is new: at its newest checkpoint, or at the initial student
+    rolled_back: bool  # the learner restarted from its newest checkpoint, or from the initial student
     checkpoint: Checkpoint | None
-    prefetched_rollouts: list[Any]  # refs, from that checkpoint, of the step to continue with
+    prefetched_rollouts: list[Any]  # refs from that checkpoint, for the step to continue with
     seconds: float

@@ -1,7 +1,7 @@
 """Position scores u(t): higher is selected first (docs/method.md, section 4).
 
-A metric is a function of ``Signals`` that returns float32 ``[N]``, one score per eligible position; adding one is one
-function and one line in ``METRICS``, or a function in your code named ``module:function`` in ``positions.metric``.
+A metric is a function of ``Signals`` that returns float32 ``[N]``, one score per eligible position.  To add one, write
+a function and add a line to ``METRICS``, or name a function of your code, ``module:function``, in ``positions.metric``.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ Ranges = Mapping[str, tuple[float, float]]  # least and largest value of a signa
 class Signals:
     """Numbers of the N eligible positions of B sequences, in nats, each computed when it is first read.
 
-    ``teacher_entropy_N`` and ``teacher_ce_N`` cost two numbers per position on the wire.  ``kl_N``, ``reverse_kl_N``,
+    ``teacher_entropy_N`` and ``teacher_ce_N`` transfer two numbers per position.  ``kl_N``, ``reverse_kl_N``,
     ``teacher_mass_N``, ``overlap_N`` and ``margin_N`` share the teacher's hidden rows at all eligible positions and one
     pass over both heads.
     """
@@ -106,7 +106,7 @@ class Signals:
 
     @property
     def overlap_N(self) -> Tensor:
-        """Share of these classes that are among the teacher's as many most likely ones."""
+        """Share of these classes that are among the teacher's equally many most likely ones."""
         return self._teacher_signals.overlap_N
 
     @property
@@ -117,7 +117,7 @@ class Signals:
     def scaled(self, name: str) -> Tensor:
         """Return a signal, for example ``kl_N``, scaled to [0, 1] over the whole optimizer batch; 0 if all are equal.
 
-        Raises RuntimeError if the metric was not marked with ``scaled_over_batch(name)``, which has the range measured.
+        Raises RuntimeError if the metric is not marked with ``scaled_over_batch(name)``, so that the range is unknown.
         """
         if name not in self._ranges:
             raise RuntimeError(f"the range of {name} is not known; mark the metric with @scaled_over_batch({name!r})")
@@ -131,7 +131,7 @@ RANGES: dict[Metric, tuple[str, ...]] = {}  # signals that a metric reads scaled
 
 
 def scaled_over_batch(*names: str) -> Callable[[Metric], Metric]:
-    """Mark a metric that reads ``signals.scaled(name)`` for these names: a forward of its batch finds their ranges."""
+    """Mark a metric that reads ``signals.scaled(name)`` for these names; a separate forward measures their ranges."""
 
     def mark(metric: Metric) -> Metric:
         RANGES[metric] = names
@@ -204,7 +204,7 @@ def ta_opd(signals: Signals) -> Tensor:
 
 
 def teacher_mass(signals: Signals) -> Tensor:
-    """The teacher's probability of the student's top classes: where it is small, the teacher's classes are others."""
+    """The teacher's probability of the student's top classes: where it is small, the teacher prefers others."""
     return signals.teacher_mass_N
 
 

@@ -1,7 +1,7 @@
 """Position policies: scores become a selection and its weights (docs/method.md, section 4).
 
-A policy is a pure function of the scores of B sequences and a ``Context``; adding one is one function and one line in
-``POLICIES``, or a function in your code named ``module:function`` in ``positions.policy``.  A policy looks at one
+A policy is a pure function of the scores of B sequences and a ``Context``.  To add one, write a function and add a line
+to ``POLICIES``, or name a function of your code, ``module:function``, in ``positions.policy``.  A policy looks at one
 sequence at a time, so a selection does not depend on the rest of the batch; only ``gls`` compares with earlier batches.
 """
 
@@ -19,7 +19,7 @@ from onpolicy_skd.types import seed_of
 
 
 def num_selected(k: float, n: int) -> int:
-    """Return ceil(k * n), the positions selected of n eligible ones; at least one for n >= 1.
+    """Return ceil(k * n), the number of positions to select from n eligible ones; at least one for n >= 1.
 
     k * n is rounded at the 9th decimal first, so that 0.2 * 15 is 3 and not 3.0000000000000004.
     """
@@ -30,8 +30,8 @@ def num_selected(k: float, n: int) -> int:
 class Selection:
     """K selected positions of B sequences: indices into the N eligible ones, and the weight of each.
 
-    Weights sum to 1 per sequence, except under ``sampled_unbiased``, whose sum is 1 in expectation, and in a sequence
-    without selected positions.
+    Weights from a policy sum to 1 per sequence, except under ``sampled_unbiased`` (at most 1, in expectation) and in
+    sequences without selected positions (0).  ``positions.weighting`` scales them afterwards.
     """
 
     indices_K: Tensor  # int64, ascending
@@ -43,7 +43,7 @@ class Selection:
 class Context:
     """Inputs of a policy besides the scores."""
 
-    k: float  # share of positions, at this step
+    k: float  # share of positions to select at this step
     step: int = 0  # optimizer steps done
     seeds: Sequence[int] = ()  # one per sequence
     threshold: float | None = None  # of gls; None before the first batch
@@ -117,7 +117,7 @@ POLICIES: dict[str, Policy] = {
     "sampled_unbiased": sampled_unbiased,
     "weighted": weighted,
     "full": full,
-    "bandit": top_k,  # it chooses the metric
+    "bandit": top_k,  # the bandit chooses the metric
 }
 
 
@@ -174,13 +174,13 @@ def _shares(u_n: Tensor) -> Tensor:
 
 
 def _sample(u_n: Tensor, context: Context, seed: int, unbiased: bool) -> tuple[Tensor, Tensor]:
-    """Draw num_selected(k, n) times with replacement; return unique positions and their weights.
+    """Draw num_selected(k, n) times with replacement; return the unique positions and their weights.
 
     The options are those of appendix D of the SE-KD paper.  A share ``coverage`` of the budget goes to the highest
     scores with their exact weights, and the draws are made among the rest: both estimates stay unbiased.
     """
     options, n = context.options, len(u_n)
-    skipped = options.skip_first if n > options.skip_first else 0  # a response that short has no other positions
+    skipped = options.skip_first if n > options.skip_first else 0  # shorter responses have no other positions
     scores = u_n[skipped:].to("cpu", torch.float64).clamp(max=math.inf if options.clip is None else options.clip)
     w = _shares(_shares(scores) ** (1.0 / options.smoothing))
     budget = num_selected(context.k, n)
@@ -191,7 +191,7 @@ def _sample(u_n: Tensor, context: Context, seed: int, unbiased: bool) -> tuple[T
     rest[certain] = 0.0
     draws, mass = budget - len(certain), rest.sum()
     if mass > 0:
-        rng = torch.Generator().manual_seed(seed_of(seed, "draws"))  # not the stream of a random score
+        rng = torch.Generator().manual_seed(seed_of(seed, "draws"))  # independent of random scores
         drawn = torch.multinomial(rest, draws, replacement=True, generator=rng)
         each = mass / (draws * n * w) if unbiased else (mass / draws).expand_as(w)
         weight.index_add_(0, drawn, each[drawn])

@@ -1,6 +1,6 @@
 """The sample filter that runs once, before training: dropped prompts cost no rollout and no teacher forward.
 
-Scores are written to disk, keyed by data and student, and reused by later runs.
+Scores are written to disk, keyed by ``fingerprint``, and reused by later runs.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def kept_prompts(
 def as_text(prompt: Prompt, text: str, tokenizer: Any) -> Trajectory:
     """Return a trajectory whose eligible positions are those to score: the prompt's tokens, or the reference answer's.
 
-    For packed text these are all its tokens, whatever ``text`` says.
+    The first token of a prompt or of packed text is not scored; for packed text ``text`` has no effect.
     """
     if prompt.documents is not None:
         return references.of_text(prompt, prompt.key)

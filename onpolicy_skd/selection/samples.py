@@ -1,4 +1,4 @@
-"""Sample filters: pure functions that return the kept samples and a count per reason.  Validity first, then ranking."""
+"""Sample filters, validity before ranking: pure functions that return the kept samples and drops per reason."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ def validity(
 ) -> FilterReport:
     """Drop responses that are empty, truncated, hold ids outside the shared vocabulary, or have the wrong correctness.
 
-    ``correctness`` is "any", "right" or "wrong".  Responses that were cut before ``max_tokens`` tokens, by a limit that
-    grows, are not truncated.  Raises ValueError if ``correctness`` is not "any" and an answer was not scored.
+    ``correctness`` is "any", "right" or "wrong".  Responses that a growing limit cut before ``max_tokens`` tokens do
+    not count as truncated.  Raises ValueError if ``correctness`` is not "any" and an answer was not scored.
     """
     kept, reasons = [], Counter[str]()
     for t in trajectories:

@@ -1,4 +1,4 @@
-"""The position axis over a run: metric, policy, and the state that they keep between steps."""
+"""Selection of positions over a run: metric, policy, and the state that they keep between steps."""
 
 from __future__ import annotations
 
@@ -48,8 +48,8 @@ class ScoreQueue:
 class Bandit:
     """EXP3 (Auer et al., 2002) over metrics.
 
-    The reward is the relative fall of the probe's divergence since the arm was last played (at first: since the start),
-    in [0, 1]; a rise counts as 0 (EKD).
+    The reward is the relative decrease of the probe's divergence since the arm was last played (or since the start), in
+    [0, 1]; an increase counts as 0 (EKD).
     """
 
     def __init__(self, arms: Sequence[str], gamma: float, seed: int) -> None:
@@ -60,7 +60,7 @@ class Bandit:
         self._last = torch.full((len(arms),), math.nan, dtype=torch.float64)  # probe at each arm's last play
 
     def probabilities(self) -> Tensor:
-        """Return float64 ``[arms]``: a share 1 - gamma by weight, a share gamma evenly."""
+        """Return float64 ``[arms]``: a share 1 - gamma by weight, a share gamma uniform over the arms."""
         return (1.0 - self._gamma) * self._log_weights.softmax(0) + self._gamma / len(self.arms)
 
     def arm(self, step: int) -> int:
@@ -93,7 +93,7 @@ class Bandit:
 class Selector:
     """Metric, policy, their schedule and their state, as configured under ``positions``.
 
-    Raises ConfigError for a metric, policy or weighting of the user that cannot be imported or does not fit.
+    Raises ConfigError for a user's metric, policy or weighting that cannot be imported or does not fit.
     """
 
     def __init__(self, settings: PositionSettings, seed: int, special_ids: Sequence[int] = ()) -> None:
@@ -121,7 +121,7 @@ class Selector:
         return RANGES.get(self._metric_of(step), ())
 
     def k(self, step: int) -> float:
-        """Return the share of positions at ``step``."""
+        """Return the share of positions to select at ``step``."""
         return scheduled_k(self._settings, step)
 
     def eligible(self, signals: Signals) -> Tensor | None:
@@ -160,7 +160,7 @@ class Selector:
     def observe(self, scores_N: Tensor) -> None:
         """Record the scores of an optimizer batch, in the order of its trajectories; call once per step."""
         if self._queue:
-            self._queue.push(scores_N[~scores_N.isnan()])  # masked tokens have none
+            self._queue.push(scores_N[~scores_N.isnan()])  # masked tokens have NaN
 
     def state_dict(self) -> State:
         stateful = self._queue or self.bandit

@@ -1,8 +1,8 @@
-"""Weights along a response: factors of the weights that a policy gives (docs/method.md, section 4).
+"""Weights along a response: factors of the weights from the policy (docs/method.md, section 4).
 
 A weighting is a function of ``Signals`` and the settings under ``positions`` that returns float32 factors ``[N]``, at
-least 0; adding one is one function and one line in ``WEIGHTINGS``, or a function in your code named
-``module:function`` in ``positions.weighting``.
+least 0.  To add one, write a function and add a line to ``WEIGHTINGS``, or name a function of your code,
+``module:function``, in ``positions.weighting``.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ Weighting = Callable[[Signals, PositionSettings], Tensor]
 
 
 def iw(signals: Signals, cfg: PositionSettings) -> Tensor:
-    """1 + gamma (1 - share of sum |a| before t), a = log p(y) - log q(y): more before the models part (IW-OPD)."""
+    """1 + gamma (1 - share of sum |a| before t), a = log p(y) - log q(y): larger before the models diverge (IW-OPD)."""
     shares = []
     for size_n in (signals.ce_N - signals.teacher_ce_N).abs().split(list(signals.counts)):
         total = size_n.sum()
@@ -37,7 +37,7 @@ WEIGHTINGS: dict[str, Weighting | None] = {"uniform": None, "iw": iw, "ramp": ra
 
 
 def normalized(factors_N: Tensor, counts: Sequence[int], eligible_N: Tensor | None = None) -> Tensor:
-    """Scale the factors so that their mean over the eligible positions of each sequence is 1; all 0 stay 0.
+    """Scale the factors so that their mean over the eligible positions of each sequence is 1, or leave all at 0.
 
     Raises ValueError for a factor that is negative or not finite.
     """

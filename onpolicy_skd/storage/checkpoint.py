@@ -1,7 +1,7 @@
 """Checkpoints: written to a temporary folder, synced, renamed; safetensors and JSON only, so loading never unpickles.
 
-A checkpoint is a folder ``step-00000050`` with tensors and ``state.json``; the latter holds the SHA-256 of the tensors
-and of itself.  A damaged folder is skipped, with a warning, in favor of the newest good one.
+A checkpoint is a folder ``step-00000050`` with tensors and ``state.json``, which holds the SHA-256 of the tensors and
+of itself.  A damaged folder is skipped, with a warning, in favor of the newest good one.
 """
 
 from __future__ import annotations
@@ -34,7 +34,8 @@ class CheckpointError(ConfigError):
 class TensorFile(Mapping[str, Tensor]):
     """Tensors of a safetensors file, mapped into memory.
 
-    A tensor's bytes are read where it is used: who copies a slice of it reads that slice.  Raises CheckpointError.
+    A tensor's bytes are read when they are used; copying a slice reads that slice only.  Raises CheckpointError if the
+    file cannot be opened.
     """
 
     def __init__(self, path: Path) -> None:
@@ -70,7 +71,7 @@ class Checkpoint:
 def save(folder: Path, step: int, state: dict[str, Any], tensors: Mapping[str, Tensor], keep: int) -> Path:
     """Write ``folder/step-N`` atomically and remove all but the newest ``keep``; return its path.
 
-    Raises SaveError, with nothing changed, if the disk is full or refuses.
+    Raises SaveError, with earlier checkpoints unchanged, if writing fails, for example on a full disk.
     """
     temporary = folder / f".step-{step:08d}.tmp"
     try:
@@ -84,7 +85,7 @@ def save(folder: Path, step: int, state: dict[str, Any], tensors: Mapping[str, T
 
 
 class BackgroundWriter:
-    """Writes checkpoints on a thread, so that a learner on a GPU trains while its copy goes to disk."""
+    """Writer of checkpoints on a thread, so that a learner on a GPU trains while its copy is written."""
 
     def __init__(self) -> None:
         self._executor = ThreadPoolExecutor(1, "checkpoint")
@@ -93,7 +94,7 @@ class BackgroundWriter:
     def save(self, folder: Path, step: int, state: dict[str, Any], tensors: Mapping[str, Tensor], keep: int) -> Path:
         """Copy ``tensors``, which may change afterwards, and start to write them as ``save`` does; return the path.
 
-        Waits for the checkpoint before it.  Raises that one's SaveError, when this one is on its way.
+        Waits for the previous checkpoint, and raises its SaveError once this one is being written.
         """
         before, self._pending = self._pending, None
         error = before.exception() if before else None
@@ -145,7 +146,7 @@ def load(path: Path, verify: bool = True) -> Checkpoint:
         raise
     except OSError as error:
         if not isinstance(error, FileNotFoundError | NotADirectoryError):
-            raise  # a disk that does not answer now is no damage
+            raise  # a disk that does not answer is not damage
         raise CheckpointError(f"checkpoint {path}: {error}") from error
     except Exception as error:  # damage shows in many ways: missing files, broken JSON, lost keys
         raise CheckpointError(f"checkpoint {path}: unreadable: {type(error).__name__}: {error}") from error
@@ -154,12 +155,12 @@ def load(path: Path, verify: bool = True) -> Checkpoint:
 def newest(folder: Path) -> Checkpoint | None:
     """Return the newest good checkpoint under ``folder``, its checksums verified; None if there is none.
 
-    Damaged ones are reported and renamed ``damaged-step-N``, so that they do not count among those that are kept.
-    Leftovers of a killed write are removed.
+    Damaged ones are logged and renamed ``damaged-step-N``, so that they do not count as kept checkpoints.  Leftovers of
+    a killed write are removed.
     """
     for unfinished in folder.glob(".step-*.tmp"):
         shutil.rmtree(unfinished, ignore_errors=True)
-    for replaced in folder.glob(".step-*.old"):  # killed while it was being replaced
+    for replaced in folder.glob(".step-*.old"):  # left by a kill during its replacement
         final = folder / replaced.stem.removeprefix(".")
         shutil.rmtree(replaced, ignore_errors=True) if final.exists() else replaced.rename(final)
     for path in _newest_first(folder):
@@ -174,7 +175,7 @@ def newest(folder: Path) -> Checkpoint | None:
 
 
 def damaged(folder: Path) -> list[Path]:
-    """Return the checkpoints that ``newest`` could not read."""
+    """Return the folders of the checkpoints that ``newest`` could not read."""
     return sorted(folder.glob("damaged-step-*"))
 
 

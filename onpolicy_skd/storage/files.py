@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 
 
 class SaveError(RuntimeError):
-    """A checkpoint that cannot be written; earlier ones are unchanged."""
+    """A checkpoint or model that cannot be written; earlier ones are unchanged."""
 
 
 class LockedError(ConfigError):
@@ -69,7 +69,7 @@ class RunPaths:
 
     @property
     def trackers(self) -> Path:
-        """Names of the run at the trackers that a resumed run continues."""
+        """Ids of the run at wandb and MLflow, with which a resumed run continues there."""
         return self.folder / "trackers.json"
 
     @property
@@ -125,22 +125,23 @@ class RunPaths:
 
     @property
     def references(self) -> Path:
-        """The teacher's answers, shared by runs on the same prompts and teacher."""
+        """Answers of the teacher or the initial student, shared by runs on the same prompts and model."""
         return self.folder.parent / "references"
 
 
 def config_beside(model: str | Path) -> Path | None:
-    """Return config.yaml of the run folder that holds ``model`` (``runs/NAME/final``); None if there is none."""
+    """Return the config.yaml of the run folder that holds ``model`` (``runs/NAME/final``); None if there is none."""
     file = RunPaths(Path(model).parent).config
     return file if file.exists() else None
 
 
 @contextmanager
 def lock(path: Path, subject: str) -> Iterator[None]:
-    """Keep other processes away from what ``path`` guards.
+    """Hold an exclusive lock on ``path``.
 
-    The system frees the lock of a process that ended, however it ended, so a file left over is no obstacle.  Raises
-    LockedError naming ``subject`` and the process and host that hold the lock.
+    The system frees the lock when the process ends in any way, so a leftover file does no harm.  If the file system
+    has no locks, only a warning is logged.  Raises LockedError naming ``subject`` and the process and host that hold
+    the lock.
     """
     with path.open("a+", encoding="utf-8") as file:
         try:
@@ -217,7 +218,7 @@ def digest_of(record: dict[str, Any]) -> str:
 
 
 def sync(path: Path) -> None:
-    """Wait until a file, or the entries of a folder, are on the disk."""
+    """Wait until a file, or the entries of a folder, are on disk (fsync)."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

@@ -1,12 +1,12 @@
 """Files of a teacher cache: teacher actors write it once, a run reads it in place of a teacher (docs/off_policy.md).
 
 A cache is a folder of safetensors shards, which are memory-mapped, and ``manifest.json``.  The class sampler of the
-settings decides what a shard holds of each eligible position:
+settings decides what a shard holds for each eligible position:
 
     hidden   (none)           the last hidden state, in the teacher's type; the LM head has a separate file: exact
     rs_kd    (rs_kd)          the drawn ids, ceil(log2 V) bits each, and their counts, ceil(log2(U + 1)) bits each.  The
-                              counts of a position sum to U, which tells where the next one starts: no lengths are kept
-    top_k    (a truncation)   the K largest probabilities, float32, and their ids: every truncation is made of these
+                              counts of a position sum to U, which shows where the next one starts, so no lengths
+    top_k    (a truncation)   the K largest probabilities, float32, and their ids, from which every truncation follows
 
 and, for each sample, eight bytes that identify its tokens (``Trajectory.digest``) and its sizes.  Samples are looked up
 by content, so neither their order nor the keys that a run gives them matter.
@@ -49,12 +49,12 @@ class CacheError(ConfigError):
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """Content of a cache at each position."""
+    """Content of a cache for each position."""
 
     content: Content
     vocabulary: int  # V
-    classes: int  # U draws or K classes a position; 0 of hidden states
-    temperature: float | None  # of the distributions; None of hidden states
+    classes: int  # U draws or K classes per position; 0 for hidden states
+    temperature: float | None  # of the distributions; None for hidden states
 
     @staticmethod
     def of(settings: Settings, vocabulary: int) -> Layout:
@@ -71,10 +71,10 @@ class Layout:
 
     @property
     def count_bits(self) -> int:
-        return self.classes.bit_length()  # of 0 to U
+        return self.classes.bit_length()  # for counts from 0 to U
 
     def described(self) -> dict[str, Any]:
-        """Return the layout as the settings that it follows from."""
+        """Return the layout as content and the settings that determine it."""
         count = {"hidden": {}, "rs_kd": {"classes.draws": self.classes}, "top_k": {"classes.k": self.classes}}
         return {"content": self.content, "alignment.temperature": self.temperature, **count[self.content]}
 
@@ -87,7 +87,7 @@ class Layout:
 
 @dataclass(frozen=True, slots=True)
 class Shard:
-    """Record of a file of a cache."""
+    """Manifest entry of one shard."""
 
     file: str
     sha256: str
@@ -100,7 +100,7 @@ class Shard:
 
 @dataclass(frozen=True, slots=True)
 class Manifest:
-    provenance: dict[str, Any]  # teacher, tokenizer, template, data: see ``provenance.provenance``
+    provenance: dict[str, Any]  # teacher, tokenizer, template, data: see ``cache_provenance.provenance``
     layout: Layout
     plan: str  # digest of all samples, in their order, and of the cut into shards
     head: str | None = None  # SHA-256 of the LM head's file, with hidden states
@@ -116,7 +116,7 @@ class Manifest:
 
     @property
     def information_bits(self) -> float:
-        """Bits of the records alone; rs_kd: ids, counts and a length for each position; top_k: ids and floats."""
+        """Bits of the records alone; rs_kd: ids, counts and a length per position; top_k: ids and floats."""
         layout, entries = self.layout, sum(s.entries for s in self.shards)
         if layout.content == "hidden":
             return 8.0 * sum(s.bytes for s in self.shards)
@@ -154,7 +154,7 @@ class Manifest:
 
 
 def pack_bits(values: np.ndarray, width: int) -> np.ndarray:
-    """Pack ``values`` (below 2 ** width) in ``width`` bits each: uint8, the last byte padded with zeros."""
+    """Pack ``values`` (below 2 ** width) into ``width`` bits each; return uint8, the last byte padded with zeros."""
     places, packed = np.arange(width - 1, -1, -1), []
     for start in range(0, len(values), PACKED_AT_ONCE):
         bits = (values[start : start + PACKED_AT_ONCE, None] >> places) & 1
@@ -163,7 +163,7 @@ def pack_bits(values: np.ndarray, width: int) -> np.ndarray:
 
 
 def unpack_bits(data: np.ndarray, width: int, count: int, skip: int = 0) -> np.ndarray:
-    """Unpack ``count`` values after the first ``skip`` bits: int64, the inverse of ``pack_bits``."""
+    """Unpack ``count`` values after the first ``skip`` bits, as int64; the inverse of ``pack_bits``."""
     bits = np.unpackbits(data, count=skip + count * width)[skip:].reshape(count, width)
     return bits @ (1 << np.arange(width - 1, -1, -1, dtype=np.int64))
 
@@ -197,7 +197,7 @@ def shard_name(number: int) -> str:
 def write_shard(
     folder: Path, number: int, trajectories: Sequence[Trajectory], teacher: TeacherRows, settings: Settings, v: int
 ) -> Shard:
-    """Encode ``trajectories`` and write them as one shard, whose bytes depend on these arguments alone."""
+    """Encode ``trajectories`` and write them as one shard, whose bytes depend only on these arguments; ``v``: V."""
     layout, keys = Layout.of(settings, v), [t.key for t in trajectories]
     counts = [len(t.target_ids) for t in trajectories]
     teacher.encode(trajectories)
@@ -219,7 +219,7 @@ def write_shard(
         save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, temporary)
     size = path.stat().st_size
     shard = Shard(path.name, sha256(path), _index_digest(tensors), len(keys), sum(counts), sum(entries), size)
-    write_text(path.with_suffix(".json"), json.dumps(asdict(shard)))  # after the shard: it marks the shard as complete
+    write_text(path.with_suffix(".json"), json.dumps(asdict(shard)))  # written last: it marks the shard as complete
     return shard
 
 
@@ -240,7 +240,7 @@ def complete(folder: Path, manifest: Manifest) -> None:
 
 
 def clean(folder: Path) -> None:
-    """Remove files that only a build needs; a build may have been killed while it removed them."""
+    """Remove files that only a build needs; a kill may interrupt this, so it may run again."""
     for file in (*folder.glob("shard-*.json"), *folder.glob(".*.tmp"), folder / PLAN):
         file.unlink(missing_ok=True)
     sync(folder)

@@ -1,4 +1,4 @@
-"""Provenance of a teacher cache, and the check that a run trains on the same."""
+"""Provenance of a teacher cache, and the check that it fits a run."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from onpolicy_skd.models import loading as models
 from onpolicy_skd.teacher.cache_format import CacheError, Layout, Manifest
 
 TEMPLATE = {"chat": ("template", "system", "instruction", "thinking"), "plain": ("template", "plain", "instruction")}
-TEXTS: dict[str, Any] = {  # settings that say which texts there are
+TEXTS: dict[str, Any] = {  # settings that decide which texts are in the cache
     "run": {"seed"},
     "data": True,
     "student": {"model"},
@@ -26,7 +26,7 @@ TEXTS: dict[str, Any] = {  # settings that say which texts there are
 
 
 def provenance(settings: Settings, tokenizer: Any) -> dict[str, Any]:
-    """Return all that a teacher's outputs on a run's texts depend on; ``weights`` is None if they are not at hand."""
+    """Return everything that a teacher's outputs on a run's texts depend on; ``weights`` is None if not available."""
     data, template = settings.data, {}
     if data.source != "text":
         template = data.model_dump(mode="json", include=set(TEMPLATE[data.template]))
@@ -53,7 +53,7 @@ def provenance(settings: Settings, tokenizer: Any) -> dict[str, Any]:
 def check(manifest: Manifest, settings: Settings, tokenizer: Any, student_classes: int) -> None:
     """Raise CacheError, naming all differences, for a cache of another teacher, tokenizer, template or sampler.
 
-    A teacher whose weights are not at hand is compared by its name.
+    A teacher whose weights are not available is compared by name.
     """
     layout, then, now = manifest.layout, manifest.provenance, provenance(settings, tokenizer)
     required, problems = Layout.of(settings, layout.vocabulary), []
@@ -77,13 +77,13 @@ def check(manifest: Manifest, settings: Settings, tokenizer: Any, student_classe
 
 
 def same_outputs(first: Manifest, second: Manifest) -> bool:
-    """Return True if shards of the two may be in one cache; ``plan``, not the settings, identifies the texts."""
+    """Return True if shards of both may be in one cache; ``plan``, not the settings, identifies the texts."""
     sides = [m.provenance | {"texts": None} for m in (first, second)]
     return sides[0] == sides[1] and first.layout == second.layout and first.plan == second.plan
 
 
 def differing(first: Manifest, second: Manifest) -> str:
-    """Return in words how two plans of caches differ."""
+    """Return in words how two manifests differ."""
     differences = _differences(first.layout.described(), second.layout.described())
     differences += _differences(flat(first.provenance), flat(second.provenance))
     return "; ".join(differences) or "other samples, or another cache.positions_per_shard"

@@ -30,7 +30,7 @@ from onpolicy_skd.types import Trajectory
 
 
 class TeacherCache:
-    """A complete cache, opened for reading.  The first read of a shard compares its checksum.
+    """A complete cache, opened for reading.  The first read of a shard verifies its checksum.
 
     The constructor and all methods raise CacheError, naming the file, if one is missing or damaged.
     """
@@ -38,7 +38,7 @@ class TeacherCache:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.manifest = Manifest.read(folder)
-        self._open: dict[int, Any] = {}  # memory-mapped shards whose checksum is right
+        self._open: dict[int, Any] = {}  # memory-mapped shards with a verified checksum
         digests, locations = [], []
         for number, shard in enumerate(self.manifest.shards):
             index = self._index(shard)
@@ -49,7 +49,7 @@ class TeacherCache:
             locations.append(torch.stack([number_S, starts[0], positions, starts[1], entries], 1).numpy())
         unsorted = np.concatenate(digests)
         order = np.argsort(unsorted, kind="stable")
-        # Of each sample: shard, first position, positions, first entry, entries.
+        # int64 [samples, 5]: shard, first position, positions, first entry, entries; sorted by digest.
         self._digests, self._locations = unsorted[order], np.concatenate(locations)[order]
 
     def holds(self, trajectory: Trajectory) -> bool:
@@ -77,11 +77,11 @@ class TeacherCache:
         slot = torch.arange(entries) - (lengths.cumsum(0) - lengths)[row]
         width = int(lengths.max())
         probs = torch.zeros(count, width).index_put((row, slot), (drawn.double() / layout.classes).float())
-        first_ids = ids[lengths.cumsum(0) - lengths]  # what unused slots repeat
+        first_ids = ids[lengths.cumsum(0) - lengths]  # unused slots repeat these
         return SparseTargets(first_ids[:, None].repeat(1, width).index_put((row, slot), ids), probs)
 
     def head(self) -> LMHead:
-        """Return the teacher's LM head, V by G."""
+        """Return the teacher's LM head ``[V, G]``."""
         with _checked(self.folder, HEAD, str(self.manifest.head)) as file:
             bias = file.get_tensor("bias") if "bias" in file.keys() else None  # noqa: SIM118 no container
             scale, cap = json.loads((file.metadata() or {}).get("logits", "[1.0, null]"))
@@ -126,7 +126,7 @@ class TeacherCache:
 
 
 def verify(folder: Path) -> Iterator[tuple[str, str | None]]:
-    """Yield each file of a cache with its problem, or None if it is right."""
+    """Yield the name of each file of a cache and its problem, None if it is good."""
     try:
         manifest = Manifest.read(folder)
     except CacheError as error:
@@ -143,7 +143,7 @@ def verify(folder: Path) -> Iterator[tuple[str, str | None]]:
 
 
 def _checked(folder: Path, name: str, digest: str) -> Any:
-    """Open a safetensors file after comparing its checksum.  Raises CacheError naming the file."""
+    """Open a safetensors file after verifying its checksum.  Raises CacheError naming the file."""
     path = folder / name
     try:
         actual = sha256(path)

@@ -1,4 +1,4 @@
-"""A teacher cache in a teacher's place: the learner asks it as it would a model."""
+"""Teachers that answer from a cache, with the interface of a live teacher."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from onpolicy_skd.types import Trajectory
 
 
 class CachedHidden(HiddenRowsTeacher):
-    """A teacher from cached hidden states: exact, for all answers follow from them."""
+    """A teacher from cached hidden states, which determine all answers exactly."""
 
     def __init__(self, cache: TeacherCache, settings: Settings, device: str) -> None:
         super().__init__(cache.head().to(device), settings.alignment.temperature, settings.alignment.chunk_rows)
@@ -29,7 +29,7 @@ class CachedHidden(HiddenRowsTeacher):
 
 
 class CachedClasses:
-    """A teacher of which the cache holds a few classes at each position, and nothing else."""
+    """A teacher from a cache that holds only a few classes at each position; other questions raise CacheError."""
 
     def __init__(self, cache: TeacherCache) -> None:
         self._cache = cache
@@ -41,7 +41,7 @@ class CachedClasses:
                 self._encoded[t.key] = (t.digest, self._cache.classes(t), torch.as_tensor(t.target_ids))
 
     def classes(self, request: RowRequest, seeds: Sequence[int], options: ClassSettings) -> SparseTargets:
-        """See ``TeacherRows.classes``; ignores ``seeds``: the draws were made when the cache was built."""
+        """See ``TeacherRows.classes``; ignores ``seeds``, because classes were drawn when the cache was built."""
         requested, targets = [], []
         for key, at in request:
             _, cached, target_ids = self._encoded[key]

@@ -10,7 +10,7 @@ from onpolicy_skd.types import Trajectory
 
 
 class Encoder:
-    """Encodes with ``teacher``; other threads wait for single trajectories, not for the batch."""
+    """Encoder of batches with ``teacher``; other threads wait for single trajectories, not for the batch."""
 
     def __init__(self, teacher: HiddenRowsTeacher) -> None:
         self._teacher = teacher

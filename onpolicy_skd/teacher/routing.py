@@ -20,17 +20,17 @@ TeacherT = TypeVar("TeacherT", bound=TeacherRows)
 class RoutedTeachers(Generic[TeacherT]):
     """TeacherRows over teachers by name, whose hidden states may differ in size.
 
-    ``rows`` and ``classes`` answer for trajectories of one teacher at a time, and ``head`` is that of one teacher alone
-    (``teacher_of``): both raise ValueError otherwise.
+    ``rows`` and ``classes`` raise ValueError unless all trajectories have the same teacher.  ``head`` always raises it:
+    ask the teacher that ``teacher_of`` returns.
     """
 
     def __init__(self, teachers: Mapping[str, TeacherT]) -> None:
         self.teachers = dict(teachers)
         self._names: dict[str, str] = {}  # teacher by key of the encoded trajectory
-        self._counts: dict[str, int] = {}  # eligible positions, likewise
+        self._counts: dict[str, int] = {}  # eligible positions by key
 
     def members(self, name: str, trajectories: Sequence[Trajectory]) -> list[Trajectory]:
-        """Return the trajectories of teacher ``name`` and note them as encoded."""
+        """Return the trajectories of teacher ``name`` and record them as encoded."""
         members = [t for t in trajectories if t.teacher == name]
         self._names |= {t.key: name for t in members}
         self._counts |= {t.key: len(t.target_ids) for t in members}
@@ -67,7 +67,7 @@ class RoutedTeachers(Generic[TeacherT]):
         self.drop(keys)
 
     def drop(self, keys: Sequence[str]) -> None:
-        """Drop what is noted of ``keys`` here."""
+        """Remove the records of ``keys`` here, without releasing them at the teachers."""
         for key in keys:
             self._names.pop(key, None)
             self._counts.pop(key, None)
@@ -85,11 +85,11 @@ class RoutedTeachers(Generic[TeacherT]):
 
 
 def teacher_of(teacher: TeacherRows, members: Sequence[Trajectory]) -> TeacherRows:
-    """Return the teacher of ``members``, which name the same one."""
+    """Return the teacher of ``members``, which must all name the same one."""
     return teacher.teachers[str(members[0].teacher)] if isinstance(teacher, RoutedTeachers) else teacher
 
 
 def by_teacher(indices: Sequence[int], trajectories: Sequence[Trajectory]) -> list[list[int]]:
-    """Divide ``indices`` of ``trajectories`` by the teacher that these name, in the order of the names."""
+    """Group ``indices`` by the teacher that their trajectories name, in the order of the names."""
     names = sorted({trajectories[i].teacher or "" for i in indices})
     return [[i for i in indices if (trajectories[i].teacher or "") == name] for name in names]

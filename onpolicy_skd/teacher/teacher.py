@@ -16,7 +16,7 @@ from onpolicy_skd.models.lm_head import LMHead, Projector, chunk_size, chunks, l
 from onpolicy_skd.models.split_model import SplitModel
 from onpolicy_skd.types import Trajectory
 
-RowRequest = Sequence[tuple[str, Sequence[int]]]  # trajectory key, indices into its n eligible positions
+RowRequest = Sequence[tuple[str, Sequence[int]]]  # (trajectory key, indices into its n eligible positions)
 
 
 class TeacherRows(Protocol):
@@ -26,7 +26,7 @@ class TeacherRows(Protocol):
     """
 
     def encode(self, trajectories: Sequence[Trajectory]) -> None:
-        """Compute the hidden states of ``trajectories``, except of those that are encoded already."""
+        """Compute the hidden states of those ``trajectories`` that are not encoded yet."""
         ...
 
     def head(self) -> LMHead:
@@ -42,7 +42,7 @@ class TeacherRows(Protocol):
         ...
 
     def classes(self, request: RowRequest, seeds: Sequence[int], options: ClassSettings) -> SparseTargets:
-        """Return a few classes of the teacher's distribution at each requested position; one seed per trajectory."""
+        """Return the teacher's sparse targets at each requested position; one seed per requested trajectory."""
         ...
 
     def release(self, keys: Sequence[str]) -> None:
@@ -51,9 +51,9 @@ class TeacherRows(Protocol):
 
 
 class HiddenRowsTeacher(ABC):
-    """Answers from the hidden states of encoded trajectories, which a subclass provides.
+    """Base of teachers that answer from the hidden states of encoded trajectories, which a subclass provides.
 
-    Keeps the hidden states of the eligible positions of each encoded trajectory until ``release``.
+    It keeps the hidden states at the eligible positions of each encoded trajectory until ``release``.
     Memory: 2 * G bytes per response token in bfloat16 (G: hidden size), 4 * G in float32.
     """
 
@@ -74,7 +74,7 @@ class HiddenRowsTeacher(ABC):
 
     @torch.inference_mode()
     def encode(self, trajectories: Sequence[Trajectory], after_each: Callable[[], None] | None = None) -> None:
-        """Encode ``trajectories`` and call ``after_each`` when one is done; another thread may ask for it then."""
+        """Encode ``trajectories``; call ``after_each`` after each one, when other threads may request it."""
         for t, hidden_nG in self._hidden_of([t for t in trajectories if not self._has(t)]):
             self._hidden[t.key] = hidden_nG
             self._targets[t.key] = torch.as_tensor(t.target_ids, device=hidden_nG.device)
@@ -118,7 +118,7 @@ class HiddenRowsTeacher(ABC):
         return self.holds(t.key, t.digest)
 
     def holds(self, key: str, digest: bytes) -> bool:
-        """Return True if the tokens with ``digest`` are encoded, not others under the same key."""
+        """Return True if the trajectory with this key and ``digest`` is encoded, not another one under the same key."""
         known = self._encoded.get(key)
         return known is not None and known.digest == digest
 
@@ -135,7 +135,7 @@ class HiddenRowsTeacher(ABC):
 
 
 class NoTeacher(HiddenRowsTeacher):
-    """Placeholder where no one asks the teacher anything."""
+    """Placeholder for a process that never queries a teacher."""
 
     def __init__(self) -> None:
         super().__init__(LMHead(torch.empty(0, 0)), 1.0, None)
@@ -147,7 +147,7 @@ class NoTeacher(HiddenRowsTeacher):
 class Teacher(HiddenRowsTeacher):
     """A model that encodes trajectories in batches of a token budget.
 
-    It is frozen, unless the learner moves its weights (``teacher.ema_decay``).
+    It is frozen, unless the learner updates its weights (``teacher.ema_decay``).
     """
 
     def __init__(

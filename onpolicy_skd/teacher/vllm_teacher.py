@@ -36,7 +36,7 @@ Logprobs = list[list[dict[int, float]]]  # by text, by position: log-probabiliti
 class VLLMTeacher(HiddenRowsTeacher):
     """A vLLM engine that encodes trajectories in batches of a token budget, and the LM head of its checkpoint.
 
-    Raises ModelError where vLLM cannot run the model, or where head and hidden states are not vLLM's distribution.
+    Raises ModelError if vLLM cannot run the model, or if head and hidden states do not give vLLM's distribution.
     """
 
     def __init__(self, settings: Settings, vocabulary: int) -> None:
@@ -44,12 +44,12 @@ class VLLMTeacher(HiddenRowsTeacher):
         self._device = pick_device(settings.run.device)
         self._dtype = pick_dtype(cfg.dtype, self._device)
         self._tokens_per_batch = cfg.tokens_per_batch
-        # Actors build and encode on different threads, but vLLM's CPU kernels want the one that started the engine.
+        # Actors build and encode on different threads, but vLLM's CPU kernels need the one that started the engine.
         self._thread = ThreadPoolExecutor(1, initializer=torch.set_num_threads, initargs=(torch.get_num_threads(),))
         head = read_head(named.model, vocabulary, self._dtype, "cpu", named.trust_remote_code)
         kwargs = _llm_kwargs(settings, self._device, self._dtype)
         texts = checked_ids(settings)
-        # In a process that ends: its memory is free before this engine measures the device.
+        # In a process that exits, so that its memory is free before this engine measures the device.
         expected = _in_new_process(prompt_logprobs, kwargs, self._device, texts)
         self._llm = self._thread.submit(_start, kwargs, self._device, pooling=True).result()
         super().__init__(head.to(self._device), settings.alignment.temperature, settings.alignment.chunk_rows)
@@ -73,7 +73,7 @@ class VLLMTeacher(HiddenRowsTeacher):
         outputs = self._thread.submit(
             self._llm.encode,
             [{"prompt_token_ids": ids} for ids in sequences],
-            PoolingParams(use_activation=False),  # which would normalize them
+            PoolingParams(use_activation=False),  # an activation would normalize the states
             pooling_task="token_embed",
             use_tqdm=False,
         )
@@ -81,14 +81,14 @@ class VLLMTeacher(HiddenRowsTeacher):
 
 
 def documents_of(trajectory: Trajectory) -> list[list[int]]:
-    """Return the token ids of each document: attention restarts there, so each is a separate sequence to vLLM."""
+    """Return the token ids of each document; attention restarts there, so vLLM gets each as a separate sequence."""
     ids = np.concatenate([trajectory.prompt_ids, trajectory.response_ids])
     starts = [] if trajectory.documents is None else trajectory.documents
     return [piece.tolist() for piece in np.split(ids, starts)]
 
 
 def eligible_columns(trajectory: Trajectory) -> np.ndarray:
-    """Return the n positions before the targets, int64, counted from the prompt's first token."""
+    """Return the n positions that predict the targets, int64, counted from the prompt's first token."""
     offsets = np.arange(len(trajectory.response_ids))
     if trajectory.supervised is not None:
         offsets = offsets[trajectory.supervised]
@@ -96,14 +96,14 @@ def eligible_columns(trajectory: Trajectory) -> np.ndarray:
 
 
 def checked_ids(settings: Settings) -> list[list[int]]:
-    """Return the token ids of ``CHECKED_TEXTS``, cut to what leaves the engine one token to generate."""
+    """Return the token ids of ``CHECKED_TEXTS``, cut so that the engine can generate one more token."""
     named = settings.teacher_model
     tokenizer = load_tokenizer(named.model, named.trust_remote_code)
     return [tokenizer.encode(text)[: settings.max_teacher_sequence - 1] for text in CHECKED_TEXTS]
 
 
 def prompt_logprobs(kwargs: dict[str, Any], device: str, sequences: Sequence[list[int]]) -> Logprobs:
-    """Return vLLM's log-probabilities of the tokens that may follow each prefix, without the empty one."""
+    """Return vLLM's log-probabilities of the likeliest tokens after each nonempty prefix of ``sequences``."""
     llm = _start(kwargs, device)
     from vllm import SamplingParams
 
@@ -117,7 +117,7 @@ def prompt_logprobs(kwargs: dict[str, Any], device: str, sequences: Sequence[lis
 
 @torch.no_grad()
 def mean_gap(hidden: Sequence[Tensor], head: LMHead, expected: Logprobs) -> float:
-    """Return the mean absolute difference of log_softmax(head h) and ``expected``, nats, over its tokens."""
+    """Return the mean absolute difference of log_softmax(head h) and ``expected``, nats, over the expected tokens."""
     gaps = []
     for hidden_LG, positions in zip(hidden, expected, strict=True):
         rows = hidden_LG[: len(positions)].detach().to(head.device, head.dtype)
@@ -161,7 +161,7 @@ def _llm_kwargs(settings: Settings, device: str, dtype: torch.dtype) -> dict[str
 
 
 def _start(kwargs: dict[str, Any], device: str, pooling: bool = False) -> Any:
-    """Start vLLM, to generate or to return hidden states.  Raises ModelError with the first line of what it says."""
+    """Start vLLM to generate or, if ``pooling``, to return hidden states.  Raises ModelError with vLLM's first line."""
     set_environment(device, setting="teacher.engine")
     from vllm import LLM
     from vllm.config import PoolerConfig
@@ -177,7 +177,7 @@ def _start(kwargs: dict[str, Any], device: str, pooling: bool = False) -> Any:
 
 
 def _in_new_process(function: Any, *arguments: Any) -> Any:
-    """Return ``function(*arguments)``, computed in a process that ends then."""
+    """Return ``function(*arguments)``, computed in a new process.  Raises ModelError if that is killed."""
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
         try:
             return pool.submit(function, *arguments).result()
