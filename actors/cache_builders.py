@@ -57,7 +57,8 @@ class CacheBuilders:
             self._log(f"starting {role.count} x {role.name}")
             remote = TeacherActor.options(**role.options()).remote
             self._teachers = [
-                remote(role.on_device(self._settings), self._vocabulary, self._pad_id) for _ in range(role.count)
+                remote(role.on_device(self._settings), self._vocabulary, self._pad_id, processes=role.count)
+                for _ in range(role.count)
             ]
             wait_ready({"teacher": self._teachers}, self._log)
         return self._teachers

@@ -287,7 +287,7 @@ class LearnerActor(SendsWeights):
 
 
 def peak_memory_mib() -> float:
-    """Return this process's peak memory, MiB: allocated by torch on the GPU if there is one, else resident."""
-    if torch.cuda.is_available():
+    """Return this process's peak memory, MiB: allocated by torch on the GPU if it uses one, else resident."""
+    if torch.cuda.is_initialized():
         return torch.cuda.max_memory_allocated() / 2**20
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)

@@ -16,7 +16,7 @@ from actors.faults import fault_of
 from actors.placement import Resources
 from actors.rollout_actor import RolloutGroup
 from onpolicy_skd.config.errors import ConfigError
-from onpolicy_skd.config.schema import Settings
+from onpolicy_skd.config.schema import PipelineSettings, Settings
 from onpolicy_skd.data.references import generated_responses
 from onpolicy_skd.run.exits import RunError
 from onpolicy_skd.run.prepare import Run
@@ -33,7 +33,8 @@ ScoreSamples = Callable[[Sequence[Trajectory]], list[float]]
 @contextmanager
 def engine(run: Run, resources: Resources, who: str) -> Iterator[RolloutGroup]:
     """Yield one rollout engine with the weights of ``who`` ("student" or "teacher"); kill it afterwards."""
-    settings = with_absolute_paths(run.settings)
+    alone = {"rollout": run.settings.rollout.model_copy(update={"actors": 1}), "pipeline": PipelineSettings()}
+    settings = with_absolute_paths(run.settings.model_copy(update=alone))  # it takes all cores
     model_cfg = settings.teacher_model if who == "teacher" else settings.student
     role = resources.rollout
     group = RolloutGroup(model_cfg, role.on_device(settings), lambda _: role.options(), 1)

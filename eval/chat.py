@@ -92,7 +92,7 @@ def load(args: argparse.Namespace, settings: Settings) -> list[Speaker]:
     speakers = []
     for label, (model, shares_tokenizer) in models_of(args).items():
         print(f"loading {model}", file=sys.stderr)
-        trust = (settings.teacher if label == "teacher" else settings.student).trust_remote_code
+        trust = (settings.teacher_model if label == "teacher" else settings.student).trust_remote_code
         tokenizer = load_tokenizer(args.model if shares_tokenizer else model, settings.student.trust_remote_code)
         speakers.append(Speaker(label, TransformersEngine(model, settings, trust), tokenizer))
     return speakers

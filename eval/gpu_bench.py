@@ -38,6 +38,7 @@ from onpolicy_skd.types import Trajectory
 LOSSES = ("dense", "trl", "liger", "ours_k100", "ours_k20", "ours_k5")
 SHARES = {"ours_k100": 1.0, "ours_k20": 0.2, "ours_k5": 0.05}
 PROMPT = 128  # tokens of each prompt
+MIB = 2**20
 # Dense bfloat16 FLOP/s, and bytes/s of memory, of the SXM cards.
 NOMINAL = {"H100": (989e12, 3.35e12), "H200": (989e12, 4.8e12), "A100": (312e12, 2.04e12)}
 
@@ -96,7 +97,10 @@ def wall(device: str) -> float:
 
 
 def measured(action: Callable[[], dict[str, Any]], device: str) -> dict[str, Any]:
-    """Return what ``action`` returns and its peak of additional memory, GiB, or ``error`` if it runs out of memory."""
+    """Return what ``action`` returns and its peak of additional memory in units of 1e9 bytes.
+
+    If it runs out of memory, return ``error`` alone.
+    """
     gc.collect()
     if device == "cuda":
         torch.cuda.empty_cache()
@@ -106,7 +110,7 @@ def measured(action: Callable[[], dict[str, Any]], device: str) -> dict[str, Any
         result = action()
     except torch.OutOfMemoryError:
         return {"error": "out of memory"}
-    return result | {"extra_gb": (memory(device, "peak") - before) / 1024}
+    return result | {"extra_gb": (memory(device, "peak") - before) * MIB / 1e9}
 
 
 # -- the loss alone --------------------------------------------------------------------------------------------------
@@ -240,7 +244,7 @@ def learner_step(
     result = measured(action, device)
     if "seconds" in result:
         result["trunk_flops_per_second"] = result["trunk_flops"] / result["seconds"]
-    return {"k": k, "checkpointing": checkpointing} | result
+    return {"tokens": tokens, "k": k, "checkpointing": checkpointing} | result
 
 
 def predicted_gb(shape: Shape, tokens: int, k: float, checkpointing: bool) -> float:
@@ -301,7 +305,8 @@ def whole_run(config: str, overrides: Sequence[str], count: int = 6) -> dict[str
 def run_figures(records: Iterable[dict[str, Any]]) -> dict[str, Any]:
     """Return means over all steps of a run but the first: seconds by phase, generated tokens per second, sampler gap.
 
-    The learner's memory is the maximum, GiB.
+    Tokens per second are over whole steps: where phases overlap, ``rollout`` is only what the driver waits.  The
+    learner's memory is the maximum, in units of 1e9 bytes.
     """
     warm = steps_of(records)[1:]
     phases = {name: float(np.mean([r["seconds"][name] for r in warm])) for name in warm[0]["seconds"]}
@@ -310,8 +315,8 @@ def run_figures(records: Iterable[dict[str, Any]]) -> dict[str, Any]:
     return {
         "steps": len(warm),
         "seconds": phases,
-        "rollout_tokens_per_second": float(generated) / max(phases["rollout"], 1e-9),
-        "learner_memory_gb": max(r.get("learner_memory_mib") or 0.0 for r in warm) / 1024,
+        "tokens_per_second": float(generated) / phases["step"],
+        "learner_memory_gb": max(r.get("learner_memory_mib") or 0.0 for r in warm) * MIB / 1e9,
         "sampler_gap": float(np.mean(gaps)) if gaps else None,
     }
 
@@ -343,7 +348,7 @@ def page(result: dict[str, Any]) -> str:
               "| tokens | k | activations recomputed | seconds | trunk TFLOP/s | share | extra GB | estimated GB |",
               "|---|---|---|---|---|---|---|---|"]  # fmt: skip
     for row in result["steps"]:
-        first = f"| {row.get('tokens', '')} | {row['k']:g} | {'yes' if row['checkpointing'] else 'no'} |"
+        first = f"| {row['tokens']} | {row['k']:g} | {'yes' if row['checkpointing'] else 'no'} |"
         if "error" in row:
             lines.append(f"{first} {row['error']} | | | | {row['predicted_gb']:.3g} |")
             continue
@@ -353,7 +358,7 @@ def page(result: dict[str, Any]) -> str:
     if run := result.get("run"):
         phases = ", ".join(f"{name} {seconds:.3g} s" for name, seconds in run["seconds"].items())
         lines += ["", f"## {run['config']}, mean of {run['steps']} steps", "",
-                  f"{phases}; {run['rollout_tokens_per_second']:.4g} generated tokens/s; learner "
+                  f"{phases}; {run['tokens_per_second']:.4g} generated tokens/s; learner "
                   f"{run['learner_memory_gb']:.3g} GB; sampler gap {run['sampler_gap']} nats."]  # fmt: skip
     return "\n".join(lines) + "\n"
 

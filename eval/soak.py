@@ -56,7 +56,8 @@ def _store(driver: psutil.Process) -> float:
 def drift(series: Sequence[float]) -> float:
     """Return the mean of the last tenth over the mean of the second tenth (after warm-up), minus 1."""
     tenth = max(1, len(series) // 10)
-    return statistics.fmean(series[-tenth:]) / statistics.fmean(series[tenth : 2 * tenth]) - 1.0
+    first = statistics.fmean(series[tenth : 2 * tenth])
+    return statistics.fmean(series[-tenth:]) / first - 1.0 if first else 0.0
 
 
 def main(argv: Sequence[str] | None = None, prog: str = "python -m eval.soak") -> int:

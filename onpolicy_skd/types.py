@@ -97,8 +97,10 @@ class Trajectory:
     def digest(self) -> bytes:
         """Eight bytes that identify what the models read: tokens, eligible positions, document starts."""
         digest = hashlib.sha256(len(self.prompt_ids).to_bytes(8, "little"))
-        for ids in (self.prompt_ids, self.response_ids, () if self.documents is None else self.documents):
+        for ids in (self.prompt_ids, self.response_ids):
             digest.update(np.asarray(ids, dtype="<i8").tobytes())
+        if self.documents is not None:
+            digest.update(b"documents" + np.asarray(self.documents, dtype="<i8").tobytes())
         if self.supervised is not None:
             digest.update(self.supervised.tobytes())
         if self.teacher_prompt_ids is not None:

@@ -59,7 +59,7 @@ def main(argv: Sequence[str] | None = None, prog: str = "python -m eval.faults")
     parser.add_argument("--seed", type=int, default=0, help="seed of the times and places of faults")
     args = parser.parse_args(argv)
     out: Path = args.out.absolute()
-    outcomes = _earlier_outcomes(out / "summary.json")
+    outcomes = _earlier_outcomes(out / "summary.json", args.engine, args.seed)
     for name, scenario in scenarios(args.count).items():
         if args.only and name not in args.only:
             continue
@@ -82,9 +82,10 @@ def main(argv: Sequence[str] | None = None, prog: str = "python -m eval.faults")
     return int(any(outcome["wrong"] or outcome["lost"] for outcome in outcomes.values()))
 
 
-def _earlier_outcomes(file: Path) -> dict[str, dict]:
-    """Return the outcomes of an earlier call, so that calls with ``--only`` add to one summary."""
-    return json.loads(file.read_text(encoding="utf-8"))["scenarios"] if file.exists() else {}
+def _earlier_outcomes(file: Path, engine: str, seed: int) -> dict[str, dict]:
+    """Return the outcomes of an earlier call with this engine and seed, to which a call with ``--only`` adds."""
+    summary = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    return summary["scenarios"] if (summary.get("engine"), summary.get("seed")) == (engine, seed) else {}
 
 
 if __name__ == "__main__":

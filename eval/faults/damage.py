@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -166,20 +167,21 @@ def damaged_data(
 
 def fuzzed_settings(folder: Path, rng: random.Random, count: int) -> Tally:
     """Build settings from mutated configuration files and from random overrides, alternately."""
-    tally, file = Tally(), folder / "config.yaml"
-    folder.mkdir(parents=True, exist_ok=True)
-    configs = [f.read_bytes() for f in sorted((ROOT / "configs").rglob("*.yaml")) if "compare" not in f.name]
+    tally = Tally()
+    shutil.copytree(ROOT / "configs", folder / "configs")  # whose files extend each other by relative paths
+    configs = [f for f in sorted((folder / "configs").rglob("*.yaml")) if "compare" not in f.name]
     keys = [key for key, _ in command_line.walk()]
     values = ["null", "-1", "0", "1e400", ".nan", "yes", "[1, 2]", "{a: 1}", "x" * 300, "'", "\x00", "../..", "1.5", ""]
     for number in range(count):
+        file, overrides = configs[0], []
         if number % 2:
-            file.write_bytes(mutated(rng.choice(configs), rng))
-            overrides: list[str] = []
+            original = rng.choice(configs)
+            file = original.with_name("mutated.yaml")
+            file.write_bytes(mutated(original.read_bytes(), rng))
         else:
-            file.write_bytes(configs[0])
             overrides = [f"{rng.choice(keys)}={rng.choice(values)}" for _ in range(rng.randrange(1, 4))]
 
-        def right(overrides: Sequence[str] = overrides) -> bool:
+        def right(file: Path = file, overrides: Sequence[str] = overrides) -> bool:
             return bool(command_line.build_settings(file, [command_line.parse_override(text) for text in overrides]))
 
         tried(tally, f"settings {overrides or file.read_bytes()[:80]!r}", right)

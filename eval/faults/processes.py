@@ -330,17 +330,20 @@ def lost_node(lab: Lab, count: int) -> Tally:
         node = add_node()
         lab.run([sys.executable, "-c", AWAIT_CPU, address], "await", **token)
         process = lab.start(lab.command(name, steps, f"cluster.address={address}"), name, **token)
-        for _ in range(count):
+        lost = 0
+        while lost < count:
             wait_for(process, lambda node=node: bool(actors(node.pid, "Learner")))
             first = newest_step(lab.folder / name)
             wait_for(process, lambda before=first: newest_step(lab.folder / name) > before)
             time.sleep(lab.rng.uniform(0.0, 2.0))
             spare = add_node()
             time.sleep(10)  # for the node to join; if that is too short, the run waits for it
+            if process.poll() is not None:
+                break  # the run ended first; only what was lost counts
             kill_tree(node.pid)
-            node = spare
+            node, lost = spare, lost + 1
         code = exit_code(process)
-    verdict(lab, tally, name, steps, code, count)
+    verdict(lab, tally, name, steps, code, lost)
     return tally
 
 

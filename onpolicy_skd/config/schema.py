@@ -624,7 +624,7 @@ class LearnerSettings(Section):
     schedule: Literal["constant", "linear", "cosine"] = setting("cosine", "decay of the learning rate after warm-up")
     warmup_steps: NonNegative = setting(10, "steps of linear warm-up")
     min_lr_ratio: Annotated[float, Field(ge=0, le=1)] = setting(
-        0.1, "last learning rate over the peak", {"learner.schedule": ("linear", "cosine")}
+        0.1, "learning rate that the schedule falls to, over the peak", {"learner.schedule": ("linear", "cosine")}
     )
     optimizer: Literal["adamw", "adamw_8bit"] = setting(
         "adamw", "adamw_8bit: two moments of 8 bits for each weight instead of 32, by bitsandbytes"
@@ -693,7 +693,10 @@ class SyncSettings(Section):
 
 class EvalSettings(Section):
     problems: NonNegative = setting(0, "problems per evaluation; 0: the full split", resumable=True)
-    during: NonNegative = setting(200, "problems per evaluation during training; 0: eval.problems", resumable=True)
+    during: NonNegative = setting(
+        200, "problems per evaluation during training; 0: eval.problems. With data.validation_problems: all of those",
+        resumable=True,
+    )  # fmt: skip
     before: bool = setting(True, "evaluate the student before training", resumable=True)
     after: bool = setting(True, "evaluate the student after training", resumable=True)
     teacher: bool = setting(

@@ -8,7 +8,8 @@ from typing import Any
 import yaml
 
 LARGEST = 10_000  # values in a document, counting aliases at each use
-FREE_TEXT = ("data.instruction", "data.system", "data.plain")  # settings whose text may well hold a "#"
+# Settings whose text may well hold a "#"; those of data also within data.mix.
+FREE_TEXT = re.compile(r"(data(\.mix\.\d+)?\.(instruction|system|plain)|teacher\.prompt)")
 ODD_NUMBER = re.compile(r"[-+]?(0[0-9_]+|.*:.*|.*(__|_$|_\.|\._|_[eE]).*)")
 
 
@@ -73,7 +74,7 @@ def _check_scalar(node: yaml.ScalarNode, key: str) -> None:
         value = yaml.safe_load(node.value)
         raise RefusedYAML(f"line {line}: YAML reads {node.value} as the number {value}; write {value}, or quote a text")
     rest = (node.end_mark.buffer or "")[node.end_mark.pointer :].partition("\n")[0]
-    if key.endswith(FREE_TEXT) and rest.lstrip().startswith("#"):
+    if FREE_TEXT.search(key) and rest.lstrip().startswith("#"):
         raise RefusedYAML(
             f"line {line}: {key}: a comment starts at {rest.strip()[:20]!r}; quote the text if it belongs to it"
         )

@@ -213,7 +213,8 @@ def _fingerprint(settings: Settings, prompts: Sequence[Prompt]) -> str:
         json.dumps(
             [
                 weights_digest(model.model), settings.run.seed, cfg.samples, cfg.temperature,
-                rollout.max_tokens, rollout.top_p, rollout.engine, rollout.dtype, *rollout.stop, *also,
+                rollout.max_tokens, rollout.top_p, rollout.engine, rollout.dtype, settings.run.device, *rollout.stop,
+                *also,
             ]
         ).encode()
     )  # fmt: skip

@@ -214,7 +214,10 @@ def _within(seconds: float) -> Iterator[None]:
     before = signal.signal(signal.SIGALRM, stop)
     signal.setitimer(signal.ITIMER_REAL, seconds, AGAIN)
     try:
-        yield
+        try:
+            yield
+        finally:
+            active = False  # a signal may come just before, hence the second ``finally``
     finally:
         active = False
         signal.setitimer(signal.ITIMER_REAL, 0)

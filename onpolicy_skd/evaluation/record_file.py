@@ -67,7 +67,8 @@ class RecordFile:
             return
         saved = json.loads(file.read_text(encoding="utf-8"))
         if saved["digest"] != digest:
-            changed = [k for k, v in self._settings.items() if saved["settings"].get(k) != v]
+            names = self._settings | saved["settings"]
+            changed = [k for k in names if saved["settings"].get(k) != self._settings.get(k)]
             raise ConfigError(
                 f"--out {self._folder}: its answers are of another {', '.join(changed)}; give another folder"
             )

@@ -36,7 +36,7 @@ from onpolicy_skd.teacher.teacher import TeacherRows
 from onpolicy_skd.tracing import Spans
 from onpolicy_skd.types import Trajectory, check_version
 
-BYTES_TO_COME = 12  # per trained weight, allocated by the first step: gradient and two moments in float32
+BYTES_TO_COME = {"adamw": 12, "adamw_8bit": 6}  # per trained weight, by the first step: gradient and two moments
 ENDINGS = 4  # responses per measurement of the teacher's probability of the last token
 ENDINGS_INTERVAL = 4  # steps between these measurements, which score all positions of the responses
 SIGNALS_INTERVAL = 8  # steps between measurements of teacher mass and overlap, which need the teacher's rows everywhere
@@ -110,7 +110,7 @@ class Learner:
             if parameter.dtype != torch.float32:
                 raise ValueError(f"student parameter {name} is {parameter.dtype}; masters must be float32")
         local = [p.to_local() if isinstance(p, DTensor) else p for p in named.values()]
-        reserve(student.device, BYTES_TO_COME * sum(p.numel() for p in local))
+        reserve(student.device, BYTES_TO_COME[settings.learner.optimizer] * sum(p.numel() for p in local))
         selector = Selector(settings.positions, settings.run.seed, special_ids)
         optimizer = build_optimizer(named, settings.learner)
         self.state = LearnerState(student, named, optimizer, selector, objective, ranks, self._forward.dtype)

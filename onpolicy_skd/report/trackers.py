@@ -62,12 +62,14 @@ class Trackers:
         self._run, self._log, self._resumed = settings.run, log, resumed
         self._config = redact_tree(settings.model_dump(mode="json"))
         self._ids_file = RunPaths(settings.run.folder).trackers
-        self._ids = json.loads(self._ids_file.read_text()) if resumed and self._ids_file.exists() else {}
         self._trackers: dict[str, Any] = {}
+        self._ids: dict[str, str] = {}
+        if resumed and self._ids_file.exists():
+            self._attempt("trackers.json", lambda: self._ids.update(json.loads(self._ids_file.read_text())))
         for name in dict.fromkeys(settings.run.trackers):
             self._attempt(name, lambda name=name: self._start(name, first_step))
         if self._ids:
-            write_text(self._ids_file, json.dumps(self._ids) + "\n")
+            self._attempt("trackers.json", lambda: write_text(self._ids_file, json.dumps(self._ids) + "\n"))
 
     def _attempt(self, name: str, action: Callable[[], None]) -> None:
         """Call ``action``; if it fails, drop the tracker ``name``."""

@@ -263,7 +263,7 @@ class RunLogger:
         self._steps = step + 1
         self._metrics.write({"step": step, "event": Event.EMPTY_BATCH, **step_counts(report)})
         reasons = ", ".join(f"{count} {reason}" for reason, count in report.dropped.items())
-        most = max(report.dropped, key=lambda reason: report.dropped[reason])
+        most = max(report.dropped, key=lambda reason: report.dropped[reason], default="")
         advice = EMPTY_BATCH_ADVICE.get(most, "raise rollout.max_tokens or set samples.truncated=keep")
         self.log(
             f"step {step + 1}: no update, no sample left of {report.generated} ({reasons}). If this repeats, {advice}"

@@ -93,7 +93,9 @@ def fingerprint(settings: Settings, prompts: Sequence[Prompt]) -> str:
         ).encode()
     )
     if samples_cfg.metric in TEACHER_METRICS:
-        digest.update(json.dumps([settings.teacher.dtype, weights_digest(settings.teacher_model.model)]).encode())
+        teacher = settings.teacher
+        loaded = [teacher.dtype, teacher.engine, teacher.quantization, weights_digest(settings.teacher_model.model)]
+        digest.update(json.dumps(loaded).encode())
     if samples_cfg.prefilter_text == "rollout" or samples_cfg.metric == "random":
         digest.update(json.dumps([settings.run.seed, settings.rollout.model_dump(mode="json")]).encode())
     for prompt in prompts:

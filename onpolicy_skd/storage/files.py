@@ -162,9 +162,9 @@ def replace_folder(final: Path, temporary: Path) -> None:
     """Rename ``temporary``, a complete folder, to ``final``.  A kill in between leaves the old one as ``.NAME.old``."""
     replaced = final.with_name(f".{final.name}.old")
     mode = new_file_mode(temporary)
-    for file in temporary.iterdir():
-        file.chmod(mode)
-        sync(file)
+    for path in temporary.rglob("*"):
+        path.chmod(mode | (mode & 0o444) >> 2 if path.is_dir() else mode)  # who may read a folder may also enter it
+        sync(path)
     sync(temporary)
     shutil.rmtree(replaced, ignore_errors=True)
     if final.exists():

@@ -38,6 +38,8 @@ class TeacherCache:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.manifest = Manifest.read(folder)
+        if not self.manifest.shards:
+            raise CacheError(f"cache.path={folder}: its manifest lists no shards; build the cache again")
         self._open: dict[int, Any] = {}  # memory-mapped shards with a verified checksum
         digests, locations = [], []
         for number, shard in enumerate(self.manifest.shards):

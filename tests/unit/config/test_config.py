@@ -206,6 +206,11 @@ def test_bad_files_are_refused(tmp_path, text, needle):
             r"line 2: data.instruction: a comment starts at '#### ANSWER'",
         ),
         ("data:\n  system: #### ANSWER\n", r"line 2: data.system: a comment starts at '#### ANSWER'"),
+        (
+            "data:\n  mix:\n  - {source: demo}\n  - source: demo\n    instruction: Think # hard\n",
+            r"line 5: data.mix.1.instruction: a comment starts at '# hard'",
+        ),
+        ("teacher:\n  prompt: Answer {answer} # hint\n", r"line 2: teacher.prompt: a comment starts at '# hint'"),
         ("run: {name: 2024-01-01}", r"run.name=.*quote what YAML reads as a number or date"),
         ("run: {name: no}", "run.name=False: a truth value"),
         ('data: {instruction: "\\0"}', "data.instruction=.*not text"),

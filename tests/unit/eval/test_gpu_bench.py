@@ -38,10 +38,10 @@ def test_what_does_not_fit_is_a_row_of_the_table():
     error = measured(action, "cpu")
     assert error == {"error": "out of memory"}
     card = {"name": "x", "torch": "2", "reached": {"flops": 1e12, "bytes_per_second": 1e12}}
-    step = {"k": 0.2, "checkpointing": False, "predicted_gb": 90.0} | error
+    step = {"tokens": 2048, "k": 0.2, "checkpointing": False, "predicted_gb": 90.0} | error
     text = page({"shape": "qwen3", "card": card, "rows": 8, "losses": {"dense": error}, "steps": [step]})
     assert "| dense | out of memory |" in text
-    assert "| 0.2 | no | out of memory |" in text
+    assert "| 2048 | 0.2 | no | out of memory |" in text
 
 
 def test_arithmetic_of_the_loss():
@@ -61,12 +61,12 @@ def test_the_estimated_peak_is_the_sum_of_its_terms():
 
 def test_figures_of_a_run_leave_out_its_first_step():
     def record(step, rollout):
-        return {"step": step, "loss": 1.0, "seconds": {"rollout": rollout, "learn": 2.0}, "response_tokens": 50.0,
+        return {"step": step, "loss": 1.0, "seconds": {"rollout": rollout, "step": 4.0}, "response_tokens": 50.0,
                 "generated": 8, "learner_memory_mib": 1024.0 * step, "sampler_gap": 0.01}  # fmt: skip
 
     figures = run_figures([record(0, 99.0), {"step": 0, "event": "warning"}, record(1, 1.0), record(2, 3.0)])
     assert figures["steps"] == 2
-    assert figures["seconds"] == {"rollout": 2.0, "learn": 2.0}
-    assert figures["rollout_tokens_per_second"] == 200.0
-    assert figures["learner_memory_gb"] == 2.0
+    assert figures["seconds"] == {"rollout": 2.0, "step": 4.0}
+    assert figures["tokens_per_second"] == 100.0
+    assert figures["learner_memory_gb"] == pytest.approx(2.147, abs=1e-3)
     assert figures["sampler_gap"] == pytest.approx(0.01)

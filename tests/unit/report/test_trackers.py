@@ -136,6 +136,18 @@ def test_a_failing_tracker_is_dropped_with_one_line(settings, tokens, monkeypatc
     assert [s.step for s in events.Scalars("loss")] == [0, 1]
 
 
+def test_a_damaged_file_of_ids_does_not_end_the_run(settings):
+    folder = settings().run.folder
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "trackers.json").write_text("{")
+    lines = []
+    sent = Trackers(settings("tensorboard"), 1, True, lines.append)
+    sent.log({"step": 1, "loss": 0.5})
+    sent.close()
+    (line,) = lines
+    assert line.startswith("tracker trackers.json: JSONDecodeError")
+
+
 def test_tensorboard_gets_all_and_forgets_what_is_repeated(settings, tokens, plot):
     sent = Trackers(settings("tensorboard", learner={"lr": 0.125}), 0, False, refuse)
     for step, loss in ((0, 0.5), (1, 0.4), (2, 0.3)):

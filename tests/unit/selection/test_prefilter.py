@@ -49,11 +49,11 @@ def test_packed_text_is_scored_at_all_its_tokens():
 
 
 def test_the_fingerprint_changes_with_what_the_scores_depend_on(tmp_path):
-    def of(prompts=PROMPTS, teacher="bundled:demo_teacher", seed=0, **samples):
+    def of(prompts=PROMPTS, teacher="bundled:demo_teacher", seed=0, quantization=None, **samples):
         settings = prefilter_settings(tmp_path, **samples)
         settings = settings.model_copy(
             update={
-                "teacher": settings.teacher.model_copy(update={"model": teacher}),
+                "teacher": settings.teacher.model_copy(update={"model": teacher, "quantization": quantization}),
                 "run": settings.run.model_copy(update={"seed": seed}),
             }
         )
@@ -64,6 +64,6 @@ def test_the_fingerprint_changes_with_what_the_scores_depend_on(tmp_path):
     other_view = [dataclasses.replace(PROMPTS[0], teacher_ids=[5, 8]), *PROMPTS[1:]]
     assert of(other_view) == of()  # the teacher does not score
     different = [of(other_view, metric="kl"), of(), of(PROMPTS[1:]), of(packed),
-                 of(metric="kl"), of(metric="kl", teacher="bundled:demo_student"),
+                 of(metric="kl"), of(metric="kl", teacher="bundled:demo_student"), of(metric="kl", quantization="fp8"),
                  of(metric="random"), of(metric="random", seed=1), of(prefilter_text="rollout")]  # fmt: skip
     assert len(set(different)) == len(different)

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from onpolicy_skd.storage.files import LockedError, RunPaths, lock, replacing, write_text
+from onpolicy_skd.storage.files import LockedError, RunPaths, lock, replace_folder, replacing, write_text
 
 HOLD = """
 import sys, time
@@ -57,3 +57,19 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
     with pytest.raises(OSError, match="No space left"), replacing(tmp_path / "a") as temporary:
         fail_after_writing(temporary)
     assert [p.read_text() for p in tmp_path.iterdir()] == ["old"]
+
+
+def test_others_may_read_every_file_and_enter_every_folder_that_replaces_another(tmp_path):
+    """transformers writes several chat templates into a folder of a checkpoint."""
+    for name, text in (("final", "old"), ("new", "new")):
+        (tmp_path / name / "templates").mkdir(parents=True)
+        (tmp_path / name / "templates" / "tool.jinja").write_text(text)
+    (tmp_path / "new" / "templates" / "tool.jinja").chmod(0o600)
+    before = os.umask(0o022)
+    try:
+        replace_folder(tmp_path / "final", tmp_path / "new")
+    finally:
+        os.umask(before)
+    templates = tmp_path / "final" / "templates"
+    assert (templates.stat().st_mode & 0o777, (templates / "tool.jinja").stat().st_mode & 0o777) == (0o755, 0o644)
+    assert (templates / "tool.jinja").read_text() == "new"

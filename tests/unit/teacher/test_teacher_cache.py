@@ -345,6 +345,10 @@ def test_metrics_that_ask_the_teacher_are_those_refused_with_a_few_classes():
 def test_an_incomplete_cache_says_how_to_continue(tmp_path):
     with pytest.raises(CacheError, match="so it is no cache"):
         TeacherCache(tmp_path)
+    Manifest({}, Layout("hidden", 9, 0, None), "x").write(tmp_path)
+    with pytest.raises(CacheError, match="its manifest lists no shards; build the cache again"):
+        TeacherCache(tmp_path)
+    (tmp_path / caches.MANIFEST).unlink()
     Manifest({}, Layout("hidden", 9, 0, None), "x").write(tmp_path, caches.PLAN)
     with pytest.raises(CacheError, match="is not complete: the same build continues it"):
         TeacherCache(tmp_path)
