@@ -105,6 +105,11 @@ class ActorGroups:
         """Return the actor with Ray's ``actor_id``; None if it never became ready or belongs to another run."""
         return next((a for a in self.all if (where := self.place(a)) and where.actor_id == actor_id), None)
 
+    def wait_engines(self, log: Log) -> None:
+        """Block until the cluster has room and every engine is up.  Raises as ``wait_ready``."""
+        self._placement.wait(log)
+        wait_ready({"rollout": self.engines}, log, self.timeout_s())
+
     def wait_ready(self, log: Log) -> None:
         """Block until the cluster has room, however long that takes, and every actor is up.
 

@@ -9,7 +9,7 @@ from typing import Any
 import ray
 from ray.exceptions import GetTimeoutError, RayError
 
-from actors.cluster import wait_ready, with_absolute_paths
+from actors.cluster import with_absolute_paths
 from actors.engine_weights import EngineWeights
 from actors.faults import Log
 from actors.groups import ActorGroups
@@ -50,7 +50,7 @@ class Workers:
         self._recovery = FaultRecovery(groups, self._weights, self.restore)
         if 0 < resources.rollout.gpus < 1:
             # vLLM measures its GPU's memory while it starts, so the engines start before the other actors use any.
-            wait_ready({"rollout": groups.engines}, log)
+            groups.wait_engines(log)
             self._weights.sleep()
         groups.start_trainers()
         self._weights.connect()
