@@ -66,6 +66,14 @@ def test_interfaces_and_the_hub_token_reach_actors_of_a_cluster(monkeypatch):
     assert "HF_TOKEN" not in private
 
 
+def test_caches_of_kernels_are_bounded_on_a_cpu_unless_the_user_says_otherwise(monkeypatch):
+    monkeypatch.setattr(placement.ray, "cluster_resources", dict)
+    monkeypatch.setenv("LRU_CACHE_CAPACITY", "1000")
+    environment = Role("learner", 1, 0.0).options()["runtime_env"]["env_vars"]
+    assert [environment[name] for name in placement.KERNEL_CACHES] == ["1000", "64"]
+    assert not set(placement.KERNEL_CACHES) & set(Role("learner", 1, 1.0).options()["runtime_env"]["env_vars"])
+
+
 def test_a_teacher_in_vllm_takes_a_gpu_for_each_of_its_workers():
     settings = tiny_settings(teacher={"engine": "vllm", "tensor_parallel": 4, "actors": 2})
     resources = plan(settings, 10)
