@@ -231,19 +231,19 @@ def learner_step(
         learner = Learner(student, RandomTeacher(shape, device, teacher_type), cfg, 0, 10)
         batches = [random_batch(shape, tokens, version) for version in range(3)]
         parameters = sum(p.numel() for p in student.model.parameters())
-        trunk = parameters - student.model.get_input_embeddings().weight.numel()
+        backbone = parameters - student.model.get_input_embeddings().weight.numel()
         seconds = []
         for batch in batches:
             start = wall(device)
             learner.step(batch)
             seconds.append(wall(device) - start)
         count = sum(t.length for t in batches[0])
-        flops = (8 if checkpointing else 6) * trunk * count
-        return {"tokens": count, "seconds": min(seconds[1:]), "trunk_flops": flops, "parameters": parameters}
+        flops = (8 if checkpointing else 6) * backbone * count
+        return {"tokens": count, "seconds": min(seconds[1:]), "backbone_flops": flops, "parameters": parameters}
 
     result = measured(action, device)
     if "seconds" in result:
-        result["trunk_flops_per_second"] = result["trunk_flops"] / result["seconds"]
+        result["backbone_flops_per_second"] = result["backbone_flops"] / result["seconds"]
     return {"tokens": tokens, "k": k, "checkpointing": checkpointing} | result
 
 
@@ -277,8 +277,8 @@ def steps(shape: Shape, device: str) -> list[dict[str, Any]]:
 def _line(result: dict[str, Any]) -> str:
     if "error" in result:
         return result["error"]
-    rate = result["trunk_flops_per_second"] / 1e12
-    return f"{result['seconds']:.3g} s, {rate:.3g} TFLOP/s in the trunk, {result['extra_gb']:.3g} GB"
+    rate = result["backbone_flops_per_second"] / 1e12
+    return f"{result['seconds']:.3g} s, {rate:.3g} TFLOP/s in the backbone, {result['extra_gb']:.3g} GB"
 
 
 # -- whole runs ------------------------------------------------------------------------------------------------------
@@ -345,14 +345,14 @@ def page(result: dict[str, Any]) -> str:
         share = moved / peaks["bytes_per_second"]
         lines.append(f"| {name} | {row['ms']:.4g} | {row['extra_gb']:.3g} | {arithmetic:.0%} | {share:.0%} |")
     lines += ["", "## A step of the learner", "",
-              "| tokens | k | activations recomputed | seconds | trunk TFLOP/s | share | extra GB | estimated GB |",
+              "| tokens | k | activations recomputed | seconds | backbone TFLOP/s | share | extra GB | estimated GB |",
               "|---|---|---|---|---|---|---|---|"]  # fmt: skip
     for row in result["steps"]:
         first = f"| {row['tokens']} | {row['k']:g} | {'yes' if row['checkpointing'] else 'no'} |"
         if "error" in row:
             lines.append(f"{first} {row['error']} | | | | {row['predicted_gb']:.3g} |")
             continue
-        rate = row["trunk_flops_per_second"]
+        rate = row["backbone_flops_per_second"]
         lines.append(f"{first} {row['seconds']:.3g} | {rate / 1e12:.3g} | {rate / peaks['flops']:.0%} | "
                      f"{row['extra_gb']:.3g} | {row['predicted_gb']:.3g} |")  # fmt: skip
     if run := result.get("run"):

@@ -166,12 +166,12 @@ def _compare(args: argparse.Namespace) -> dict[str, Any]:
         paired(before, teacher, (args.files[0], args.teacher))
         result["teacher"] = [int(teacher[k]["match"]) for k in keys]
     if args.record:
-        whole = _recorded(args.record) if args.record.exists() else {"arms": {}}
-        if any(other["keys"] != keys for other in whole["arms"].values()):
+        saved = _recorded(args.record) if args.record.exists() else {"arms": {}}
+        if any(other["keys"] != keys for other in saved["arms"].values()):
             raise ConfigError(f"--record {args.record}: its arms are of other problems; give another file")
-        whole = {**whole, **result, "arms": whole["arms"] | result["arms"]}
+        saved = {**saved, **result, "arms": saved["arms"] | result["arms"]}
         args.record.parent.mkdir(parents=True, exist_ok=True)
-        write_text(args.record, json.dumps(whole) + "\n")
+        write_text(args.record, json.dumps(saved) + "\n")
     return result
 
 

@@ -235,7 +235,7 @@ def check_real_shape(report: Report) -> None:
             report.true(name, False, result["error"], "fits")
             continue
         report.note(f"{name}: seconds", result["seconds"])
-        report.at_least(f"{name}: TFLOP/s in the trunk", result["trunk_flops_per_second"] / 1e12, 200.0)
+        report.at_least(f"{name}: TFLOP/s in the backbone", result["backbone_flops_per_second"] / 1e12, 200.0)
         report.at_most(f"{name}: peak GB", result["extra_gb"], predicted_gb(shape, 8192, 0.2, recomputed) + 3)
 
 

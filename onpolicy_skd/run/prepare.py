@@ -231,8 +231,8 @@ def prepare(settings: Settings, log: Callable[[str], None] = print, generates: b
     if settings.data.source == "text":
         return _text_run(settings, tokenizer, vocabulary, log)
     train, validation = (with_teacher_prompts(settings, tokenizer, p) for p in _train_prompts(settings, tokenizer))
-    judged = [*validation, *(train if settings.judges_rollouts else [])]
-    check_references(p for p in judged if p.answer)
+    to_judge = [*validation, *(train if settings.judges_rollouts else [])]
+    check_references(p for p in to_judge if p.answer)
     if settings.samples.when == "prefilter" and settings.samples.prefilter_text == "prompt+answer":
         _check_scored(train, tokenizer)
     responses: Responses = {}
@@ -243,7 +243,7 @@ def prepare(settings: Settings, log: Callable[[str], None] = print, generates: b
     held_out = load_prompts(settings.data, tokenizer, "eval", limit) if settings.data.has_eval else []
     if cfg.divergence_prompts and not validation:  # in other evaluations the teacher reads the student's prompt
         held_out = with_teacher_prompts(settings, tokenizer, held_out)
-    check_judged([*judged, *held_out], settings.eval.judge)
+    check_judged([*to_judge, *held_out], settings.eval.judge)
     run = Run(settings, tokenizer, vocabulary, train, held_out, responses, validation, _data_digest(train, responses))
     for name in idle_teachers(settings, run.scored):
         log(f"teachers.{name}: no row names it; it is not started")

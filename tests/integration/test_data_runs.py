@@ -55,8 +55,8 @@ def test_a_mix_of_questions_and_conversations_is_trained_on_judged_and_resumed(a
     assert losses(tmp_path / "resumed") == losses(tmp_path / "whole")
     assert len(losses(tmp_path / "whole")) == 4
     records = [json.loads(r) for r in (tmp_path / "whole/evaluations/after-000004.jsonl").read_text().splitlines()]
-    judged = [r for r in records if not r["reference"]]
-    assert 0 < len(judged) < len(records) == 16
-    assert all(r["match"] == (len(r["output"]) <= 400) for r in judged)
+    by_judge = [r for r in records if not r["reference"]]
+    assert 0 < len(by_judge) < len(records) == 16
+    assert all(r["match"] == (len(r["output"]) <= 400) for r in by_judge)
     summary = json.loads((tmp_path / "whole" / "summary.json").read_text())
     assert summary["divergence_reference"]["after"] > 0

@@ -176,17 +176,17 @@ def wandb_records(file):
     """Yield the records of wandb's offline file: LevelDB's log format after a header of seven bytes."""
     from wandb.proto.wandb_internal_pb2 import Record
 
-    data, at, parts = file.read_bytes(), 7, b""
+    data, at, data_bytes = file.read_bytes(), 7, b""
     while at + 7 <= len(data):
-        if (room := 32768 - at % 32768) < 7:  # the end of a block
-            at += room
+        if (rest := 32768 - at % 32768) < 7:  # the end of a block
+            at += rest
             continue
         length, kind = int.from_bytes(data[at + 4 : at + 6], "little"), data[at + 6]
-        parts += data[at + 7 : at + 7 + length]
+        data_bytes += data[at + 7 : at + 7 + length]
         at += 7 + length
         if kind in (1, 4):  # a full record, or the last fragment of one
-            yield Record.FromString(parts)
-            parts = b""
+            yield Record.FromString(data_bytes)
+            data_bytes = b""
 
 
 def test_trackio_has_the_run(finished_run):

@@ -98,9 +98,9 @@ def test_supervised_positions_are_exactly_the_tokens_of_the_assistant(
     (t,) = run.every_reference(run.train)
     assert supervised_texts(t, tokenizer) == expected
     assert len(t.sampler_logprobs) == len(t.target_ids)
-    whole = tokenizer.apply_chat_template(messages_of(run), tools=tools, tokenize=False)
+    rendered = tokenizer.apply_chat_template(messages_of(run), tools=tools, tokenize=False)
     text = tokenizer.decode([*t.prompt_ids, *t.response_ids])
-    assert whole.startswith(text) or text == whole + "<|end|>"
+    assert rendered.startswith(text) or text == rendered + "<|end|>"
     scored = as_text(run.train[0], "prompt+answer", tokenizer)
     assert scored.target_ids.tolist() == t.target_ids.tolist()
 

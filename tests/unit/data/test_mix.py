@@ -67,12 +67,12 @@ def test_a_resumed_run_continues_a_mix_exactly(chats, mode):
         digests = [[(t.key, t.digest) for t in run.references(run.train, s)] for s in range(first, last)]
         return run, [*zip(requests, digests, strict=True)]
 
-    run, whole = steps(0, 9)
-    assert steps(5, 9)[1] == whole[5:]
+    run, expected = steps(0, 9)
+    assert steps(5, 9)[1] == expected[5:]
     assert {p.source for p in run.train} == {0, 1}
     assert len(run.train) == 40
     sources = {p.key: p.source for p in run.train}
-    keys = [key.partition(":")[2].rpartition("/")[0] for pair in whole for part in pair for key, *_ in part]
+    keys = [key.partition(":")[2].rpartition("/")[0] for pair in expected for part in pair for key, *_ in part]
     assert 0.5 < sum(sources[k] == 0 for k in keys) / len(keys) < 1.0
 
 

@@ -18,7 +18,7 @@ def test_the_toy_shape_writes_figures_and_a_page(tmp_path, capsys, monkeypatch):
         assert result["losses"][name]["ms"] > 0
     assert len(result["steps"]) == 2 * len(SHAPES["toy"].tokens) + 2
     assert {row["tokens"] for row in result["steps"]} == {320, 640}
-    assert all(row["trunk_flops_per_second"] > 0 for row in result["steps"])
+    assert all(row["backbone_flops_per_second"] > 0 for row in result["steps"])
     text = (tmp_path / "bench.md").read_text()
     assert text in capsys.readouterr().out
     assert text.count("\n| ours_k") == 3

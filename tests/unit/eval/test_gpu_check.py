@@ -69,16 +69,16 @@ def test_an_error_is_a_failed_check_and_a_figure_that_is_no_number_is_text():
 
 @pytest.mark.parametrize(("failing", "expected"), [(None, command.PARTS), ("mathematics", command.WITHOUT_VLLM)])
 def test_the_first_part_that_fails_ends_the_check(failing, expected, tmp_path, monkeypatch, capsys):
-    started = []
+    opened = []
 
     def part(name, arguments):
-        started.append(name)
+        opened.append(name)
         return [Result(name, "check", "FAILED" if name == failing else "ok", 1.0, "at most 1")]
 
     monkeypatch.setattr(command, "run_separately", part)
     file = tmp_path / "check.json"
     assert command.main(["--device", "cpu", "--json", str(file)]) == int(failing is not None)
-    assert tuple(started) == expected
+    assert tuple(opened) == expected
     assert len(json.loads(file.read_text())["results"]) == len(expected)
     assert "| part | check |" in capsys.readouterr().out
 

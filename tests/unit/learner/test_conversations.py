@@ -16,12 +16,12 @@ SUPERVISED = np.array([True] * 4 + [False] * 5 + [True] * 3)
 
 def conversation_and_turns():
     """Return a conversation with two turns of the assistant, and each turn as a response to what precedes it."""
-    (whole,) = make_trajectories([(5, 12)], version=None)
-    conversation = dataclasses.replace(whole, sampler_logprobs=np.zeros(7, np.float32), supervised=SUPERVISED)
-    ids = np.concatenate([whole.prompt_ids, whole.response_ids])
+    (full,) = make_trajectories([(5, 12)], version=None)
+    conversation = dataclasses.replace(full, sampler_logprobs=np.zeros(7, np.float32), supervised=SUPERVISED)
+    ids = np.concatenate([full.prompt_ids, full.response_ids])
     turns = [
         dataclasses.replace(
-            whole, key=f"turn{start}", prompt_ids=ids[:start], response_ids=ids[start:end],
+            full, key=f"turn{start}", prompt_ids=ids[:start], response_ids=ids[start:end],
             sampler_logprobs=np.zeros(end - start, np.float32),
         )
         for start, end in ((5, 9), (14, 17))
@@ -43,10 +43,10 @@ def test_positions_and_gradients_are_those_of_the_turns():
     conversation, turns = conversation_and_turns()
     learner, teacher = build(positions={"policy": "full"})
     teacher.encode([conversation, *turns])
-    (whole,), split = (learner.scorer.diagnose_positions(batch) for batch in ([conversation], turns))
+    (full,), split = (learner.scorer.diagnose_positions(batch) for batch in ([conversation], turns))
     for name in ("entropy", "divergence"):
         expected = np.concatenate([getattr(d, name) for d in split])
-        np.testing.assert_allclose(getattr(whole, name), expected, rtol=1e-4, atol=1e-6)
+        np.testing.assert_allclose(getattr(full, name), expected, rtol=1e-4, atol=1e-6)
     weighted = [dataclasses.replace(t, weight=float(len(t.response_ids))) for t in turns]
     assert relative(gradients(learner, teacher, [conversation]), gradients(learner, teacher, weighted)) < 1e-5
     assert learner.step([conversation]).positions == 7

@@ -62,10 +62,10 @@ def test_a_teacher_equal_to_the_student_overlaps_even_where_classes_are_equally_
 
 def test_signals_do_not_depend_on_the_size_of_blocks(monkeypatch):
     inputs = make()
-    whole = teacher_signals(*inputs[:2], HiddenRows(*inputs[2:]), 5)
+    full = teacher_signals(*inputs[:2], HiddenRows(*inputs[2:]), 5)
     monkeypatch.setattr(module, "blocks", lambda logits: (slice(i, i + 1) for i in range(len(logits))))
     assert len(list(blocks(torch.empty(13, 211)))) == 1
-    for a, b in zip(whole, teacher_signals(*inputs[:2], HiddenRows(*inputs[2:]), 5), strict=True):
+    for a, b in zip(full, teacher_signals(*inputs[:2], HiddenRows(*inputs[2:]), 5), strict=True):
         assert torch.allclose(a, b, atol=1e-6)
 
 

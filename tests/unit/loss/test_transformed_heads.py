@@ -62,9 +62,9 @@ def test_value_and_gradients_equal_the_dense_reference(monkeypatch, student, tea
     (2.0 * loss).backward()
     assert loss.item() == pytest.approx(reference.item(), rel=1e-5)
     torch.testing.assert_close(values.double(), rows.detach(), rtol=1e-5, atol=1e-6)
-    for mine, theirs in zip(actual, expected, strict=True):
-        if mine is not None:
-            assert (mine.grad / 2 - theirs.grad).norm() <= 1e-5 * theirs.grad.norm()
+    for ours, theirs in zip(actual, expected, strict=True):
+        if ours is not None:
+            assert (ours.grad / 2 - theirs.grad).norm() <= 1e-5 * theirs.grad.norm()
 
 
 @pytest.mark.parametrize("kind", HEADS)
