@@ -1,6 +1,8 @@
 """The teacher in vLLM against the transformers teacher: rows, losses, caches, two workers, quantized weights."""
 
 import json
+import os
+import signal
 
 import numpy as np
 import pytest
@@ -9,7 +11,8 @@ from helpers import ROOT, make_trajectories, tiny_model, tiny_settings
 from safetensors.torch import load_file, save_file
 
 from actors.teacher_actor import build_teacher
-from onpolicy_skd import train
+from actors.workers import Workers
+from onpolicy_skd import cache, train
 from onpolicy_skd.learner.learner import Learner
 from onpolicy_skd.models.errors import ModelError
 from onpolicy_skd.models.loading import load_model, load_tokenizer
@@ -181,18 +184,55 @@ def model_rows(model, batch):
     return teacher.rows([(t.key, range(len(t.target_ids))) for t in batch])
 
 
+OFF_POLICY = [
+    "--config", str(ROOT / "configs" / "demo.yaml"), "mode=off_policy", "alignment.divergence=forward_kl",
+    "eval.teacher=false", "eval.before=false", "eval.after=false", "run.evaluate_every=0", "run.checkpoint_every=1",
+    "run.trackers=[]", "run.steps=3", "learner.batch_size=8", "rollout.engine=transformers",
+    "cluster.teacher_gpus=null", "faults.backoff_seconds=0",
+]  # fmt: skip
+
+
+def steps(folder):
+    return [r["loss"] for r in read(folder / "metrics.jsonl") if "loss" in r]
+
+
 @pytest.mark.slow
-def test_a_run_trains_with_it(address, tmp_path):
+def test_a_run_trains_with_it_also_after_its_process_was_killed(address, tmp_path, monkeypatch):
+    def trained(name, *options):
+        arguments = [*OFF_POLICY, f"run.dir={tmp_path}", f"run.name={name}", f"cluster.address={address}", *options]
+        assert train.main(arguments) == 0
+        return steps(tmp_path / name)
+
+    plain, undisturbed = (trained(engine, f"teacher.engine={engine}") for engine in ("transformers", "vllm"))
+    assert len(undisturbed) == 3
+    assert np.allclose(undisturbed, plain, rtol=0, atol=1e-4)
+
+    encode, pids = Workers.encode, []
+
+    def encode_and_kill(self, kept):
+        (teacher,) = self._groups.teachers
+        pids.append(self._groups.place(teacher).pid)
+        if len(pids) == 2:
+            os.kill(pids[-1], signal.SIGKILL)
+        return encode(self, kept)
+
+    monkeypatch.setattr(Workers, "encode", encode_and_kill)
+    assert trained("killed", "teacher.engine=vllm") == undisturbed
+    faults = [r for r in read(tmp_path / "killed" / "metrics.jsonl") if r.get("event") == "fault"]
+    assert [fault["restarted"] for fault in faults] == [["teacher"]]
+    assert pids[0] == pids[1] != pids[2]
+
+
+@pytest.mark.slow
+def test_a_run_trains_from_the_cache_that_it_built(address, tmp_path):
     losses = {}
     for engine in ("vllm", "transformers"):
-        arguments = [
-            "--config", str(ROOT / "configs" / "demo.yaml"), "mode=off_policy", "alignment.divergence=forward_kl",
-            f"teacher.engine={engine}", f"run.dir={tmp_path}", f"run.name={engine}", "eval.teacher=false",
-            "eval.before=false", "eval.after=false", "run.evaluate_every=0", "run.trackers=[]", "run.steps=3",
-            "learner.batch_size=8", "rollout.engine=transformers", f"cluster.address={address}",
-            "cluster.teacher_gpus=null",
+        options = [
+            *OFF_POLICY, f"run.dir={tmp_path}", f"run.name={engine}", f"cache.path={tmp_path / f'cache-{engine}'}",
+            "data.train_problems=32", f"teacher.engine={engine}", f"cluster.address={address}",
         ]  # fmt: skip
-        assert train.main(arguments) == 0
-        losses[engine] = [r["loss"] for r in read(tmp_path / engine / "metrics.jsonl") if "loss" in r]
+        assert cache.main(["build", *options]) == 0
+        assert train.main(options) == 0
+        losses[engine] = steps(tmp_path / engine)
     assert len(losses["vllm"]) == 3
     assert np.allclose(losses["vllm"], losses["transformers"], rtol=0, atol=1e-4)
