@@ -223,7 +223,7 @@ def _plot_series(axis: Any, x: list[int], values: list[float], label: str, color
         return
     means = [sum(values[end - ENDS : end]) / ENDS for end in range(ENDS, len(values) + 1)]
     axis.plot(x, values, linewidth=0.8, alpha=0.35, color=color)
-    axis.plot(x[ENDS - 1 :], means, label=label or f"mean of {ENDS} steps", linewidth=1.6, color=color)
+    axis.plot(x[ENDS - 1 :], means, label=label, linewidth=1.6, color=color)
 
 
 def _plot_evaluations(axis: Any, evaluations: list[dict], summary: dict[str, Any]) -> None:
