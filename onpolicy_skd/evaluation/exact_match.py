@@ -14,6 +14,7 @@ import math
 import re
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,7 +25,7 @@ from onpolicy_skd.evaluation.quantity import CHARACTERS, NUMBER, Quantity, has_n
 
 ANSWER_TAIL = 4_000  # characters from the end that may hold the final answer
 LONGEST_ANSWER = 100  # characters of a box, of a formula, and of the answer that a record keeps
-LONGEST_COMPARISON = 0.4  # seconds of symbolic algebra; a comparison that takes longer counts as not equal
+LONGEST_COMPARISON = 0.4  # CPU seconds of symbolic algebra; a comparison that takes longer counts as not equal
 AGAIN = 0.05  # seconds between further interrupts
 MARKER, BOXED = "####", "\\boxed"
 STRICT = re.compile(r"#### (-?[0-9.,]+)")
@@ -55,7 +56,7 @@ class Score:
 
 
 def score(output: str, answer: str) -> Score:
-    """Judge ``output`` against the reference ``answer``; takes less than a second whatever the text."""
+    """Judge ``output`` against the reference ``answer``; takes less than a CPU second whatever the text."""
     reference, strict = _stated_reference(answer), STRICT.search(output)
     gold = quantity(reference)
     extracted = final_answer(output, numeric=gold is not None)
@@ -198,17 +199,18 @@ class _TooLongError(BaseException):
 
 @contextmanager
 def _within(seconds: float) -> Iterator[None]:
-    """Raise _TooLongError in the block after ``seconds``, repeatedly, because a bare ``except`` may swallow it.
+    """Raise _TooLongError in the block once its thread has used ``seconds`` of CPU, so that a busy machine changes no
+    verdict. Raise it repeatedly, because a bare ``except`` may swallow it.
 
     Outside the main thread, where signals cannot be handled, the block runs without a limit.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    active = True
+    active, limit = True, time.thread_time() + seconds
 
     def stop(*_: object) -> None:
-        if active:
+        if active and time.thread_time() >= limit:
             raise _TooLongError
 
     before = signal.signal(signal.SIGALRM, stop)

@@ -126,9 +126,13 @@ def check_checkpoint(model: str, trust_remote_code: bool) -> None:
         check_weight_headers(folder, model)
     if trust_remote_code:
         return  # the model's code may not build without weights
+    auto_class = loading.auto_class(config)
     try:
+        # from_config would import every model of transformers, half a minute, to list them in its error.
+        if type(config) not in auto_class._model_mapping:
+            raise ValueError(f"{auto_class.__name__} has no model for {type(config).__name__}")
         with torch.device("meta"):
-            built = loading.auto_class(config).from_config(config)
+            built = auto_class.from_config(config)
     except Exception as error:  # transformers raises many kinds for a bad configuration
         raise ModelError(
             f"model {model!r}: its config.json describes no causal language model that transformers knows: "

@@ -258,7 +258,7 @@ def test_the_record_of_a_killed_ray_is_not_waited_for(tmp_path, monkeypatch):
         connect(tiny_settings(cluster={"address": address})),
     ):
         pass
-    assert time.monotonic() - start < 10
+    assert time.monotonic() - start < 60
 
 
 @pytest.fixture(scope="module")

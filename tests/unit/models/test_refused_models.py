@@ -1,7 +1,5 @@
 """Models that are refused in one line before anything starts."""
 
-import time
-
 import pytest
 from huggingface_hub import constants
 
@@ -21,15 +19,17 @@ def test_a_folder_without_safetensors_is_refused(file, message, tmp_path):
 
 
 def test_a_hub_name_without_a_network_is_refused_quickly(monkeypatch):
-    def no_route(*_, **__):
+    tried = []
+
+    def no_route(*address, **_):
+        tried.append(address)
         raise OSError("no route to host")
 
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(loading, "getproxies", dict)
     monkeypatch.setattr(loading.socket, "create_connection", no_route)
     loading._hub_answers.cache_clear()
-    start = time.monotonic()
     with pytest.raises(ModelError, match=r"'nobody/nothing': no such folder, not in the .* the hub does not answer"):
         resolve_path("nobody/nothing")
-    assert time.monotonic() - start < 10
+    assert len(tried) == 1
     loading._hub_answers.cache_clear()

@@ -32,10 +32,10 @@ def set_template(folder, text):
 
 def refusal(student, tmp_path, **sections):
     settings = tiny_settings(run={"dir": tmp_path / "runs"}, student={"model": str(student)}, **sections)
-    start = time.monotonic()
+    start = time.process_time()
     with pytest.raises(ConfigError) as error:
         preflight(settings)
-    assert time.monotonic() - start < 30  # five seconds on a machine that does nothing else
+    assert time.process_time() - start < 10  # CPU seconds, which a busy machine does not change
     assert "\n" not in str(error.value)
     return str(error.value)
 
