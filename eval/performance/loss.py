@@ -12,13 +12,12 @@ from torch import Tensor
 
 from eval.performance.measuring import clock, memory, ratio, reset_peak, run_alternately
 
-VARIANTS = ("dense", "trl", "ours_k100", "ours_k20", "ours_compiled")
+VARIANTS = ("dense", "trl", "ours_k100", "ours_k20")
 MEANING = {
     "dense": "full [N, V] logits, torch autograd",
     "trl": "TRL's chunked divergence (DistillationTrainer)",
     "ours_k100": "this project, all rows, no entropy pass",
     "ours_k20": "this project, entropy pass over all rows, loss on 20 %",
-    "ours_compiled": "this project, all rows, alignment.compiled",
 }
 METHODS: dict[str, dict[str, Any]] = {  # settings under alignment; all rows
     "exact": {},
@@ -57,7 +56,7 @@ def loss_step(variant: str, inputs: dict[str, Tensor], k: float = 1.0) -> Callab
         mask = torch.ones(1, rows, device=hidden.device)
         return chunked(hidden[None], other[None], head, other_head, mask, 1.0)[0]
 
-    def ours(k: float, compiled: bool = False) -> Tensor:
+    def ours(k: float) -> Tensor:
         counts = [rows // SEQUENCES] * SEQUENCES
         chosen = torch.arange(rows, device=hidden.device)
         if k < 1:
@@ -65,9 +64,7 @@ def loss_step(variant: str, inputs: dict[str, Tensor], k: float = 1.0) -> Callab
             chosen = top_k(entropy, counts, Context(k)).indices_K
         weights = torch.full((len(chosen),), 1 / len(chosen), device=hidden.device)
         teacher = HiddenRows(other[chosen], other_head)
-        return distillation_loss(
-            hidden[chosen], head, teacher, Rows(weights, targets[chosen]), Alignment(compiled=compiled)
-        )[0]
+        return distillation_loss(hidden[chosen], head, teacher, Rows(weights, targets[chosen]), Alignment())[0]
 
     if variant == "trl":
         from trl.trainer.distillation_trainer import _chunked_divergence_loss as chunked
@@ -81,7 +78,6 @@ def loss_step(variant: str, inputs: dict[str, Tensor], k: float = 1.0) -> Callab
         "trl": trl,
         "ours_k100": lambda: ours(1.0),
         "ours_k20": lambda: ours(0.2),
-        "ours_compiled": lambda: ours(1.0, compiled=True),
         "ours": lambda: ours(k),
     }
     forward = forwards.get(variant) or functools.partial(method_loss, variant, inputs)
@@ -154,7 +150,6 @@ def compare(shape: str, device: str, rounds: int) -> dict[str, Any]:
         "time_k20": ratio(runs["trl"], runs["ours_k20"], "seconds"),
         "memory_k100": ratio(runs["trl"], runs["ours_k100"], "extra_mib"),
         "memory_k20": ratio(runs["trl"], runs["ours_k20"], "extra_mib"),
-        "time_compiled": ratio(runs["trl"], runs["ours_compiled"], "seconds"),
     }
     figures = {
         "shape": dict(zip(("vocabulary", "student_hidden", "teacher_hidden", "rows"), SHAPES[shape], strict=True)),

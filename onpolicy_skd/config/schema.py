@@ -606,10 +606,6 @@ class AlignmentSettings(Section):
     kd_weight: Annotated[float, Field(ge=0, le=1)] = setting(
         1.0, "lambda: loss = lambda * divergence + (1 - lambda) * cross-entropy of the sampled token"
     )
-    compiled: bool = setting(
-        False, "compute exact divergences with torch.compile (needs a C++ compiler, on GPUs Triton)",
-        affects_result=False,
-    )  # fmt: skip
     chunk_rows: Positive | None = setting(
         None, "rows of logits in memory at once; empty: chosen from V and free memory", affects_result=False
     )

@@ -19,14 +19,12 @@ As in TRL, jsd at beta = 0 means forward KL and at beta = 1 reverse KL, the limi
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from onpolicy_skd.loss.formulas import decoupled, exact, fused_loss, mixed, sampled, soften_, sparse, topk_tail, trust
+from onpolicy_skd.loss.formulas import decoupled, exact, mixed, sampled, soften_, sparse, topk_tail, trust
 from onpolicy_skd.loss.inputs import Alignment, HiddenRows, Rows
 from onpolicy_skd.loss.mixture import GateRows
 from onpolicy_skd.loss.sparse_targets import SparseTargets
@@ -62,28 +60,20 @@ class _DistillationLoss(torch.autograd.Function):
         inputs = (student_NH, weight_VH, bias_V)
         gradients = [torch.zeros_like(x) if w else None for x, w in zip(inputs, ctx.needs_input_grad, strict=False)]
         grad_hidden, grad_head, grad_bias = gradients
-        head = LMHead(weight_VH, bias_V, scale, cap).to(
-            student_NH.dtype
-        )  # one copy per call if compute and master dtypes differ
+        # One copy per call if compute and master dtypes differ.
+        head = LMHead(weight_VH, bias_V, scale, cap).to(student_NH.dtype)
         size = chunk_size(len(student_NH), head, alignment.chunk_rows)
         student_logits = Projector(head, size)
         chunk_of = teacher.__getitem__ if isinstance(teacher, SparseTargets) else teacher.logits(size)
         loss = torch.zeros((), dtype=torch.float32, device=student_NH.device)
         values_N = torch.empty(len(student_NH), dtype=torch.float32, device=student_NH.device)
-        fused = alignment.compiled and alignment.estimator == "exact" and isinstance(teacher, HiddenRows)
-        fused = fused and rows.temperature_N is None and rows.decoupled_N2 is None
-        fused = fused and alignment.mixture is None and alignment.clip is None
         for chunk in chunks(len(student_NH), size):
             logits_cV = student_logits(student_NH[chunk])
             derivative = head.derivative(logits_cV)
             teacher_c: Any = chunk_of(chunk)
-            if fused:
-                stats = None if observed is None else observed[chunk]
-                loss_c, values_N[chunk] = _compiled_chunk(logits_cV, teacher_c, rows[chunk], alignment, stats)
-                loss += loss_c
-            for block in () if fused else blocks(logits_cV):
+            for block in blocks(logits_cV):
                 stats = None if observed is None else observed[chunk][block]
-                loss_b, values_N[chunk][block] = _eager_block(
+                loss_b, values_N[chunk][block] = _block(
                     logits_cV[block], teacher_c[block], rows[chunk][block], alignment, stats
                 )
                 loss += loss_b
@@ -123,7 +113,7 @@ def _accumulate(grad_head_VH: Tensor, grad_logits_cV: Tensor, hidden_cH: Tensor)
         grad_head_VH += grad_logits_cV.T @ hidden_cH
 
 
-def _eager_block(
+def _block(
     logits: Tensor, teacher: Tensor | SparseTargets, rows: Rows, alignment: Alignment, stats: RowStatistics | None
 ) -> tuple[Tensor, Tensor]:
     """Return the loss and the divergences ``[b]``; **overwrite** ``logits`` with the gradient at the raw logits.
@@ -168,23 +158,3 @@ def _eager_block(
         gradient = gradient.mul_(kd_weight).add_(cross_entropy, alpha=1.0 - kd_weight)
     torch.mul(gradient, weights[:, None] / temperature, out=logits)
     return torch.dot(loss, weights), values
-
-
-def _compiled_chunk(
-    logits: Tensor, teacher: Tensor, rows: Rows, alignment: Alignment, stats: RowStatistics | None
-) -> tuple[Tensor, Tensor]:
-    """Do the work of ``_eager_block`` on a chunk, by the compiled ``fused_loss``."""
-    kind, beta, temperature, kd_weight = alignment.kind, alignment.beta, alignment.temperature, alignment.kd_weight
-    loss, values, gradient, entropy, target_log_q = _compiled_loss()(
-        logits, teacher, rows.targets_N, kind, beta, temperature, kd_weight, rows.weights_N
-    )
-    logits.copy_(gradient)
-    if stats:
-        stats.entropy_N.copy_(entropy)
-        stats.logprob_N.copy_(target_log_q)
-    return loss, values
-
-
-@functools.cache
-def _compiled_loss() -> Callable[..., tuple[Tensor, ...]]:
-    return torch.compile(fused_loss, dynamic=True)

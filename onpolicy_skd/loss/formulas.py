@@ -31,48 +31,6 @@ class RowGradients(NamedTuple):
     q_bV: Tensor  # the student's probabilities
 
 
-def fused_loss(
-    logits: Tensor,
-    teacher: Tensor,
-    targets: Tensor,
-    kind: str,
-    beta: float,
-    temperature: float,
-    kd_weight: float,
-    weights: Tensor,
-) -> tuple[Tensor, ...]:
-    """Compute the loss of a chunk without in-place writes, so that torch.compile fuses it into a few passes.
-
-    Returns the weighted loss, the divergences ``[c]``, the gradient at the logits ``[c, V]``, the student's entropies
-    ``[c]`` and the log-probabilities of the targets ``[c]``, in nats.
-    """
-    log_q, log_p = (logits / temperature).log_softmax(-1), (teacher / temperature).log_softmax(-1)
-    q = log_q.exp()
-    if kind == "forward_kl":
-        p = log_p.exp()
-        values, gradient = (p * (log_p - log_q)).sum(-1), q - p
-    elif kind == "reverse_kl":
-        ratio = log_q - log_p
-        values = (q * ratio).sum(-1)
-        gradient = q * (ratio - values[:, None])
-    else:
-        log_m = torch.logaddexp(log_p + math.log(beta), log_q + math.log1p(-beta))
-        student = (q * (log_q - log_m)).sum(-1)
-        values = beta * (log_p.exp() * (log_p - log_m)).sum(-1) + (1.0 - beta) * student
-        gradient = (1.0 - beta) * q * (log_q - log_m - student[:, None])
-    target_log_q = log_q.gather(1, targets[:, None])[:, 0]
-    loss = kd_weight * values - (1.0 - kd_weight) * target_log_q
-    is_target = torch.arange(logits.shape[1], device=logits.device) == targets[:, None]
-    gradient = kd_weight * gradient + (1.0 - kd_weight) * (q - is_target.to(q.dtype))
-    return (
-        (loss * weights).sum(),
-        values,
-        gradient * (weights[:, None] / temperature),
-        -(q * log_q).sum(-1),
-        target_log_q,
-    )
-
-
 def soften_(logits: Tensor, temperature: float | Tensor) -> Tensor:
     """Divide ``logits`` by the temperature, a number or ``[b, 1]``, **in place**."""
     return logits if isinstance(temperature, float) and temperature == 1.0 else logits.div_(temperature)

@@ -32,7 +32,6 @@ class Alignment:
     chunk_rows: int | None = None
     estimator: str = "exact"
     top_k: int = 64
-    compiled: bool = False  # exact divergences by torch.compile instead of the eager block
     mixture: Mixture | None = None  # of reverse and forward KL; replaces the divergence
     clip: float | None = None  # bound of |log p(y) - log q(y)|, nats; positions beyond are masked or scaled to it
     clip_mode: str = "mask"

@@ -1,14 +1,11 @@
 """The divergences against a float64 dense reference, TRL, and closed-form facts."""
 
-import dataclasses
-
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from onpolicy_skd.config.schema import AlignmentSettings
-from onpolicy_skd.loss import divergence, formulas
 from onpolicy_skd.loss.divergence import distillation_loss
 from onpolicy_skd.loss.inputs import KINDS, Alignment, HiddenRows, Rows
 from onpolicy_skd.loss.sparse_targets import SparseTargets
@@ -435,30 +432,6 @@ def test_no_rows_mean_no_loss_and_no_gradient():
     assert loss == 0
     assert len(values) == 0
     assert head.grad.norm() == 0
-
-
-@pytest.mark.parametrize("how", ["as written", pytest.param("compiled", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize(("kd_weight", "temperature"), [(1.0, 1.0), (0.6, 2.0)])
-def test_the_compiled_loss_is_the_eager_one(kind, kd_weight, temperature, how, monkeypatch):
-    if how == "as written":
-        monkeypatch.setattr(divergence, "_compiled_loss", lambda: formulas.fused_loss)
-    torch.manual_seed(0)
-    written = Alignment(kind, kd_weight=kd_weight, temperature=temperature, chunk_rows=8)
-    rows = Rows(torch.rand(19), torch.randint(0, 97, (19,)))
-    teacher = HiddenRows(torch.randn(19, 24), torch.randn(97, 24))
-    start = torch.randn(19, 16), 0.5 * torch.randn(97, 16)
-    results = []
-    for alignment in (written, dataclasses.replace(written, compiled=True)):
-        hidden, head = (t.clone().requires_grad_() for t in start)
-        stats = lm_head.RowStatistics.empty(19, hidden.device) if temperature == 1.0 else None
-        loss, values = distillation_loss(hidden, head, teacher, rows, alignment, stats)
-        loss.backward()
-        results.append(
-            [loss.detach(), values, hidden.grad, head.grad, *([stats.entropy_N, stats.logprob_N] if stats else [])]
-        )
-    for eager, compiled in zip(*results, strict=True):
-        assert torch.allclose(compiled, eager, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize(("free_gb", "logits"), [(0.1, 2e7), (8, 6.25e7), (40, 3.125e8), (500, 4e8)])

@@ -249,10 +249,10 @@ def test_positions_beyond_the_bound_are_masked_or_scaled_to_it(mode, kd_weight):
 
 @pytest.mark.parametrize("mode", ["mask", "scale"])
 @pytest.mark.parametrize("options", [{}, {"estimator": "sampled"}, {"estimator": "topk_tail", "top_k": 5},
-                                     {"mixture": mixture("eopd")}, {"compiled": True}])  # fmt: skip
+                                     {"mixture": mixture("eopd")}])  # fmt: skip
 def test_a_bound_that_no_position_reaches_changes_nothing(mode, options):
     inputs = make()
-    plain = Alignment(**{**options, "compiled": False})
+    plain = Alignment(**options)
     bounded = Alignment(**options, clip=1e3, clip_mode=mode)
     assert_close(ours(inputs, bounded), [t.double() for t in ours(inputs, plain)], 1e-6)
 
