@@ -19,7 +19,7 @@ from onpolicy_skd.models.loading import pick_device, pick_dtype
 from onpolicy_skd.types import Trajectory, seed_of
 
 NOISE = 0.3  # standard deviation of the noise, as a share of a parameter's root mean square
-LEAST_SCALE = 0.02  # used as the root mean square of parameters that are all zero
+NOISE_OF_ZEROS = 0.02  # standard deviation of the noise in parameters that are all zero
 
 
 class SendsWeights:
@@ -82,21 +82,21 @@ class SendsWeights:
         return self._engine_dtype == pick_dtype(learner.compute_dtype, device) == torch.float32
 
     def parameter_kinds(self) -> list[str]:
-        """Return the names of the trained parameters, with ``*`` for layer numbers."""
+        """Return the names of the trained parameters, with ``*`` for layer numbers, and of a LoRA adapter's module."""
         return sorted({_kind(name) for name, _ in self._trained()})
 
     @torch.no_grad()
-    def perturb(self, kinds: Sequence[str] | None) -> None:
-        """Add noise to all trained parameters, or to those of ``kinds``, until ``undo_perturb``."""
+    def perturb(self, kind: str | None, loudness: float) -> None:
+        """Add noise to the trained parameters of a ``kind`` (None: to all) until ``undo_perturb``."""
         self._learner.state.reshard()
         copies = []
         for name, parameter in self._trained():
-            if kinds is None or _kind(name) in kinds:
+            if kind in (None, _kind(name)):
                 copies.append((parameter, parameter.to("cpu", copy=True)))
                 self._unperturbed = copies
-                scale = NOISE * (parameter.square().mean().sqrt().item() or LEAST_SCALE) if parameter.numel() else 0.0
+                scale = parameter.square().mean().sqrt().item() * NOISE or NOISE_OF_ZEROS if parameter.numel() else 0.0
                 rng = torch.Generator(parameter.device).manual_seed(seed_of("noise", name))
-                parameter.add_(scale * torch.randn(parameter.shape, generator=rng, device=parameter.device))
+                parameter.add_(loudness * scale * torch.randn(parameter.shape, generator=rng, device=parameter.device))
 
     @torch.no_grad()
     def undo_perturb(self) -> None:
@@ -117,4 +117,4 @@ class SendsWeights:
 
 
 def _kind(name: str) -> str:
-    return re.sub(r"(?<=\.)\d+(?=\.)", "*", name)
+    return re.sub(r"(?<=\.)\d+(?=\.)", "*", re.sub(r"\.lora_\w+(\.\w+)*$", "", name))

@@ -70,8 +70,8 @@ def prove(model, engine, settings, sent=lambda weights: weights):
         assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())  # the learner is as before
 
 
-def engine_of(tmp_path, model, engine):
-    settings = tiny_settings(rollout={"engine": engine})
+def engine_of(tmp_path, model, engine, dtype="float32"):
+    settings = tiny_settings(rollout={"engine": engine, "dtype": dtype}, learner={"compute_dtype": dtype})
     model.save_pretrained(tmp_path)
     load_tokenizer("bundled:demo_student").save_pretrained(tmp_path)
     return build_engine(str(tmp_path), settings), settings
@@ -84,9 +84,10 @@ def test_vllm_takes_every_parameter(family, tmp_path):
     prove(model, *engine_of(tmp_path, model, "vllm"))
 
 
-def test_the_transformers_engine_takes_every_parameter_and_merged_lora(tmp_path):
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_transformers_engine_takes_every_parameter_and_merged_lora(dtype, tmp_path):
     model = tiny_model("gpt_neox", False, vocabulary=VOCABULARY)
-    engine, settings = engine_of(tmp_path, model, "transformers")
+    engine, settings = engine_of(tmp_path, model, "transformers", dtype)
     prove(model, engine, settings)
     prove(add_lora(tiny_model("gpt_neox", False, vocabulary=VOCABULARY), 4, 8, seed=0), engine, settings)
 
@@ -96,13 +97,14 @@ def test_the_transformers_engine_takes_every_parameter_and_merged_lora(tmp_path)
 def test_experts_that_vllm_does_not_take_are_refused(family, tmp_path):
     """Names and layout of transformers' experts are not those that vLLM reloads."""
     model = new_model(family)
-    with pytest.raises(ModelError, match=r"rollout.engine=vllm: .* does not take new values of (.*experts|all)"):
+    with pytest.raises(ModelError, match=r"rollout.engine=vllm: .* gives the engine no new values of (.*experts|all)"):
         prove(model, *engine_of(tmp_path, model, "vllm"))
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("kind", ["self_attn.q_norm", "mlp.up_proj", "embed_tokens", "model.norm.weight"])
-def test_parameters_that_do_not_arrive_are_named(kind, tmp_path):
+def test_parameters_that_do_not_arrive_are_named(kind, dtype, tmp_path):
     model = new_model("qwen3-tied")
-    engine, settings = engine_of(tmp_path, model, "transformers")
-    with pytest.raises(ModelError, match=rf"does not take new values of [\w.*]*{kind}[\w.]*; train this model"):
+    engine, settings = engine_of(tmp_path, model, "transformers", dtype)
+    with pytest.raises(ModelError, match=rf"gives the engine no new values of [\w.*]*{kind}[\w.]*; train this model"):
         prove(model, engine, settings, sent=lambda weights: ((n, w) for n, w in weights if kind not in n))
