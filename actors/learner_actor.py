@@ -20,6 +20,7 @@ from actors.placement import free_gpu_memory
 from actors.rollout_actor import judged_batches
 from actors.teacher_actor import RemoteTeacher, RemoteTeachers, build_teacher, split_for
 from onpolicy_skd.config.schema import AlignmentSettings, Settings
+from onpolicy_skd.data.chat import special_ids
 from onpolicy_skd.distributed.ranks import Ranks
 from onpolicy_skd.distributed.rendezvous import Rendezvous, init_process_group
 from onpolicy_skd.distributed.weight_transfer import Address
@@ -74,7 +75,7 @@ class LearnerActor(SendsWeights):
             if scoring_only:  # the default loss: other variants may ask for the teacher's head at construction
                 settings = settings.model_copy(update={"alignment": AlignmentSettings()})
             self._build = lambda ranks: Learner(
-                student, self._teacher, settings, pad_id, steps, ranks, self._tokenizer.all_special_ids
+                student, self._teacher, settings, pad_id, steps, ranks, sorted(special_ids(self._tokenizer))
             )
             if count == 1:
                 self._learner = self._build(Ranks())

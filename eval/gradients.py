@@ -21,6 +21,7 @@ from torch import Tensor
 from onpolicy_skd.config.errors import ConfigError
 from onpolicy_skd.config.loading import build_settings, parse_override
 from onpolicy_skd.config.schema import ClassSettings, Settings
+from onpolicy_skd.data.chat import special_ids
 from onpolicy_skd.storage.files import write_text
 
 TRUNCATIONS = [
@@ -68,7 +69,7 @@ def measure(settings: Settings, samples: int) -> dict[str, Any]:
             settings.model_copy(update={"classes": classes}),
             pad_id,
             1,
-            special_ids=run.tokenizer.all_special_ids,
+            special_ids=sorted(special_ids(run.tokenizer)),
         )
         student.model.zero_grad()
         learner.accumulate(batch)
