@@ -240,12 +240,13 @@ def _moving_teacher(settings: Settings) -> str | None:
         f"learner.ranks={settings.learner.ranks}": settings.learner.ranks > 1,
         f"teacher.dtype={teacher.dtype}": teacher.dtype in ("bfloat16", "float16"),
         "cache.path": settings.cache.path is not None,
+        "positions.policy=bandit": settings.positions.policy == "bandit",  # its probe keeps hidden states of one teacher
     }
     for name, chosen in fixed.items():
         if chosen:
             return (
                 f"teacher.ema_decay={teacher.ema_decay}: the learner moves the teacher's float32 weights in each step; "
-                f"accepted with teacher.placement=learner, learner.ranks=1 and no cache, not {name}"
+                f"accepted with teacher.placement=learner, learner.ranks=1, no cache and no bandit, not {name}"
             )
     return None
 

@@ -139,7 +139,11 @@ def _block(
         if mixture and entropy is not None and teacher_entropy is not None:
             known = (entropy, teacher_entropy, log_ratio)
             (values, gradient, q), pairs = mixed(
-                log_q, log_p, mixture.options.skew, lambda *divergences: mixture.weights(GateRows(*known, *divergences))
+                log_q,
+                log_p,
+                mixture.options.skew,
+                lambda *divergences: mixture.weights(GateRows(*known, *divergences)),
+                mixture.used,
             )
             weights = weights * pairs.any(1)  # (0, 0) skips a position, its cross-entropy too
         elif rows.decoupled_N2 is not None:

@@ -5,6 +5,7 @@ Shapes: b rows, V classes; ``log_q`` and ``log_p`` are the student's and the tea
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from typing import NamedTuple
@@ -91,14 +92,17 @@ def terms_over_q(log_q: Tensor, log_p: Tensor, alignment: Alignment) -> tuple[Te
     return beta * p_over_q * (log_p - log_m) + student_term, student_term
 
 
-def mixed(log_q: Tensor, log_p: Tensor, skew: float, weigh: Weigh) -> tuple[RowGradients, Tensor]:
+def mixed(
+    log_q: Tensor, log_p: Tensor, skew: float, weigh: Weigh, used: tuple[bool, bool] = (True, True)
+) -> tuple[RowGradients, Tensor]:
     """Compute a * KL(q||p) + b * KL(p||q); return it and the weights; **overwrites** ``log_q`` and ``log_p``.
 
-    ``weigh`` maps the two divergences ``[b]`` to the weights (a, b).  With ``skew`` s > 0 each KL's second distribution
-    is mixed with its first: KL(q || (1-s) p + s q) and KL(p || (1-s) q + s p) (DistiLLM, arXiv 2402.03898).
+    ``weigh`` maps the two divergences ``[b]`` to the weights (a, b); ``used`` tells which of them can differ from 0.
+    With ``skew`` s > 0 each KL's second distribution is mixed with its first: KL(q || (1-s) p + s q) and
+    KL(p || (1-s) q + s p) (DistiLLM, arXiv 2402.03898).
     """
     if skew:
-        return _mixed_skewed(log_q, log_p, skew, weigh)
+        return _mixed_skewed(log_q, log_p, skew, weigh, used)
     p = log_p.exp()
     ratio = torch.sub(log_q, log_p, out=log_p)
     q = log_q.exp_()
@@ -109,26 +113,32 @@ def mixed(log_q: Tensor, log_p: Tensor, skew: float, weigh: Weigh) -> tuple[RowG
     return RowGradients(a[:, 0] * reverse + b[:, 0] * forward, gradient, q), pairs
 
 
-def _mixed_skewed(log_q: Tensor, log_p: Tensor, skew: float, weigh: Weigh) -> tuple[RowGradients, Tensor]:
-    """Compute ``mixed`` with skew s > 0.
+def _mixed_skewed(
+    log_q: Tensor, log_p: Tensor, skew: float, weigh: Weigh, used: tuple[bool, bool]
+) -> tuple[RowGradients, Tensor]:
+    """Compute ``mixed`` with skew s > 0: the terms in ``used`` (reverse, forward); another one counts as 0.
 
     With m and n the two mixtures, q dD/dq is q (log q - log m - s q/m) for the reverse and -(1-s) p q/n for the forward
     term, each up to a constant times q; both ratios are bounded.  Where both p and q underflow, m and n count as the
-    smallest normal number: such classes add nothing.
+    smallest normal number: such classes add nothing.  Buffers are reused, because new ones cost more than the passes.
     """
     q, p, least = log_q.exp(), log_p.exp(), torch.finfo(log_q.dtype).tiny
-    n = torch.lerp(q, p, skew).clamp_(min=least)
-    slope_forward = (q / n).mul_(p).mul_(skew - 1.0)
-    forward = torch.linalg.vecdot(p, log_p.sub_(n.log_()))
-    m = torch.lerp(p, q, skew, out=p).clamp_(min=least)
-    q_over_m = torch.div(q, m, out=n)
-    ratio = log_q.sub_(m.log_())
-    reverse = torch.linalg.vecdot(q, ratio)
+    reverse = forward = q.new_zeros(len(q))
+    slopes = []  # each with the column of its weight
+    if used[1]:
+        n = torch.lerp(q, p, skew, out=None if used[0] else log_q).clamp_(min=least)
+        slopes.append(((q / n).mul_(p).mul_(skew - 1.0), 1))
+        forward = torch.linalg.vecdot(p, log_p.sub_(n.log_()))
+    if used[0]:
+        m = torch.lerp(p, q, skew, out=p).clamp_(min=least)
+        q_over_m = torch.div(q, m, out=log_p)
+        ratio = log_q.sub_(m.log_())
+        reverse = torch.linalg.vecdot(q, ratio)
+        slopes.append((ratio.sub_(q_over_m, alpha=skew).mul_(q), 0))
     pairs = weigh(reverse, forward)
-    a, b = pairs.split(1, dim=1)
-    slope = ratio.sub_(q_over_m, alpha=skew).mul_(q).mul_(a).add_(slope_forward.mul_(b))
-    gradient = slope.sub_(q * slope.sum(1, keepdim=True))
-    return RowGradients(a[:, 0] * reverse + b[:, 0] * forward, gradient, q), pairs
+    slope = functools.reduce(Tensor.add_, [slope.mul_(pairs[:, [column]]) for slope, column in slopes])
+    gradient = slope.sub_(torch.mul(q, slope.sum(1, keepdim=True), out=log_p))
+    return RowGradients(pairs[:, 0] * reverse + pairs[:, 1] * forward, gradient, q), pairs
 
 
 def trust(log_ratio: Tensor, clip: float, mode: str) -> Tensor:

@@ -74,6 +74,13 @@ class Mixture:
         """Return the mixture after ``step`` optimizer steps."""
         return dataclasses.replace(self, progress=progress(self.options, step))
 
+    @property
+    def used(self) -> tuple[bool, bool]:
+        """Whether reverse and forward KL can have a weight other than 0."""
+        if self.gate is not constant or (self.options.start is not None and self.progress < 1.0):
+            return (True, True)
+        return (self.options.reverse_weight > 0.0, self.options.reverse_weight < 1.0)
+
     def weights(self, rows: GateRows) -> Tensor:
         """Return (a, b) of each row ``[b, 2]``.
 

@@ -27,8 +27,18 @@ SELECTIONS = {
     "teacher": {"metric": "teacher_entropy", "k": 0.3},  # needs no scores of the student
     "full": {"policy": "full"},
     "gls": {"policy": "gls", "k": 0.3, "queue": 100},  # keeps all scores
+    "ramp": {"metric": "tip_q3", "k": 0.3, "weighting": "ramp"},
     "masked": {"metric": "ta_opd", "k": 0.3, "weighting": "iw", "mask_tokens": list(range(30, 60))},
     "drawn": {"policy": "sampled", "k": 0.3},
+}
+ALIGNMENTS = {
+    "reference": {"reference_weight": 0.5},
+    "zones": {
+        "mixture": {"gate": "zones", "student_threshold": 3.0, "teacher_threshold": 3.0, "start": [0.0, 1.0], "steps": 2}
+    },
+    "skewed": {"mixture": {"gate": "constant", "reverse_weight": 1.0, "skew": 0.1}, "kd_weight": 0.5},
+    "clip": {"clip": 1.0, "clip_mode": "mask"},
+    "student_topk_tail": {"estimator": "student_topk_tail", "top_k": 5},
 }
 
 
@@ -72,8 +82,9 @@ def report(process: ranks.Ranks, folder: Path) -> dict:
             result["divergence"] = learner.scorer.divergence(batch)
             learner.state.restore(torch.load(folder / "checkpoint.pt"), 5)
             result["resumed"] = trained(learner, teacher, 5, first=5)
-    learner, teacher = make(alignment={"reference_weight": 0.5}, learner={"lr": 1e-2})
-    result["steps", "reference"] = trained(learner, teacher, 3)
+    for name, alignment in ALIGNMENTS.items():
+        learner, teacher = make(alignment=alignment, learner={"lr": 1e-2})
+        result["steps", name] = trained(learner, teacher, 3)
     learner, teacher = make()
     learner.begin_step(5.0)
     for arrived in (batch[:3], batch[3:4], batch[4:]):
@@ -119,7 +130,7 @@ def test_two_ranks_have_the_gradient_of_one(reports, family, tied):
     assert relative(first["gradient", family, tied], alone["gradient", family, tied]) < 1e-5
 
 
-@pytest.mark.parametrize("name", [*SELECTIONS, "reference"])
+@pytest.mark.parametrize("name", [*SELECTIONS, *ALIGNMENTS])
 def test_two_ranks_have_the_losses_and_metrics_of_one(reports, name):
     alone, first, second, _ = reports
     for step, expected in enumerate(alone["steps", name]):

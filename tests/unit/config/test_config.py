@@ -161,7 +161,11 @@ CONFIGS = sorted(p for p in (ROOT / "configs").rglob("*.yaml") if "compare" not 
         (["teacher.ema_decay=0.9", "teacher.model=student"], ["ema_decay=0.9", "not teacher.placement=actor"]),
         (
             ["teacher.ema_decay=0.9", "teacher.model=student", "teacher.placement=learner", "learner.ranks=2"],
-            ["accepted with teacher.placement=learner, learner.ranks=1 and no cache, not learner.ranks=2"],
+            ["accepted with teacher.placement=learner, learner.ranks=1, no cache and no bandit, not learner.ranks=2"],
+        ),
+        (
+            ["teacher.ema_decay=0.9", "teacher.model=student", "teacher.placement=learner", "positions.policy=bandit"],
+            ["no bandit, not positions.policy=bandit"],
         ),
         (["rollout.max_tokens_start=600"], ["rollout.max_tokens_start=600", "rollout.max_tokens=512"]),
         (["rollout.max_tokens_steps=9"], ["rollout.max_tokens_steps=9", "rollout.max_tokens_start only"]),

@@ -329,6 +329,8 @@ VARIANTS = {
     "tip_soft_or": {"positions": {"metric": "tip_soft_or"}},
     "ta_opd": {"positions": {"metric": "ta_opd", "top_classes": 5}},
     "teacher_mass": {"positions": {"metric": "teacher_mass", "k": 0.4}},
+    "margin": {"positions": {"metric": "margin", "top_classes": 5}},
+    "overlap": {"positions": {"metric": "overlap", "top_classes": 5, "k": 0.4}},
     "random": {"positions": {"metric": "random"}},
     "gls": {"positions": {"policy": "gls", "k": 0.3, "queue": 90}},
     "curriculum": {"positions": {"policy": "curriculum", "curriculum_steps": 5}},
@@ -363,7 +365,9 @@ VARIANTS = {
         }
     },
     "masked": {"positions": {"policy": "gls", "k": 0.3, "queue": 90, "mask_tokens": list(range(50))}},
+    "skewed": {"alignment": {"mixture": {"gate": "constant", "reverse_weight": 1.0, "skew": 0.1}}},
     "clip": {"alignment": {"clip": 2.0, "clip_mode": "scale"}},
+    "clip_mask": {"alignment": {"clip": 2.0, "clip_mode": "mask"}},
     "decoupled_kd": {"alignment": {"variant": "decoupled_kd", "other_weight": 3.0, **FORWARD}},
     "at_kd": {"alignment": {"variant": "at_kd", **FORWARD}, "positions": {"policy": "full"}},
     "egad": {"alignment": {"variant": "egad", "feature_entropy": 0.3}},
@@ -574,6 +578,15 @@ def test_the_reference_adds_the_reverse_kl_from_the_initial_student():
         loss = learner.accumulate(later).loss - plain.accumulate(later).loss
         assert loss == pytest.approx(0.7 * value, rel=1e-3)
     assert learner.step(later).reference_kl > 1e-3
+
+
+def test_a_reference_without_weight_changes_nothing():
+    batch = make_trajectories(LENGTHS)
+    with_zero, without = (gradients(*build(alignment=section), batch) for section in ({"reference_weight": 0.0}, {}))
+    assert all(torch.equal(with_zero[name], gradient) for name, gradient in without.items())
+    learner, teacher = build(alignment={"reference_weight": 0.0})
+    teacher.encode(batch)
+    assert learner.step(batch).reference_kl is None
 
 
 def test_with_all_classes_the_sparse_targets_are_full_kd():

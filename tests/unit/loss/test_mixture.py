@@ -106,6 +106,18 @@ def test_the_limits_are_the_two_divergences(share, divergence, skew):
     assert_close(mixed, [t.double() for t in ours(inputs, Alignment(divergence))], 1e-5)
 
 
+@pytest.mark.parametrize("weight", [0.0, 1.0])
+@pytest.mark.parametrize("started", [False, True])
+def test_a_skewed_divergence_alone_equals_the_reference(weight, started):
+    """The other divergence is not formed, unless a schedule still gives it weight."""
+    inputs = make()
+    schedule = {"start": (1.0 - weight, weight), "steps": 4} if started else {}
+    alone = mixture(reverse_weight=weight, skew=0.1, step=1 if started else 10**9, **schedule)
+    assert alone.used == ((True, True) if started else (weight == 1.0, weight == 0.0))
+    pairs = alone.weights(GateRows(*[torch.zeros(ROWS)] * 5))
+    assert_close(ours(inputs, Alignment(mixture=alone)), reference(inputs, pairs, skew=0.1))
+
+
 @pytest.mark.parametrize("skew", [0.0, 0.3])
 def test_identical_distributions_have_no_divergence_and_no_gradient(skew):
     inputs = make()
