@@ -22,6 +22,7 @@ from onpolicy_skd.config.errors import ConfigError
 from onpolicy_skd.config.loading import build_settings, parse_override
 from onpolicy_skd.config.schema import ClassSettings, Settings
 from onpolicy_skd.data.chat import special_ids
+from onpolicy_skd.run.exits import EXIT_OK, run_cli
 from onpolicy_skd.storage.files import write_text
 
 TRUNCATIONS = [
@@ -132,12 +133,12 @@ def main(argv: Sequence[str] | None = None, prog: str = "python -m eval.gradient
     forced = [f"learner.batch_size={args.samples}", "mode=off_policy", "positions.policy=full", "samples.keep=1",
               "alignment.divergence=forward_kl", "alignment.variant=full_kd", "alignment.estimator=exact",
               "alignment.kd_weight=1", "alignment.ema_weight=0", "learner.compute_dtype=float32"]  # fmt: skip
-    try:
-        settings = build_settings(args.config, [parse_override(text) for text in [*args.overrides, *forced]])
-        result = measure(settings, args.samples)
-    except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    changes = [*args.overrides, *forced]
+    return run_cli(lambda: _run(args, build_settings(args.config, [parse_override(text) for text in changes])))
+
+
+def _run(args: argparse.Namespace, settings: Settings) -> int:
+    result = measure(settings, args.samples)
     print(f"{result['positions']} positions of {result['samples']} answers, divergence {result['divergence']:.2f} nats")
     print("| sampler | classes per position | angle | norm ratio |\n|---|---|---|---|")
     for r in result["records"]:
@@ -146,7 +147,7 @@ def main(argv: Sequence[str] | None = None, prog: str = "python -m eval.gradient
     if args.json:
         args.json.parent.mkdir(parents=True, exist_ok=True)
         write_text(args.json, json.dumps(result, indent=2) + "\n")
-    return 0
+    return EXIT_OK
 
 
 if __name__ == "__main__":

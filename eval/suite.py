@@ -25,6 +25,7 @@ from onpolicy_skd.models import loading as models
 from onpolicy_skd.models import split_model
 from onpolicy_skd.models.vllm_setup import require_vllm
 from onpolicy_skd.report.summary import percent, versions
+from onpolicy_skd.rollout.transformers_engine import keep_end_tokens_only
 from onpolicy_skd.rollout.vllm_engine import harness_model
 from onpolicy_skd.run.exits import EXIT_OK, run_cli
 from onpolicy_skd.storage.files import write_text
@@ -147,7 +148,9 @@ def language_model(args: argparse.Namespace) -> Any:
     from lm_eval.models import huggingface
 
     wrapper: Any = huggingface.HFLM  # its type hints leave out most arguments
-    return wrapper(device=device, batch_size=args.batch_size, **shared)
+    harness = wrapper(device=device, batch_size=args.batch_size, **shared)
+    keep_end_tokens_only(harness.model)  # lm-eval passes a few settings to generate, which takes the others from these
+    return harness
 
 
 def max_length(args: argparse.Namespace) -> int:

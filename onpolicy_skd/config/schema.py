@@ -479,7 +479,7 @@ class PositionSettings(Section):
     )
     k: Share = setting(0.2, "share of each response's positions to supervise")
     k_start: Share | None = setting(None, "first value of k, which then grows over schedule_steps")
-    schedule_steps: Positive = setting(1_000, "steps from k_start to k")
+    schedule_steps: Positive = setting(1_000, "steps from k_start to k", {"positions.k_start": Given()})
     queue: Positive = setting(30_000, "number of recent scores whose quantile is the threshold",
                               {"positions.policy": "gls"})  # fmt: skip
     curriculum_steps: Positive = setting(
@@ -715,7 +715,7 @@ class HubSettings(Section):
         None, "repository on the Hugging Face hub, OWNER/NAME or NAME, that receives final/ at the end of the run",
         affects_result=False,
     )  # fmt: skip
-    private: bool = setting(True, "make a new repository private", affects_result=False)
+    private: bool = setting(True, "make a new repository private", {"hub.push": Given()}, affects_result=False)
 
 
 class FaultSettings(Section):

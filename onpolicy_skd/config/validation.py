@@ -128,8 +128,6 @@ def _schedule(settings: Settings) -> str | None:
     if cfg.k_start is not None and (cfg.policy in ("full", "weighted") or cfg.k_start > cfg.k):
         reason = f"positions.k={cfg.k} is less" if cfg.k_start > cfg.k else f"{cfg.policy} takes every position"
         return f"positions.k_start={cfg.k_start}: {reason}; k grows from k_start to k"
-    if cfg.k_start is None and cfg.schedule_steps != type(cfg)().schedule_steps:
-        return f"positions.schedule_steps={cfg.schedule_steps}: accepted with positions.k_start only"
     return None
 
 
@@ -240,7 +238,7 @@ def _moving_teacher(settings: Settings) -> str | None:
         f"learner.ranks={settings.learner.ranks}": settings.learner.ranks > 1,
         f"teacher.dtype={teacher.dtype}": teacher.dtype in ("bfloat16", "float16"),
         "cache.path": settings.cache.path is not None,
-        "positions.policy=bandit": settings.positions.policy == "bandit",  # its probe keeps hidden states of one teacher
+        "positions.policy=bandit": settings.positions.policy == "bandit",  # its probe keeps the teacher's hidden states
     }
     for name, chosen in fixed.items():
         if chosen:
@@ -538,7 +536,10 @@ def _resume_with(settings: Settings) -> str | None:
 
 
 def _keep_best(settings: Settings) -> str | None:
-    if settings.run.keep_best and settings.generates and not settings.data.validation_problems:
+    run = settings.run
+    if run.keep_best and not run.evaluate_every:
+        return "run.keep_best=true: chooses among evaluations in training; set run.evaluate_every, for example to 50"
+    if run.keep_best and settings.generates and not settings.data.validation_problems:
         return (
             "run.keep_best=true: evaluations during training would choose the student by the test problems; set "
             "data.validation_problems, for example to 200"

@@ -164,15 +164,20 @@ class Response:
 
 @contextmanager
 def end_tokens_only(model: Any) -> Iterator[None]:
-    """Hide the model's generation settings except its end tokens, since ``generate`` uses them as defaults."""
-    from transformers import GenerationConfig
-
+    """Hide the model's generation settings except its end tokens within the block."""
     saved = model.generation_config
-    model.generation_config = GenerationConfig(eos_token_id=getattr(saved, "eos_token_id", None))
+    keep_end_tokens_only(model)
     try:
         yield
     finally:
         model.generation_config = saved
+
+
+def keep_end_tokens_only(model: Any) -> None:
+    """Drop the model's generation settings except its end tokens, since ``generate`` uses them as defaults."""
+    from transformers import GenerationConfig
+
+    model.generation_config = GenerationConfig(eos_token_id=getattr(model.generation_config, "eos_token_id", None))
 
 
 def _project(head: torch.nn.Linear, input: Tensor) -> Tensor:

@@ -1,6 +1,8 @@
 """The evaluation suite: calibration against its definition, match rules against lm-eval's, the command line."""
 
+import argparse
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -221,6 +223,17 @@ def check_outcome(folder, model="bundled:demo_student"):
     perplexity = result["tasks"]["lambada_openai"]["metrics"]["perplexity"]["value"]
     assert np.log(perplexity) == pytest.approx(-np.mean(logprobs), rel=1e-4)  # lm-eval's forward and ours
     assert result["calibration"]["lambada_openai"]["count"] == sum(len(rest) for _, rest in pairs)
+
+
+def test_generation_settings_of_the_checkpoint_are_not_used(tmp_path):
+    folder = shutil.copytree(models.resolve_path("bundled:demo_student"), tmp_path / "model")
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": 1, "repetition_penalty": 9.0}))
+    arguments = argparse.Namespace(
+        model=str(folder), backend="transformers", device="cpu", dtype="float32", max_length=64, batch_size=2,
+        trust_remote_code=False,
+    )  # fmt: skip
+    used = suite.language_model(arguments).model.generation_config
+    assert (used.eos_token_id, used.repetition_penalty) == (1, None)
 
 
 def test_the_suite_on_transformers(local_tasks, tmp_path, capsys):

@@ -126,8 +126,10 @@ def test_the_report_has_losses_times_warnings_and_restarts(run):
 
 def test_the_best_student_is_not_chosen_by_the_test_problems():
     with pytest.raises(ConfigError, match=r"run.keep_best=true: .* data.validation_problems"):
-        tiny_settings(run={"keep_best": True})
-    assert tiny_settings(run={"keep_best": True}, data={"validation_problems": 8}).run.keep_best
+        tiny_settings(run={"keep_best": True, "evaluate_every": 2})
+    with pytest.raises(ConfigError, match=r"run.keep_best=true: .* set run.evaluate_every"):
+        tiny_settings(run={"keep_best": True}, data={"validation_problems": 8})
+    assert tiny_settings(run={"keep_best": True, "evaluate_every": 2}, data={"validation_problems": 8}).run.keep_best
 
 
 def test_overflows_and_start_up_warnings_are_events_that_end_no_run(run):
