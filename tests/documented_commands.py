@@ -1,6 +1,7 @@
-"""The tests behind every command that README.md and docs/ show.
+"""The tests behind every command that README.md and docs/ show, or the reason why a command has none.
 
-``tests/unit/test_documented_commands.py`` extracts the commands and fails for a command that is missing here.
+A key stands for every command that begins with its words.  ``tests/unit/test_documented_commands.py`` extracts the
+commands and fails for a command that is missing here.
 """
 
 CLI = "tests/unit/test_cli.py::test_each_program_names_itself_as_it_was_started"
@@ -86,5 +87,25 @@ TESTS: dict[str, tuple[str, ...]] = {
     "skd eval": (CLI, "tests/unit/test_cli.py::test_arguments_and_exit_code_pass_through"),
     "skd suite": (CLI, "tests/unit/eval/test_suite.py::test_the_suite_on_transformers"),
     "skd train": ("tests/integration/test_wheel.py::test_a_run_by_name_from_an_empty_folder",),
+    "skd --help": ("tests/unit/test_cli.py::test_help_lists_every_verb",),
+    "ray get-auth-token": (
+        "tests/unit/test_cluster_examples.py::test_ray_has_the_commands_that_the_slurm_script_uses",
+    ),
+    "ray job stop": ("tests/integration/test_job.py::test_job_stop_leaves_a_checkpoint_that_resumes",),
     "ray job submit": ("tests/integration/test_job.py::test_a_submitted_job_runs_to_its_end",),
+    "ray start": ("tests/integration/test_job.py::test_a_submitted_job_runs_to_its_end",),
+}
+# Commands that no test runs, with the reason and what is tested in their place.
+OUTSIDE = {
+    "docker build": "needs Docker; tests/unit/test_cluster_examples.py lints the files and runs the CPU image's steps",
+    "docker run": "needs Docker; the page shows an option of Docker",
+    "export": "a builtin of the shell",
+    "hf auth login": "needs an account of the hub; tests/integration/test_hub.py covers a run without one",
+    "kubectl apply": "needs a cluster; tests/unit/test_cluster_examples.py checks the file against KubeRay's schema",
+    "mlflow ui": "needs the package mlflow; tests/unit/report/test_trackers.py reads what a run logs",
+    "pip install": "needs a package index; tests/integration/test_wheel.py installs the wheel without dependencies",
+    "python -m nltk.downloader": "needs a network; tests/unit/eval/test_suite.py covers a machine without these data",
+    "sbatch": "needs a Slurm cluster; tests/unit/test_cluster_examples.py runs the script with stubs",
+    "source .venv/bin/activate": "a builtin of the shell; the file comes from Python's venv",
+    "wandb sync": "needs an account; tests/integration/test_train.py reads what a run logs offline",
 }

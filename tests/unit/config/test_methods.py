@@ -5,10 +5,12 @@ import re
 import pytest
 from helpers import ROOT
 
-from onpolicy_skd.config.loading import build_settings, flat
+from onpolicy_skd.config.loading import build_settings, flat, parse_override
 from onpolicy_skd.config.shipped import shipped
 
 METHODS = sorted((ROOT / "configs" / "methods").glob("*.yaml"))
+TABLES = (ROOT / "docs" / "method.md").read_text(encoding="utf-8").partition("## 12. All methods")[2]
+SETTING = re.compile(r"(?<![\w.])(mode|[a-z]+\.[\w.]+)(?:=([^\s`]+))?")
 # What may make a method; models, data, budget and optimizer are those of methods/opd.
 PARTS = re.compile(
     r"mode|run\.name|eval\.teacher|(positions|samples|classes|alignment|references)\..*"
@@ -16,15 +18,36 @@ PARTS = re.compile(
 )
 
 
+def settings_of(path):
+    """Return the resolved settings of a config by dotted key."""
+    return flat(build_settings(path).model_dump(mode="json"))
+
+
+def changed_from_opd(path):
+    """Return the keys whose value differs from that of methods/opd."""
+    base = settings_of(path.with_name("opd.yaml"))
+    return [key for key, value in settings_of(path).items() if base[key] != value]
+
+
 @pytest.mark.parametrize("path", METHODS, ids=lambda p: p.stem)
 def test_each_method_loads_by_its_name_and_differs_in_its_method_alone(path):
-    settings = build_settings(path)
-    assert settings.run.name == path.stem
+    settings = settings_of(path)
+    assert settings["run.name"] == path.stem
     assert f"methods/{path.stem}" in shipped()
-    base = flat(build_settings(path.with_name("opd.yaml")).model_dump(mode="json"))
-    changed = [key for key, value in flat(settings.model_dump(mode="json")).items() if base[key] != value]
+    changed = changed_from_opd(path)
     assert [key for key in changed if not PARTS.fullmatch(key)] == []
     assert len(changed) > 1 or path.stem == "opd"
+
+
+@pytest.mark.parametrize("path", METHODS, ids=lambda p: p.stem)
+def test_the_row_of_each_method_names_every_setting_that_differs_from_opd(path):
+    row = next(line for line in TABLES.splitlines() if f"`methods/{path.stem}` |" in line)
+    named = dict(SETTING.findall(" ".join(re.findall(r"`([^`]+)`", row.split(" | ")[1]))))
+    derived = {"run.name", "eval.teacher"}  # eval.teacher follows teacher.model=student
+    assert set(changed_from_opd(path)) - derived <= named.keys() <= settings_of(path).keys()
+    settings = settings_of(path)
+    given = [flat(parse_override(f"{key}={value}")) for key, value in named.items() if value]
+    assert [pair for tree in given for pair in tree.items() if settings[pair[0]] != pair[1]] == []
 
 
 @pytest.mark.parametrize("path", METHODS, ids=lambda p: p.stem)
@@ -35,8 +58,6 @@ def test_each_method_says_what_is_the_papers_and_what_is_our_reading(path):
 
 
 def test_the_table_of_methods_names_every_config_and_no_other():
-    text = (ROOT / "docs" / "method.md").read_text()
-    table = text[text.index("## 12. All methods") :]
-    named = set(re.findall(r"`((?:methods|paper)/[\w/]+)`", table))
+    named = set(re.findall(r"`((?:methods|paper)/[\w/]+)`", TABLES))
     assert {f"methods/{p.stem}" for p in METHODS} == {n for n in named if n.startswith("methods/")}
     assert named <= shipped().keys()
