@@ -387,7 +387,8 @@ class RolloutSettings(Section):
     )
     dtype: Dtype = setting("auto", "auto: bfloat16 on cuda, else float32")
     entropy: Literal["learner", "engine"] = setting(
-        "learner", "source of the student's entropy; engine: recorded while sampling, which saves the learner a pass"
+        "learner", "source of the student's entropy; engine: recorded while sampling, which saves the learner "
+        "a pass on CPUs; on GPUs it forces vLLM's first model runner"
     )
     max_sequences: Positive = setting(256, "sequences that one engine generates at once", affects_result=False)
     gpu_memory: Share = setting(
