@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,18 +16,37 @@ from onpolicy_skd.models.loading import auto_class, load_config, resolve_path
 from onpolicy_skd.models.split_model import LOGIT_SETTING
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
+CAP = "final_logit_softcapping"  # Gemma
+SCALES: dict[str, Callable[[float], float]] = {
+    "logit_scale": float,  # Cohere
+    "logits_scaling": lambda value: 1.0 / value,  # Granite
+    "lm_head_multiplier": float,  # Falcon-H1
+}
 NEOX_HEAD = "embed_out.weight"  # name in files of GPT-NeoX, whose module has another name
 
 
-def check_plain_logits(model: str, trust_remote_code: bool = False) -> None:
-    """Raise ModelError if the config of ``model`` scales or caps logits, which its head alone does not do."""
-    settings = load_config(model, trust_remote_code).get_text_config().to_dict()
-    for key, value in settings.items():
-        if LOGIT_SETTING.search(key) and type(value) in (int, float) and value not in (0, 1):
+def logit_transform(model: str, trust_remote_code: bool = False) -> tuple[float, float | None]:
+    """Return scale and soft cap of the logits of ``model``, see LMHead, from its config.
+
+    Raises ModelError for other settings that change logits.  ``split`` measures both for a model that transformers
+    runs; vLLM's is compared with its own log-probabilities when a teacher starts.
+    """
+    scale, cap = 1.0, None
+    for key, value in load_config(model, trust_remote_code).get_text_config().to_dict().items():
+        if not LOGIT_SETTING.search(key) or type(value) not in (int, float):
+            continue
+        if key == CAP:
+            cap = float(value)
+        elif key in SCALES:
+            scale *= SCALES[key](value)
+        elif value not in (0, 1):
             raise ModelError(
-                f"teacher.engine=vllm: the logits of {model!r} are not its LM head's output ({key}={value}); accepted: "
-                "teacher.engine=transformers"
+                f"teacher.engine=vllm: {key}={value} of {model!r} may change its logits; accepted: "
+                f"{CAP}, {', '.join(SCALES)}, or teacher.engine=transformers"
             )
+    if not scale > 0 or (cap is not None and not cap > 0):
+        raise ModelError(f"model {model!r}: its logits have scale {scale:g} and soft cap {cap}; accepted: above 0")
+    return scale, cap
 
 
 def read_head(model: str, vocabulary: int, dtype: torch.dtype, device: str, trust_remote_code: bool = False) -> LMHead:
@@ -51,7 +71,7 @@ def read_head(model: str, vocabulary: int, dtype: torch.dtype, device: str, trus
     def used(rows: Tensor) -> Tensor:
         return rows[:vocabulary].clone().to(device, dtype)
 
-    return LMHead(used(weight), None if bias is None else used(bias))
+    return LMHead(used(weight), None if bias is None else used(bias), *logit_transform(model, trust_remote_code))
 
 
 def _names(model: str, trust_remote_code: bool) -> tuple[str, str]:

@@ -100,11 +100,42 @@ def load_config(model: str, trust_remote_code: bool = False) -> Any:
 
 
 def load_model(model: str, dtype: torch.dtype, device: str, trust_remote_code: bool = False) -> Any:
-    """Load the causal language model ``model`` on ``device``, from safetensors only.  Raises ModelError."""
+    """Load the causal language model ``model`` on ``device``, from safetensors only.
+
+    Raises ModelError, also if the files lack a tensor or have one of another shape, which transformers would only log.
+    """
     check_weights(model)
     kind = auto_class(load_config(model, trust_remote_code))
-    loaded = _from_pretrained(kind, model, dtype=dtype, trust_remote_code=trust_remote_code, use_safetensors=True)
+    loaded, info = _from_pretrained(
+        kind,
+        model,
+        dtype=dtype,
+        trust_remote_code=trust_remote_code,
+        use_safetensors=True,
+        output_loading_info=True,
+        ignore_mismatched_sizes=True,  # check_complete names them
+    )
+    check_complete(loaded, info, model)
     return loaded.to(device)
+
+
+def check_complete(loaded: Any, info: dict[str, Any], model: str) -> None:
+    """Raise ModelError unless the files gave each weight of ``loaded`` its value; ``info``: from transformers.
+
+    Tied weights have one name in the files.  Of the buffers only biases, of routers, are learned; the model computes
+    the others.
+    """
+    parameters = {name for name, _ in loaded.named_parameters(remove_duplicate=False)}
+    learned = parameters - getattr(loaded, "all_tied_weights_keys", {}).keys()
+    lacking = sorted(name for name in info["missing_keys"] if name in learned or name.endswith("_bias"))
+    others = sorted(f"{name} has shape {list(found)}, not {list(due)}" for name, found, due in info["mismatched_keys"])
+    if lacking or others:
+        kind, named = ("lack", lacking) if lacking else ("do not fit", others)
+        raise ModelError(
+            f"model {model!r}: its files {kind} {len(named)} weights of {type(loaded).__name__} "
+            f"({', '.join(named[:3])}{', ...' if len(named) > 3 else ''}), which would be random; give a complete, "
+            "unquantized checkpoint"
+        )
 
 
 def auto_class(config: Any) -> Any:
@@ -203,6 +234,21 @@ def check_length(config: Any, model: str, tokens: int) -> None:
             "data.max_prompt_tokens + rollout.max_tokens (or eval.max_tokens, teacher.max_prompt_tokens), or "
             "data.sequence_length"
         )
+
+
+def check_tensor_parallel(settings: Settings) -> None:
+    """Raise ModelError unless vLLM can split the attention heads of each model that it runs evenly over the GPUs."""
+    for section, named in (("rollout", settings.student), ("teacher", settings.teacher_model)):
+        cfg = getattr(settings, section)
+        if cfg.engine != "vllm" or (section == "teacher" and settings.cache.path is not None):
+            continue
+        config = load_config(named.model, named.trust_remote_code).get_text_config()
+        heads = getattr(config, "num_attention_heads", None) or 0
+        if heads % cfg.tensor_parallel:
+            raise ModelError(
+                f"{section}.tensor_parallel={cfg.tensor_parallel}: model {named.model!r} has {heads} attention heads; "
+                f"accepted: numbers that divide {heads}"
+            )
 
 
 def vocabulary_of(config: Any) -> int:

@@ -208,17 +208,22 @@ def _check_head(model: Any, head: Any, ids: Tensor, hidden_BLH: Tensor, vocabula
     size.  Raises ModelError for other logits.
     """
     seen: list[tuple[Tensor, Tensor]] = []
+    states: list[Tensor] = []
     probe_V = _probe(len(head.weight), head.weight.device)
 
     def replace(_: Any, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
         seen.append((inputs[0], output))
         return probe_V.expand_as(output).clone()
 
-    handle = head.register_forward_hook(replace)
+    def keep(_: Any, __: Any, output: Any) -> None:
+        states.append(output.last_hidden_state.clone())
+
+    handles = [head.register_forward_hook(replace), model.base_model.register_forward_hook(keep)]
     try:
         logits = model(input_ids=ids, use_cache=False).logits
     finally:
-        handle.remove()
+        for handle in handles:
+            handle.remove()
     name = type(model).__name__
     transform = _transform(probe_V, logits, model.config) if len(seen) == 1 else None
     if transform is None:
@@ -235,8 +240,10 @@ def _check_head(model: Any, head: Any, ids: Tensor, hidden_BLH: Tensor, vocabula
         )
     if not hidden_BLH.isfinite().all():
         raise ModelError(f"{name}: its hidden states are not finite; check its weights")
-    products = torch.nn.functional.linear(hidden_BLH, weight, None if bias is None else bias[:vocabulary])
-    if not _close(head_input, hidden_BLH) or not _close(output[..., :vocabulary], products):
+    states_BLH = states[-1] if states else hidden_BLH  # some models, such as OPT, call a part of their backbone
+    products = torch.nn.functional.linear(head_input, weight, None if bias is None else bias[:vocabulary])
+    same_states = torch.equal(head_input, states_BLH.to(head_input.dtype)) and _close(states_BLH, hidden_BLH)
+    if not same_states or not _close(output[..., :vocabulary], products):
         raise ModelError(
             f"{name}: its LM head does not read the last hidden state (a scale or a layer between them?); accepted: "
             "models whose head follows the final norm"

@@ -8,6 +8,9 @@ from collections.abc import Mapping
 from importlib import metadata
 from typing import Any
 
+from pydantic import ValidationError
+
+from onpolicy_skd.config.errors import first_line
 from onpolicy_skd.models.errors import ModelError
 
 # The engine lives in the caller's process: it starts in seconds, dies with its actor, and takes weights as objects.
@@ -50,6 +53,15 @@ def set_environment(device: str, more: Mapping[str, str] | None = None, setting:
     require_vllm(device, setting)
     for name, value in (_ENVIRONMENT | _DEVICE_ENVIRONMENT[device] | dict(more or {})).items():
         os.environ.setdefault(name, value)
+
+
+def cannot_run(error: Exception, model: str, setting: str = "rollout.engine") -> ModelError:
+    """Return a one-line error for a ``model`` that vLLM cannot run: its first line, or pydantic's reason below it."""
+    if isinstance(error, ValidationError):
+        reason = first_line(error.errors()[0]["msg"])
+    else:
+        reason = f"{type(error).__name__}: {first_line(error)}"
+    return ModelError(f"{setting}=vllm: vLLM cannot run {model!r}: {reason}")
 
 
 def engine_kwargs(

@@ -20,7 +20,7 @@ from onpolicy_skd.config.schema import Settings
 from onpolicy_skd.distributed.weight_transfer import Address, WeightSpec
 from onpolicy_skd.evaluation.stop_texts import stop_length
 from onpolicy_skd.models.loading import eos_token_ids, load_tokenizer, pick_device, resolve_path
-from onpolicy_skd.models.vllm_setup import cpu_engine_kwargs, engine_kwargs, set_environment, vllm_version
+from onpolicy_skd.models.vllm_setup import cannot_run, cpu_engine_kwargs, engine_kwargs, set_environment, vllm_version
 from onpolicy_skd.rollout.engine import sort_by_request
 from onpolicy_skd.types import RolloutRequest, SamplingParams, Trajectory, id_array
 
@@ -33,7 +33,7 @@ LM_EVAL_KV_CACHE_MIB = 2048
 
 
 class VLLMEngine:
-    """vLLM behind the RolloutEngine interface."""
+    """vLLM behind the RolloutEngine interface.  Raises ModelError if vLLM cannot run the model."""
 
     def __init__(self, model: str, settings: Settings, trust_remote_code: bool = False) -> None:
         device, cfg = pick_device(settings.run.device), settings.rollout
@@ -55,20 +55,23 @@ class VLLMEngine:
         self._tokenizer = load_tokenizer(path, trust_remote_code)
         self._eos_token_ids = _eos_token_ids(path, trust_remote_code)
         self._request_ids = itertools.count()  # never reused: an abandoned request must not answer for another one
-        self._llm = LLM(
-            path,
-            dtype=dtype,
-            load_format="safetensors",  # never a pickle
-            max_model_len=max_length,
-            max_num_seqs=cfg.max_sequences,
-            generation_config="vllm",  # no sampling settings of the checkpoint
-            seed=0,
-            trust_remote_code=trust_remote_code,
-            disable_log_stats=True,
-            logits_processors=[f"{WORKER}:EntropyRecorder"] if cfg.entropy == "engine" else None,
-            enable_sleep_mode=self._sleeps,
-            **kwargs,
-        )
+        try:
+            self._llm = LLM(
+                path,
+                dtype=dtype,
+                load_format="safetensors",  # never a pickle
+                max_model_len=max_length,
+                max_num_seqs=cfg.max_sequences,
+                generation_config="vllm",  # no sampling settings of the checkpoint
+                seed=0,
+                trust_remote_code=trust_remote_code,
+                disable_log_stats=True,
+                logits_processors=[f"{WORKER}:EntropyRecorder"] if cfg.entropy == "engine" else None,
+                enable_sleep_mode=self._sleeps,
+                **kwargs,
+            )
+        except ValueError as error:  # pydantic's are too; lack of memory, a fault of this actor, is not
+            raise cannot_run(error, model) from error
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
         with self._updated(version):

@@ -16,14 +16,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from onpolicy_skd.config.errors import first_line
 from onpolicy_skd.config.schema import Settings
 from onpolicy_skd.models.batch import micro_batches
 from onpolicy_skd.models.errors import ModelError
 from onpolicy_skd.models.head_weights import read_head
 from onpolicy_skd.models.lm_head import LMHead, Projector, log_softmax_
 from onpolicy_skd.models.loading import load_tokenizer, pick_device, pick_dtype, resolve_path
-from onpolicy_skd.models.vllm_setup import engine_kwargs, set_environment
+from onpolicy_skd.models.vllm_setup import cannot_run, engine_kwargs, set_environment
 from onpolicy_skd.teacher.teacher import HiddenRowsTeacher
 from onpolicy_skd.types import Trajectory
 
@@ -161,7 +160,7 @@ def _llm_kwargs(settings: Settings, device: str, dtype: torch.dtype) -> dict[str
 
 
 def _start(kwargs: dict[str, Any], device: str, pooling: bool = False) -> Any:
-    """Start vLLM to generate or, if ``pooling``, to return hidden states.  Raises ModelError with vLLM's first line."""
+    """Start vLLM to generate or, if ``pooling``, to return hidden states.  Raises ModelError with vLLM's reason."""
     set_environment(device, setting="teacher.engine")
     from vllm import LLM
     from vllm.config import PoolerConfig
@@ -171,9 +170,7 @@ def _start(kwargs: dict[str, Any], device: str, pooling: bool = False) -> Any:
     try:
         return LLM(**kwargs)
     except Exception as error:  # vLLM raises many kinds; each means that it cannot run this model here
-        raise ModelError(
-            f"teacher.engine=vllm: vLLM cannot run {kwargs['model']!r}: {type(error).__name__}: {first_line(error)}"
-        ) from error
+        raise cannot_run(error, kwargs["model"], "teacher.engine") from error
 
 
 def _in_new_process(function: Any, *arguments: Any) -> Any:

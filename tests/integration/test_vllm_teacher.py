@@ -9,6 +9,7 @@ import pytest
 import torch
 from helpers import ROOT, make_trajectories, tiny_model, tiny_settings
 from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from actors.teacher_actor import build_teacher
 from actors.workers import Workers
@@ -23,6 +24,7 @@ from onpolicy_skd.teacher.cache_format import write_shard
 from onpolicy_skd.teacher.teacher import Teacher
 
 VOCABULARY = 512
+CHANGED_LOGITS = [("gemma2", {"final_logit_softcapping": 5.0}), ("granite", {"logits_scaling": 8.0})]
 LENGTHS = [(5, 9), (30, 90), (12, 40), (7, 1), (96, 128), (9, 11)]
 
 
@@ -122,6 +124,28 @@ def test_head_and_states_that_are_not_the_engines_distribution_are_refused(tmp_p
     monkeypatch.setattr(vllm_teacher, "read_head", negated)
     with pytest.raises(ModelError, match="prompt_logprobs"):
         build_teacher(settings_for("vllm", model=str(tmp_path)), VOCABULARY, 0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("family", "settings"), CHANGED_LOGITS)
+def test_scaled_and_capped_logits_are_those_of_the_transformers_teacher(tmp_path, batch, family, settings):
+    torch.manual_seed(0)
+    shape = dict(
+        vocab_size=VOCABULARY, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, head_dim=32, max_position_embeddings=256, pad_token_id=0, bos_token_id=1, eos_token_id=1,
+    )  # fmt: skip
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **shape, initializer_range=0.2, **settings))
+    model.float().save_pretrained(tmp_path)
+    load_tokenizer("bundled:demo_teacher").save_pretrained(tmp_path)
+    ours, plain = teachers(model=str(tmp_path))
+    assert (ours.head().scale, ours.head().cap) == (plain.head().scale, plain.head().cap) != (1.0, None)
+    request = [(t.key, range(len(t.target_ids))) for t in batch]
+    for teacher in (ours, plain):
+        teacher.encode(batch)
+    assert relative(ours.rows(request), plain.rows(request)) < 1e-3
+    keys = [t.key for t in batch]
+    for actual, expected in zip(*(teacher.entropy_and_logprob(keys) for teacher in (ours, plain)), strict=True):
+        assert (actual - expected).abs().mean() < 1e-3
 
 
 @pytest.mark.slow

@@ -7,6 +7,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from onpolicy_skd.models.batch import collate
 from onpolicy_skd.models.lm_head import Projector
+from onpolicy_skd.models.loading import load_model
 from onpolicy_skd.models.lora import add_lora, merged_parameters
 from onpolicy_skd.models.split_model import ModelError, check_documents, split
 
@@ -121,13 +122,24 @@ def test_logits_that_no_head_describes_are_refused_whatever_their_size(change):
         split(model, VOCABULARY)
 
 
+@pytest.mark.parametrize("name", ["llama", "opt"])  # OPT calls a part of its backbone
+@pytest.mark.parametrize(("dtype", "scale"), [(torch.float32, 1.1), (torch.float32, 1.00005), (torch.bfloat16, 1.01)])
 @pytest.mark.parametrize("size", [1e-4, 1.0])
-def test_a_scale_before_the_head_is_refused(size):
-    model = family("llama")
-    model.model.norm.weight.data.mul_(size)
-    model.lm_head.register_forward_pre_hook(lambda _, inputs: (1.1 * inputs[0],))
+def test_a_scale_before_the_head_is_refused(name, size, dtype, scale):
+    model = family(name).to(dtype)
+    (model.model.norm if name == "llama" else model.model.decoder.final_layer_norm).weight.data.mul_(size)
+    model.get_output_embeddings().register_forward_pre_hook(lambda _, inputs: (scale * inputs[0],))
     with pytest.raises(ModelError, match="does not read the last hidden state"):
         split(model, VOCABULARY)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("name", [*ACCEPTED, *TRANSFORMED])
+def test_a_saved_family_is_loaded_whole_and_split_in_16_bits(name, tied, tmp_path):
+    model = family(name, tie_word_embeddings=tied, **TRANSFORMED.get(name, ({},))[0])
+    model.save_pretrained(tmp_path)
+    loaded = split(load_model(str(tmp_path), torch.bfloat16, "cpu"), VOCABULARY)
+    assert torch.equal(loaded.head_VH, model.get_output_embeddings().weight.bfloat16())
 
 
 def test_rows_of_the_head_that_are_not_finite_matter_only_inside_the_vocabulary():

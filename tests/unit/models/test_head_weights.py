@@ -1,15 +1,14 @@
 """The LM head of a checkpoint's files is the head of the loaded model."""
 
-import json
-
 import pytest
 import torch
 from helpers import VOCABULARY, tiny_model
 from safetensors.torch import load_file, save_file
-from transformers import Gemma2Config, PhiConfig, PhiForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, Gemma2Config, PhiConfig, PhiForCausalLM
 
 from onpolicy_skd.models.errors import ModelError
-from onpolicy_skd.models.head_weights import check_plain_logits, read_head
+from onpolicy_skd.models.head_weights import logit_transform, read_head
+from onpolicy_skd.models.split_model import split
 
 
 def read(folder, vocabulary=VOCABULARY, dtype=torch.float32):
@@ -75,11 +74,40 @@ def test_a_quantized_head_is_refused(tmp_path, change, needle):
         read(tmp_path)
 
 
-def test_logits_that_are_more_than_the_heads_output_are_refused_by_the_config(tmp_path):
-    Gemma2Config().save_pretrained(tmp_path)
-    with pytest.raises(ModelError, match=r"final_logit_softcapping=30\.0.*teacher\.engine=transformers"):
-        check_plain_logits(str(tmp_path))
-    config = json.loads((tmp_path / "config.json").read_text())
-    (tmp_path / "config.json").write_text(json.dumps(config | {"final_logit_softcapping": None}))
-    check_plain_logits(str(tmp_path))
-    check_plain_logits("bundled:demo_teacher")
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize(
+    ("family", "settings"),
+    [
+        ("gemma2", {"final_logit_softcapping": 7.0}),
+        ("gemma2", {"final_logit_softcapping": 1.0}),
+        ("gemma2", {"final_logit_softcapping": None}),
+        ("cohere", {"logit_scale": 0.25}),
+        ("cohere2", {"logit_scale": 1.0}),
+        ("granite", {"logits_scaling": 8.0}),
+        ("granitemoe", {"logits_scaling": 6.0}),
+        ("falcon_h1", {"lm_head_multiplier": 0.5}),
+    ],
+)
+def test_scale_and_cap_are_those_of_the_split_model(tmp_path, family, settings, tied):
+    torch.manual_seed(0)
+    shape = dict(
+        vocab_size=VOCABULARY, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=1, head_dim=16, pad_token_id=0, bos_token_id=1, eos_token_id=1, num_local_experts=2,
+        mamba_d_ssm=32, mamba_n_heads=2, mamba_d_head=16, mamba_d_state=8,
+    )  # fmt: skip
+    config = AutoConfig.for_model(family, **shape, tie_word_embeddings=tied, **settings)
+    model = AutoModelForCausalLM.from_config(config).float().eval()
+    model.save_pretrained(tmp_path)
+    expected, actual = split(model, 90).head, read(tmp_path, 90)
+    assert (actual.scale, actual.cap, actual.bias_V) == (expected.scale, expected.cap, None)
+    assert torch.equal(actual.weight_VH, expected.weight_VH)
+
+
+def test_other_settings_of_logits_are_refused_by_the_config(tmp_path):
+    Gemma2Config(output_logit_soft_cap=20.0).save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match=r"output_logit_soft_cap=20\.0.*final_logit_softcapping.*engine=transformers"):
+        logit_transform(str(tmp_path))
+    Gemma2Config(final_logit_softcapping=-5.0).save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match=r"soft cap -5\.0; accepted: above 0"):
+        logit_transform(str(tmp_path))
+    assert logit_transform("bundled:demo_teacher") == (1.0, None)

@@ -4,7 +4,8 @@ import shutil
 
 import pytest
 import torch
-from helpers import VOCABULARY, make_trajectories, tiny_model
+from helpers import VOCABULARY, make_trajectories, tiny_model, tiny_settings
+from safetensors.torch import load_file, save_file
 
 from onpolicy_skd.models.batch import collate
 from onpolicy_skd.models.lm_head import row_statistics
@@ -12,6 +13,7 @@ from onpolicy_skd.models.loading import (
     ModelError,
     check_length,
     check_same_tokenizer,
+    check_tensor_parallel,
     load_config,
     load_model,
     load_tokenizer,
@@ -93,6 +95,66 @@ def test_weights_are_read_from_safetensors_only(tmp_path):
     torch.save({}, tmp_path / "pytorch_model.bin")
     with pytest.raises(ModelError, match="safetensors"):
         load_model(str(tmp_path), torch.float32, "cpu")
+
+
+@pytest.mark.parametrize(
+    ("change", "needle"),
+    [
+        (
+            lambda name, tensor: {name.replace("layers.1.", "layers.7."): tensor},
+            r"lack 11 weights of Qwen3ForCausalLM \(model\.layers\.1\.input_layernorm\.weight, .*, \.\.\.\)",
+        ),
+        (
+            lambda name, tensor: {name.replace("q_proj.weight", "q_proj.qweight"): tensor},
+            r"lack 2 weights .*\(model\.layers\.0\.self_attn\.q_proj\.weight, [^,]*\), .* unquantized checkpoint",
+        ),
+        (
+            lambda name, tensor: {name: tensor[:7].clone() if "layers.0.self_attn.q_norm" in name else tensor},
+            r"do not fit 1 weights .*q_norm\.weight has shape \[7\], not \[16\]",
+        ),
+    ],
+)
+@pytest.mark.parametrize("tied", [True, False])
+def test_weights_that_the_files_lack_are_not_random(tmp_path, tied, change, needle):
+    tiny_model("qwen3", tied).save_pretrained(tmp_path)
+    config, file = tmp_path / "config.json", tmp_path / "model.safetensors"
+    config.write_text(
+        json.dumps(json.loads(config.read_text()) | {"quantization_config": {"quant_method": "nonsense"}})
+    )
+    load_model(str(tmp_path), torch.float32, "cpu")
+    tensors = [change(name, tensor) for name, tensor in load_file(file).items()]
+    save_file({name: tensor for changed in tensors for name, tensor in changed.items()}, file)
+    with pytest.raises(ModelError, match=needle) as refusal:
+        load_model(str(tmp_path), torch.float32, "cpu")
+    assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_embeddings_that_the_files_lack_are_refused_with_tied_weights_too(tmp_path, tied):
+    tiny_model("llama", tied).save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    tensors = load_file(file)
+    del tensors["model.embed_tokens.weight"]
+    save_file(tensors, file)
+    with pytest.raises(ModelError, match=r"lack 1 weights .*model\.embed_tokens\.weight"):
+        load_model(str(tmp_path), torch.float32, "cpu")
+
+
+@pytest.mark.parametrize(("heads", "devices", "accepted"), [(4, 3, False), (4, 2, True), (4, 1, True), (6, 4, False)])
+def test_vllm_splits_attention_heads_evenly(tmp_path, heads, devices, accepted):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "qwen3", "num_attention_heads": heads}))
+    sections = [
+        {"teacher": {"model": str(tmp_path), "engine": "vllm", "tensor_parallel": devices}},
+        {"student": {"model": str(tmp_path)}, "rollout": {"engine": "vllm", "tensor_parallel": devices}},
+    ]
+    for name, section in zip(("teacher", "rollout"), sections, strict=True):
+        settings = tiny_settings(**section)
+        if accepted:
+            check_tensor_parallel(settings)
+            continue
+        needle = rf"{name}\.tensor_parallel={devices}: .* has {heads} attention heads; accepted: .* divide {heads}$"
+        with pytest.raises(ModelError, match=needle):
+            check_tensor_parallel(settings)
 
 
 def test_code_that_comes_with_a_model_runs_only_if_it_is_trusted(tmp_path, caplog):
