@@ -75,6 +75,8 @@ def _problem(item: ErrorDetails) -> str:
         )
     message = item["msg"].removeprefix("Value error, ")
     allowed = accepted(fields[key]) if key in fields and item["type"] != "literal_error" else ""
+    if item["type"] == "list_type":
+        allowed = "a list, for example [a, 'b #c'], with quotes around text that holds any of # : , [ ]"
     if item["type"] == "string_type":
         allowed = "text; in a file, quote what YAML reads as a number or date"
     hint = f"; accepted: {allowed}" if allowed else ""
@@ -141,7 +143,7 @@ def parse_override(text: str) -> dict[str, Any]:
     field = fields_by_key().get(key.removeprefix("settings."))  # overrides of a comparison have this prefix
     node: Any = value
     if field is None or not is_text(field.annotation):
-        node = _parse_value(text, value)
+        node = _parse_value(text, key, value)
     elif value in ("", "null") and field.default is None:
         node = None
     return nest(key, node)
@@ -154,13 +156,13 @@ def nest(key: str, value: Any) -> Any:
     return value
 
 
-def _parse_value(text: str, value: str) -> Any:
+def _parse_value(text: str, key: str, value: str) -> Any:
     try:
-        return yaml_text.parse(value)
+        return yaml_text.parse(value, key)
     except yaml_text.RefusedYAML as error:
         raise ConfigError(f"{_repr.repr(text)}: {error}") from None
     except (yaml.YAMLError, ValueError, RecursionError):
-        raise ConfigError(f"{_repr.repr(text)}: the value is not YAML") from None
+        raise ConfigError(f"{_repr.repr(text)}: the value is not YAML (quote text that holds ': ' or ' #')") from None
 
 
 def load_settings(argv: Sequence[str], prog: str = "python -m onpolicy_skd.train", about: str = "") -> Settings:

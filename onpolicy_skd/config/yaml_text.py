@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import functools
 import re
-from typing import Any
+import types
+from typing import Any, Literal, Union, get_args, get_origin
 
 import yaml
+from pydantic.fields import FieldInfo
+
+from onpolicy_skd.config.plugins import BuiltinOrPlugin
+from onpolicy_skd.config.schema import is_text, walk
 
 LARGEST = 10_000  # values in a document, counting aliases at each use
 # Settings whose text may well hold a "#"; those of data also within data.mix.
-FREE_TEXT = re.compile(r"(data(\.mix\.\d+)?\.(instruction|system|plain)|teacher\.prompt)")
+FREE_TEXT = re.compile(r"(data(\.mix\.\d+)?\.(instruction|system|plain)|teacher\.prompt|rollout\.stop(\.\d+)?)$")
+SOURCE, ITEM = re.compile(r"\bdata\.mix\.\d+\."), re.compile(r"\.\d+$")
+COMMENT = re.compile(r"(?P<gap>[ \t]*(?P<lines>(\r?\n[ \t]*)*))(?P<text>#[^\r\n\0]*)")
 ODD_NUMBER = re.compile(r"[-+]?(0[0-9_]+|.*:.*|.*(__|_$|_\.|\._|_[eE]).*)")
 
 
@@ -17,36 +25,47 @@ class RefusedYAML(yaml.YAMLError):
     """YAML that is easily misread; the message says what to write."""
 
 
-def parse(text: str) -> Any:
-    """Return the value of a YAML document.  Raises yaml.YAMLError, and ValueError for dates that do not exist."""
+def parse(text: str, key: str = "") -> Any:
+    """Return the value of a YAML document, or of the setting ``key``.
+
+    Raises yaml.YAMLError, and ValueError for dates that do not exist.
+    """
     loader = yaml.SafeLoader(text)
     try:
         node = loader.get_single_node()
+        if node is None and key and text.strip():
+            raise RefusedYAML(f"a comment starts at {text.strip()[:20]!r}; quote text inside the value: ['####']")
         if node is None:
             return None
-        _size(node, "", {})
+        _size(node, key, {})
         return loader.construct_document(node)
     finally:
         loader.dispose()
 
 
-def _size(node: yaml.Node, key: str, sizes: dict[int, int]) -> int:
+def _size(node: yaml.Node, key: str, sizes: dict[int, int], column: int = -1) -> int:
     """Check ``node`` and return its number of values, aliases expanded.
 
-    ``sizes`` caches the results by ``id(node)``; 0 marks a node whose check has not ended.
+    ``sizes`` caches the results by ``id(node)``; 0 marks a node whose check has not ended.  ``column``: of the key or
+    dash before ``node``; -1 in brackets and braces.
     """
     if id(node) in sizes:
         if not sizes[id(node)]:
             raise RefusedYAML(f"{key}: an alias of the mapping or list that contains it, so nested without end")
         return sizes[id(node)]
     sizes[id(node)] = size = 0
+    block = isinstance(node, yaml.CollectionNode) and not node.flow_style
     if isinstance(node, yaml.ScalarNode):
-        _check_scalar(node, key)
+        _check_number(node)
+        _check_comment(node, key, column)
     elif isinstance(node, yaml.MappingNode):
         _check_keys(node)
-        size = sum(_size(value, f"{key}.{name.value}".lstrip("."), sizes) for name, value in node.value)
+        for name, value in node.value:
+            inner = name.start_mark.column if block else -1
+            size += _size(value, f"{key}.{name.value}".lstrip("."), sizes, inner)
     elif isinstance(node, yaml.SequenceNode):
-        size = sum(_size(item, f"{key}.{number}", sizes) for number, item in enumerate(node.value))
+        inner = node.start_mark.column if block else -1
+        size = sum(_size(item, f"{key}.{number}", sizes, inner) for number, item in enumerate(node.value))
     if size > LARGEST:
         raise RefusedYAML(f"{key or 'the document'}: its aliases expand to more than {LARGEST} values")
     sizes[id(node)] = size + 1
@@ -66,15 +85,49 @@ def _check_keys(node: yaml.MappingNode) -> None:
             lines[name.tag, name.value] = line
 
 
-def _check_scalar(node: yaml.ScalarNode, key: str) -> None:
-    if node.style is not None:
-        return  # quoted or a block: YAML reads the text as written
-    line = node.start_mark.line + 1
-    if node.tag in ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float") and ODD_NUMBER.fullmatch(node.value):
-        value = yaml.safe_load(node.value)
+def _check_number(node: yaml.ScalarNode) -> None:
+    number = node.style is None and node.tag in ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float")
+    if number and ODD_NUMBER.fullmatch(node.value):
+        line, value = node.start_mark.line + 1, yaml.safe_load(node.value)
         raise RefusedYAML(f"line {line}: YAML reads {node.value} as the number {value}; write {value}, or quote a text")
-    rest = (node.end_mark.buffer or "")[node.end_mark.pointer :].partition("\n")[0]
-    if FREE_TEXT.search(key) and rest.lstrip().startswith("#"):
+
+
+def _check_comment(node: yaml.ScalarNode, key: str, column: int) -> None:
+    """Raise RefusedYAML if the comment after ``node`` may be meant as a part of its text.
+
+    That is any comment after free text, in its line or indented like a further line of it.  After a name it is one
+    without the usual spaces: ``my #model``, but neither ``model  #comment`` nor ``model # comment``.
+    """
+    found = COMMENT.match(node.end_mark.buffer or "", node.end_mark.pointer)
+    if node.style is not None or found is None:
+        return  # quoted or a block: YAML reads the text as written
+    lines = found["lines"].count("\n")
+    if FREE_TEXT.search(key):
+        misread = not lines or len(found["gap"].rpartition("\n")[2]) > column
+    else:
+        misread = found["gap"] == " " and re.match(r"#+[^#\s]", found["text"]) is not None and _is_name(key)
+    if misread:
         raise RefusedYAML(
-            f"line {line}: {key}: a comment starts at {rest.strip()[:20]!r}; quote the text if it belongs to it"
+            f"line {node.end_mark.line + 1 + lines}: {key}: a comment starts at {found['text'].strip()[:20]!r}; quote "
+            "the text if it belongs to it"
         )
+
+
+def _is_name(key: str) -> bool:
+    """Return whether the setting ``key`` holds any text or path, or a list of them, rather than one of some choices."""
+    if key == "extends":
+        return True
+    key = ITEM.sub("", SOURCE.sub("data.", key)).removeprefix("settings.")
+    field = _settings().get(re.sub(r"^teachers\.[^.]+\.", "teacher.", key))
+    if field is None or any(isinstance(getattr(m, "func", None), BuiltinOrPlugin) for m in field.metadata):
+        return False
+    annotation = field.annotation
+    if get_origin(annotation) is list:
+        annotation = get_args(annotation)[0]
+    kinds = get_args(annotation) if get_origin(annotation) in (Union, types.UnionType) else [annotation]
+    return is_text(annotation) and not any(get_origin(kind) is Literal for kind in kinds)
+
+
+@functools.cache
+def _settings() -> dict[str, FieldInfo]:
+    return dict(walk())

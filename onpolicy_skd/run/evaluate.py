@@ -20,6 +20,7 @@ from onpolicy_skd.models.loading import load_tokenizer, weights_digest
 from onpolicy_skd.report.progress import ProgressReporter
 from onpolicy_skd.rollout.build import build_engine
 from onpolicy_skd.rollout.engine import RolloutEngine
+from onpolicy_skd.run.preflight import check_evaluated
 from onpolicy_skd.storage.files import config_beside, write_text
 from onpolicy_skd.types import SamplingParams
 
@@ -49,6 +50,7 @@ def evaluate(
     model = str(model)
     settings = settings or load_config(config_beside(model))
     tokenizer = load_tokenizer(model, settings.student.trust_remote_code)
+    check_evaluated(model, settings, tokenizer)
     prompts = load_prompts(settings.data, tokenizer, "eval", problems or settings.eval.problems or None)
     check_judged(prompts, settings.eval.judge)
     sampling = SamplingParams(
