@@ -56,11 +56,13 @@ faults: $(READY)
 soak: $(READY)
 	$(RUN) -m eval.soak --out runs/soak
 
-# The GPU path in about ten minutes, each check with a criterion; models from the hub, or ARGS="student.model=FOLDER ...".
+# The GPU path in about ten minutes, each check with a criterion. Models from the hub, whose download takes longer, or
+# from folders: ARGS="student.model=FOLDER teacher.model=FOLDER".
 gpu-check: $(READY)
 	$(RUN) -m eval.gpu_check --json runs/gpu_check.json $(ARGS)
 
-# The learner at the shapes of Qwen3-1.7B <- Qwen3-8B, random weights: no models are needed.
+# The learner at the shapes of Qwen3-1.7B <- Qwen3-8B, random weights: no models are needed. Whole steps need them:
+# ARGS="--run gsm8k_one_gpu".
 gpu-bench: $(READY)
 	$(RUN) -m eval.gpu_bench --out runs/gpu_bench.json $(ARGS)
 

@@ -2,7 +2,7 @@
 
 Weights are random and the vocabulary is the real one, so no models are needed: torch and transformers suffice; TRL and
 Liger are compared if they are installed.  ``--run`` adds steps of a shipped config with vLLM and real models.  Writes a
-JSON file, and a page of results next to the arithmetic.
+JSON file, and a page of results next to the arithmetic, after each section; what fails is recorded with its error.
 """
 
 from __future__ import annotations
@@ -31,16 +31,23 @@ from onpolicy_skd.learner.learner import Learner
 from onpolicy_skd.models.lm_head import LMHead
 from onpolicy_skd.models.split_model import SplitModel, split
 from onpolicy_skd.report.metrics_log import read, steps_of
-from onpolicy_skd.storage.files import write_text
+from onpolicy_skd.storage.files import RunPaths, write_text
 from onpolicy_skd.teacher.teacher import NoTeacher, RowRequest
+from onpolicy_skd.tracing import Span
 from onpolicy_skd.types import Trajectory
 
 LOSSES = ("dense", "trl", "liger", "ours_k100", "ours_k20", "ours_k5")
 SHARES = {"ours_k100": 1.0, "ours_k20": 0.2, "ours_k5": 0.05}
 PROMPT = 128  # tokens of each prompt
 MIB = 2**20
-# Dense bfloat16 FLOP/s, and bytes/s of memory, of the SXM cards.
-NOMINAL = {"H100": (989e12, 3.35e12), "H200": (989e12, 4.8e12), "A100": (312e12, 2.04e12)}
+# Dense bfloat16 FLOP/s, and bytes/s of memory, by the exact name: PCIe, NVL and GH200 cards have other rates.
+NOMINAL = {
+    "NVIDIA H100 80GB HBM3": (989e12, 3.35e12),
+    "NVIDIA H200": (989e12, 4.8e12),
+    "NVIDIA A100-SXM4-80GB": (312e12, 2.04e12),
+    "NVIDIA A100-SXM4-40GB": (312e12, 1.555e12),
+}
+BACKBONE = ("backbone", "backward")  # spans of the learner: the loss forms its gradients before its backward pass
 
 
 class Shape(NamedTuple):
@@ -73,7 +80,7 @@ def card(device: str) -> dict[str, Any]:
     if device != "cuda":
         return {"name": "cpu", "torch": torch.__version__, "reached": reached}
     properties = torch.cuda.get_device_properties(0)
-    nominal = next((peaks for name, peaks in NOMINAL.items() if name in properties.name), None)
+    nominal = NOMINAL.get(properties.name)
     record = {"name": properties.name, "gb": properties.total_memory / 1e9, "torch": torch.__version__}
     record |= {"cuda": torch.version.cuda, "reached": reached}
     return record | ({"nominal": dict(zip(reached, nominal, strict=True))} if nominal else {})
@@ -99,18 +106,26 @@ def wall(device: str) -> float:
 def measured(action: Callable[[], dict[str, Any]], device: str) -> dict[str, Any]:
     """Return what ``action`` returns and its peak of additional memory in units of 1e9 bytes.
 
-    If it runs out of memory, return ``error`` alone.
+    If it fails, return ``error`` alone, so that the other rows are still measured.
     """
     gc.collect()
     if device == "cuda":
         torch.cuda.empty_cache()
     reset_peak(device)
     before = memory(device, "now")
+    result = attempted(action)
+    return result if "error" in result else result | {"extra_gb": (memory(device, "peak") - before) * MIB / 1e9}
+
+
+def attempted(action: Callable[[], Any]) -> Any:
+    """Return what ``action`` returns, or a mapping with the first line of its error as ``error``."""
     try:
-        result = action()
+        return action()
     except torch.OutOfMemoryError:
         return {"error": "out of memory"}
-    return result | {"extra_gb": (memory(device, "peak") - before) * MIB / 1e9}
+    except Exception as error:  # such as an import of TRL, a Triton kernel, or cuBLAS without memory
+        lines = str(error).strip().splitlines()
+        return {"error": f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__}
 
 
 # -- the loss alone --------------------------------------------------------------------------------------------------
@@ -125,15 +140,16 @@ def losses(shape: Shape, device: str) -> dict[str, dict[str, Any]]:
         if package and importlib.util.find_spec(package) is None:
             results[name] = {"error": "not installed"}
             continue
-        step = liger_step(inputs) if name == "liger" else loss_step(_variant(name), inputs, SHARES.get(name, 1.0))
-        results[name] = measured(lambda step=step: {"ms": 1e3 * seconds_of(step, device)}, device)
+        results[name] = measured(lambda name=name: _loss_figures(name, inputs, device), device)
         results[name] |= {"flops": loss_flops(shape, name), "least_bytes": loss_bytes(shape, name)}
         inputs["student_hidden"].grad = inputs["student_head"].grad = None
     return results
 
 
-def _variant(name: str) -> str:
-    return "ours" if name in SHARES else name
+def _loss_figures(name: str, inputs: dict[str, Tensor], device: str) -> dict[str, float]:
+    variant = "ours" if name in SHARES else name
+    step = liger_step(inputs) if name == "liger" else loss_step(variant, inputs, SHARES.get(name, 1.0))
+    return {"ms": 1e3 * seconds_of(step, device)}
 
 
 def liger_step(inputs: dict[str, Tensor]) -> Callable[[], Tensor]:
@@ -216,11 +232,15 @@ def random_batch(shape: Shape, tokens: int, version: int) -> list[Trajectory]:
 def learner_step(
     shape: Shape, tokens: int, device: str, k: float = 0.2, checkpointing: bool = False, dtype: str = "auto"
 ) -> dict[str, Any]:
-    """Measure a warm step of the learner with one micro-batch of ``tokens``."""
+    """Measure a warm step of the learner with one micro-batch of ``tokens``.
+
+    The backbone's rate is 6 FLOPs per weight and token over the seconds of its forward and backward alone.  The
+    ``computed`` rate also counts the second forward of recomputed activations.
+    """
     cfg = resolve(
         {
             "data": {"source": "demo"}, "sync": {"max_gap": 1e9}, "positions": {"k": k},
-            "run": {"device": device, "timeline": None}, "student": {"activation_checkpointing": checkpointing},
+            "run": {"device": device, "timeline": 2}, "student": {"activation_checkpointing": checkpointing},
             "learner": {"compute_dtype": dtype, "tokens_per_micro_batch": max(tokens, 2048)},
         }
     )  # fmt: skip
@@ -234,17 +254,28 @@ def learner_step(
         backbone = parameters - student.model.get_input_embeddings().weight.numel()
         seconds = []
         for batch in batches:
+            learner.spans.drain()
             start = wall(device)
             learner.step(batch)
             seconds.append(wall(device) - start)
+        spans = learner.spans.drain()  # of step 2, whose ends wait for the GPU because of run.timeline
         count = sum(t.length for t in batches[0])
-        flops = (8 if checkpointing else 6) * backbone * count
-        return {"tokens": count, "seconds": min(seconds[1:]), "backbone_flops": flops, "parameters": parameters}
+        figures = {"tokens": count, "seconds": min(seconds[1:]), "parameters": parameters}
+        return figures | backbone_figures(6 * backbone * count, spans, checkpointing)
 
-    result = measured(action, device)
-    if "seconds" in result:
-        result["backbone_flops_per_second"] = result["backbone_flops"] / result["seconds"]
-    return {"tokens": tokens, "k": k, "checkpointing": checkpointing} | result
+    return {"tokens": tokens, "k": k, "checkpointing": checkpointing} | measured(action, device)
+
+
+def backbone_figures(flops: float, spans: Iterable[Span], recomputed: bool) -> dict[str, float]:
+    """Return the seconds in ``spans`` of the backbone's forward and backward, and its rates."""
+    seconds = sum(s.end - s.start for s in spans if s.name in BACKBONE)
+    rate = flops / seconds
+    return {
+        "backbone_flops": flops,
+        "backbone_seconds": seconds,
+        "backbone_flops_per_second": rate,
+        "computed_flops_per_second": rate * (8 / 6 if recomputed else 1),
+    }
 
 
 def predicted_gb(shape: Shape, tokens: int, k: float, checkpointing: bool) -> float:
@@ -287,7 +318,7 @@ def _line(result: dict[str, Any]) -> str:
 def whole_run(config: str, overrides: Sequence[str], count: int = 6) -> dict[str, Any]:
     """Run ``count`` steps of a shipped config with vLLM; return seconds by phase and tokens per second.
 
-    Raises RuntimeError with the end of its output if the run fails.
+    Raises RuntimeError with the last line of its output if the run fails.
     """
     with tempfile.TemporaryDirectory() as folder:
         arguments = [
@@ -298,8 +329,10 @@ def whole_run(config: str, overrides: Sequence[str], count: int = 6) -> dict[str
         command = [sys.executable, "-m", "onpolicy_skd.train", *arguments]
         process = subprocess.run(command, capture_output=True, text=True, check=False)
         if process.returncode:
-            raise RuntimeError((process.stderr or process.stdout)[-2000:])
-        return run_figures(read(Path(folder) / "bench" / "metrics.jsonl"))
+            output = (process.stderr or process.stdout).strip()
+            print(output[-2000:], file=sys.stderr)
+            raise RuntimeError(f"exit code {process.returncode}: {output.rpartition(chr(10))[2]}")
+        return run_figures(read(RunPaths(Path(folder) / "bench").metrics))
 
 
 def run_figures(records: Iterable[dict[str, Any]]) -> dict[str, Any]:
@@ -325,18 +358,30 @@ def run_figures(records: Iterable[dict[str, Any]]) -> dict[str, Any]:
 
 
 def page(result: dict[str, Any]) -> str:
-    """Return the results as Markdown, next to estimates and the device's peak rates."""
+    """Return the sections measured so far as Markdown, next to estimates and the device's peak rates."""
     reached = result["card"]["reached"]
     peaks = result["card"].get("nominal", reached)
     lines = [
         f"# {result['shape']} on {result['card']['name']}, torch {result['card']['torch']}", "",
         f"Measured: a large product {reached['flops'] / 1e12:.3g} TFLOP/s, a copy "
         f"{reached['bytes_per_second'] / 1e12:.3g} TB/s. Shares are of "
-        f"{peaks['flops'] / 1e12:.3g} TFLOP/s and {peaks['bytes_per_second'] / 1e12:.3g} TB/s.", "",
-        f"## The loss alone, {result['rows']} rows", "",
-        "| loss | ms | extra GB | share of arithmetic | share of bandwidth, at least |", "|---|---|---|---|---|",
+        f"{peaks['flops'] / 1e12:.3g} TFLOP/s and {peaks['bytes_per_second'] / 1e12:.3g} TB/s.",
     ]  # fmt: skip
-    for name, row in result["losses"].items():
+    sections = {
+        "losses": (f"The loss alone, {result['rows']} rows", lambda rows: _loss_lines(rows, peaks)),
+        "steps": ("A step of the learner", lambda rows: _step_lines(rows, peaks)),
+        "run": ("Steps of a whole run", _run_lines),
+    }
+    for name, (title, lines_of) in sections.items():
+        if name in result:
+            body = [result[name]["error"]] if "error" in result[name] else lines_of(result[name])
+            lines += ["", f"## {title}", "", *body]
+    return "\n".join(lines) + "\n"
+
+
+def _loss_lines(rows: dict[str, dict[str, Any]], peaks: dict[str, float]) -> list[str]:
+    lines = ["| loss | ms | extra GB | share of arithmetic | share of bandwidth, at least |", "|---|---|---|---|---|"]
+    for name, row in rows.items():
         if "ms" not in row:
             lines.append(f"| {name} | {row['error']} | | | |")
             continue
@@ -344,46 +389,64 @@ def page(result: dict[str, Any]) -> str:
         arithmetic, moved = row["flops"] / seconds / peaks["flops"], row["least_bytes"] / seconds
         share = moved / peaks["bytes_per_second"]
         lines.append(f"| {name} | {row['ms']:.4g} | {row['extra_gb']:.3g} | {arithmetic:.0%} | {share:.0%} |")
-    lines += ["", "## A step of the learner", "",
-              "| tokens | k | activations recomputed | seconds | backbone TFLOP/s | share | extra GB | estimated GB |",
-              "|---|---|---|---|---|---|---|---|"]  # fmt: skip
-    for row in result["steps"]:
+    return lines
+
+
+def _step_lines(rows: list[dict[str, Any]], peaks: dict[str, float]) -> list[str]:
+    lines = [
+        "Backbone: forward and backward at 6 FLOPs per weight and token; computed: with the second forward of "
+        "recomputed activations.", "",
+        "| tokens | k | activations recomputed | seconds | in the backbone | backbone TFLOP/s | share "
+        "| computed TFLOP/s | extra GB | estimated GB |", "|---|---|---|---|---|---|---|---|---|---|",
+    ]  # fmt: skip
+    for row in rows:
         first = f"| {row['tokens']} | {row['k']:g} | {'yes' if row['checkpointing'] else 'no'} |"
         if "error" in row:
-            lines.append(f"{first} {row['error']} | | | | {row['predicted_gb']:.3g} |")
+            lines.append(f"{first} {row['error']} | | | | | | {row['predicted_gb']:.3g} |")
             continue
-        rate = row["backbone_flops_per_second"]
-        lines.append(f"{first} {row['seconds']:.3g} | {rate / 1e12:.3g} | {rate / peaks['flops']:.0%} | "
-                     f"{row['extra_gb']:.3g} | {row['predicted_gb']:.3g} |")  # fmt: skip
-    if run := result.get("run"):
-        phases = ", ".join(f"{name} {seconds:.3g} s" for name, seconds in run["seconds"].items())
-        lines += ["", f"## {run['config']}, mean of {run['steps']} steps", "",
-                  f"{phases}; {run['tokens_per_second']:.4g} generated tokens/s; learner "
-                  f"{run['learner_memory_gb']:.3g} GB; sampler gap {run['sampler_gap']} nats."]  # fmt: skip
-    return "\n".join(lines) + "\n"
+        rate, computed = row["backbone_flops_per_second"], row["computed_flops_per_second"]
+        lines.append(
+            f"{first} {row['seconds']:.3g} | {row['backbone_seconds']:.3g} | {rate / 1e12:.3g} | "
+            f"{rate / peaks['flops']:.0%} | {computed / 1e12:.3g} | {row['extra_gb']:.3g} | {row['predicted_gb']:.3g} |"
+        )
+    return lines
+
+
+def _run_lines(run: dict[str, Any]) -> list[str]:
+    phases = ", ".join(f"{name} {seconds:.3g} s" for name, seconds in run["seconds"].items())
+    return [
+        f"{run['config']}, mean of {run['steps']} steps: {phases}; {run['tokens_per_second']:.4g} generated tokens/s; "
+        f"learner {run['learner_memory_gb']:.3g} GB; sampler gap {run['sampler_gap']} nats."
+    ]
 
 
 def main(argv: Sequence[str] | None = None, prog: str = "python -m eval.gpu_bench") -> int:
+    """Measure all sections; return 0, 1 if one failed as a whole, 2 for bad input."""
     parser = argparse.ArgumentParser(prog=prog, description=__doc__)
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--shape", choices=SHAPES, default="qwen3")
     parser.add_argument("--out", type=Path, default=Path("runs/gpu_bench.json"), help="JSON file; a page next to it")
     parser.add_argument("--run", metavar="CONFIG", help="also measure whole steps of this config: gsm8k_one_gpu")
     parser.add_argument("overrides", nargs="*", help="with --run: settings KEY=VALUE, for example student.model=FOLDER")
-    args = parser.parse_args(argv)
+    args = parser.parse_intermixed_args(argv)
     if args.device == "cuda" and not torch.cuda.is_available():
         print(f"error: --device cuda: torch {torch.__version__} sees no CUDA device; accepted: cpu", file=sys.stderr)
         return 2
     shape = SHAPES[args.shape]
-    result = {"card": card(args.device), "shape": args.shape, "rows": shape.rows, "losses": losses(shape, args.device)}
-    result["steps"] = steps(shape, args.device)
+    result: dict[str, Any] = {"card": card(args.device), "shape": args.shape, "rows": shape.rows}
+    sections: dict[str, Callable[[], Any]] = {
+        "losses": lambda: losses(shape, args.device),
+        "steps": lambda: steps(shape, args.device),
+    }
     if args.run:
-        result["run"] = {"config": args.run} | whole_run(args.run, args.overrides)
+        sections["run"] = lambda: {"config": args.run} | whole_run(args.run, args.overrides)
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    write_text(args.out, json.dumps(result, indent=2) + "\n")
-    write_text(args.out.with_suffix(".md"), page(result))
+    for name, measure in sections.items():
+        result[name] = attempted(measure)
+        write_text(args.out, json.dumps(result, indent=2) + "\n")
+        write_text(args.out.with_suffix(".md"), page(result))
     print(page(result))
-    return 0
+    return int(any("error" in result[name] for name in sections))
 
 
 if __name__ == "__main__":

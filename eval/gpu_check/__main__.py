@@ -21,10 +21,13 @@ from transformers.utils.logging import disable_progress_bar
 from eval.gpu_check import mathematics
 from eval.gpu_check.machine import check as check_machine
 from eval.gpu_check.report import FAILED, Report, Result, as_json, table
+from onpolicy_skd.config.errors import ConfigError
+from onpolicy_skd.config.loading import build_settings, parse_override
 from onpolicy_skd.storage.files import write_text
 
 PARTS = ("machine", "mathematics", "engine", "runs")
 WITHOUT_VLLM = ("machine", "mathematics")
+CONFIG = Path("gsm8k_one_gpu")
 
 
 def run_part(part: str, args: argparse.Namespace) -> list[Result]:
@@ -59,6 +62,11 @@ def run_separately(part: str, arguments: Sequence[str]) -> list[Result]:
         return [Result(**r) for r in json.loads(file.read_text(encoding="utf-8"))["results"]]
 
 
+def student_model(overrides: Sequence[str]) -> str:
+    """Return ``student.model`` of the run on one GPU.  Raises ConfigError for a wrong override."""
+    return build_settings(CONFIG, [parse_override(text) for text in overrides]).student.model
+
+
 def main(argv: Sequence[str] | None = None, prog: str = "python -m eval.gpu_check") -> int:
     """Run the checks; return 0 if all passed, 1 if one failed, 2 for bad input."""
     parser = argparse.ArgumentParser(prog=prog, description=__doc__)
@@ -66,13 +74,18 @@ def main(argv: Sequence[str] | None = None, prog: str = "python -m eval.gpu_chec
     parser.add_argument("--part", choices=PARTS, help="only this part, in this process")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: what can be checked there")
     parser.add_argument("--small", action="store_true", help="without the shapes of real models")
-    parser.add_argument("--model", default="Qwen/Qwen3-1.7B", help="student of the part engine")
+    parser.add_argument("--model", help="student of the part engine (default: student.model of the run on one GPU)")
     parser.add_argument("--json", type=Path, default=Path("runs/gpu_check.json"), help="file for all results")
     parser.add_argument(
         "overrides", nargs="*", help="settings KEY=VALUE of the run on one GPU, e.g. student.model=FOLDER"
     )
     given = list(sys.argv[1:] if argv is None else argv)
-    args = parser.parse_args(given)
+    args = parser.parse_intermixed_args(given)
+    try:
+        args.model = args.model or student_model(args.overrides)
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     if args.device == "cuda" and not torch.cuda.is_available() and args.part not in (None, "machine"):
         print(f"error: --device cuda: torch {torch.__version__} sees no CUDA device; accepted: cpu", file=sys.stderr)
         return 2

