@@ -27,25 +27,51 @@ ANSWER_TAIL = 4_000  # characters from the end that may hold the final answer
 LONGEST_ANSWER = 100  # characters of a box, of a formula, and of the answer that a record keeps
 LONGEST_COMPARISON = 0.4  # CPU seconds of symbolic algebra; a comparison that takes longer counts as not equal
 AGAIN = 0.05  # seconds between further interrupts
-MARKER, BOXED = "####", "\\boxed"
+MARKER, BOXED = "####", re.compile(r"\\(?:boxed|fbox)(?![A-Za-z])")
 STRICT = re.compile(r"#### (-?[0-9.,]+)")
 for _name in ("math_verify", "math_verify.parser", "math_verify.grader"):
     logging.getLogger(_name).setLevel(logging.CRITICAL)  # their warnings are about single answers
 
 # -- where an answer stands ----------------------------------------------------------------------------------------
-THINKING = re.compile(r"(?i)<(/?)(?:think|thinking|thought|reasoning)>|\[(/?)think\]")
-STATEMENT = re.compile(r"(?:####|\\boxed\{|[Aa]nswer(?: is|:))[^\n#]{0,40}?[0-9]")
-TURN = re.compile(
-    r"(?m)(?P<blank>^[ \t]*\n)?^[ \t#*>]*(?i:question|problem|instruction|human|user|q)[ \t]*[0-9]*\**[ \t]*:"
-    r"|<\|\w+\|>\s*user\b"
+_THOUGHT = r"(?:think(?:ing)?|thoughts?|reasoning|reflection|analysis|scratchpad)"
+THINKING = re.compile(  # an opening tag, or a closing one with its slash or ``end``
+    rf"(?i)[<◁]\|?\s*(?P<end>/)?\s*(?:\w+:)?{_THOUGHT}(?:\s[^<>\n]{{0,40}})?\|?[>▷]|\[(?P<end2>/)?think\]"
+    r"|<\|(?:begin|(?P<end3>end))_of_thought\|>"
+    r"|<\|channel\|>(?:analysis|commentary|(?P<end4>final))|\Aanalysis(?=[A-Z])|(?P<end5>assistantfinal)"  # harmony
 )
+_TASK = r"(?i:question|problem|instruction|exercise|example|task|input|q)"
 HEADING = re.compile(r"(?!(?i:the |final |correct )*(?i:answer)\b|[^\s=]+\s*=)[A-Za-z]|[0-9]+[.)]\s+[A-Za-z]")
+STATEMENT = re.compile(
+    rf"(?:(?P<marked>####\s*+(?!{HEADING.pattern})|\\(?:boxed|fbox)[ {{])|"
+    r"(?P<heading>####)|[Aa]nswer(?: is|:))[^\n#]{0,40}?[0-9]"
+)
+TURN = re.compile(  # a new problem or turn; ``marked``: only after an answer that has a marker or a box
+    r"(?m)(?P<blank>^[ \t]*\n)?^[ \t#>*]*(?:(?i:question|problem|instruction|human|user|q)[ \t]*[0-9]*\**[ \t]*:"
+    r"|(?:user|human|assistant|system)[ \t]*$)|<\|\w+\|>\s*user\b"
+    rf"|(?P<marked>^[ \t]*(?:#+|\*\*|[0-9]+[.)])[ \t*]*{_TASK}(?:[ \t]*[0-9]+)?[ \t]*(?:[.:]|\*\*|$)"
+    rf"|^[ \t]*{_TASK}(?:[ \t]*[0-9]+[ \t]*(?:[.:)]|$)|[ \t]*:|[.)][ \t])|(?<=\s)(?:Question|Problem|Q)[ ]?[0-9]*:)"
+)
+END = re.compile(  # the end of a turn
+    r"(?:</s>|<end_of_turn>|<eos>|"
+    r"<[|\uff5c](?:endoftext|end_of_text|im_end|eo[tm]_id|end|return|end\u2581of\u2581sentence)[|\uff5c]>)\s*|(?=\[INST\])"
+)
+SECTION = re.compile(r"(?i)(?:step|part|note|verif\w+|check\w*|explanation)\b")  # a heading even with no text below
 LABEL = re.compile(r"(?i)^(?:so |the |final |correct )*answer(?: is)?[:\s]+")
 # Between two numbers that are not one answer.
-JOINED = re.compile(r"[^\S\n]*(?:or|and|to|[-/:*\u00d7x+^·÷]|\\(?:times|cdot|div))?[^\S\n]*|[,(]")
-BULLET = re.compile(r"(?m)^[ \t]*[-*+•][ \t]+")
+JOINED = re.compile(
+    r"[)\]]?[^\S\n]*(?:or|and|to|(?:out )?of|in|less|over|plus|minus|times|by|(?:divided|multiplied) by|mod|[-=]*>|→"
+    r"|[-/:*\u00d7x+^·÷]+|\\(?:times|cdot|div))?[^\S\n]*[(\[]?|,"
+)
+BULLET = re.compile(r"(?m)^[ \t]*[-*+•][ \t]+|(?<=\n\n)[ \t]*>[ \t]+")
 CLAUSE_START = re.compile(r"[,;:!?|]\s|(?<!\b[A-Z][a-z]{2})\.\s|\n")
-CLAUSE_END = re.compile(r"[.,;:!?|)](?:\s|$)|\n|\(|\\boxed")
+_TOKEN = r"[^\s=+*/\u00d7÷·^-]++"
+CHAIN = re.compile(  # the expression before an equals sign, without the words of its sentence
+    r"(?:[A-Za-z]+ of |twice )?"
+    rf"(?:(?:[0-9.,]+(?:[^\S\n]+[A-Za-z]+){{1,3}}+\)?|{_TOKEN})[^\S\n]*[-+*/\u00d7÷·^]+[^\S\n]*)*"
+    rf"(?:[0-9.]+[^\S\n]+)?{_TOKEN}[^\S\n]*=[^\w\n]*$"
+)
+CLAUSE_END = re.compile(r"[.,;:!|)](?:\s|$)|\n|\(|\\boxed")
+TAKEN_BACK = re.compile(r"(?i)[\s.,;:!)]*(?:no(?=[.,!]|\s*\Z)|wait|actually|sorry|oops|correction|wrong|incorrect)\b")
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,29 +106,37 @@ def check_reference(answer: str) -> str | None:
         return "the reference answer is empty"
     if quantity(stated):
         return None
+    exponent = re.search(r"[0-9][eE][-+]?[0-9]", stated)  # neither read as 1000 nor as a product
     has_digit, marked = re.search("[0-9]", stated), MARKER in answer
-    if _formula(stated) and not (marked and re.fullmatch(r"[-0-9.,:/\s]+", stated)):
+    if _formula(stated) and not exponent and not (marked and re.fullmatch(r"[-0-9.,:/\s<>≤≥~?]+", stated)):
         return None
-    if len(stated) <= LONGEST_ANSWER and not (marked and has_digit):
+    if len(stated) <= LONGEST_ANSWER and not (has_digit and (marked or exponent)):
         return None  # compared as text
     return f"the reference answer {stated[:LONGEST_ANSWER]!r} cannot be read whole as one number, formula or short text"
 
 
 def _stated_reference(answer: str) -> str:
     lines = [piece.strip().partition("\n")[0].strip() for piece in answer.split(MARKER)[1:]]
-    if MARKER in answer and (any(lines) or BOXED not in answer):
+    if MARKER in answer and (any(lines) or not BOXED.search(answer)):
         return next(filter(None, reversed(lines)), "")
     return next(_boxes(answer), answer.strip())
 
 
 def judged_text(output: str) -> str:
     """Return the part of ``output`` that ``match`` judges: after the thinking, up to the first new turn."""
-    closed = [tag.end() for tag in THINKING.finditer(output) if "/" in tag.group()]
+    closed = [tag.end() for tag in THINKING.finditer(output) if any(tag.groups())]
     text = THINKING.split(output[closed[-1] if closed else 0 :], maxsplit=1)[0]
     digit, statement = re.search("[0-9]", text), STATEMENT.search(text)
+    if end := END.search(text, digit.end() if digit else 1):
+        text = text[: end.end()]
+    marked = next((s.end() for s in STATEMENT.finditer(text) if s["marked"]), len(text))
     asks_itself = TURN.match(text.lstrip())
     for turn in TURN.finditer(text, digit.end()) if digit else ():
         answered = statement is not None and statement.end() <= turn.start()
+        if turn["marked"]:
+            line = text[max(0, turn.start() - LONGEST_ANSWER) : turn.start()].rstrip().rpartition("\n")[2]
+            stated = STATEMENT.search(line)
+            answered = marked <= turn.start() or (stated is not None and not stated["heading"])
         if answered or (turn["blank"] and not asks_itself):
             return text[: turn.start()]
     return text
@@ -118,8 +152,10 @@ def final_answer(output: str, numeric: bool = True) -> str | None:
     for place in range(len(pieces) - 1, 0, -1):
         line, _, below = MARKER.join(pieces[place:]).strip().partition("\n")
         line = line.partition(MARKER)[0].strip()
-        follows = below.strip() if numeric else BOXED in below
-        is_heading = follows and (line.endswith(":") or HEADING.match(normalized(line)))
+        follows = below.strip() if numeric else BOXED.search(below)
+        title = normalized(line)
+        is_section = SECTION.match(title) and "=" not in title
+        is_heading = (line.endswith(":") or HEADING.match(title)) if follows else is_section
         if line and not is_heading and (not numeric or has_number(line)):
             return line
     if boxed := next((b for b in _boxes(text) if not numeric or has_number(b)), None):
@@ -129,7 +165,10 @@ def final_answer(output: str, numeric: bool = True) -> str | None:
 
 def _boxes(text: str) -> Iterator[str]:
     """Yield the contents of closed, short, nonempty boxes, last one first."""
-    for piece in reversed(text.split(BOXED)[1:]):
+    for piece in reversed(BOXED.split(text)[1:]):
+        if bare := re.match(rf"[^\S\n]*\$?([-.]?[0-9][^$\n]{{0,{LONGEST_ANSWER}}})(?=[$\n]|\Z)", piece):  # \boxed 18
+            yield bare[1].strip()
+            continue
         depth = 0
         for place, char in enumerate(piece[: LONGEST_ANSWER + 2]):
             depth += (char == "{") - (char == "}")
@@ -149,8 +188,13 @@ def _last_number(text: str) -> str | None:
     before = text[previous : last.start()]
     if previous and JOINED.fullmatch(before):
         return None
-    clause = CLAUSE_START.split(before)[-1] + last.group() + CLAUSE_END.split(text[last.end() :], maxsplit=1)[0]
-    return last.group().strip() if quantity(clause) else None
+    head = CLAUSE_START.split(before)[-1]
+    if side := CHAIN.search(text[max(0, last.start() - LONGEST_ANSWER) : last.start()]):
+        head = side.group()
+    tail = CLAUSE_END.split(text[last.end() :], maxsplit=1)
+    clause = head + last.group() + tail[0]
+    retracted = TAKEN_BACK.match(text, last.end() + len(tail[0]))
+    return last.group().strip() if not retracted and quantity(clause) else None
 
 
 def _equal(reference: str, gold: Quantity | None, stated: str) -> bool:
@@ -159,7 +203,7 @@ def _equal(reference: str, gold: Quantity | None, stated: str) -> bool:
     if _words(reference) and _words(reference) == _words(stated):
         return True
     formulas = _formula(reference), _formula(stated)
-    if not all(formulas):
+    if not all(formulas) or (gold and "=" in normalized(stated)):  # math-verify drops left sides
         return False
     _warm_up()
     try:

@@ -138,6 +138,17 @@ NEAR_MISSES = [
     "A18", "18.5", "18.0000001", "1.8", "0.18", ".18", "180", "118", "1 8", "18\u2009000", "18 000", "18,000",
     "18.000.000", "18_000", "18_2", "18 (or 19)", "18. No, 19.", "18. Wait, not 18.", "eighteen or 18", "18?",
     "f(18)", "18 mod 5", "18 choose 2",
+    "-(18)", "- (18)", "x + 18", "x - 18", "x -18", "cost - 18", "F-18", "2x = 18", "2 x = 18", "4s = 18", "x + 2 = 18",
+    "x^2 = 18", "x\u00b2 = 18", "x/2 = 18", "2/x = 18", "-x = 18", "|x| = 18", "x + y = 18", "2L + 2W = 18",
+    "total / 2 = 18", r"\sqrt{x} = 18", r"\frac{x}{2} = 18", "half of x = 18", "17 \u2192 18", "18 & a half",
+    "18-and-a-half",
+    "18 one-half", "18 three quarters", "18 and two-thirds", "18 a third", "18/two", "18 over two", "18 divided by two",
+    "18 less two", "18 doubled", "18 halved", "18 twice", "thrice 18", "two hundred 18", "two hundred and 18",
+    "18 hundredths",
+    "18 tenths", "18 bn", "18mn", "18 mil", "18 lakh", "18 crore", "18 millions", "18-thousand", "18 hundred thousand",
+    "18 K",
+    "18 and change", "18ish", "18-odd", "as many as 18", "upwards of 18", "one of 18", "two thirds of 18",
+    "half of the 18", "one out of 18", "18 to one", "18 out of twenty", "~~18~~", "<del>18</del>", r"\cancel{18}",
 ]  # fmt: skip
 
 
@@ -195,6 +206,44 @@ def test_thinking_and_later_turns_are_not_judged():
     assert judged_text(socratic) == socratic
     assert judged_text(f"#### 18\n\nQ: {'word ' * 9_000}\n#### 5").strip() == "#### 18"
     assert score(f"<think>{'18 ' * 9_000}", "#### 18").extracted is None
+
+
+THINKING = [
+    *(f"<{tag}>#### 5</{tag}>" for tag in ("thoughts", "analysis", "scratchpad", "reflection", "seed:think")),
+    "<|thinking|>#### 5<|/thinking|>", "<think >\n#### 5\n</think >\n", "<|begin_of_thought|>#### 5<|end_of_thought|>",
+    "\u25c1think\u25b7#### 5\u25c1/think\u25b7",
+]  # fmt: skip
+LATER = [
+    "\n\n### Question\nx", "\n\n## Problem 2\nx", "\n\n**Problem 2.** x", "\n\nExample 2:\nx", "\n\nExercise 3\nx",
+    "\n\nTask: x", "\n\nQ. x?\nA.", "\n\n### Instruction\nx", "\n\nInput: x\nOutput:", " Question: x",
+    "\nuser\nx\nassistant", "</s>[INST] x [/INST]", " [INST] x", "<|endoftext|>John has", "<|im_end|>\n",
+    "<|eot_id|>", "<\uff5cend\u2581of\u2581sentence\uff5c>",
+    "<end_of_turn>\n<start_of_turn>user\nx\n",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("thinking", THINKING)
+def test_each_kind_of_thinking_is_dropped(thinking):
+    assert score(thinking + "18", "#### 18").match
+    assert final_answer(thinking.partition("#### 5")[0] + "#### 5") is None
+
+
+@pytest.mark.parametrize("answer", ["#### 18", r"\boxed{18}", "The answer is 18."])
+def test_nothing_after_a_turn_is_judged(answer):
+    assert not [later for later in LATER if not score(f"{answer}{later} #### 5", "#### 18").match]
+
+
+@pytest.mark.parametrize(
+    "reasoning",
+    [
+        "Step 1: 9 hens\nExample: 9",
+        "#### Step 1: 9 hens\n\nExample: 2 eggs",
+        "Task: 5\n\nInput: 9\nOutput: 1",
+        "### Problem 2\n9",
+    ],
+)
+def test_headings_in_the_reasoning_end_no_answer(reasoning):
+    assert score(f"{reasoning}\n#### 18", "#### 18").match
 
 
 # -- a fuzz: the verdict is known by construction ------------------------------------------------------------------
@@ -272,11 +321,18 @@ def test_references_that_can_be_read(answer):
     "answer",
     [
         "", "  \n", "####", "#### 18 or 19", "#### 1,2", "#### 18/0", "#### 10:30", "#### 2024-01-18",
+        "#### 1e3", "1E-3", "#### >18", "#### < 5",
         "#### 18 eggs and 5 hens", "She has 16 eggs and eats 3 of them. She sells the rest for 2 dollars each. " * 2,
     ],
 )  # fmt: skip
 def test_references_that_cannot_be_read(answer):
     assert check_reference(answer)
+
+
+def test_numbers_of_more_digits_than_python_reads_are_never_right():
+    assert "cannot be read whole" in str(check_reference("#### " + "9" * 4_500))
+    for output in ("#### 18", "#### " + "9" * 4_500, "#### " + "9" * 5_000):
+        assert not score(output, "#### " + "9" * 4_500).match
 
 
 def test_a_row_with_such_a_reference_is_refused_where_it_is_judged(tmp_path):
@@ -312,6 +368,8 @@ HOSTILE = [
     "1 111 ", "1 ", "1,", "1/", "1 and ", "<<", "</a", r"\text{", r"\frac{", r"\frac{1}", "{", "*", "_", "- ", " ",
     "\n", "\n ", "#### ", r"\boxed{", r"\boxed{1", "= 1", "answer: ", "\n\nQuestion: ", "<think>", "</think>",
     "<|a|>", "or ", "not ", ". ", "!", "(", "\\", "\u2009111", "1e9", "$", "-$", "~", "^m^2", "january ",
+    "~~", "~~1", "<del>", "[INST]", "</s>1", "\nTask: ", "\n## Task ", "x + 1 = ", "1 a b c + ", "a+", "1 a ",
+    r"\boxed 1", "#### answer 1\nTask: ", "\u25c1think", "\n**", "- (", "of 0 cents ", "a 0", "<|channel|>",
 ]  # fmt: skip
 
 
