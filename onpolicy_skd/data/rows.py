@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 import json
+import sys
+import unicodedata
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -98,7 +100,7 @@ def _message(message: Any, where: str) -> dict[str, Any]:
     if not isinstance(content, str):
         raise DataError(f"{where}: its content is no text; accepted: a string, or a list of objects with a text")
     calls = checked.get("tool_calls") or []
-    if message["role"] == "assistant" and not content.strip() and not calls:
+    if message["role"] == "assistant" and is_blank(content) and not calls:
         raise DataError(f"{where}: the assistant says nothing; give a content or tool_calls, or remove the message")
     checked["content"] = content
     if calls:
@@ -133,7 +135,7 @@ def _from_json(value: Any) -> Any:
     """Return the value of JSON text; return other values, and text that is not JSON, unchanged."""
     try:
         return json.loads(value) if isinstance(value, str) else value
-    except (json.JSONDecodeError, RecursionError):
+    except (ValueError, RecursionError):  # ValueError: also a number of too many digits
         return value
 
 
@@ -176,10 +178,15 @@ def text_columns(row: dict[str, Any], columns: Sequence[str], where: str) -> lis
                 f"{', '.join(map(repr, row)) or 'no columns'} (set data.question_column / data.answer_column)"
             )
         check_text(text, f"{where}: column {column!r}")
-        if not text.strip():
+        if is_blank(text):
             raise DataError(f"{where}: column {column!r} is empty; give a text or remove the row")
         texts.append(text)
     return texts
+
+
+def is_blank(text: str) -> bool:
+    """Return whether ``text`` shows nothing: white space, control characters and zero-width characters alone."""
+    return all(c.isspace() or unicodedata.category(c) in ("Cc", "Cf") for c in text)
 
 
 def check_text(text: str, where: str) -> None:
@@ -202,14 +209,12 @@ def read_jsonl(file: Path) -> Iterator[dict[str, Any]]:
 def numbered_jsonl(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     """Yield what ``read_jsonl`` yields, each object with the number of its line."""
     try:
-        with file.open(encoding="utf-8-sig") as lines:  # utf-8-sig drops a byte order mark
-            for number, line in enumerate(lines, 1):
+        with file.open(encoding="utf-8") as lines:
+            unmarked = (line.removeprefix("\ufeff") for line in lines)  # byte order marks, also of joined files
+            for number, line in enumerate(unmarked, 1):
                 if not line.strip():
                     continue
-                try:
-                    row = json.loads(line)
-                except (json.JSONDecodeError, RecursionError) as error:
-                    raise DataError(f"{file} line {number}: not JSON ({error}); one JSON object a line") from None
+                row = _from_line(line, f"{file} line {number}")
                 if not isinstance(row, dict):
                     raise DataError(f"{file} line {number}: a {type(row).__name__}, but must be a JSON object")
                 yield number, row
@@ -217,6 +222,28 @@ def numbered_jsonl(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         raise DataError(f"{file}: not UTF-8 text ({error.reason} at byte {error.start})") from None
     except OSError as error:
         raise DataError(f"{file}: cannot be read ({error.strerror})") from None
+
+
+def _from_line(line: str, where: str) -> Any:
+    try:
+        return json.loads(line, object_pairs_hook=_without_contradictions)
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise DataError(f"{where}: not JSON ({error}); one JSON object a line") from None
+    except DataError as error:
+        raise DataError(f"{where}: {error}") from None
+    except ValueError:  # of int()
+        most = sys.get_int_max_str_digits()
+        raise DataError(f"{where}: a number has more than {most} digits; write it as text") from None
+
+
+def _without_contradictions(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return a JSON object.  Raises DataError if a key has two different values: JSON would keep the last."""
+    found: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in found and found[key] != value:
+            raise DataError(f"the key {key!r} is there twice with different values; keep one")
+        found[key] = value
+    return found
 
 
 def read_hub(name: str, subset: str | None, split: str, streaming: bool = False) -> Iterator[dict[str, Any]]:

@@ -73,6 +73,10 @@ def test_any_jsonl_with_named_columns(tmp_path):
         (b"\xff\xfe\x00", "not UTF-8"),
         (b"", "no prompt is left"),
         (b"[" * 100_000, "line 1: not JSON"),
+        (b'{"question": "a", "answer": "b", "n": ' + b"9" * 5000 + b"}", "line 1: a number has more than 4300 digits"),
+        (b'{"question": "a\\u200b", "answer": "\\u200b \\u2060"}', "row 1: column 'answer' is empty"),
+        (b'{"question": "\\ufeff", "answer": "a"}', "row 1: column 'question' is empty"),
+        (b'{"question": "a", "answer": "b", "answer": "c"}', "line 1: the key 'answer' is there twice"),
     ],
 )
 def test_bad_rows_are_one_error_that_names_file_and_row(tmp_path, content, needle):
@@ -85,6 +89,11 @@ def test_bad_rows_are_one_error_that_names_file_and_row(tmp_path, content, needl
 def test_a_byte_order_mark_is_no_part_of_the_data(tmp_path):
     (tmp_path / "a.jsonl").write_bytes(b'\xef\xbb\xbf{"question": "1+1?", "answer": "2"}\n')
     assert list(read_jsonl(tmp_path / "a.jsonl")) == [{"question": "1+1?", "answer": "2"}]
+
+
+def test_joined_files_keep_their_rows(tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(b'{"a": 1}\n\xef\xbb\xbf{"a": 2, "b": 3, "b": 3}\n\xef\xbb\xbf\n')
+    assert list(read_jsonl(tmp_path / "a.jsonl")) == [{"a": 1}, {"a": 2, "b": 3}]
 
 
 @pytest.mark.parametrize("appended", ["<|end|>", "<|pad|> <|end|>"])

@@ -112,7 +112,8 @@ def test_each_source_keeps_its_rules_and_shared_settings_stay_outside(chats, tmp
         prepare(mixed(DEMO, chats | {"train_file": str(bad)}))
     tokenizer = load_tokenizer("bundled:demo_student")
     check_template(mixed(DEMO, chats).data, tokenizer)
-    tokenizer.chat_template = "{% if messages | length == 1 and '1?' in messages[0].content %}{{ 1 / 0 }}{% endif %}x"
+    fails = "{% if messages | length == 1 and '1?' in messages[0].content %}{{ 1 / 0 }}{% endif %}"
+    tokenizer.chat_template = fails + "{{ messages[-1].content }}"
     with pytest.raises(DataError, match=r"chats\.jsonl#1: .*ZeroDivisionError"):
         check_template(mixed(DEMO, chats).data, tokenizer)
 

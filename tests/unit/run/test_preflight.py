@@ -6,8 +6,12 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from helpers import tiny_settings
+from safetensors.torch import load_file, save_file
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
+from eval import gsm8k
 from onpolicy_skd.config.errors import ConfigError
 from onpolicy_skd.models.generation_config import savable_generation_config
 from onpolicy_skd.models.loading import resolve_path
@@ -64,6 +68,98 @@ def test_a_template_is_tried_on_a_row(student, tmp_path, monkeypatch, template, 
     assert needle in text
     assert "data.template=chat" in text
     assert "demo:train#1" in text
+
+
+@pytest.mark.parametrize(
+    ("template", "system", "needle"),
+    [
+        ("hello", None, "does not show the question"),
+        ("{{ messages[-1].content }}", "Be brief.", "does not show data.system"),
+        ("{{ messages[0].content }}", "Be brief.", "does not show the question"),
+    ],
+)
+def test_a_template_that_leaves_out_a_text_is_refused(student, tmp_path, template, system, needle):
+    set_template(student, template)
+    assert needle in refusal(student, tmp_path, data={"system": system})
+
+
+def test_a_template_that_leaves_out_a_turn_is_refused(student, tmp_path):
+    turns = [{"role": "user", "content": "1+1?"}, {"role": "assistant", "content": "2"}]
+    (tmp_path / "a.jsonl").write_text(json.dumps({"messages": [*turns, *turns]}))
+    data = {"source": "jsonl", "train_file": str(tmp_path / "a.jsonl"), "messages_column": "messages",
+            "answer_column": ""}  # fmt: skip
+    set_template(student, "{{ messages[-1].content }}")
+    assert "does not show message 1 (user)" in refusal(student, tmp_path, data=data)
+
+
+@pytest.mark.parametrize(
+    ("template", "system"),
+    [
+        ("{{ messages | tojson }}", 'Be "brief".'),
+        ("{% for m in messages %}{{ m.content | trim | upper }}{% endfor %}", "  Be brief. "),
+        ("{% for m in messages %}{{ m.content.replace('/no_think', '') }}{% endfor %}", "/no_think"),
+        ("{{ messages[-1].content }}", ""),
+        ("{% if 'brief' not in messages[0].content %}{{ 1 / 0 }}{% endif %}{{ messages[-1].content }}", "brief"),
+    ],
+)
+def test_a_template_may_change_the_texts(student, tmp_path, template, system):
+    set_template(student, template)
+    data = {"system": system}
+    preflight(tiny_settings(run={"dir": tmp_path / "runs"}, student={"model": str(student)}, data=data))
+
+
+@pytest.mark.parametrize("index", [[], {"weight_map": {}}, {"weight_map": {"a": 1}}, {}])
+def test_an_index_names_the_files_of_the_weights(student, tmp_path, index):
+    (student / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert "model.safetensors.index.json has no weight_map" in refusal(student, tmp_path)
+
+
+@pytest.mark.parametrize("base", [False, True])
+def test_names_and_shapes_of_the_weights_are_those_of_the_model(student, tmp_path, base):
+    weights = load_file(student / "model.safetensors")
+    if base:  # transformers adds the prefix
+        save_file({name.removeprefix("model."): tensor for name, tensor in weights.items()},
+                  student / "model.safetensors", {"format": "pt"})  # fmt: skip
+    preflight(tiny_settings(run={"dir": tmp_path / "runs"}, student={"model": str(student)}))
+    set_json(student / "config.json", intermediate_size=48)
+    assert "has shape" in refusal(student, tmp_path)
+    save_file({"x": torch.zeros(3)}, student / "model.safetensors", {"format": "pt"})
+    assert "its files lack" in refusal(student, tmp_path)
+
+
+@pytest.mark.parametrize("token", [99_999, [1, 99_999], "end"])
+def test_an_end_of_sequence_beyond_the_vocabulary_is_refused(student, tmp_path, token):
+    set_json(student / "generation_config.json", eos_token_id=token)
+    text = refusal(student, tmp_path)
+    assert "its generation_config.json cannot be used" in text
+    assert "eos_token_id" in text
+
+
+@pytest.mark.parametrize("part", ["configuration", "tokenizer"])
+def test_what_the_end_of_a_run_saves_is_saved_on_trial(student, tmp_path, monkeypatch, part):
+    def fail(self, folder, **_):
+        raise TypeError("not JSON")
+
+    kind = PretrainedConfig if part == "configuration" else PreTrainedTokenizerBase
+    monkeypatch.setattr(kind, "save_pretrained", fail)
+    assert f"its {part} cannot be saved: TypeError: not JSON" in refusal(student, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("break_it", "needle"),
+    [
+        (lambda folder: set_template(folder, "hello"), "demo:test#1: data.template=chat: the template does not show"),
+        (lambda folder: set_json(folder / "config.json", intermediate_size=48), "has shape"),
+        (lambda folder: (folder / "model.safetensors").write_bytes(b"1234"), "its weights cannot be read"),
+    ],
+)
+def test_an_evaluation_makes_the_same_checks(student, capsys, break_it, needle):
+    break_it(student)
+    options = ["data.source=demo", "data.max_prompt_tokens=96", "rollout.max_tokens=16", "rollout.engine=transformers"]
+    assert gsm8k.main(["--model", str(student), "--problems", "2", *options, "run.device=cpu"]) == 2
+    error = capsys.readouterr().err
+    assert needle in error
+    assert error.count("\n") == 1
 
 
 def test_a_tokenizer_without_an_end_is_refused(student, tmp_path):
@@ -134,3 +230,20 @@ def test_weights_that_are_quantized_already_are_not_quantized_again(student, tmp
     checks.check_quantization(tiny_settings(teacher=teacher | {"quantization": None}))
     with pytest.raises(ConfigError, match=r"teacher\.quantization=fp8.*quantized already \(gptq\).*leave it empty"):
         checks.check_quantization(tiny_settings(teacher=teacher))
+
+
+@pytest.mark.parametrize("method", ["awq", "gptq", "fp8", "bitsandbytes", "mxfp4", "nonsense"])
+def test_students_and_teachers_in_transformers_accept_no_quantized_weights(student, tmp_path, method):
+    set_json(student / "config.json", quantization_config={"quant_method": method})
+    teacher = {"model": str(student), "engine": "transformers"}
+    assert refusal("bundled:demo_student", tmp_path, teacher=teacher) == (
+        f"teacher.model={student}: its weights are quantized ({method}); use teacher.engine=vllm"
+    )
+    assert refusal(student, tmp_path).endswith(f"its weights are quantized ({method}); use an unquantized checkpoint")
+    checks.check_quantization(tiny_settings(teacher=teacher | {"engine": "vllm"}))
+
+
+@pytest.mark.parametrize("section", ["teacher", "rollout"])
+def test_gpus_that_cannot_share_the_attention_heads_are_refused(student, tmp_path, section):
+    text = refusal(student, tmp_path, **{section: {"engine": "vllm", "tensor_parallel": 5}})
+    assert text.startswith(f"{section}.tensor_parallel=5: ")
