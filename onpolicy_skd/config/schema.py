@@ -257,7 +257,7 @@ class SourceSettings(Section):
 
 
 class MixSource(SourceSettings):
-    weight: Annotated[float, Field(gt=0)] = setting(1.0, "share of its prompts, relative to the other sources")
+    weight: Annotated[float, Field(gt=0, le=1e12)] = setting(1.0, "share of its prompts, relative to the other sources")
 
 
 class DataSettings(SourceSettings):
@@ -387,8 +387,9 @@ class RolloutSettings(Section):
     )
     dtype: Dtype = setting("auto", "auto: bfloat16 on cuda, else float32")
     entropy: Literal["learner", "engine"] = setting(
-        "learner", "source of the student's entropy; engine: recorded while sampling, which saves the learner "
-        "a pass on CPUs; on GPUs it forces vLLM's first model runner"
+        "learner",
+        "source of the student's entropy; engine: recorded while sampling, which saves the learner "
+        "a pass on CPUs; on GPUs it forces vLLM's first model runner",
     )
     max_sequences: Positive = setting(256, "sequences that one engine generates at once", affects_result=False)
     gpu_memory: Share = setting(

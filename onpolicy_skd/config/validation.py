@@ -59,6 +59,9 @@ def _data(settings: Settings) -> str | None:
         return "data.train_file: needed for data.source=jsonl; give a file with one JSON object per line"
     if data.source == "text" and bool(data.train_file) == bool(data.name):
         return "data.train_file: data.source=text needs that (a file or folder) or data.name, one of them"
+    for name in ("messages_column", "teacher_column"):
+        if getattr(data, name) == "":
+            return f"data.{name}='': no name of a column; accepted: a name, or null for none"
     if "{question}" not in data.plain:
         return "data.plain: must contain {question}"
     return None

@@ -19,6 +19,7 @@ from onpolicy_skd.types import Chat
 DEMO_TRAIN_PROBLEMS = 20_000
 DEMO_TEST_PROBLEMS = 1_000
 GSM8K = dict(name="openai/gsm8k", subset="main")
+TEXT_PARTS = (None, "text", "input_text", "output_text")  # types of parts of a message's content
 ROLES = ("system", "developer", "user", "assistant", "tool")
 
 
@@ -77,7 +78,8 @@ def read_chat(row: dict[str, Any], settings: DataSettings, where: str) -> Chat:
     if not isinstance(messages, list) or not messages:
         raise DataError(
             f"{where}: column {settings.messages_column!r} is missing or no list of messages; this row has "
-            f"{', '.join(map(repr, row)) or 'no columns'} (set data.messages_column)"
+            f"{', '.join(map(repr, row)) or 'no columns'} (set data.messages_column; accepted: a list of objects with "
+            "role and content, but not the JSON text of one)"
         )
     checked = [_message(m, f"{where}: message {number}") for number, m in enumerate(messages, 1)]
     if settings.system is not None and checked[0]["role"] not in ("system", "developer"):
@@ -96,10 +98,16 @@ def _message(message: Any, where: str) -> dict[str, Any]:
     checked = {key: value for key, value in message.items() if value is not None}
     content = checked.get("content", "")
     if isinstance(content, list) and all(isinstance(p, dict) and isinstance(p.get("text"), str) for p in content):
+        if others := [str(p["type"]) for p in content if p.get("type") not in TEXT_PARTS]:
+            raise DataError(f"{where}: its content has a part of type {others[0]}; accepted: parts of type text")
         content = "".join(p["text"] for p in content)
     if not isinstance(content, str):
         raise DataError(f"{where}: its content is no text; accepted: a string, or a list of objects with a text")
     calls = checked.get("tool_calls") or []
+    if not isinstance(calls, list):
+        raise DataError(f"{where}: tool_calls must be a list of objects with function: name and arguments")
+    if message["role"] == "user" and is_blank(content):
+        raise DataError(f"{where}: the user says nothing; give a content, or remove the message")
     if message["role"] == "assistant" and is_blank(content) and not calls:
         raise DataError(f"{where}: the assistant says nothing; give a content or tool_calls, or remove the message")
     checked["content"] = content

@@ -40,20 +40,39 @@ def preflight(settings: Settings) -> None:
     check_trackers(settings.run.trackers)
     check_optimizer(settings.learner)
     student = settings.student
-    tokenizer = loading.load_tokenizer(student.model, student.trust_remote_code)
+    with naming("student.model"):
+        tokenizer = loading.load_tokenizer(student.model, student.trust_remote_code)
     check_tokenizer(tokenizer, student.model)
     if settings.generates:
         check_template(settings.data, tokenizer)
-    check_checkpoint(student.model, student.trust_remote_code)
-    check_generation_config(student.model, student.trust_remote_code)
+    with naming("student.model"):
+        check_checkpoint(student.model, student.trust_remote_code)
+        check_generation_config(student.model, student.trust_remote_code)
     check_savable(student.model, student.trust_remote_code, tokenizer)
     check_quantization(settings)
     loading.check_tensor_parallel(settings)
     if settings.cache.path is None:
-        for teacher in (each.teacher_model for each in settings.by_teacher):
-            check_checkpoint(teacher.model, teacher.trust_remote_code)
+        for key, each in models_of_teachers(settings):
+            teacher = each.teacher_model
+            with naming(key):
+                check_checkpoint(teacher.model, teacher.trust_remote_code)
         if settings.teacher.engine == "vllm":
             logit_transform(settings.teacher_model.model, settings.teacher_model.trust_remote_code)
+
+
+def models_of_teachers(settings: Settings) -> list[tuple[str, Settings]]:
+    """Return, for each teacher, the setting that names its model, and the settings with that teacher alone."""
+    named = [(f"teachers.{name}.model", settings.of_teacher(name)) for name in settings.teachers]
+    return named or [("teacher.model", settings)]
+
+
+@contextmanager
+def naming(key: str) -> Iterator[None]:
+    """Prefix the message of a ModelError from the block with the setting that names the model."""
+    try:
+        yield
+    except ModelError as error:
+        raise ModelError(f"{key}: {error}") from error.__cause__
 
 
 def check_evaluated(model: str, settings: Settings, tokenizer: Any) -> None:
@@ -268,13 +287,15 @@ def check_quantization(settings: Settings) -> None:
         )
     if settings.cache.path is not None:
         return  # the teacher's outputs are stored
-    for named in (each.teacher_model for each in settings.by_teacher):
-        if not (stored := _quantization(named)):
+    for key, each in models_of_teachers(settings):
+        named = each.teacher_model
+        with naming(key):
+            stored = _quantization(named)
+        if not stored:
             continue
-        if settings.teacher.engine == "transformers":
-            raise ModelError(
-                f"teacher.model={named.model}: its weights are quantized ({stored}); use teacher.engine=vllm"
-            )
+        if each.teacher.engine == "transformers":
+            use = "an unquantized checkpoint" if settings.teachers else "teacher.engine=vllm"
+            raise ModelError(f"{key}={named.model}: its weights are quantized ({stored}); use {use}")
         if method is not None:
             raise ModelError(
                 f"teacher.quantization={method}: the weights of {named.model!r} are quantized already ({stored}); "

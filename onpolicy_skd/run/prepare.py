@@ -30,6 +30,7 @@ from onpolicy_skd.evaluation.judge import find_judge
 from onpolicy_skd.loss.mixture import Mixture
 from onpolicy_skd.models import loading as models
 from onpolicy_skd.models.vllm_setup import require_vllm
+from onpolicy_skd.run.preflight import models_of_teachers, naming
 from onpolicy_skd.selection.positions import num_selected
 from onpolicy_skd.selection.selector import Selector
 from onpolicy_skd.storage import checkpoint, files
@@ -225,7 +226,8 @@ def prepare(settings: Settings, log: Callable[[str], None] = print, generates: b
     check_plugins(settings)
     find_judge(settings.eval.judge)
     student = settings.student
-    tokenizer = models.load_tokenizer(student.model, student.trust_remote_code)
+    with naming("student.model"):
+        tokenizer = models.load_tokenizer(student.model, student.trust_remote_code)
     vocabulary = _vocabulary(settings, tokenizer)
     check_mask_tokens(settings, vocabulary)
     if settings.data.source == "text":
@@ -341,22 +343,24 @@ def _train_prompts(settings: Settings, tokenizer: Any) -> tuple[list[Prompt], li
 def _vocabulary(settings: Settings, tokenizer: Any) -> int:
     """Return the number of classes that student and teachers share.  Raises ConfigError for different tokenizers."""
     student = settings.student
-    config = models.load_config(student.model, student.trust_remote_code)
-    models.check_length(config, student.model, settings.max_model_length)
-    models.check_weights(student.model)
+    with naming("student.model"):
+        config = models.load_config(student.model, student.trust_remote_code)
+        models.check_length(config, student.model, settings.max_model_length)
+        models.check_weights(student.model)
     if settings.cache.path is not None:
         manifest = Manifest.read(settings.cache.path)
         provenance.check(manifest, settings, tokenizer, models.vocabulary_of(config))
         return manifest.layout.vocabulary
     shared = []
-    for each in settings.by_teacher:
+    for key, each in models_of_teachers(settings):
         teacher = each.teacher_model
-        teachers_tokenizer = models.load_tokenizer(teacher.model, teacher.trust_remote_code)
-        models.check_same_tokenizer(tokenizer, teachers_tokenizer, student.model, teacher.model)
-        teacher_config = models.load_config(teacher.model, teacher.trust_remote_code)
-        models.check_length(teacher_config, teacher.model, each.max_teacher_sequence)
-        models.check_weights(teacher.model)
-        shared.append(models.shared_vocabulary(config, teacher_config, len(tokenizer)))
+        with naming(key):
+            teachers_tokenizer = models.load_tokenizer(teacher.model, teacher.trust_remote_code)
+            models.check_same_tokenizer(tokenizer, teachers_tokenizer, student.model, teacher.model)
+            teacher_config = models.load_config(teacher.model, teacher.trust_remote_code)
+            models.check_length(teacher_config, teacher.model, each.max_teacher_sequence)
+            models.check_weights(teacher.model)
+            shared.append(models.shared_vocabulary(config, teacher_config, len(tokenizer)))
     return min(shared)
 
 

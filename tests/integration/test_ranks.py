@@ -34,7 +34,13 @@ SELECTIONS = {
 ALIGNMENTS = {
     "reference": {"reference_weight": 0.5},
     "zones": {
-        "mixture": {"gate": "zones", "student_threshold": 3.0, "teacher_threshold": 3.0, "start": [0.0, 1.0], "steps": 2}
+        "mixture": {
+            "gate": "zones",
+            "student_threshold": 3.0,
+            "teacher_threshold": 3.0,
+            "start": [0.0, 1.0],
+            "steps": 2,
+        }
     },
     "skewed": {"mixture": {"gate": "constant", "reverse_weight": 1.0, "skew": 0.1}, "kd_weight": 0.5},
     "clip": {"clip": 1.0, "clip_mode": "mask"},

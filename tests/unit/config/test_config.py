@@ -431,3 +431,10 @@ def test_files_without_an_end_are_refused(tmp_path, text, needle):
     (tmp_path / "loop.yaml").write_text(text)
     with pytest.raises(ConfigError, match=needle):
         build_settings(tmp_path / "loop.yaml")
+
+
+@pytest.mark.parametrize("name", ["messages_column", "teacher_column"])
+def test_an_empty_name_is_no_column(name):
+    with pytest.raises(ConfigError, match=rf"data\.{name}='': no name of a column; accepted: a name, or null"):
+        resolve({"data": {"source": "jsonl", "train_file": "a.jsonl", name: ""}})
+    assert load_settings([f"data.{name}="]).data == Settings().data

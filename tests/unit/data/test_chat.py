@@ -150,7 +150,7 @@ def test_a_row_whose_turns_cannot_be_told_apart_is_refused_by_file_and_line(tmp_
     unmarked = MARKED.replace("{% generation %}{{ m.content }}" + CALLS, CALLS + "{% generation %}{{ m.content }}")
     half = unmarked.replace("{% if m.role == 'assistant' %}", "{% if m.role == 'assistant' and not m.tool_calls %}")
     settings = settings_for(tmp_path, [{"messages": WITH_CALLS}], mode="off_policy")
-    with pytest.raises(DataError, match=r"chats\.jsonl#1: the chat template marks 1 spans for 2 turns"):
+    with pytest.raises(DataError, match=r"chats\.jsonl#1: message 2: the chat template marks no text of this turn"):
         prepared(monkeypatch, settings, half)
 
 
@@ -168,6 +168,17 @@ BAD_ROWS = [
     ({"messages": [USER, {"role": "assistant", "content": " "}]}, "row 2: message 2: the assistant says nothing"),
     ({"messages": [{"role": "assistant", "content": "Hi"}]}, "row 2: the assistant's last turn must follow"),
     ({"messages": [USER, SYSTEM]}, "row 2: the assistant's last turn must follow"),
+    ({"messages": [USER, {"role": "assistant", "tool_calls": 5}]}, "row 2: message 2: tool_calls must be a list"),
+    ({"messages": [USER, {"role": "assistant", "tool_calls": True}]}, "row 2: message 2: tool_calls must be a list"),
+    ({"messages": [{"role": "user"}]}, "row 2: message 1: the user says nothing"),
+    ({"messages": [{"role": "user", "content": ""}]}, "row 2: message 1: the user says nothing"),
+    ({"messages": [{"role": "user", "content": []}]}, "row 2: message 1: the user says nothing"),
+    (
+        {"messages": [{"role": "user", "content": [{"type": "image", "text": "A cat."}]}]},
+        "row 2: message 1: its content has a part of type image; accepted: parts of type text",
+    ),
+    ({"messages": "[]"}, "accepted: a list of objects with role and content, but not the JSON text of one"),
+    ({"messages": WITH_CALLS}, "chats.jsonl#2: the student's chat template does not show tool_calls"),
     ({"messages": [USER, {"role": "assistant", "tool_calls": ["add"]}]}, "row 2: message 2: each of its tool_calls"),
     (
         {"messages": [USER, {"role": "assistant", "tool_calls": [{"function": {"name": "add", "arguments": "{"}}]}]},
@@ -223,6 +234,78 @@ def test_settings_of_questions_are_refused_with_conversations(tmp_path, sections
         settings_for(tmp_path, [], **sections)
     with pytest.raises(ConfigError, match=r"data\.tools_column=x: accepted with data\.messages_column only"):
         tiny_settings(data={"tools_column": "x"})
+
+
+TEXT_THEN_CALL = [USER, {"role": "assistant", "content": "Wait.", "tool_calls": WITH_CALLS[1]["tool_calls"]}]
+TWO_SPANS = (  # a turn's text and its calls
+    "{% for m in messages %}<|{{ m.role }}|>{% if m.role != 'assistant' %}{{ m.content }}{% else %}"
+    "{% generation %}{{ m.content }}{% endgeneration %} then {% generation %}" + CALLS + "<|end|>{% endgeneration %}"
+    "{% endif %}\n{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+LAST_UNMARKED = TWO_SPANS.replace("{% if m.role != 'assistant' %}", "{% if m.role != 'assistant' or loop.last %}")
+LAST_MARKED = TWO_SPANS.replace("{% if m.role != 'assistant' %}", "{% if not loop.last %}")
+MARKS_ALL = (
+    "{% for m in messages %}<|{{ m.role }}|>{% generation %}{{ m.content }}<|end|>{% endgeneration %}{% endfor %}"
+)
+GREETS = [{"role": "assistant", "content": "Hello."}, *TWO_TURNS[:2]]
+MOVES_SYSTEM = (  # as Mistral's: the last message of the user holds the system message
+    "{% for m in messages if m.role != 'system' %}<|{{ m.role }}|>"
+    "{% if loop.revindex == 2 %}{{ messages[0].content }}{% endif %}"
+    "{% if m.role == 'assistant' %}{% generation %}{{ m.content }}<|end|>{% endgeneration %}{% else %}{{ m.content }}"
+    "{% endif %}{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+
+
+@pytest.mark.parametrize(
+    ("template", "messages", "supervise", "expected"),
+    [
+        (TWO_SPANS, TEXT_THEN_CALL, "response", ["Wait.", '[add {"a": 2}]<|end|>']),
+        (TWO_SPANS, TEXT_THEN_CALL, "last", ["Wait.", '[add {"a": 2}]<|end|>']),
+        (TWO_SPANS, [*TWO_TURNS[:2], *TEXT_THEN_CALL], "last", ["Wait.", '[add {"a": 2}]<|end|>']),
+        (LAST_UNMARKED, TWO_TURNS, "response", "message 4: the chat template marks no text of this turn"),
+        (LAST_UNMARKED, TWO_TURNS, "last", "message 4: the chat template marks no text of this turn"),
+        (MARKS_ALL, TWO_TURNS, "response", "message 1: the chat template marks this text of the role user"),
+        (
+            MARKS_ALL,
+            [SYSTEM, *TWO_TURNS],
+            "response",
+            "message 1: the chat template marks this text of the role system",
+        ),
+        (MARKED, GREETS, "response", ["Hello.<|end|>", "It is 4.<|end|>"]),
+        (MARKED, GREETS, "last", ["It is 4.<|end|>"]),
+        (LAST_MARKED, TWO_TURNS, "last", ["It is 7.", "<|end|>"]),
+        (MOVES_SYSTEM, [SYSTEM, *TWO_TURNS], "response", ["It is 4.<|end|>", "It is 7.<|end|>"]),
+        (WITH_SYSTEM, GREETS, "response", "message 1: the conversation starts with the assistant"),
+        (WITH_SYSTEM, GREETS, "last", ["It is 4.<|end|>"]),
+    ],
+)
+def test_marked_spans_belong_to_the_turns_of_the_assistant(
+    tmp_path, monkeypatch, template, messages, supervise, expected
+):
+    settings = settings_for(tmp_path, [{"messages": messages}], mode="off_policy", references={"supervise": supervise})
+    if isinstance(expected, str):
+        with pytest.raises(DataError, match=f"chats.jsonl#1: {expected}"):
+            prepared(monkeypatch, settings, template)
+    else:
+        run = prepared(monkeypatch, settings, template)
+        (t,) = run.every_reference(run.train)
+        assert supervised_texts(t, run.tokenizer) == expected
+
+
+def test_tool_calls_that_a_template_shows_without_naming_them_are_accepted(tmp_path):
+    settings = settings_for(tmp_path, [{"messages": WITH_CALLS}, {"messages": [USER | {"tool_calls": []}]}])
+    shows_all = "{{ messages | tojson }}{% if add_generation_prompt %}<|assistant|>{% endif %}"
+    assert len(load_prompts(settings.data, tokenizer_with(shows_all), "train")) == 2
+    settings = settings_for(tmp_path, [{"messages": [USER | {"tool_calls": []}]}])
+    assert len(load_prompts(settings.data, tokenizer_with(WITH_SYSTEM), "train")) == 1
+
+
+@pytest.mark.parametrize("mode", ["on_policy", "off_policy"])
+def test_named_templates_without_a_default_are_one_error(tmp_path, monkeypatch, mode):
+    settings = settings_for(tmp_path, [{"messages": TWO_TURNS}], mode=mode)
+    with pytest.raises(DataError, match=r"chats\.jsonl#1: .*chat templates named rag, and none named default"):
+        prepared(monkeypatch, settings, {"rag": WITH_SYSTEM})
+    prepared(monkeypatch, settings, {"rag": WITH_SYSTEM, "default": WITH_SYSTEM})
 
 
 def test_conversations_without_a_turn_of_the_assistant_have_no_reference(tmp_path, monkeypatch):

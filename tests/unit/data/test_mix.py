@@ -100,6 +100,8 @@ def test_each_source_keeps_its_rules_and_shared_settings_stay_outside(chats, tmp
         ([{"source": "text", "train_file": "a"}], r"data\.mix\[0\]: source=text: packed text asks for no response"),
         ([chats | {"shots": 2}], r"data\.mix\[0\]: data\.shots: made for questions"),
         ([DEMO | {"weight": 0}], r"data\.mix\.0\.weight=0: .*greater than 0"),
+        ([DEMO | {"weight": 1e308}] * 2, r"data\.mix\.0\.weight=1e\+308: .*less than or equal to 1"),
+        ([chats | {"teacher_column": ""}], r"data\.mix\[0\]: data\.teacher_column='': no name of a column"),
         ([DEMO | {"wieght": 1}], r"unknown setting 'data\.mix\.0\.wieght'"),
     ]:
         with pytest.raises(ConfigError, match=needle):

@@ -13,10 +13,12 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from eval import gsm8k
 from onpolicy_skd.config.errors import ConfigError
+from onpolicy_skd.config.schema import TeacherSettings
 from onpolicy_skd.models.generation_config import savable_generation_config
 from onpolicy_skd.models.loading import resolve_path
 from onpolicy_skd.run import preflight as checks
 from onpolicy_skd.run.preflight import preflight
+from onpolicy_skd.run.prepare import prepare
 
 
 @pytest.fixture
@@ -247,3 +249,41 @@ def test_students_and_teachers_in_transformers_accept_no_quantized_weights(stude
 def test_gpus_that_cannot_share_the_attention_heads_are_refused(student, tmp_path, section):
     text = refusal(student, tmp_path, **{section: {"engine": "vllm", "tensor_parallel": 5}})
     assert text.startswith(f"{section}.tensor_parallel=5: ")
+
+
+def two_teachers(tmp_path, idle):
+    file = tmp_path / "rows.jsonl"
+    file.write_text(json.dumps({"question": "2 + 2?", "answer": "4", "who": "asked"}) + "\n")
+    data = {"source": "jsonl", "train_file": str(file), "teacher_column": "who"}
+    teachers = {"asked": {"model": "bundled:demo_teacher"}, "idle": {"model": str(idle)}}
+    return {"data": data, "teachers": teachers, "teacher": TeacherSettings().model_dump(include={"model", "dtype"})}
+
+
+def test_errors_of_models_name_their_settings(student, tmp_path):
+    sections = two_teachers(tmp_path, "/nope/x")
+    assert refusal(student, tmp_path, **sections).startswith("teachers.idle.model: model '/nope/x': no such folder")
+    missing = {"model": "/nope/x"}
+    assert refusal(student, tmp_path, teacher=missing).startswith("teacher.model: model '/nope/x': no such folder")
+    assert refusal("/nope/x", tmp_path).startswith("student.model: model '/nope/x': no such folder")
+    assert refusal("", tmp_path).startswith("student.model: model ''")
+    set_json(student / "config.json", quantization_config={"quant_method": "awq"})
+    assert refusal("bundled:demo_student", tmp_path, **two_teachers(tmp_path, student)) == (
+        f"teachers.idle.model={student}: its weights are quantized (awq); use an unquantized checkpoint"
+    )
+
+
+def test_lengths_and_tokenizers_that_do_not_fit_name_their_settings(student, tmp_path):
+    def message(**sections):
+        with pytest.raises(ConfigError) as error:
+            prepare(tiny_settings(run={"dir": tmp_path / "runs"}, **sections), generates=False)
+        return str(error.value)
+
+    sections = two_teachers(tmp_path, student)
+    added = json.loads((student / "tokenizer.json").read_text())
+    added["added_tokens"][-1]["content"] = "<|another|>"
+    (student / "tokenizer.json").write_text(json.dumps(added))
+    assert message(**sections).startswith("teachers.idle.model: the tokenizers of student ")
+    shutil.copy(Path(resolve_path("bundled:demo_student")) / "tokenizer.json", student)
+    set_json(student / "config.json", max_position_embeddings=8)
+    assert message(**sections).startswith(f"teachers.idle.model: model '{student}': supports 8 positions")
+    assert message(student={"model": str(student)}).startswith(f"student.model: model '{student}': supports 8")
