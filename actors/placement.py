@@ -212,7 +212,8 @@ def plan(settings: Settings, available_gpus: float, counts: Counts | None = None
         return 0.0 if not on_gpu else default if setting is None else setting
 
     tensor_parallel = float(settings.rollout.tensor_parallel)
-    of_teacher = float(settings.teacher.tensor_parallel) if settings.teacher.engine == "vllm" else even
+    engines = [float(s.teacher.tensor_parallel) for s in settings.by_teacher if s.teacher.engine == "vllm"]
+    of_teacher = engines[0] if engines else even  # several teachers have the same
     resources = Resources(
         learner=Role("learner", counts.learner, gpus(cluster.learner_gpus)),
         teacher=Role("teacher", counts.teacher, gpus(cluster.teacher_gpus, of_teacher)),

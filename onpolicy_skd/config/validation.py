@@ -282,12 +282,11 @@ def _teachers(settings: Settings) -> str | None:
         single = {
             "placement=learner": teacher.placement == "learner",
             "prompt": teacher.prompt is not None,
-            "engine=vllm": teacher.engine == "vllm",
         }
         for key, chosen in single.items():
             if chosen:
                 return f"teachers.{name}.{key}: accepted for a single teacher only (teacher.*); leave it out"
-        for rule in (_unused, _token_budgets, _moving_teacher):
+        for rule in (_unused, _token_budgets, _moving_teacher, _vllm_teacher):
             if message := rule(settings.of_teacher(name)):
                 return f"teachers.{name}: {message}"
     return _single_teacher(settings) or _named_teachers(settings)
@@ -317,6 +316,8 @@ def _named_teachers(settings: Settings) -> str | None:
 
 def _single_teacher(settings: Settings) -> str | None:
     """Refuse settings that need a single teacher if there are ``teachers``."""
+    if len(sizes := {t.tensor_parallel for t in settings.teachers.values() if t.engine == "vllm"}) > 1:
+        return f"teachers: vLLM engines of different tensor_parallel ({sorted(sizes)}); accepted: one number for all"
     alignment, samples = settings.alignment, settings.samples
     single = {
         "cache.path": settings.cache.path is not None,

@@ -56,8 +56,8 @@ def preflight(settings: Settings) -> None:
             teacher = each.teacher_model
             with naming(key):
                 check_checkpoint(teacher.model, teacher.trust_remote_code)
-        if settings.teacher.engine == "vllm":
-            logit_transform(settings.teacher_model.model, settings.teacher_model.trust_remote_code)
+                if each.teacher.engine == "vllm":
+                    logit_transform(teacher.model, teacher.trust_remote_code)
 
 
 def models_of_teachers(settings: Settings) -> list[tuple[str, Settings]]:
@@ -280,7 +280,7 @@ def _quiet_transformers() -> Iterator[None]:
 
 def check_quantization(settings: Settings) -> None:
     """Raise ModelError for quantized weights of a student, or of a teacher whose engine or settings accept none."""
-    student, method = settings.student, settings.teacher.quantization
+    student = settings.student
     if stored := _quantization(student):
         raise ModelError(
             f"student.model={student.model}: its weights are quantized ({stored}); use an unquantized checkpoint"
@@ -293,12 +293,12 @@ def check_quantization(settings: Settings) -> None:
             stored = _quantization(named)
         if not stored:
             continue
+        section, method = key.removesuffix(".model"), each.teacher.quantization
         if each.teacher.engine == "transformers":
-            use = "an unquantized checkpoint" if settings.teachers else "teacher.engine=vllm"
-            raise ModelError(f"{key}={named.model}: its weights are quantized ({stored}); use {use}")
+            raise ModelError(f"{key}={named.model}: its weights are quantized ({stored}); use {section}.engine=vllm")
         if method is not None:
             raise ModelError(
-                f"teacher.quantization={method}: the weights of {named.model!r} are quantized already ({stored}); "
+                f"{section}.quantization={method}: the weights of {named.model!r} are quantized already ({stored}); "
                 "leave it empty"
             )
 

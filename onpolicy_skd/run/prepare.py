@@ -221,7 +221,7 @@ def prepare(settings: Settings, log: Callable[[str], None] = print, generates: b
     """
     if settings.rollout.engine == "vllm" and generates and (settings.needs_engines or settings.generates_references):
         require_vllm(settings.run.device)
-    if settings.teacher.engine == "vllm" and settings.cache.path is None:
+    if settings.cache.path is None and any(s.teacher.engine == "vllm" for s in settings.by_teacher):
         require_vllm(settings.run.device, "teacher.engine")
     check_plugins(settings)
     find_judge(settings.eval.judge)

@@ -32,6 +32,18 @@ def steps(folder):
 
 
 @pytest.mark.slow
+def test_teachers_of_both_engines_have_the_first_step_of_transformers_alone(address, tmp_path):
+    config, first = tmp_path / "config.yaml", []
+    for name, engine in (("both", "vllm"), ("alone", "transformers")):
+        config.write_text(CONFIG.replace("tokens_per_batch: 8192}", f"tokens_per_batch: 8192, engine: {engine}}}", 1))
+        arguments = ["--config", str(config), f"run.dir={tmp_path}", f"cluster.address={address}"]
+        assert train.main([*arguments, f"run.name={name}", "run.steps=1"]) == 0
+        first += steps(tmp_path / name)
+    for key in ("loss", "divergence_selected/large", "divergence_selected/same"):
+        assert first[0][key] == pytest.approx(first[1][key], abs=1e-4)
+
+
+@pytest.mark.slow
 def test_two_teachers_are_routed_replaced_and_resumed(address, tmp_path, monkeypatch):
     config = tmp_path / "config.yaml"
     config.write_text(CONFIG)

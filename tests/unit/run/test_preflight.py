@@ -268,7 +268,7 @@ def test_errors_of_models_name_their_settings(student, tmp_path):
     assert refusal("", tmp_path).startswith("student.model: model ''")
     set_json(student / "config.json", quantization_config={"quant_method": "awq"})
     assert refusal("bundled:demo_student", tmp_path, **two_teachers(tmp_path, student)) == (
-        f"teachers.idle.model={student}: its weights are quantized (awq); use an unquantized checkpoint"
+        f"teachers.idle.model={student}: its weights are quantized (awq); use teachers.idle.engine=vllm"
     )
 
 

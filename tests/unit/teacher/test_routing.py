@@ -120,7 +120,13 @@ BAD = {
     "policy=bandit needs a single": ({"teacher": "code"}, {"positions": {"policy": "bandit"}}),
     "teachers.a.placement=learner": ({"teacher": "a"}, {"teachers": {"a": TEACHER | {"placement": "learner"}}}),
     "teachers.a.model: missing": ({"teacher": "a"}, {"teachers": {"a": {"actors": 2}}}),
-    "teachers.a.engine=vllm": ({"teacher": "a"}, {"teachers": {"a": TEACHER | {"engine": "vllm"}}}),
+    "teachers: vLLM engines of different tensor_parallel": (
+        {"teacher": "a"},
+        {"teachers": {n: TEACHER | {"engine": "vllm", "tensor_parallel": size} for n, size in (("a", 1), ("b", 2))}},
+    ),
+    "teachers.a: teacher.engine=vllm: .*topology=split": (
+        {"teacher": "a"}, {"teachers": {"a": TEACHER | {"engine": "vllm"}}, "cluster": {"topology": "colocated"}}
+    ),
     "teachers.a.prompt": ({"teacher": "a"}, {"teachers": {"a": TEACHER | {"prompt": "{question}"}}}),
     "teachers.a: teacher.ema_decay": (
         {"teacher": "a"}, {"teachers": {"a": {"model": "student", "ema_decay": 0.9}}}
