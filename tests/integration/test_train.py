@@ -514,6 +514,7 @@ def test_vllm_asked_for_but_not_installed(monkeypatch, capsys, tmp_path):
     assert "rollout.engine=transformers" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_the_worked_example_of_the_docs_runs(run_here, tmp_path):
     """docs/extending.md: its module and the settings of its command, in real actors."""
     page = (ROOT / "docs" / "extending.md").read_text()
@@ -530,6 +531,7 @@ def test_the_worked_example_of_the_docs_runs(run_here, tmp_path):
     assert "positions.policy=surprise:above_mean: cannot be imported" in refused.stderr
 
 
+@pytest.mark.slow
 def test_steps_whose_loss_is_not_finite_are_skipped_and_then_end_the_run(tmp_path):
     """A user's policy returns NaN weights, in real actors."""
     (tmp_path / "broken.py").write_text(
@@ -620,6 +622,7 @@ def test_resuming_with_other_settings_is_refused_by_name(finished_run, run_here)
     assert "eval." not in done.stderr
 
 
+@pytest.mark.slow
 def test_the_demo_pair_learns(tmp_path):
     """The learning test: on-policy, a fifth of the positions, and exact match rises on the same problems."""
     start = time.monotonic()
