@@ -30,7 +30,7 @@ from onpolicy_skd.evaluation.judge import find_judge
 from onpolicy_skd.loss.mixture import Mixture
 from onpolicy_skd.models import loading as models
 from onpolicy_skd.models.vllm_setup import require_vllm
-from onpolicy_skd.run.preflight import models_of_teachers, naming
+from onpolicy_skd.run.model_checks import models_of_teachers, naming
 from onpolicy_skd.selection.positions import num_selected
 from onpolicy_skd.selection.selector import Selector
 from onpolicy_skd.storage import checkpoint, files

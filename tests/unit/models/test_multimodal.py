@@ -11,7 +11,7 @@ from onpolicy_skd.learner.learner import Learner
 from onpolicy_skd.models.loading import auto_class, freeze_other_towers, load_model
 from onpolicy_skd.models.lora import LORA, add_lora
 from onpolicy_skd.models.split_model import split
-from onpolicy_skd.run.preflight import check_checkpoint
+from onpolicy_skd.run.model_checks import check_checkpoint
 from onpolicy_skd.teacher.teacher import Teacher
 
 VOCABULARY = 97

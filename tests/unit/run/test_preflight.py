@@ -16,7 +16,7 @@ from onpolicy_skd.config.errors import ConfigError
 from onpolicy_skd.config.schema import TeacherSettings
 from onpolicy_skd.models.generation_config import savable_generation_config
 from onpolicy_skd.models.loading import resolve_path
-from onpolicy_skd.run import preflight as checks
+from onpolicy_skd.run import model_checks as checks
 from onpolicy_skd.run.preflight import preflight
 from onpolicy_skd.run.prepare import prepare
 
