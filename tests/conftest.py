@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,8 @@ from hypothesis import settings
 settings.register_profile("no_deadline", deadline=None)  # the time of one example depends on the machine
 settings.load_profile("no_deadline")
 GSM8K = ROOT.parent / "shared" / "data" / "gsm8k"
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # as in a shell's background job; children would ignore it too
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture
