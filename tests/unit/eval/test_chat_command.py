@@ -143,6 +143,7 @@ def test_a_model_cannot_control_the_terminal():
     tokenizer = SimpleNamespace(
         decode=lambda ids, skip_special_tokens: "a\x1b[2Jb\x07\nc",
         chat_template="x",
+        get_chat_template=lambda **_: "x",
         apply_chat_template=lambda *_, **__: [1, 2],
     )
     speaker = chat.Speaker("after", engine, tokenizer)

@@ -16,7 +16,8 @@ from onpolicy_skd.config.errors import ConfigError
 from onpolicy_skd.config.schema import TeacherSettings
 from onpolicy_skd.models.generation_config import savable_generation_config
 from onpolicy_skd.models.loading import resolve_path
-from onpolicy_skd.run import model_checks as checks
+from onpolicy_skd.run import model_checks
+from onpolicy_skd.run import preflight as checks
 from onpolicy_skd.run.preflight import preflight
 from onpolicy_skd.run.prepare import prepare
 
@@ -226,12 +227,12 @@ def test_generation_settings_that_cannot_be_loaded_are_refused(student, tmp_path
 
 def test_weights_that_are_quantized_already_are_not_quantized_again(student, tmp_path):
     teacher = {"model": str(student), "engine": "vllm", "quantization": "fp8"}
-    checks.check_quantization(tiny_settings(teacher=teacher))
+    model_checks.check_quantization(tiny_settings(teacher=teacher))
     config = json.loads((student / "config.json").read_text())
     (student / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "gptq"}}))
-    checks.check_quantization(tiny_settings(teacher=teacher | {"quantization": None}))
+    model_checks.check_quantization(tiny_settings(teacher=teacher | {"quantization": None}))
     with pytest.raises(ConfigError, match=r"teacher\.quantization=fp8.*quantized already \(gptq\).*leave it empty"):
-        checks.check_quantization(tiny_settings(teacher=teacher))
+        model_checks.check_quantization(tiny_settings(teacher=teacher))
 
 
 @pytest.mark.parametrize("method", ["awq", "gptq", "fp8", "bitsandbytes", "mxfp4", "nonsense"])
@@ -242,7 +243,7 @@ def test_students_and_teachers_in_transformers_accept_no_quantized_weights(stude
         f"teacher.model={student}: its weights are quantized ({method}); use teacher.engine=vllm"
     )
     assert refusal(student, tmp_path).endswith(f"its weights are quantized ({method}); use an unquantized checkpoint")
-    checks.check_quantization(tiny_settings(teacher=teacher | {"engine": "vllm"}))
+    model_checks.check_quantization(tiny_settings(teacher=teacher | {"engine": "vllm"}))
 
 
 @pytest.mark.parametrize("section", ["teacher", "rollout"])
