@@ -98,18 +98,18 @@ def _check_comment(node: yaml.ScalarNode, key: str, column: int) -> None:
     That is any comment after free text, in its line or indented like a further line of it.  After a name it is one
     without the usual spaces: ``my #model``, but neither ``model  #comment`` nor ``model # comment``.
     """
-    found = COMMENT.match(node.end_mark.buffer or "", node.end_mark.pointer)
-    if node.style is not None or found is None:
+    comment = COMMENT.match(node.end_mark.buffer or "", node.end_mark.pointer)
+    if node.style is not None or comment is None:
         return  # quoted or a block: YAML reads the text as written
-    lines = found["lines"].count("\n")
+    lines = comment["lines"].count("\n")
     if FREE_TEXT.search(key):
-        misread = not lines or len(found["gap"].rpartition("\n")[2]) > column
+        misread = not lines or len(comment["gap"].rpartition("\n")[2]) > column
     else:
-        misread = found["gap"] == " " and re.match(r"#+[^#\s]", found["text"]) is not None and _is_name(key)
+        misread = comment["gap"] == " " and re.match(r"#+[^#\s]", comment["text"]) is not None and _is_name(key)
     if misread:
         raise RefusedYAML(
-            f"line {node.end_mark.line + 1 + lines}: {key}: a comment starts at {found['text'].strip()[:20]!r}; quote "
-            "the text if it belongs to it"
+            f"line {node.end_mark.line + 1 + lines}: {key}: a comment starts at {comment['text'].strip()[:20]!r}; "
+            "quote the text if it belongs to it"
         )
 
 

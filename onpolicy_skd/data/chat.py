@@ -71,11 +71,11 @@ def _marked_turns(chat: Chat, turns: list[int], tokenizer: Any) -> tuple[list[in
     turns_in, kept = Counter(part_of.values()), {}
     for turn in turns:
         part = part_of[turn]
-        found = [span for span in spans if bisect(places, span[0]) == part]
-        if len(found) < turns_in[part]:
+        marked = [span for span in spans if bisect(places, span[0]) == part]
+        if len(marked) < turns_in[part]:
             raise DataError(f"message {turn + 1}: the chat template marks no text of this turn; {TO_MARK}")
-        kept[part] = found if len(turns) >= turns_in[part] else found[-1:]
-    return ids, [span for found in kept.values() for span in found]
+        kept[part] = marked if len(turns) >= turns_in[part] else marked[-1:]
+    return ids, [span for marked in kept.values() for span in marked]
 
 
 def _place_of_text(chat: Chat, number: int, ids: list[int], tokenizer: Any) -> int | None:

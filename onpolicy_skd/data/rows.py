@@ -246,12 +246,12 @@ def _from_line(line: str, where: str) -> Any:
 
 def _without_contradictions(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """Return a JSON object.  Raises DataError if a key has two different values: JSON would keep the last."""
-    found: dict[str, Any] = {}
+    row: dict[str, Any] = {}
     for key, value in pairs:
-        if key in found and found[key] != value:
+        if key in row and row[key] != value:
             raise DataError(f"the key {key!r} is there twice with different values; keep one")
-        found[key] = value
-    return found
+        row[key] = value
+    return row
 
 
 def read_hub(name: str, subset: str | None, split: str, streaming: bool = False) -> Iterator[dict[str, Any]]:

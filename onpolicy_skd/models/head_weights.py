@@ -29,7 +29,7 @@ def logit_transform(model: str, trust_remote_code: bool = False) -> tuple[float,
     """Return scale and soft cap of the logits of ``model``, see LMHead, from its config.
 
     Raises ModelError for other settings that change logits.  ``split`` measures both for a model that transformers
-    runs; vLLM's is compared with its own log-probabilities when a teacher starts.
+    runs; a teacher in vLLM compares them with vLLM's log-probabilities when it starts.
     """
     scale, cap = 1.0, None
     for key, value in load_config(model, trust_remote_code).get_text_config().to_dict().items():

@@ -128,7 +128,9 @@ def check_complete(loaded: Any, info: dict[str, Any], model: str) -> None:
     parameters = {name for name, _ in loaded.named_parameters(remove_duplicate=False)}
     learned = parameters - getattr(loaded, "all_tied_weights_keys", {}).keys()
     lacking = sorted(name for name in info["missing_keys"] if name in learned or name.endswith("_bias"))
-    others = sorted(f"{name} has shape {list(found)}, not {list(due)}" for name, found, due in info["mismatched_keys"])
+    others = sorted(
+        f"{name} has shape {list(stored)}, not {list(built)}" for name, stored, built in info["mismatched_keys"]
+    )
     if lacking or others:
         kind, named = ("lack", lacking) if lacking else ("do not fit", others)
         raise ModelError(

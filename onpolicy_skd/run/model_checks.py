@@ -49,7 +49,7 @@ def check_checkpoint(model: str, trust_remote_code: bool) -> None:
 
 
 def check_model(model: str, trust_remote_code: bool) -> Any:
-    """Return ``model`` built without weights, None if its own code builds it.
+    """Return ``model`` built without weights, or None if a checkpoint's remote code builds it.
 
     Raises ModelError unless it is a causal language model with readable safetensors that fit its configuration.
     """
