@@ -238,21 +238,6 @@ def check_length(config: Any, model: str, tokens: int) -> None:
         )
 
 
-def check_tensor_parallel(settings: Settings) -> None:
-    """Raise ModelError unless vLLM can split the attention heads of each model that it runs evenly over the GPUs."""
-    for section, named in (("rollout", settings.student), ("teacher", settings.teacher_model)):
-        cfg = getattr(settings, section)
-        if cfg.engine != "vllm" or (section == "teacher" and settings.cache.path is not None):
-            continue
-        config = load_config(named.model, named.trust_remote_code).get_text_config()
-        heads = getattr(config, "num_attention_heads", None) or 0
-        if heads % cfg.tensor_parallel:
-            raise ModelError(
-                f"{section}.tensor_parallel={cfg.tensor_parallel}: model {named.model!r} has {heads} attention heads; "
-                f"accepted: numbers that divide {heads}"
-            )
-
-
 def vocabulary_of(config: Any) -> int:
     """Return the number of rows of a model's LM head."""
     return config.get_text_config().vocab_size

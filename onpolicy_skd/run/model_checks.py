@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from onpolicy_skd.config.errors import first_line
-from onpolicy_skd.config.schema import Settings, StudentSettings, TeacherSettings
+from onpolicy_skd.config.schema import Settings
 from onpolicy_skd.models import loading
 from onpolicy_skd.models.generation_config import savable_generation_config
 from onpolicy_skd.models.loading import ModelError
@@ -84,8 +84,7 @@ def _check_trial_load(kind: Any, config: Any, folder: Path, model: str) -> None:
 
     Quantized checkpoints are left out, because their tensors depend on the library that quantized them.
     """
-    text = config.get_text_config()
-    if getattr(config, "quantization_config", None) or getattr(text, "quantization_config", None):
+    if _quantization(config):
         return
     tensors = _meta_tensors(folder)
     if not 0 < len(tensors) <= MOST_TENSORS:
@@ -132,7 +131,7 @@ def _quiet_transformers() -> Iterator[None]:
 def check_quantization(settings: Settings) -> None:
     """Raise ModelError for quantized weights of a student, or of a teacher whose engine or settings accept none."""
     student = settings.student
-    if stored := _quantization(student):
+    if stored := _quantization(loading.load_config(student.model, student.trust_remote_code)):
         raise ModelError(
             f"student.model={student.model}: its weights are quantized ({stored}); use an unquantized checkpoint"
         )
@@ -141,7 +140,7 @@ def check_quantization(settings: Settings) -> None:
     for key, each in models_of_teachers(settings):
         named = each.teacher_model
         with naming(key):
-            stored = _quantization(named)
+            stored = _quantization(loading.load_config(named.model, named.trust_remote_code))
         if not stored:
             continue
         section, method = key.removesuffix(".model"), each.teacher.quantization
@@ -154,15 +153,30 @@ def check_quantization(settings: Settings) -> None:
             )
 
 
-def _quantization(named: StudentSettings | TeacherSettings) -> str | None:
+def _quantization(config: Any) -> str | None:
     """Return the method by which the weights of a checkpoint are quantized; None if they are not."""
-    config = loading.load_config(named.model, named.trust_remote_code)
-    stored = getattr(config, "quantization_config", None) or getattr(
-        config.get_text_config(), "quantization_config", None
-    )
-    if stored is None:
-        return None
-    return str((stored if isinstance(stored, dict) else stored.to_dict()).get("quant_method"))
+    for part in (config, config.get_text_config()):
+        if stored := getattr(part, "quantization_config", None):
+            return str((stored if isinstance(stored, dict) else stored.to_dict()).get("quant_method"))
+    return None
+
+
+def check_tensor_parallel(settings: Settings) -> None:
+    """Raise ModelError unless vLLM can split the attention heads of each model that it runs evenly over the GPUs."""
+    engines: list[tuple[str, Any, Any]] = [("rollout", settings.student, settings.rollout)]
+    if settings.cache.path is None:
+        teachers = models_of_teachers(settings)
+        engines += [(key.removesuffix(".model"), each.teacher_model, each.teacher) for key, each in teachers]
+    for section, named, cfg in engines:
+        if cfg.engine != "vllm":
+            continue
+        config = loading.load_config(named.model, named.trust_remote_code).get_text_config()
+        heads = getattr(config, "num_attention_heads", None) or 0
+        if heads % cfg.tensor_parallel:
+            raise ModelError(
+                f"{section}.tensor_parallel={cfg.tensor_parallel}: model {named.model!r} has {heads} attention heads; "
+                f"accepted: numbers that divide {heads}"
+            )
 
 
 def check_weight_headers(folder: Path, model: str) -> None:

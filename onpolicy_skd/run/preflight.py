@@ -25,6 +25,7 @@ from onpolicy_skd.run.model_checks import (
     check_model,
     check_quantization,
     check_savable,
+    check_tensor_parallel,
     check_weight_headers,
     models_of_teachers,
     naming,
@@ -54,7 +55,7 @@ def preflight(settings: Settings) -> None:
         check_generation_config(student.model, student.trust_remote_code)
     check_savable(student.model, student.trust_remote_code, tokenizer)
     check_quantization(settings)
-    loading.check_tensor_parallel(settings)
+    check_tensor_parallel(settings)
     if settings.cache.path is None:
         for key, each in models_of_teachers(settings):
             teacher = each.teacher_model

@@ -4,7 +4,7 @@ import shutil
 
 import pytest
 import torch
-from helpers import VOCABULARY, make_trajectories, tiny_model, tiny_settings
+from helpers import VOCABULARY, make_trajectories, tiny_model
 from safetensors.torch import load_file, save_file
 
 from onpolicy_skd.models.batch import collate
@@ -13,7 +13,6 @@ from onpolicy_skd.models.loading import (
     ModelError,
     check_length,
     check_same_tokenizer,
-    check_tensor_parallel,
     load_config,
     load_model,
     load_tokenizer,
@@ -138,23 +137,6 @@ def test_embeddings_that_the_files_lack_are_refused_with_tied_weights_too(tmp_pa
     save_file(tensors, file)
     with pytest.raises(ModelError, match=r"lack 1 weights .*model\.embed_tokens\.weight"):
         load_model(str(tmp_path), torch.float32, "cpu")
-
-
-@pytest.mark.parametrize(("heads", "devices", "accepted"), [(4, 3, False), (4, 2, True), (4, 1, True), (6, 4, False)])
-def test_vllm_splits_attention_heads_evenly(tmp_path, heads, devices, accepted):
-    (tmp_path / "config.json").write_text(json.dumps({"model_type": "qwen3", "num_attention_heads": heads}))
-    sections = [
-        {"teacher": {"model": str(tmp_path), "engine": "vllm", "tensor_parallel": devices}},
-        {"student": {"model": str(tmp_path)}, "rollout": {"engine": "vllm", "tensor_parallel": devices}},
-    ]
-    for name, section in zip(("teacher", "rollout"), sections, strict=True):
-        settings = tiny_settings(**section)
-        if accepted:
-            check_tensor_parallel(settings)
-            continue
-        needle = rf"{name}\.tensor_parallel={devices}: .* has {heads} attention heads; accepted: .* divide {heads}$"
-        with pytest.raises(ModelError, match=needle):
-            check_tensor_parallel(settings)
 
 
 def test_code_that_comes_with_a_model_runs_only_if_it_is_trusted(tmp_path, caplog):

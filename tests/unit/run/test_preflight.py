@@ -15,7 +15,7 @@ from eval import gsm8k
 from onpolicy_skd.config.errors import ConfigError
 from onpolicy_skd.config.schema import TeacherSettings
 from onpolicy_skd.models.generation_config import savable_generation_config
-from onpolicy_skd.models.loading import resolve_path
+from onpolicy_skd.models.loading import ModelError, resolve_path
 from onpolicy_skd.run import model_checks
 from onpolicy_skd.run import preflight as checks
 from onpolicy_skd.run.preflight import preflight
@@ -271,6 +271,28 @@ def test_errors_of_models_name_their_settings(student, tmp_path):
     assert refusal("bundled:demo_student", tmp_path, **two_teachers(tmp_path, student)) == (
         f"teachers.idle.model={student}: its weights are quantized (awq); use teachers.idle.engine=vllm"
     )
+
+
+@pytest.mark.parametrize(("heads", "devices", "accepted"), [(4, 3, False), (4, 2, True), (4, 1, True), (6, 4, False)])
+def test_vllm_splits_attention_heads_evenly(tmp_path, heads, devices, accepted):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "qwen3", "num_attention_heads": heads}))
+    sections = [
+        {"teacher": {"model": str(tmp_path), "engine": "vllm", "tensor_parallel": devices}},
+        {"student": {"model": str(tmp_path)}, "rollout": {"engine": "vllm", "tensor_parallel": devices}},
+        {
+            "teacher": TeacherSettings().model_dump(include={"model", "dtype"}),
+            "teachers": {"a": {"model": str(tmp_path), "engine": "vllm", "tensor_parallel": devices}},
+            "data": {"source": "demo", "teacher": "a"},
+        },
+    ]
+    for name, section in zip(("teacher", "rollout", r"teachers\.a"), sections, strict=True):
+        settings = tiny_settings(**section)
+        if accepted:
+            model_checks.check_tensor_parallel(settings)
+            continue
+        needle = rf"{name}\.tensor_parallel={devices}: .* has {heads} attention heads; accepted: .* divide {heads}$"
+        with pytest.raises(ModelError, match=needle):
+            model_checks.check_tensor_parallel(settings)
 
 
 def test_lengths_and_tokenizers_that_do_not_fit_name_their_settings(student, tmp_path):
