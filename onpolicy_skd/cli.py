@@ -33,6 +33,7 @@ PROGRAMS = {
     "Measurements": {
         "perf": ("eval.performance.__main__", "time and memory compared with TRL: loss, step, end-to-end, ..."),
         "gradients": ("eval.gradients", "gradients of sparse targets compared with full KD"),
+        "teachers": ("eval.teacher_engines", "the teacher in vLLM compared with the teacher in transformers"),
         "trl": ("eval.trl_baseline", "the same run by TRL's DistillationTrainer"),
         "faults": ("eval.faults.__main__", "inject faults into runs and report the outcome of each"),
         "gpu-check": ("eval.gpu_check.__main__", "check the GPU path: machine, mathematics, engine, runs"),

@@ -65,6 +65,9 @@ TESTS: dict[str, tuple[str, ...]] = {
     ),
     "python -m eval.soak": ("tests/integration/test_commands.py::test_a_short_soak_writes_its_report",),
     "python -m eval.suite": ("tests/unit/eval/test_suite.py::test_the_suite_on_transformers",),
+    "python -m eval.teacher_engines": (
+        "tests/integration/test_vllm_teacher.py::test_the_command_compares_both_engines",
+    ),
     "python -m eval.trl_baseline": (
         "tests/integration/test_trl_baseline.py::"
         "test_a_stopped_run_resumes_with_the_same_losses_and_writes_a_run_folder",

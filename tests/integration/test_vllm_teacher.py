@@ -13,6 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from actors.teacher_actor import build_teacher
 from actors.workers import Workers
+from eval import teacher_engines
 from onpolicy_skd import cache, train
 from onpolicy_skd.learner.learner import Learner
 from onpolicy_skd.models.errors import ModelError
@@ -91,6 +92,19 @@ def test_five_steps_have_the_losses_of_the_transformers_teacher(pair):
             teacher.release([t.key for t in trajectories])
     assert np.allclose(*losses, rtol=0, atol=1e-4)
     assert len(set(losses[0])) == 5
+
+
+@pytest.mark.slow
+def test_the_command_compares_both_engines(tmp_path, capsys):
+    file = tmp_path / "figures.json"
+    config = str(ROOT / "configs" / "demo.yaml")
+    assert teacher_engines.main(["--config", config, "--samples", "3", "--steps", "2", "--json", str(file)]) == 0
+    figures = json.loads(file.read_text())
+    assert 0 < figures["rows"] < 1e-3
+    assert max(figures["entropy"], figures["logprob"]) < 1e-3
+    assert np.allclose(*figures["losses"].values(), rtol=0, atol=1e-4)
+    assert len(figures["losses"]["vllm"]) == 2
+    assert "largest difference of losses" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("sampler", ["none", "rs_kd"])
