@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import logging
 import os
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
+
+import torch
 
 from onpolicy_skd.config.errors import ConfigError
 from onpolicy_skd.config.schema import DataSettings, Settings
@@ -31,7 +35,9 @@ from onpolicy_skd.run.model_checks import (
     naming,
 )
 
+logger = logging.getLogger(__name__)
 T = TypeVar("T")
+SLOWDOWN = 3.0  # of 16-bit products compared with float32, from which a warning is worth its line
 TEMPLATE_TIMEOUT_S = 3.0  # a template renders a row in milliseconds
 OTHER_TEXT = "Which is larger, 3 or 5?"  # no template may render it like the text of a row
 
@@ -63,6 +69,40 @@ def preflight(settings: Settings) -> None:
                 check_checkpoint(teacher.model, teacher.trust_remote_code)
                 if each.teacher.engine == "vllm":
                     logit_transform(teacher.model, teacher.trust_remote_code)
+    warn_of_slow_dtypes(settings)
+
+
+def warn_of_slow_dtypes(settings: Settings) -> None:
+    """Log a warning for 16-bit types that this CPU has no instructions for, so that float32 is several times faster."""
+    if loading.pick_device(settings.run.device) != "cpu":
+        return
+    dtypes = {
+        "learner.compute_dtype": settings.learner.compute_dtype,
+        "teacher.dtype": settings.teacher.dtype,
+        "rollout.dtype": settings.rollout.dtype,
+    }
+    for name in ("bfloat16", "float16"):
+        keys = [key for key, dtype in dtypes.items() if dtype == name]
+        if keys and (slowdown := _slowdown(getattr(torch, name))) > SLOWDOWN:
+            logger.warning(
+                "%s: matrix products in %s take %.0f times as long as in float32 on this CPU; set %s",
+                ", ".join(keys), name, slowdown, " ".join(f"{key}=float32" for key in keys),
+            )  # fmt: skip
+
+
+def _slowdown(dtype: torch.dtype) -> float:
+    """Return the time of a small matrix product in ``dtype`` relative to float32, by the best of three each."""
+
+    def seconds(dtype: torch.dtype) -> float:
+        rows, weight = torch.ones(64, 512, dtype=dtype), torch.ones(512, 512, dtype=dtype)
+        times = []
+        for _ in range(4):  # the first one loads the kernel
+            start = time.perf_counter()
+            rows @ weight
+            times.append(time.perf_counter() - start)
+        return min(times[1:])
+
+    return seconds(dtype) / seconds(torch.float32)
 
 
 def check_evaluated(model: str, settings: Settings, tokenizer: Any) -> None:

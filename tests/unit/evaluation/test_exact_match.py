@@ -374,11 +374,11 @@ HOSTILE = [
 
 
 @pytest.mark.parametrize("piece", HOSTILE)
-def test_hostile_repetitions_take_less_than_a_second(piece):
+def test_hostile_repetitions_take_seconds_at_most(piece):
     for text in (piece * (1_000_000 // len(piece)), "#### 18" + piece * 1_000, f"{piece * 1_000}#### {piece * 600}x"):
         start = time.thread_time()
         score(text, "#### 18")
-        assert time.thread_time() - start < 1.0
+        assert time.thread_time() - start < 10.0  # below a second, but slow machines differ; quadratic time is hours
 
 
 def test_formulas_are_compared_off_the_main_thread_too():

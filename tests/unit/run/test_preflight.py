@@ -1,6 +1,7 @@
 """What is refused before Ray starts, each with one line that names setting, file or row."""
 
 import json
+import math
 import shutil
 import time
 from pathlib import Path
@@ -310,3 +311,17 @@ def test_lengths_and_tokenizers_that_do_not_fit_name_their_settings(student, tmp
     set_json(student / "config.json", max_position_embeddings=8)
     assert message(**sections).startswith(f"teachers.idle.model: model '{student}': supports 8 positions")
     assert message(student={"model": str(student)}).startswith(f"student.model: model '{student}': supports 8")
+
+
+@pytest.mark.parametrize(("slowdown", "keys"), [(40.0, ["teacher.dtype", "rollout.dtype"]), (1.5, [])])
+def test_types_without_instructions_on_this_cpu_are_warned_of(monkeypatch, caplog, slowdown, keys):
+    monkeypatch.setattr(checks, "_slowdown", lambda dtype: slowdown if dtype == torch.bfloat16 else math.nan)
+    checks.warn_of_slow_dtypes(tiny_settings(teacher={"dtype": "bfloat16"}, rollout={"dtype": "bfloat16"}))
+    assert [r.getMessage() for r in caplog.records] == [
+        f"{', '.join(keys)}: matrix products in bfloat16 take 40 times as long as in float32 on this CPU; "
+        f"set {' '.join(f'{key}=float32' for key in keys)}"
+    ][: len(keys)]
+
+
+def test_the_slowdown_of_a_type_is_a_ratio_of_times():
+    assert 0.0 < checks._slowdown(torch.bfloat16) < 1e5
