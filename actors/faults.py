@@ -106,6 +106,12 @@ def actor_faults() -> Iterator[None]:
         raise ActorFault(place().actor_id, f"{type(error).__name__}: {first_line(error)}") from error
 
 
+def exit_with_workers(engine: Any) -> None:
+    """End this actor's process, which Ray reports as a fault, once a worker process of its vLLM engine dies."""
+    if hasattr(engine, "on_worker_death"):
+        engine.on_worker_death(functools.partial(os._exit, 1))
+
+
 def fault_of(error: BaseException) -> str | None:
     """Return in one line what happened to an actor; None for errors in code, which a new actor would raise again."""
     error = _root(error)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from importlib import metadata
 from typing import Any
 
@@ -53,6 +53,14 @@ def set_environment(device: str, more: Mapping[str, str] | None = None, setting:
     require_vllm(device, setting)
     for name, value in (_ENVIRONMENT | _DEVICE_ENVIRONMENT[device] | dict(more or {})).items():
         os.environ.setdefault(name, value)
+
+
+def on_worker_death(llm: Any, action: Callable[[], None]) -> None:
+    """Call ``action`` on another thread once a worker process of ``llm`` dies; without tensor parallelism it has none.
+
+    The call of vLLM that is running may never return: the other workers wait for the dead one.
+    """
+    llm.llm_engine.model_executor.register_failure_callback(action)
 
 
 def cannot_run(error: Exception, model: str, setting: str = "rollout.engine") -> ModelError:

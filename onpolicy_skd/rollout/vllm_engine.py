@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib
 import itertools
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib import metadata
 from typing import TYPE_CHECKING, Any
@@ -20,7 +20,14 @@ from onpolicy_skd.config.schema import Settings
 from onpolicy_skd.distributed.weight_transfer import Address, WeightSpec
 from onpolicy_skd.evaluation.stop_texts import stop_length
 from onpolicy_skd.models.loading import eos_token_ids, load_tokenizer, pick_device, resolve_path
-from onpolicy_skd.models.vllm_setup import cannot_run, cpu_engine_kwargs, engine_kwargs, set_environment, vllm_version
+from onpolicy_skd.models.vllm_setup import (
+    cannot_run,
+    cpu_engine_kwargs,
+    engine_kwargs,
+    on_worker_death,
+    set_environment,
+    vllm_version,
+)
 from onpolicy_skd.rollout.engine import sort_by_request
 from onpolicy_skd.types import RolloutRequest, SamplingParams, Trajectory, id_array
 
@@ -72,6 +79,9 @@ class VLLMEngine:
             )
         except ValueError as error:  # pydantic's are too; lack of memory, a fault of this actor, is not
             raise cannot_run(error, model) from error
+
+    def on_worker_death(self, action: Callable[[], None]) -> None:
+        on_worker_death(self._llm, action)
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
         with self._updated(version):

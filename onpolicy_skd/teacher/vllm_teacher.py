@@ -7,7 +7,7 @@ over the full vocabulary, because the LM head, read from the checkpoint, is appl
 from __future__ import annotations
 
 import multiprocessing
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any
@@ -22,7 +22,7 @@ from onpolicy_skd.models.errors import ModelError
 from onpolicy_skd.models.head_weights import read_head
 from onpolicy_skd.models.lm_head import LMHead, Projector, log_softmax_
 from onpolicy_skd.models.loading import load_tokenizer, pick_device, pick_dtype, resolve_path
-from onpolicy_skd.models.vllm_setup import cannot_run, engine_kwargs, set_environment
+from onpolicy_skd.models.vllm_setup import cannot_run, engine_kwargs, on_worker_death, set_environment
 from onpolicy_skd.teacher.teacher import HiddenRowsTeacher
 from onpolicy_skd.types import Trajectory
 
@@ -54,6 +54,9 @@ class VLLMTeacher(HiddenRowsTeacher):
         super().__init__(head.to(self._device), settings.alignment.temperature, settings.alignment.chunk_rows)
         gap = mean_gap(self._hidden_of_ids(texts), self._head, expected)
         check_gap(gap, self._dtype, named.model)
+
+    def on_worker_death(self, action: Callable[[], None]) -> None:
+        on_worker_death(self._llm, action)
 
     def _hidden_of(self, trajectories: Sequence[Trajectory]) -> Iterator[tuple[Trajectory, Tensor]]:
         read = [t.as_teacher_reads() for t in trajectories]

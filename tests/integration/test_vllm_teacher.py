@@ -5,6 +5,7 @@ import os
 import signal
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from helpers import ROOT, make_trajectories, tiny_model, tiny_settings
@@ -235,13 +236,15 @@ def steps(folder):
 
 
 @pytest.mark.slow
-def test_a_run_trains_with_it_also_after_its_process_was_killed(address, tmp_path, monkeypatch):
+@pytest.mark.parametrize("tensor_parallel", [1, 2])
+def test_a_run_trains_with_it_also_after_a_process_was_killed(address, tmp_path, monkeypatch, tensor_parallel):
     def trained(name, *options):
         arguments = [*OFF_POLICY, f"run.dir={tmp_path}", f"run.name={name}", f"cluster.address={address}", *options]
         assert train.main(arguments) == 0
         return steps(tmp_path / name)
 
-    plain, undisturbed = (trained(engine, f"teacher.engine={engine}") for engine in ("transformers", "vllm"))
+    in_vllm = ["teacher.engine=vllm", f"teacher.tensor_parallel={tensor_parallel}"]
+    plain, undisturbed = (trained(*run) for run in (["plain"], ["undisturbed", *in_vllm]))
     assert len(undisturbed) == 3
     assert np.allclose(undisturbed, plain, rtol=0, atol=1e-4)
 
@@ -251,11 +254,13 @@ def test_a_run_trains_with_it_also_after_its_process_was_killed(address, tmp_pat
         (teacher,) = self._groups.teachers
         pids.append(self._groups.place(teacher).pid)
         if len(pids) == 2:
-            os.kill(pids[-1], signal.SIGKILL)
+            workers = [p for p in psutil.Process(pids[-1]).children() if "VLLM::Worker" in " ".join(p.cmdline())]
+            assert len(workers) == (tensor_parallel if tensor_parallel > 1 else 0)
+            os.kill(workers[-1].pid if workers else pids[-1], signal.SIGKILL)
         return encode(self, kept)
 
     monkeypatch.setattr(Workers, "encode", encode_and_kill)
-    assert trained("killed", "teacher.engine=vllm") == undisturbed
+    assert trained("killed", *in_vllm) == undisturbed
     faults = [r for r in read(tmp_path / "killed" / "metrics.jsonl") if r.get("event") == "fault"]
     assert [fault["restarted"] for fault in faults] == [["teacher"]]
     assert pids[0] == pids[1] != pids[2]
