@@ -29,6 +29,7 @@ from onpolicy_skd.tracing import Span, Spans
 from onpolicy_skd.types import Trajectory
 
 NONE: Mapping[str, bytes] = {}
+Calls = list[tuple[list[int], ray.ObjectRef]]  # one per actor: indices of the trajectories it is asked for, its answer
 
 
 def build_teacher(settings: Settings, vocabulary: int, pad_id: int) -> Teacher | VLLMTeacher:
@@ -159,10 +160,11 @@ class RemoteTeacher:
         self._head: LMHead | None = None
         self._encoded: list[ray.ObjectRef] = []
         self._holders: dict[str, tuple[int, int, bytes]] = {}  # by trajectory: index of its actor, positions, digest
+        self._prefetched: tuple[tuple, Calls] | None = None  # arguments of the answer that is on its way, and its calls
 
     def replace(self, actors: Sequence[Any]) -> None:
         """Use other actors of the same teacher, which have encoded nothing."""
-        self._actors, self._encoded, self._holders = list(actors), [], {}
+        self._actors, self._encoded, self._holders, self._prefetched = list(actors), [], {}, None
 
     def expect(self, encoded: Sequence[ray.ObjectRef], trajectories: Sequence[Trajectory]) -> None:
         """Note ``trajectories`` that the driver has asked every actor to encode, and the refs of these calls.
@@ -185,12 +187,14 @@ class RemoteTeacher:
         batch = ray.put(list(trajectories))
         self.expect([actor.encode.remote(batch) for actor in self._actors], trajectories)
 
-    def rows(self, request: RowRequest) -> Tensor:
-        def call(actor: Any, indices: list[int]) -> ray.ObjectRef:
-            part = [request[i] for i in indices]
-            return actor.rows.remote(part, self._digests(key for key, _ in part))
+    def prefetch_rows(self, request: RowRequest) -> None:
+        self._prefetched = (request,), self._send_rows(request)
 
-        answers = self._call_holders([key for key, _ in request], call)
+    def prefetch_classes(self, request: RowRequest, seeds: Sequence[int], options: ClassSettings) -> None:
+        self._prefetched = (request, seeds, options), self._send_classes(request, seeds, options)
+
+    def rows(self, request: RowRequest) -> Tensor:
+        answers = self._answers(self._take_prefetched(request) or self._send_rows(request))
         counts = [len(positions) for _, positions in request]
         return self._in_order([(indices, unpack(rows)) for indices, rows in answers], counts)
 
@@ -199,18 +203,14 @@ class RemoteTeacher:
             part = [keys[i] for i in indices]
             return actor.entropy_and_logprob.remote(part, self._digests(part))
 
-        answers = self._call_holders(keys, call)
+        answers = self._answers(self._send(keys, call))
         counts = [self._holder(key)[1] for key in keys]
         entropy, logprob = ([(indices, unpack(values[i])) for indices, values in answers] for i in (0, 1))
         return self._in_order(entropy, counts), self._in_order(logprob, counts)
 
     def classes(self, request: RowRequest, seeds: Sequence[int], options: ClassSettings) -> SparseTargets:
-        def call(actor: Any, indices: list[int]) -> ray.ObjectRef:
-            part = [request[i] for i in indices]
-            digests = self._digests(key for key, _ in part)
-            return actor.classes.remote(part, [seeds[i] for i in indices], options, digests)
-
-        answers = self._call_holders([key for key, _ in request], call)
+        calls = self._take_prefetched(request, seeds, options) or self._send_classes(request, seeds, options)
+        answers = self._answers(calls)
         counts = [len(positions) for _, positions in request]
         width = max(ids[0].shape[1] for _, (ids, _, _) in answers)  # slots C; each actor has as many as its rows fill
         ids, probs = ([(indices, _padded(unpack(v[i]), width)) for indices, v in answers] for i in (0, 1))
@@ -221,19 +221,47 @@ class RemoteTeacher:
         self.forget(keys)
 
     def forget(self, keys: Sequence[str]) -> None:
+        if self._prefetched:  # of a step that failed; an actor would wait forever for a trajectory that it has released
+            refs = [ref for _, ref in self._prefetched[1]]
+            ray.wait(refs, num_returns=len(refs), fetch_local=False)
+            self._prefetched = None
         for key in keys:
             self._holders.pop(key, None)
 
-    def _call_holders(self, keys: Sequence[str], call: Callable[[Any, list[int]], ray.ObjectRef]) -> list[tuple]:
-        """Call each actor for those of ``keys`` that it encodes; return pairs of (indices into ``keys``, answer)."""
-        if self._encoded:
-            done, self._encoded = ray.wait(self._encoded, num_returns=len(self._encoded), timeout=0)
-            ray.get(done)  # raises the error of a batch that could not be encoded
+    def _send_rows(self, request: RowRequest) -> Calls:
+        def call(actor: Any, indices: list[int]) -> ray.ObjectRef:
+            part = [request[i] for i in indices]
+            return actor.rows.remote(part, self._digests(key for key, _ in part))
+
+        return self._send([key for key, _ in request], call)
+
+    def _send_classes(self, request: RowRequest, seeds: Sequence[int], options: ClassSettings) -> Calls:
+        def call(actor: Any, indices: list[int]) -> ray.ObjectRef:
+            part = [request[i] for i in indices]
+            digests = self._digests(key for key, _ in part)
+            return actor.classes.remote(part, [seeds[i] for i in indices], options, digests)
+
+        return self._send([key for key, _ in request], call)
+
+    def _send(self, keys: Sequence[str], call: Callable[[Any, list[int]], ray.ObjectRef]) -> Calls:
+        """Call each actor for those of ``keys`` that it encodes; return pairs of (indices into ``keys``, ref)."""
         indices: dict[int, list[int]] = {}  # by actor
         for i, key in enumerate(keys):
             indices.setdefault(self._holder(key)[0], []).append(i)
-        answers: Any = ray.get([call(self._actors[number], share) for number, share in indices.items()])
-        return list(zip(indices.values(), answers, strict=True))
+        return [(share, call(self._actors[number], share)) for number, share in indices.items()]
+
+    def _take_prefetched(self, *arguments: Any) -> Calls | None:
+        """Return the calls that were sent ahead for ``arguments``; drop those for others."""
+        prefetched, self._prefetched = self._prefetched, None
+        return prefetched[1] if prefetched and prefetched[0] == arguments else None
+
+    def _answers(self, calls: Calls) -> list[tuple]:
+        """Wait for ``calls``; return pairs of (indices, answer)."""
+        if self._encoded:
+            done, self._encoded = ray.wait(self._encoded, num_returns=len(self._encoded), timeout=0)
+            ray.get(done)  # raises the error of a batch that could not be encoded
+        answers: Any = ray.get([ref for _, ref in calls])
+        return [(indices, answer) for (indices, _), answer in zip(calls, answers, strict=True)]
 
     def _digests(self, keys: Iterable[str]) -> dict[str, bytes]:
         return {key: self._holder(key)[2] for key in keys}

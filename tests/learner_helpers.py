@@ -11,7 +11,17 @@ LENGTHS = [(5, 9), (3, 20), (12, 4), (7, 1), (2, 15), (9, 11), (4, 6), (6, 17)]
 FAMILIES = [(f, tied) for f in ("qwen3", "llama", "gpt_neox") for tied in (True, False)]
 
 
-def build(family="qwen3", tied=False, teacher=None, budget=10_000, steps=100, ranks=None, lora=0, **sections):
+def build(
+    family="qwen3",
+    tied=False,
+    teacher=None,
+    budget=10_000,
+    steps=100,
+    ranks=None,
+    lora=0,
+    teacher_class=Teacher,
+    **sections,
+):
     """Return a learner and its teacher, which is wider than the student unless one is given."""
     settings = tiny_settings(**sections)
     settings = settings.model_copy(
@@ -19,7 +29,8 @@ def build(family="qwen3", tied=False, teacher=None, budget=10_000, steps=100, ra
     )
     model = tiny_model(family, tied)
     student = split(add_lora(model, lora, 2 * lora, seed=0) if lora else model, VOCABULARY)
-    other = Teacher(split(teacher or tiny_model("qwen3", False, hidden=48, seed=1), VOCABULARY), 10_000, 0)
+    teacher_model = split(teacher or tiny_model("qwen3", False, hidden=48, seed=1), VOCABULARY)
+    other = teacher_class(teacher_model, 10_000, 0)
     return Learner(student, other, settings, pad_id=0, steps=steps, ranks=ranks, special_ids=[0, 1]), other
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from onpolicy_skd.config.schema import Settings
 from onpolicy_skd.distributed.ranks import Ranks
-from onpolicy_skd.learner.micro_batch import MicroBatch
+from onpolicy_skd.learner.micro_batch import MicroBatch, position_seeds
 from onpolicy_skd.loss.inputs import Alignment
 from onpolicy_skd.models.batch import Batch, collate, micro_batches
 from onpolicy_skd.models.loading import pick_dtype
@@ -18,7 +18,7 @@ from onpolicy_skd.models.split_model import SplitModel
 from onpolicy_skd.teacher.routing import by_teacher, teacher_of
 from onpolicy_skd.teacher.teacher import TeacherRows
 from onpolicy_skd.tracing import Spans
-from onpolicy_skd.types import Trajectory, seed_of
+from onpolicy_skd.types import Trajectory
 
 
 class Forward:
@@ -41,6 +41,18 @@ class Forward:
 
         They record a graph if gradients are enabled.  Delete one before the next to free its memory.
         """
+        groups_by_rank = self._groups_by_rank(trajectories)
+        local_groups = groups_by_rank[self.ranks.rank]
+        for group in local_groups:
+            yield group, self._micro_batch([trajectories[i] for i in group], version)
+        for _ in range(max(map(len, groups_by_rank)) - len(local_groups)):
+            self._empty_micro_batch()
+
+    def members(self, trajectories: Sequence[Trajectory]) -> list[list[Trajectory]]:
+        """Return the members of each of this rank's micro-batches, in order."""
+        return [[trajectories[i] for i in group] for group in self._groups_by_rank(trajectories)[self.ranks.rank]]
+
+    def _groups_by_rank(self, trajectories: Sequence[Trajectory]) -> list[list[list[int]]]:
         lengths, packing = [t.length for t in trajectories], self._settings.pipeline.packing
         groups_by_rank = []
         for share in self.ranks.shares(lengths):
@@ -50,11 +62,7 @@ class Forward:
                     [lengths[i] for i in indices], self._settings.learner.tokens_per_micro_batch, packing
                 )
                 groups_by_rank[-1] += [[indices[i] for i in group] for group in groups]
-        local_groups = groups_by_rank[self.ranks.rank]
-        for group in local_groups:
-            yield group, self._micro_batch([trajectories[i] for i in group], version)
-        for _ in range(max(map(len, groups_by_rank)) - len(local_groups)):
-            self._empty_micro_batch()
+        return groups_by_rank
 
     def each(
         self, trajectories: Sequence[Trajectory], version: int, score: Callable[[MicroBatch], Sequence[Tensor]]
@@ -79,7 +87,6 @@ class Forward:
         embedded_BLH = self._student.embedded(batch) if torch.is_grad_enabled() else None
         with self._spans("backbone"):
             hidden_NH, head = self.hidden(self._student, batch, embedded_BLH), self._student.head
-        seeds = [seed_of(self._settings.run.seed, version, "positions", t.key) for t in members]
         return MicroBatch(
             members,
             batch,
@@ -88,7 +95,7 @@ class Forward:
             head,
             teacher_of(self._teacher, members),
             self._alignment.at(version),
-            seeds,
+            position_seeds(self._settings.run.seed, version, members),
             self._spans,
             self._settings.positions.top_classes,
         )

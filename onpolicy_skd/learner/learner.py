@@ -1,7 +1,8 @@
 """The learner: one optimizer step from trajectories and a teacher's hidden rows, without Ray.
 
 A step is, per micro-batch: backbone forward -> entropy by chunks, without gradient -> positions per sequence ->
-teacher rows for these only -> divergence by chunks -> backward.  Then clip and step on float32 weights.
+teacher rows for these only -> divergence by chunks -> backward.  Then clip and step on float32 weights.  Where the
+positions do not depend on the forward, a teacher in another process is asked for the rows before it.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from onpolicy_skd.learner.micro_batch import MicroBatch
 from onpolicy_skd.learner.objective import Objective, frozen_copy
 from onpolicy_skd.learner.optimizer import build_optimizer, learning_rate
 from onpolicy_skd.learner.precision import UpdateSums, precision_warning, sampled_weights, update_sums
+from onpolicy_skd.learner.prefetch import Prefetcher
 from onpolicy_skd.learner.probe import Probe
 from onpolicy_skd.learner.scoring import Scorer
 from onpolicy_skd.learner.state import LearnerState
@@ -199,18 +201,33 @@ class Learner:
         self.state.objective.prepare(trajectories, self._teacher)
         sums.teacher_wait_seconds += time.perf_counter() - start
         total = weight or sum(t.weight for t in trajectories)
+        prefetcher = self._prefetcher(trajectories)
+        prefetcher.request_next()
         for _, micro in self._forward.micro_batches(trajectories, self.version):
-            self._backward(micro, ranges, total, sums)
+            self._backward(micro, ranges, total, sums, prefetcher)
             del micro
         by_rank = self.state.ranks.gather(sums)
         merged = StepSums.merge(by_rank)
         merged.teacher_wait_seconds /= len(by_rank)  # ranks wait at the same time
         return merged
 
-    def _backward(self, micro: MicroBatch, ranges: Ranges | None, total: float, sums: StepSums) -> None:
+    def _prefetcher(self, trajectories: Sequence[Trajectory]) -> Prefetcher:
+        selector = self.state.selector
+        all_rows = self._measures_signals or selector.reads_teacher_rows(self.version)
+        members = self._forward.members(trajectories)
+        return Prefetcher(members, self._teacher, selector, self._settings, self.version, all_rows)
+
+    @property
+    def _measures_signals(self) -> bool:
+        """True if the open step measures teacher mass and overlap."""
+        return self.version % SIGNALS_INTERVAL == 0 and self._settings.classes.sampler == "none"
+
+    def _backward(
+        self, micro: MicroBatch, ranges: Ranges | None, total: float, sums: StepSums, prefetcher: Prefetcher
+    ) -> None:
         """Select positions, compute the loss and add its gradient; ``total``: sum of all samples' weights."""
         scores_N, selection = micro.select_positions(self.state.selector, self.version, ranges)
-        if self.version % SIGNALS_INTERVAL == 0 and self._settings.classes.sampler == "none":
+        if self._measures_signals:
             sums.add_teacher_signals(micro)
         shares = torch.tensor([t.weight / total for t in micro.members])
         shares_K = shares.repeat_interleave(torch.tensor(selection.counts)).to(selection.weights_K.device)
@@ -218,6 +235,7 @@ class Learner:
             weights_K = selection.weights_K * (shares_K * self.state.loss_scale.value)  # factors of every gradient
             loss, values_K = self.state.objective.loss(micro, selection, weights_K)
         sums.add_student_statistics(micro, selection, self.version)  # before backward reshards the head
+        prefetcher.request_next()
         with self.spans("backward"):
             loss.backward()
             if micro.embedded_BLH is not None:

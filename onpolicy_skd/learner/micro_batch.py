@@ -85,12 +85,8 @@ class MicroBatch:
     @cached_property
     def recorded(self) -> tuple[Tensor, Tensor] | None:
         """Entropies and target log-probabilities at all N positions as the engines recorded them, or None."""
-        entropies = [t.sampler_entropy for t in self.members]
-        if any(e is None for e in entropies):
-            return None
-        device = self.hidden_NH.device
-        logprobs = np.concatenate([t.sampler_logprobs for t in self.members])
-        return torch.from_numpy(np.concatenate(entropies)).to(device), torch.from_numpy(logprobs).to(device)  # type: ignore[arg-type]
+        values, device = recorded_by_engines(self.members), self.hidden_NH.device
+        return values and (values[0].to(device), values[1].to(device))
 
     def entropy_and_ce(self) -> tuple[Tensor, Tensor]:
         """Return H(q_t) and -log q_t(y_t) ``[N]``, nats: recorded by the engines, else from ``statistics``."""
@@ -135,19 +131,12 @@ class MicroBatch:
         """Return the teacher's rows at the selected positions; only these are transferred, unless all were before."""
         if self._all_rows_NG is not None:
             return HiddenRows(self._all_rows_NG[selection.indices_K], self.teacher.head())
-        return HiddenRows(self._fetch(self.row_request(selection)), self.teacher.head())
+        return HiddenRows(self._fetch(row_request(self.members, selection)), self.teacher.head())
 
     def classes(self, selection: Selection, cfg: ClassSettings) -> SparseTargets:
         """Return the teacher's sparse targets at the selected positions."""
-        request, seeds = self.row_request(selection), [seed_of(seed, "classes") for seed in self.seeds]
+        request, seeds = row_request(self.members, selection), class_seeds(self.seeds)
         return self._timed(lambda: self.teacher.classes(request, seeds, cfg)).to(self.hidden_NH.device)
-
-    def row_request(self, selection: Selection) -> RowRequest:
-        """Return the selected positions by trajectory, counted from each response's start."""
-        counts = torch.tensor(self.batch.counts)
-        starts = counts.cumsum(0) - counts
-        indices = selection.indices_K.cpu().split(selection.counts)
-        return [(key, (i - start).tolist()) for key, i, start in zip(self.keys, indices, starts, strict=True)]
 
     @torch.no_grad()
     def divergence(self, kind: str, rows_NG: Tensor | None = None) -> Tensor:
@@ -173,7 +162,7 @@ class MicroBatch:
     def _all_rows(self) -> Tensor:
         """Return the teacher's hidden states at all N positions ``[N, G]``, fetched once."""
         if self._all_rows_NG is None:
-            self._all_rows_NG = self._fetch([(t.key, range(len(t.target_ids))) for t in self.members])
+            self._all_rows_NG = self._fetch(all_positions(self.members))
         return self._all_rows_NG
 
     def _fetch(self, request: RowRequest) -> Tensor:
@@ -185,3 +174,38 @@ class MicroBatch:
             answer = fetch()
         self.teacher_wait_seconds += time.perf_counter() - start
         return answer
+
+
+# -- what is known of a micro-batch before its forward -------------------------------------------------------------
+
+
+def recorded_by_engines(members: Sequence[Trajectory]) -> tuple[Tensor, Tensor] | None:
+    """Return entropies and target log-probabilities ``[N]`` as the engines recorded them; None unless all did."""
+    entropies = [t.sampler_entropy for t in members]
+    if any(e is None for e in entropies):
+        return None
+    logprobs = np.concatenate([t.sampler_logprobs for t in members])
+    return torch.from_numpy(np.concatenate(entropies)), torch.from_numpy(logprobs)  # type: ignore[arg-type]
+
+
+def position_seeds(seed: int, version: int, members: Sequence[Trajectory]) -> list[int]:
+    """Return the seed of each sequence's random selection at policy ``version``."""
+    return [seed_of(seed, version, "positions", t.key) for t in members]
+
+
+def class_seeds(seeds: Sequence[int]) -> list[int]:
+    """Return the seed of each sequence's sampled classes; ``seeds``: those of its selection."""
+    return [seed_of(seed, "classes") for seed in seeds]
+
+
+def row_request(members: Sequence[Trajectory], selection: Selection) -> RowRequest:
+    """Return the selected positions by trajectory, counted from each response's start."""
+    counts = torch.tensor([len(t.target_ids) for t in members])
+    starts = counts.cumsum(0) - counts
+    indices = selection.indices_K.cpu().split(selection.counts)
+    return [(t.key, (i - start).tolist()) for t, i, start in zip(members, indices, starts, strict=True)]
+
+
+def all_positions(members: Sequence[Trajectory]) -> RowRequest:
+    """Return all N positions by trajectory."""
+    return [(t.key, range(len(t.target_ids))) for t in members]

@@ -224,13 +224,13 @@ def random(signals: Signals) -> Tensor:
         torch.rand(n, generator=torch.Generator().manual_seed(seed))
         for n, seed in zip(signals.counts, signals.seeds, strict=True)
     ]
-    return torch.cat(scores).to(signals.entropy_N.device)
+    return torch.cat(scores).to(signals.device)
 
 
 def prefix(signals: Signals) -> Tensor:
     """-t: the first positions of each response."""
     steps = [-torch.arange(n, dtype=torch.float32) for n in signals.counts]
-    return torch.cat(steps).to(signals.entropy_N.device)
+    return torch.cat(steps).to(signals.device)
 
 
 METRICS: dict[str, Metric] = {
@@ -252,4 +252,9 @@ METRICS: dict[str, Metric] = {
     "random": random,
     "prefix": prefix,
 }
+MODEL_FREE = frozenset({random, prefix})  # read no model
+FROM_RECORDS = frozenset({student_entropy, student_ce})  # read only what engines may have recorded
+FROM_TEACHER_ROWS = frozenset(
+    {kl, reverse_kl, kl_plus_entropy, tip_soft_or, tip_q3, ta_opd, teacher_mass, overlap, margin}
+)  # read the teacher's hidden rows at all eligible positions
 WHOLE_BATCH = frozenset(name for name, metric in METRICS.items() if metric in RANGES)

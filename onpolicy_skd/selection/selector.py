@@ -12,12 +12,22 @@ from torch import Tensor
 from onpolicy_skd.config import plugins
 from onpolicy_skd.config.errors import ConfigError
 from onpolicy_skd.config.schema import PositionSettings
-from onpolicy_skd.selection.metrics import METRICS, RANGES, Metric, Signals
-from onpolicy_skd.selection.positions import POLICIES, Context, Selection, scheduled_k
+from onpolicy_skd.selection.metrics import (
+    FROM_RECORDS,
+    FROM_TEACHER_ROWS,
+    METRICS,
+    MODEL_FREE,
+    RANGES,
+    Metric,
+    Signals,
+)
+from onpolicy_skd.selection.positions import POLICIES, Context, Policy, Selection, full, scheduled_k
 from onpolicy_skd.selection.weighting import WEIGHTINGS, normalized
 from onpolicy_skd.types import seed_of
 
 State = dict[str, Tensor]
+SELECT_ALL = ("full", "weighted")  # policies that select all eligible positions
+SELECT_SHARE = ("top_k", "curriculum", "bandit")  # policies that select exactly a share k, so all of them at k = 1
 
 
 class ScoreQueue:
@@ -132,27 +142,57 @@ class Selector:
 
     def select(self, signals: Signals, step: int) -> tuple[Tensor, Selection]:
         """Return the scores ``[N]``, NaN where a token is masked, and the positions selected by them."""
-        eligible_N, counts = self.eligible(signals), signals.counts
-        kept = None if eligible_N is None else eligible_N.nonzero()[:, 0]
-        k = self.k(step)
-        threshold = self._queue.threshold(k) if self._queue else None
+        eligible_N = self.eligible(signals)
         if self._settings.policy == "full":  # needs no scores, which may cost a pass over the LM head
             scores_N = torch.zeros(sum(signals.counts), device=signals.device)
         else:
             scores_N = self._metric_of(step)(signals)
-        context = Context(k, step, signals.seeds, threshold, self._settings)
-        if eligible_N is None or kept is None:
-            selection = self._policy(scores_N, counts, context)
-        else:
-            rest = [int(mask.sum()) for mask in eligible_N.split(list(counts))]
-            selection = self._policy(scores_N[kept], rest, context)
-            selection = dataclasses.replace(selection, indices_K=kept[selection.indices_K])
+        selection = self._apply(self._policy, scores_N, eligible_N, signals, step)
+        if eligible_N is not None:
             scores_N = scores_N.masked_fill(~eligible_N, math.nan)
         if self._weighting:
-            factors_N = normalized(self._weighting(signals, self._settings), counts, eligible_N)
+            factors_N = normalized(self._weighting(signals, self._settings), signals.counts, eligible_N)
             weights_K = selection.weights_K * factors_N[selection.indices_K]
             selection = dataclasses.replace(selection, weights_K=weights_K)
         return scores_N, selection
+
+    def preselect(self, signals: Signals, step: int, recorded: bool) -> Selection | None:
+        """Return a selection of the positions that ``select`` will select, or None if they depend on the models.
+
+        ``recorded``: the engines recorded the entropies of ``signals``.  The weights may differ from those of
+        ``select``.  User functions are not called, because they may cost time or count their calls.
+        """
+        eligible_N = self.eligible(signals)
+        if self._selects_all(step):
+            scores_N = torch.zeros(sum(signals.counts), device=signals.device)
+            return self._apply(full, scores_N, eligible_N, signals, step)
+        metric = self._metric_of(step)
+        known = metric in MODEL_FREE or (recorded and metric in FROM_RECORDS)
+        if not known or self._settings.policy not in POLICIES:
+            return None
+        return self._apply(self._policy, metric(signals), eligible_N, signals, step)
+
+    def reads_teacher_rows(self, step: int) -> bool:
+        """Return True if the scores of ``step`` read the teacher's hidden rows at all eligible positions."""
+        return self._settings.policy != "full" and self._metric_of(step) in FROM_TEACHER_ROWS
+
+    def _selects_all(self, step: int) -> bool:
+        policy = self._settings.policy
+        return policy in SELECT_ALL or (self.k(step) == 1.0 and policy in SELECT_SHARE)
+
+    def _apply(
+        self, policy: Policy, scores_N: Tensor, eligible_N: Tensor | None, signals: Signals, step: int
+    ) -> Selection:
+        """Return what ``policy`` selects among the eligible positions, as indices into all N."""
+        k, counts = self.k(step), signals.counts
+        threshold = self._queue.threshold(k) if self._queue else None
+        context = Context(k, step, signals.seeds, threshold, self._settings)
+        if eligible_N is None:
+            return policy(scores_N, counts, context)
+        kept = eligible_N.nonzero()[:, 0]
+        rest = [int(mask.sum()) for mask in eligible_N.split(list(counts))]
+        selection = policy(scores_N[kept], rest, context)
+        return dataclasses.replace(selection, indices_K=kept[selection.indices_K])
 
     def _metric_of(self, step: int) -> Metric:
         return METRICS[self.metric(step)] if self.bandit else self._metric

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -47,6 +47,23 @@ class TeacherRows(Protocol):
 
     def release(self, keys: Sequence[str]) -> None:
         """Drop the hidden states of ``keys``, if there are any."""
+        ...
+
+
+@runtime_checkable
+class PrefetchingTeacher(TeacherRows, Protocol):
+    """A teacher in another process that sends answers before the learner waits for them.
+
+    It keeps one prefetched answer, of the last request.  ``rows`` or ``classes`` with the same arguments returns it;
+    with others they drop it and ask again.
+    """
+
+    def prefetch_rows(self, request: RowRequest) -> None:
+        """Request what ``rows`` with the same argument will return, without waiting."""
+        ...
+
+    def prefetch_classes(self, request: RowRequest, seeds: Sequence[int], options: ClassSettings) -> None:
+        """Request what ``classes`` with the same arguments will return, without waiting."""
         ...
 
 

@@ -23,6 +23,7 @@ from actors.weight_sync import sync_method, wait_all
 from actors.workers import Workers
 from onpolicy_skd.config.schema import ClassSettings
 from onpolicy_skd.models.loading import load_tokenizer
+from onpolicy_skd.teacher.teacher import PrefetchingTeacher
 from onpolicy_skd.types import Trajectory
 
 
@@ -300,3 +301,50 @@ def test_teacher_actors_give_what_the_plain_teacher_gives(local_ray, count):
         remote.rows([("t3", [0])])
     for actor in actors:
         ray.kill(actor)
+
+
+def test_a_prefetched_answer_is_used_once_and_lost_with_its_actor(local_ray):
+    settings, options = tiny_settings(), ClassSettings(sampler="rs_kd", draws=9)
+    members = make_trajectories([(5, 9), (3, 20), (7, 4)])
+    plain = build_teacher(settings, 512, 0)
+    plain.encode(members)
+    actors = [TeacherActor.remote(settings, 512, 0, number, 2) for number in range(2)]
+    remote = RemoteTeacher(actors, "cpu")
+    assert isinstance(remote, PrefetchingTeacher)
+    remote.encode(members)
+    wanted, other = [("t2", [2, 0]), ("t1", [4]), ("t0", [8])], [("t1", [0])]
+    for request in (wanted, other):  # the second time another answer than the prefetched one
+        remote.prefetch_rows(wanted)
+        assert torch.allclose(remote.rows(request), plain.rows(request), atol=1e-5)
+        assert remote._prefetched is None
+    remote.prefetch_classes(wanted, [5, 6, 7], options)
+    prefetched, asked = (astuple(remote.classes(wanted, [5, 6, 7], options)) for _ in range(2))
+    for got, expected in zip(prefetched, asked, strict=True):
+        assert got == expected if isinstance(got, str) else torch.equal(got, expected)
+    remote.prefetch_rows(wanted)
+    remote.forget([t.key for t in members])  # as after a step that failed
+    assert remote._prefetched is None
+    remote.encode(members)
+    remote.prefetch_rows(wanted)
+    ray.kill(actors[1])
+    with pytest.raises(ActorDiedError):
+        remote.rows(wanted)
+    actors[1] = TeacherActor.remote(settings, 512, 0, 1, 2)
+    remote.replace(actors)
+    remote.encode(members)
+    assert torch.allclose(remote.rows(wanted), plain.rows(wanted), atol=1e-5)
+    for actor in actors:
+        ray.kill(actor)
+
+
+def test_a_prefetched_answer_that_an_actor_died_with_can_be_forgotten(local_ray):
+    actor = TeacherActor.remote(tiny_settings(), 512, 0)
+    remote = RemoteTeacher([actor], "cpu")
+    members = make_trajectories([(5, 9)])
+    ray.get(actor.ready.remote())
+    remote.expect([], members)  # never encoded: the answer is never sent
+    remote.prefetch_rows([("t0", [1])])
+    ray.kill(actor)
+    remote.forget(["t0"])
+    with pytest.raises(KeyError, match="t0"):
+        remote.rows([("t0", [1])])

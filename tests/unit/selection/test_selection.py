@@ -340,6 +340,26 @@ EXPECTED = {
 }
 
 
+def test_metrics_are_grouped_by_what_they_read():
+    reads = {"teacher_signals": [], "entropy_and_logprob": [], "records": [], "nothing": []}
+
+    def unknown():
+        raise LookupError
+
+    for metric in METRICS.values():
+        calls = []
+        metric(with_teacher(calls, WHOLE))
+        if not calls:
+            try:
+                metric(Signals(unknown, [2, 1], [7, 8]))
+            except LookupError:
+                calls.append("records")
+        reads[calls[0] if calls else "nothing"].append(metric)
+    assert set(reads["nothing"]) == metrics.MODEL_FREE
+    assert set(reads["records"]) == metrics.FROM_RECORDS
+    assert set(reads["teacher_signals"]) == metrics.FROM_TEACHER_ROWS
+
+
 @pytest.mark.parametrize("name", EXPECTED)
 def test_a_metric_equals_its_formula_and_asks_the_teacher_for_no_more_than_it_needs(name):
     expected, asked = EXPECTED[name]
