@@ -28,6 +28,8 @@ METHODS: dict[str, dict[str, Any]] = {  # settings under alignment; all rows
     "mixture_zones": {"mixture": {"gate": "zones"}},
     "mixture_skewed": {"mixture": {"gate": "constant", "skew": 0.1}},
     "clip": {"clip": 1.0},
+    "reference_kl": {"reference_weight": 0.1},
+    "iw": {},  # positions.weighting=iw, with the passes over both heads that its log-probabilities take
 }
 SCORES = ("kl_alone", "teacher_signals")  # without gradient: forward KL of each row; forward KL and all other signals
 SHAPES = {  # name -> vocabulary, student hidden, teacher hidden, rows
@@ -37,7 +39,7 @@ SHAPES = {  # name -> vocabulary, student hidden, teacher hidden, rows
 }
 WITH_METHODS = ("small", "tiny")
 DEFAULT = ("small", "large")
-SEQUENCES = 8  # responses into which the rows are divided, for the selection per sequence
+SEQUENCES = 8  # responses into which the rows are divided
 
 
 def loss_step(variant: str, inputs: dict[str, Tensor], k: float = 1.0) -> Callable[[], Tensor]:
@@ -57,7 +59,7 @@ def loss_step(variant: str, inputs: dict[str, Tensor], k: float = 1.0) -> Callab
         return chunked(hidden[None], other[None], head, other_head, mask, 1.0)[0]
 
     def ours(k: float) -> Tensor:
-        counts = [rows // SEQUENCES] * SEQUENCES
+        counts = sequence_counts(rows)
         chosen = torch.arange(rows, device=hidden.device)
         if k < 1:
             entropy = row_statistics(hidden.detach(), head.detach(), targets).entropy_N
@@ -106,8 +108,44 @@ def method_loss(name: str, inputs: dict[str, Tensor]) -> Tensor:
         return teacher_signals(hidden, head, teacher, 16).forward_kl_N.mean()
     if name == "kl_alone":
         return distillation_loss(hidden.detach(), head.detach(), teacher, rows, Alignment("forward_kl"))[1].mean()
-    alignment = Alignment.from_settings(AlignmentSettings(**METHODS[name]))
-    return distillation_loss(hidden, head, teacher, rows, alignment)[0]
+    if name == "iw":
+        rows = Rows(rows.weights_N * iw_factors(inputs), targets)
+    cfg = AlignmentSettings(**METHODS[name])
+    alignment = Alignment.from_settings(cfg)
+    loss = distillation_loss(hidden, head, teacher, rows, alignment)[0]
+    if cfg.reference_weight:
+        reference = HiddenRows(reference_hidden(inputs), head.detach())
+        added = distillation_loss(hidden, head, reference, rows, alignment.exact("reverse_kl"))[0]
+        loss = loss + cfg.reference_weight * added
+    return loss
+
+
+def iw_factors(inputs: dict[str, Tensor]) -> Tensor:
+    """Return the factors ``[N]`` of ``positions.weighting=iw``."""
+    from onpolicy_skd.config.schema import PositionSettings
+    from onpolicy_skd.models.lm_head import row_statistics
+    from onpolicy_skd.selection.metrics import Signals
+    from onpolicy_skd.selection.weighting import iw, normalized
+
+    targets, counts = inputs["targets"], sequence_counts(len(inputs["targets"]))
+    student, teacher = (
+        row_statistics(inputs[f"{role}_hidden"].detach(), inputs[f"{role}_head"].detach(), targets)
+        for role in ("student", "teacher")
+    )
+    signals = Signals(
+        lambda: (student.entropy_N, -student.logprob_N), counts, (), lambda: (teacher.entropy_N, teacher.logprob_N)
+    )
+    return normalized(iw(signals, PositionSettings(weighting="iw")), counts)
+
+
+def reference_hidden(inputs: dict[str, Tensor]) -> Tensor:
+    """Return hidden states of a model that differs from the student and has its LM head."""
+    return inputs["student_hidden"].detach().roll(1, 0)
+
+
+def sequence_counts(rows: int) -> list[int]:
+    """Return the rows of each response."""
+    return [rows // SEQUENCES] * SEQUENCES
 
 
 def make_inputs(shape: Sequence[int], device: str) -> dict[str, Tensor]:

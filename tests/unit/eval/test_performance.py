@@ -2,6 +2,7 @@ import json
 import re
 
 import pytest
+import torch
 
 from eval.performance import __main__ as performance
 from eval.performance import end_to_end, loss
@@ -36,6 +37,16 @@ def test_the_methods_of_the_loss_benchmark_are_what_they_are_named_after():
     assert losses["mixture_constant"] == pytest.approx((losses["exact"] + losses["forward_kl"]) / 2, rel=1e-4)
     assert losses["student_topk_tail"] < losses["exact"]
     assert losses["clip"] < losses["exact"]
+    hidden, head = (inputs[f"student_{n}"].detach().double() for n in ("hidden", "head"))
+    log_q, log_q0 = (torch.log_softmax(h @ head.T, -1) for h in (hidden, loss.reference_hidden(inputs).double()))
+    log_p = torch.log_softmax(inputs["teacher_hidden"].double() @ inputs["teacher_head"].double().T, -1)
+    reference_kl = (log_q.exp() * (log_q - log_q0)).sum(-1).mean().item()
+    assert losses["reference_kl"] == pytest.approx(losses["exact"] + 0.1 * reference_kl, rel=1e-4)
+    drift_SN = ((log_p - log_q).gather(1, inputs["targets"][:, None]).abs()).view(loss.SEQUENCES, -1)
+    factors_SN = 2 - (drift_SN.cumsum(1) - drift_SN) / drift_SN.sum(1, keepdim=True)
+    factors_SN /= factors_SN.mean(1, keepdim=True)
+    kl_SN = (log_q.exp() * (log_q - log_p)).sum(-1).view(loss.SEQUENCES, -1)
+    assert losses["iw"] == pytest.approx((factors_SN * kl_SN).mean().item(), rel=1e-4)
     assert losses["kl_alone"] == pytest.approx(losses["teacher_signals"], rel=1e-4)
     assert losses["kl_alone"] == pytest.approx(losses["forward_kl"], rel=1e-4)
 
