@@ -25,6 +25,7 @@ from actors.placement import PRIVATE, TIMEOUT_S, ClusterError, Counts, Resources
 from onpolicy_skd import siblings
 from onpolicy_skd.config.errors import ConfigError
 from onpolicy_skd.config.schema import Settings
+from onpolicy_skd.run.machine import check_machine
 
 logger = logging.getLogger(__name__)
 
@@ -106,11 +107,12 @@ def connect(settings: Settings, counts: Counts | None = None) -> Iterator[Resour
     """Connect to the running cluster (``cluster.address``, the job's, or this machine's), or start a local one.
 
     Yields the resources of each role.  Disconnects at the end, and stops Ray if it started it.  Raises ClusterError if
-    the address does not answer or the cluster has too few resources.
+    the address does not answer or the cluster has too few resources, and ConfigError if a local one would lack what a
+    run on this machine's GPUs needs.
     """
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     os.environ.setdefault("RAY_IGNORE_UNHANDLED_ERRORS", "1")  # the driver gets every result that matters
-    _join_or_start(settings.cluster.address or os.environ.get("RAY_ADDRESS"))
+    _join_or_start(settings.cluster.address or os.environ.get("RAY_ADDRESS"), settings)
     try:
         nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
         yield fitted(plan(settings, sum(node.get("GPU", 0.0) for node in nodes), counts), nodes)
@@ -118,7 +120,7 @@ def connect(settings: Settings, counts: Counts | None = None) -> Iterator[Resour
         ray.shutdown()
 
 
-def _join_or_start(address: str | None) -> None:
+def _join_or_start(address: str | None, settings: Settings) -> None:
     """Join the cluster at ``address`` or the one on this machine; start a private one where there is none."""
     if address and ":" in address and "://" not in address and not answers(address):
         raise ClusterError(f"no Ray cluster answers at {address}; leave cluster.address empty for a local one")
@@ -128,6 +130,7 @@ def _join_or_start(address: str | None) -> None:
         if address or PRIVATE not in ray.cluster_resources():
             return
         ray.shutdown()  # this is another run's private Ray, which ends with that run
+    check_machine(settings)
     _init(address="local", include_dashboard=False, resources={PRIVATE: 1.0})
 
 

@@ -16,6 +16,7 @@ from onpolicy_skd.config.loading import load_settings
 from onpolicy_skd.models import loading
 from onpolicy_skd.models.errors import ModelError
 from onpolicy_skd.rollout.transformers_engine import TransformersEngine
+from onpolicy_skd.run import machine as run_machine
 from onpolicy_skd.storage.files import RunPaths
 
 
@@ -45,16 +46,17 @@ def test_a_wrong_loss_fails(monkeypatch):
 
 def test_the_machine_of_a_gpu_run(monkeypatch):
     monkeypatch.setattr(torch.version, "cuda", "13.0")
-    monkeypatch.setattr(machine.shutil, "which", lambda name: f"/usr/bin/{name}")
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setattr(run_machine.shutil, "which", lambda name: f"/usr/bin/{name}")
     for driver, expected in (("580.65.06", "ok"), ("550.54", "FAILED")):
         monkeypatch.setattr(
-            machine.subprocess, "run", lambda *_, driver=driver, **__: types.SimpleNamespace(stdout=driver + "\n")
+            run_machine.subprocess, "run", lambda *_, driver=driver, **__: types.SimpleNamespace(stdout=driver + "\n")
         )
         report = Report("machine", show=lambda _: None)
         machine.check(report, "cuda", with_vllm=False)
         assert statuses(report)["driver"] == expected
         assert statuses(report)["torch sees the card"] == ("ok" if torch.cuda.is_available() else "FAILED")
-    monkeypatch.setattr(machine.shutil, "which", lambda name: None)
+    monkeypatch.setattr(run_machine.shutil, "which", lambda name: None)
     report = Report("machine", show=lambda _: None)
     machine.check(report, "cuda", with_vllm=False)
     assert statuses(report)["driver"] == statuses(report)["C compiler, for Triton"] == "FAILED"
