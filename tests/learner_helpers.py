@@ -19,15 +19,16 @@ def build(
     steps=100,
     ranks=None,
     lora=0,
+    model=None,
     teacher_class=Teacher,
     **sections,
 ):
-    """Return a learner and its teacher, which is wider than the student unless one is given."""
+    """Return a learner of ``model``, or of a new one, and its teacher, which is wider unless one is given."""
     settings = tiny_settings(**sections)
     settings = settings.model_copy(
         update={"learner": settings.learner.model_copy(update={"tokens_per_micro_batch": budget})}
     )
-    model = tiny_model(family, tied)
+    model = model or tiny_model(family, tied)
     student = split(add_lora(model, lora, 2 * lora, seed=0) if lora else model, VOCABULARY)
     teacher_model = split(teacher or tiny_model("qwen3", False, hidden=48, seed=1), VOCABULARY)
     other = teacher_class(teacher_model, 10_000, 0)

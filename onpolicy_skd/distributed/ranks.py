@@ -11,13 +11,15 @@ from collections.abc import Mapping, Sequence
 from types import MethodType
 from typing import Any, TypeVar
 
+import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 
 from onpolicy_skd.models.batch import balance_by_tokens
+from onpolicy_skd.models.loading import pick_dtype
 from onpolicy_skd.models.split_model import SplitModel
 from onpolicy_skd.types import Trajectory
 
@@ -54,20 +56,23 @@ class Ranks:
         values = {index: value for share in self.gather(local) for index, value in share.items()}
         return [values[index] for index in range(len(values))]
 
-    def shard(self, student: SplitModel) -> SplitModel:
+    def shard(self, student: SplitModel, compute_dtype: str = "float32") -> SplitModel:
         """Shard the parameters of ``student`` over the ranks; each block is gathered while it is needed.
 
-        Embeddings, final norm and LM head stay gathered from a forward to the backward after it, since the loss uses
-        the head outside the model's forward.  Gradients are summed over the ranks.
+        A block is gathered in ``compute_dtype`` (a setting, as ``pick_dtype`` reads it); the shards keep their type.
+        Embeddings, norms and LM head stay gathered, in the type of their shards, from a forward to the backward after
+        it, since the loss uses the head outside the model's forward.  Gradients are summed over the ranks in float32.
         """
         if self.count == 1:
             return student
         model, mesh = student.model, init_device_mesh(self._device, (self.count,))
-        blocks = set(getattr(model, "_no_split_modules", None) or ())
-        for module in model.modules():
-            if type(module).__name__ in blocks:
-                fully_shard(module, mesh=mesh)
-        fully_shard(model, mesh=mesh)
+        names = set(getattr(model, "_no_split_modules", None) or ())
+        dtype = pick_dtype(compute_dtype, self._device)
+        blocks = {module: _gathered_by(module, dtype) for module in model.modules() if type(module).__name__ in names}
+        # The model first, although FSDP usually is applied to blocks first: it then gathers the blocks' norms too.
+        fully_shard(model, mesh=mesh, ignored_params=set().union(*(params for params, _ in blocks.values())))
+        for block, (params, policy) in blocks.items():
+            fully_shard(block, mesh=mesh, mp_policy=policy, ignored_params=set(block.parameters()) - params)
         for module in model.modules():
             if isinstance(module, FSDPModule):
                 module.set_gradient_divide_factor(1.0)  # each rank's loss is a share of one mean
@@ -88,6 +93,22 @@ class Ranks:
             return tensor
         full = tensor.full_tensor()
         return full if everywhere or self.rank == 0 else full.new_empty(0)
+
+
+def _gathered_by(block: nn.Module, dtype: torch.dtype) -> tuple[set[nn.Parameter], MixedPrecisionPolicy]:
+    """Return the parameters that ``block`` gathers by itself, and the types in which it does.
+
+    Autocast rounds the weights of linear layers to the compute ``dtype`` anyway.  Gathered in it, they are half the
+    bytes, and each result is that of one rank; autocast, which stays around the forward, has nothing left to round.
+    Norms, which autocast does not round, are small and left to the model.  So is the block's input: in ``dtype`` it
+    would make the residual stream coarser than that of one rank.  A block with other matrices, such as the experts of a
+    mixture, is gathered as it is.
+    """
+    params = set(block.parameters())
+    linear = {p for m in block.modules() if isinstance(m, nn.Linear) for p in m.parameters(recurse=False)}
+    if dtype == torch.float32 or any(p.ndim > 1 for p in params - linear):
+        return params, MixedPrecisionPolicy()
+    return linear, MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
 
 
 def full_scalar(value: Tensor) -> float:

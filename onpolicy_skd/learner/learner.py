@@ -99,7 +99,7 @@ class Learner:
         self._steps = steps
         student.model.eval()  # the distribution that is trained must be the one that was sampled from
         reference = frozen_copy(student) if settings.alignment.reference_weight else None  # each rank holds all of it
-        student = ranks.shard(student)
+        student = ranks.shard(student, settings.learner.compute_dtype)
         if reference:
             reference.model.to(student.device)
         if settings.student.activation_checkpointing:

@@ -164,12 +164,11 @@ def load_student(settings: Settings, device: str, compute_device: str) -> Any:
     """Load the student to train, on ``device``.
 
     Its weights are float32 masters.  With ``student.lora_rank`` only the adapters are float32; the frozen weights have
-    the compute dtype of ``compute_device``, except with several ranks, because a sharded layer needs one dtype.  Raises
-    ModelError.
+    the compute dtype of ``compute_device``.  Raises ModelError.
     """
     student_cfg = settings.student
-    coarse = student_cfg.lora_rank and settings.learner.ranks == 1
-    dtype = pick_dtype(settings.learner.compute_dtype, compute_device) if coarse else torch.float32
+    adapters = student_cfg.lora_rank > 0
+    dtype = pick_dtype(settings.learner.compute_dtype, compute_device) if adapters else torch.float32
     model = freeze_other_towers(load_model(student_cfg.model, dtype, device, student_cfg.trust_remote_code))
     if student_cfg.lora_rank:
         return add_lora(model, student_cfg.lora_rank, student_cfg.lora_alpha, settings.run.seed)
