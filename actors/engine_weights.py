@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from actors.groups import ActorGroups
 from actors.weight_proof import check_sleep, greedy_answers, prove_update
-from actors.weight_sync import build_sync
+from actors.weight_sync import ObjectStoreSync, build_sync
 from onpolicy_skd.types import Trajectory
 
 UNKNOWN = -1  # version of engines that were restarted or slept: they must get weights before they generate
@@ -25,8 +25,12 @@ class EngineWeights:
         self._answers: list[Trajectory] | None = None  # of engines before their first sleep, with the initial weights
 
     def connect(self) -> None:
-        """Build the connection from the learner to the engines; call again after any actor was replaced."""
-        self._sync = build_sync(self._groups.settings, self._groups.learner, self._groups.rollouts)
+        """Build the connection from the learner to the engines, which must be ready.
+
+        Call it again after any actor was replaced.
+        """
+        groups = self._groups
+        self._sync = build_sync(groups.settings, groups.learner, groups.rollouts, groups.gpu_of, groups.log)
         self._awake = True
 
     def push(self) -> None:
@@ -67,7 +71,7 @@ class EngineWeights:
     def take_interrupted(self) -> bool:
         """Return True if a push failed midway and may have left engines with mixed weights; then forget that push."""
         interrupted, self._sending = self._sending, False
-        return interrupted and self._groups.settings.sync.method != "object_store"
+        return interrupted and not isinstance(self._sync, ObjectStoreSync)
 
     def forget_engines(self) -> None:
         """Mark the engines' weights as unknown, so that the next ``push`` sends weights."""

@@ -49,11 +49,12 @@ Log = Callable[[str], None]
 
 
 class Place(NamedTuple):
-    """Node id, process id and Ray's actor id."""
+    """Node id, process id, Ray's actor id, and the UUID of the actor's GPU if it has exactly one or a share of one."""
 
     node: str
     pid: int
     actor_id: str
+    gpu: str | None = None
 
 
 class ActorFault(RuntimeError):
@@ -70,7 +71,9 @@ class ActorFault(RuntimeError):
 def place() -> Place:
     """Return the place of the calling actor."""
     context = ray.get_runtime_context()
-    return Place(context.get_node_id(), os.getpid(), str(context.get_actor_id()))
+    alone = len(ray.get_gpu_ids()) == 1 and torch.cuda.is_available()
+    gpu = str(torch.cuda.get_device_properties(0).uuid) if alone else None
+    return Place(context.get_node_id(), os.getpid(), str(context.get_actor_id()), gpu)
 
 
 def reports_faults(actor_class: ActorClass) -> ActorClass:

@@ -101,6 +101,11 @@ class ActorGroups:
     def place(self, actor: Any) -> Place | None:
         return self._places.get(actor)
 
+    def gpu_of(self, actor: Any) -> str | None:
+        """Return the UUID of the GPU of ``actor``; None without one, or with several."""
+        where = self.place(actor)
+        return where.gpu if where else None
+
     def with_id(self, actor_id: str | None) -> Any:
         """Return the actor with Ray's ``actor_id``; None if it never became ready or belongs to another run."""
         return next((a for a in self.all if (where := self.place(a)) and where.actor_id == actor_id), None)

@@ -132,8 +132,8 @@ class FaultRecovery:
             for role, actors in alive.items():
                 groups.get([actor.free_memory.remote() for actor in actors], role)
         groups.replace(failed)
-        self._weights.connect()
         groups.wait_ready(log)
+        self._weights.connect()
         self._weights.sleep()
         point = checkpoint.newest(checkpoints) if checkpoints else None
         prefetched = self._restore(point.path) if point else []

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import ray
 from ray.exceptions import RayError
 
-from actors.faults import GRACE, fault_of
+from actors.faults import GRACE, Log, fault_of
 from actors.placement import ClusterError, Resources
 from actors.rollout_actor import RolloutGroup
 from onpolicy_skd.config.schema import Settings
@@ -66,11 +66,13 @@ class BroadcastSync:
 
 
 class SharedMemorySync:
-    """Lets the engine on the GPU of each learner rank map that rank's copy of the weights (CUDA IPC)."""
+    """Lets each engine map the copy of the weights of the learner rank on its GPU (CUDA IPC)."""
 
-    def __init__(self, learner: Sequence[Any], rollouts: RolloutGroup) -> None:
+    def __init__(self, learner: Sequence[Any], rollouts: RolloutGroup, ranks: Sequence[int]) -> None:
+        """``ranks``: for each engine, the number of the rank on its GPU."""
         self._learner = learner
         self._rollouts = rollouts
+        self._ranks = ranks
         self._ready = False
 
     def push(self, version: int, timeout_s: float) -> None:
@@ -80,7 +82,8 @@ class SharedMemorySync:
             self._ready = True
         specs = [rank.export_weights.remote() for rank in self._learner]
         try:
-            wait_all([actor.receive.remote(s, version) for actor, s in zip(engines, specs, strict=False)], timeout_s)
+            pairs = zip(engines, self._ranks, strict=True)
+            wait_all([actor.receive.remote(specs[rank], version) for actor, rank in pairs], timeout_s)
         finally:
             dropped = [rank.drop_export.remote() for rank in self._learner]
         wait_all(dropped, timeout_s)
@@ -89,30 +92,47 @@ class SharedMemorySync:
 def sync_method(settings: Settings, resources: Resources) -> str:
     """Return the method that ``sync.method`` asks for or, for auto, the fastest one that ``resources`` allow.
 
-    Raises ClusterError for a method that they do not allow.
+    Shares that one GPU can hold may lie on two; ``build_sync`` sees where they are.  Raises ClusterError for a method
+    that the resources do not allow.
     """
     method, learner, rollout = settings.sync.method, resources.learner, resources.rollout
     on_gpus = learner.gpus > 0 and rollout.gpus > 0
+    may_share = on_gpus and (resources.colocated or learner.gpus + rollout.gpus <= 1 + 1e-9)
     if method == "broadcast" and on_gpus and min(learner.gpus, rollout.gpus) < 1:
         raise ClusterError("sync.method=broadcast: NCCL allows one process of a group on a GPU; accepted: object_store")
     if method == "ipc" and not on_gpus:
         raise ClusterError("sync.method=ipc: maps the memory of a GPU, and this run has none; accepted: object_store")
+    if method == "ipc" and not may_share:
+        raise ClusterError(
+            f"sync.method=ipc: learner and engine do not fit one GPU ({learner.gpus:g} + {rollout.gpus:g}); accepted: "
+            "auto, broadcast, object_store, cluster.topology=colocated, or shares (cluster.*_gpus)"
+        )
     if method != "auto":
         return method
     if not on_gpus or settings.rollout.engine != "vllm":
         return "object_store"
-    if resources.colocated:
+    if may_share:
         return "ipc"
     # NCCL allows only one process of a group per GPU.
     return "broadcast" if min(learner.gpus, rollout.gpus) >= 1 else "object_store"
 
 
-def build_sync(settings: Settings, learner: Sequence[Any], rollouts: RolloutGroup) -> WeightSync:
-    """Return the WeightSync of ``settings.sync.method``, which must not be auto, for these actors only."""
+def build_sync(
+    settings: Settings, learner: Sequence[Any], rollouts: RolloutGroup, gpu_of: Callable[[Any], str | None], log: Log
+) -> WeightSync:
+    """Return the WeightSync of ``settings.sync.method``, which must not be auto, for these actors only.
+
+    ``gpu_of`` returns the UUID of an actor's GPU.  With ipc, an engine without a rank on its GPU makes all engines read
+    the object store.
+    """
     if settings.sync.method == "broadcast":
         return BroadcastSync(learner, rollouts, settings.rollout.tensor_parallel)
     if settings.sync.method == "ipc":
-        return SharedMemorySync(learner, rollouts)
+        rank_on = {gpu: number for number, rank in enumerate(learner) if (gpu := gpu_of(rank)) is not None}
+        ranks = [rank_on[gpu] for engine in rollouts.actors if (gpu := gpu_of(engine)) in rank_on]
+        if len(ranks) == len(rollouts.actors):
+            return SharedMemorySync(learner, rollouts, ranks)
+        log("weights travel through the object store: not every engine is on the GPU of a learner rank")
     return ObjectStoreSync(learner, rollouts)
 
 

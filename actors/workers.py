@@ -53,7 +53,6 @@ class Workers:
             groups.wait_engines(log)
             self._weights.sleep()
         groups.start_trainers()
-        self._weights.connect()
 
     def wait_ready(self, log: Log = print) -> None:
         """Block until the cluster has room, however long that takes, and every actor is up.
@@ -62,6 +61,7 @@ class Workers:
         ``faults.deadline_minutes``.
         """
         self._groups.wait_ready(log)
+        self._weights.connect()
         self._weights.sleep()
 
     def precision_warning(self) -> str | None:

@@ -679,8 +679,9 @@ class SyncSettings(Section):
     method: Literal["auto", "object_store", "broadcast", "ipc"] = setting(
         "auto",
         "transport of new weights to the engines. object_store: through Ray, anywhere; broadcast: from rank 0 to "
-        "vLLM's workers, by NCCL (on CPU gloo); ipc: in the memory of the shared GPU (cluster.topology=colocated). "
-        "auto: on GPUs broadcast or ipc where possible, else object_store",
+        "vLLM's workers, by NCCL (on CPU gloo); ipc: in the memory of a GPU that learner and engine share "
+        "(cluster.topology=colocated, or shares of one GPU). auto: on GPUs ipc or broadcast where possible, else "
+        "object_store",
         affects_result=False,
     )
     max_gap: Annotated[float, Field(gt=0)] = setting(

@@ -404,8 +404,6 @@ def _devices(settings: Settings) -> str | None:
         )
     if sync in ("broadcast", "ipc") and rollout.engine != "vllm":
         return f"sync.method={sync}: sends to vLLM's workers; accepted with rollout.engine=vllm only"
-    if sync == "ipc" and cluster.topology != "colocated":
-        return "sync.method=ipc: needs a GPU that both share; accepted with cluster.topology=colocated only"
     return None
 
 

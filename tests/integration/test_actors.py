@@ -15,6 +15,7 @@ from ray.exceptions import ActorDiedError
 
 from actors.cluster import connect, running_here
 from actors.engine_weights import EngineWeights
+from actors.faults import Place
 from actors.groups import ActorGroups
 from actors.placement import ClusterError, Placement, fitted, plan
 from actors.serialization import pack, pack_named, unpack, unpack_named
@@ -88,7 +89,8 @@ def test_colocated_roles_share_whole_gpus():
         ({}, 3, "broadcast"),
         ({"rollout": {"tensor_parallel": 2}}, 4, "broadcast"),
         ({"cluster": {"topology": "colocated"}}, 1, "ipc"),
-        ({"cluster": {"learner_gpus": 0.5, "teacher_gpus": 0.2, "rollout_gpus": 0.3}}, 1, "object_store"),
+        ({"cluster": {"learner_gpus": 0.5, "teacher_gpus": 0.2, "rollout_gpus": 0.3}}, 1, "ipc"),
+        ({"cluster": {"learner_gpus": 0.6, "teacher_gpus": 0.4, "rollout_gpus": 0.6}}, 2, "object_store"),
         ({"rollout": {"engine": "transformers"}}, 3, "object_store"),
         ({"sync": {"method": "object_store"}}, 3, "object_store"),
         ({"sync": {"method": "broadcast"}}, 0, "broadcast"),
@@ -104,6 +106,9 @@ def test_ways_that_are_not_possible_are_refused():
     half = tiny_settings(cluster=shares, sync={"method": "broadcast"})
     with pytest.raises(ClusterError, match=r"sync.method=broadcast: NCCL"):
         sync_method(half, plan(half, 1))
+    apart = tiny_settings(sync={"method": "ipc"})
+    with pytest.raises(ClusterError, match=r"sync.method=ipc: learner and engine do not fit one GPU \(1 \+ 1\)"):
+        sync_method(apart, plan(apart, 3))
     no_gpu = tiny_settings(cluster={"topology": "colocated"}, sync={"method": "ipc"})
     with pytest.raises(ClusterError, match=r"sync.method=ipc.*accepted: object_store"):
         sync_method(no_gpu, plan(no_gpu, 0))
@@ -183,6 +188,7 @@ def test_colocated_engines_sleep_whenever_the_learner_works(local_ray):
     groups = ActorGroups.__new__(ActorGroups)
     groups.settings, groups.log, groups._engines_in_learner = colocated, print, False
     groups.learner, groups.rollouts = [Calls(log, "learner")], SimpleNamespace(actors=[Calls(log, "engine")])
+    groups._places = dict.fromkeys([*groups.learner, *groups.engines], Place("node", 1, "actor", gpu="GPU-1"))
     workers = Workers.__new__(Workers)
     workers._groups, workers._weights = groups, EngineWeights(groups, colocated=True, vocabulary=512)
     workers._weights._proved = True

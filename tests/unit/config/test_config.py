@@ -120,7 +120,7 @@ CONFIGS = sorted(p for p in (ROOT / "configs").rglob("*.yaml") if "compare" not 
         (["pipeline.streaming=true", "samples.keep=0.5"], ["pipeline.streaming", "samples.keep=0.5", "whole batch"]),
         (["pipeline.streaming=true", "positions.metric=tip_soft_or"], ["pipeline.streaming", "tip_soft_or"]),
         (["pipeline.streaming=true", "cluster.topology=colocated"], ["pipeline.streaming", "topology=split"]),
-        (["sync.method=ipc"], ["sync.method=ipc", "topology=colocated"]),
+        (["sync.method=ipc", "rollout.engine=transformers"], ["sync.method=ipc", "engine=vllm"]),
         (["sync.method=broadcast", "rollout.engine=transformers"], ["sync.method=broadcast", "engine=vllm"]),
         (["rollout.tensor_parallel=2", "rollout.engine=transformers"], ["tensor_parallel=2", "engine=vllm"]),
         (["rollout.tensor_parallel=2", "cluster.rollout_gpus=1"], ["rollout_gpus=1", "leave it empty"]),
