@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import re
+import threading
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 import ray
 import torch
+from ray.exceptions import RayError
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
@@ -18,6 +21,7 @@ from onpolicy_skd.learner.learner import Learner
 from onpolicy_skd.models.loading import pick_device, pick_dtype
 from onpolicy_skd.types import Trajectory, seed_of
 
+WATCH_S = 0.2  # seconds between two looks at whether a broadcast has ended
 NOISE = 0.3  # standard deviation of the noise, as a share of a parameter's root mean square
 NOISE_OF_ZEROS = 0.02  # standard deviation of the noise in parameters that are all zero
 
@@ -52,14 +56,19 @@ class SendsWeights:
         assert self._sender is not None
         self._sender.join(count, self._settings.faults.timeout_s())
 
-    def send(self) -> None:
-        """Broadcast the weights; ranks other than 0 only help to gather them."""
+    def send(self, received: Sequence[ray.ObjectRef]) -> None:
+        """Broadcast the weights; ranks other than 0 only help to gather them.
+
+        ``received``: the engines' calls that take them.  If one fails, its engine will not take the rest, and the
+        broadcast is aborted: NCCL would wait for it forever.
+        """
         weights = self._learner.state.weights(self._engine_dtype)
         with self._learner.spans("send weights"):
             if self._sender is None:  # not rank 0
                 deque(weights, maxlen=0)
             else:
-                self._sender.send(weights)
+                with on_failure(received, self._sender.abort):
+                    self._sender.send(weights)
 
     def export_weights(self) -> WeightSpec:
         """Copy the weights within this GPU's memory and return how to map the copy; ``drop_export`` frees it."""
@@ -114,6 +123,29 @@ class SendsWeights:
         for name, parameter in self._learner.student.model.named_parameters():
             if parameter.requires_grad:
                 yield name, parameter.data.to_local() if isinstance(parameter.data, DTensor) else parameter.data
+
+
+@contextmanager
+def on_failure(calls: Sequence[ray.ObjectRef], action: Callable[[], None]) -> Iterator[None]:
+    """Call ``action`` from another thread as soon as one of ``calls`` fails, if the block has not ended by then."""
+    ended = threading.Event()
+
+    def watch() -> None:
+        pending = list(calls)
+        while pending and not ended.is_set():
+            done, pending = ray.wait(pending, timeout=WATCH_S)
+            try:
+                ray.get(done)
+            except RayError:
+                if not ended.is_set():
+                    action()
+                return
+
+    threading.Thread(target=watch, daemon=True).start()
+    try:
+        yield
+    finally:
+        ended.set()
 
 
 def _kind(name: str) -> str:

@@ -79,6 +79,8 @@ class FaultRecovery:
         if interrupted:
             # Mixed weights are worse than none, and an engine that still waits for the rest will wait forever.
             failed |= dict.fromkeys(groups.engines, f"half of its new weights ({cause})")
+            for engine in groups.engines:
+                kill(engine, groups.place(engine))  # a learner that broadcasts to it then stops
         if needs_restart(error) and (actor := groups.with_id(faulty_actor(error))):
             if actor in groups.learner:
                 return failed | dict.fromkeys(groups.learner, cause)

@@ -53,7 +53,7 @@ class BroadcastSync:
         if self._weight_spec is None:
             self._weight_spec = self._form_group(timeout_s)
         received = [actor.receive.remote(self._weight_spec, version) for actor in self._rollouts.actors]
-        wait_all([*received, *(rank.send.remote() for rank in self._learner)], timeout_s)
+        wait_all([*received, *(rank.send.remote(received) for rank in self._learner)], timeout_s)
 
     def _form_group(self, timeout_s: float) -> WeightSpec:
         first, engines = self._learner[0], self._rollouts.actors

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import math
 import os
+import threading
+from collections import deque
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -25,6 +27,8 @@ from onpolicy_skd.distributed.rendezvous import Rendezvous, listen
 Address = tuple[str, int]
 Named = Iterable[tuple[str, Tensor]]
 BUFFER_BYTES = 2**26  # size of a gloo buffer; a larger tensor fills one alone
+ABORTED = "the broadcast of weights was aborted, because an engine failed"
+POLL_S = 0.001  # seconds between two looks at whether a gloo broadcast has ended
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +58,10 @@ class WeightSpec:
         return info if self.handles is None else info | {"ipc_handles": self.handles, "tensor_sizes": self.sizes}
 
 
+class AbortedError(RuntimeError):
+    """A broadcast that another thread has ended, because a peer will not take the rest."""
+
+
 class GlooGroup:
     """A gloo group separate from torch's default group; rank 0 broadcasts."""
 
@@ -61,14 +69,65 @@ class GlooGroup:
         timeout = timedelta(seconds=timeout_s)
         self._store = TCPStore(*address, is_master=False, timeout=timeout)
         self._group: Any = dist.ProcessGroupGloo(self._store, rank, count, timeout)
+        self._aborted = threading.Event()
 
     def broadcast(self, tensor: Tensor, src: int = 0) -> None:
+        """Broadcast ``tensor``.  Raises RuntimeError if a peer is gone, and AbortedError after ``abort``."""
         options = dist.BroadcastOptions()  # type: ignore[attr-defined]
         options.rootRank, options.rootTensor = src, 0
-        self._group.broadcast([tensor], options).wait()
+        work = self._group.broadcast([tensor], options)
+        while not work.is_completed():
+            if self._aborted.wait(POLL_S):
+                raise AbortedError(ABORTED)
+        work.wait()
+
+    def send(self, weights: Named) -> None:
+        for buffer in packed(weights, BUFFER_BYTES):
+            self.broadcast(buffer)
+
+    def abort(self) -> None:
+        """Make a broadcast that waits in another thread raise AbortedError."""
+        self._aborted.set()
 
     def destroy(self) -> None:
         self._group.shutdown()
+
+
+class NcclGroup:
+    """An NCCL group separate from torch's default group, for its rank 0; the others are vLLM's workers."""
+
+    def __init__(self, address: Address, count: int, timeout_s: float, listener: Any) -> None:
+        from vllm.distributed.device_communicators.pynccl import PyNcclCommunicator
+        from vllm.distributed.utils import StatelessProcessGroup
+        from vllm.utils.nccl import unpinned_nccl_env
+
+        torch.cuda.set_stream(torch.cuda.current_stream())  # otherwise vLLM moves this thread to another stream
+        store = StatelessProcessGroup.create(
+            *address, 0, count, store_timeout=math.ceil(timeout_s), listen_socket=listener
+        )
+        with unpinned_nccl_env():  # as in vLLM's workers, so that both sides choose the same transport
+            self._communicator: Any = PyNcclCommunicator(store, device=torch.cuda.current_device())
+        self._aborted = False
+
+    def send(self, weights: Named) -> None:
+        """Broadcast the tensors and wait for the end.  Raises AbortedError after ``abort``."""
+        from vllm.distributed.weight_transfer.packed_tensor import packed_nccl_broadcast_producer
+
+        torch.cuda.synchronize()  # its streams do not wait for the optimizer's
+        packed_nccl_broadcast_producer(iter(weights), self._communicator, 0, lambda item: item[1])
+        if self._aborted:
+            raise AbortedError(ABORTED)
+
+    def abort(self) -> None:
+        """End a broadcast that waits in another thread for a peer, with ncclCommAbort, the only call that does."""
+        communicator = self._communicator
+        # First, because NCCL's communicator is freed by the call: the other thread must not broadcast with it again.
+        self._aborted = communicator.disabled = True
+        with torch.cuda.device(communicator.device):
+            communicator.nccl.ncclCommAbort(communicator.comm)
+
+    def destroy(self) -> None:
+        self._communicator.destroy()  # does nothing after ``abort``, because the communicator is disabled
 
 
 def buffers(sizes: Iterable[int], limit: int) -> Iterator[int]:
@@ -123,21 +182,12 @@ class Sender:
         else:
             self._rendezvous = Rendezvous(host)
             self.address = self._rendezvous.address
-        self._group: Any = None
+        self._group: GlooGroup | NcclGroup | None = None
 
     def join(self, count: int, timeout_s: float) -> None:
         """Form the group; return when all ``count`` members have joined."""
         if self._device == "cuda":
-            from vllm.distributed.device_communicators.pynccl import PyNcclCommunicator
-            from vllm.distributed.utils import StatelessProcessGroup
-            from vllm.utils.nccl import unpinned_nccl_env
-
-            torch.cuda.set_stream(torch.cuda.current_stream())  # otherwise vLLM moves this thread to another stream
-            store = StatelessProcessGroup.create(
-                *self.address, 0, count, store_timeout=math.ceil(timeout_s), listen_socket=self._listener
-            )
-            with unpinned_nccl_env():  # as in vLLM's workers, so that both sides choose the same transport
-                self._group = PyNcclCommunicator(store, device=torch.cuda.current_device())
+            self._group = NcclGroup(self.address, count, timeout_s, self._listener)
         else:
             self._group = GlooGroup(self.address, 0, count, timeout_s)
 
@@ -146,15 +196,22 @@ class Sender:
             self._group.destroy()
 
     def send(self, weights: Named) -> None:
-        """Broadcast the tensors, in the order of their WeightSpec."""
-        if self._device == "cuda":
-            from vllm.distributed.weight_transfer.packed_tensor import packed_nccl_broadcast_producer
+        """Broadcast the tensors, in the order of their WeightSpec, once ``join`` has returned.
 
-            torch.cuda.synchronize()  # its streams do not wait for the optimizer's
-            packed_nccl_broadcast_producer(iter(weights), self._group, 0, lambda item: item[1])
-            return
-        for buffer in packed(weights, BUFFER_BYTES):
-            self._group.broadcast(buffer)
+        Raises RuntimeError if a peer is gone, and AbortedError after ``abort``; all tensors are read first, since other
+        ranks of the learner help to gather them.
+        """
+        assert self._group is not None
+        remaining = iter(weights)
+        try:
+            self._group.send(remaining)
+        finally:
+            deque(remaining, maxlen=0)
+
+    def abort(self) -> None:
+        """Make ``send``, in another thread, end with AbortedError.  The group is of no use afterwards."""
+        assert self._group is not None
+        self._group.abort()
 
 
 def exported(weights: Named, spec: WeightSpec) -> tuple[WeightSpec, Tensor]:

@@ -2,6 +2,7 @@
 
 import os
 import socket
+import threading
 import time
 from dataclasses import astuple
 from types import SimpleNamespace
@@ -17,6 +18,7 @@ from actors.cluster import connect, running_here
 from actors.engine_weights import EngineWeights
 from actors.faults import Place
 from actors.groups import ActorGroups
+from actors.learner_weights import on_failure
 from actors.placement import ClusterError, Placement, fitted, plan
 from actors.serialization import pack, pack_named, unpack, unpack_named
 from actors.teacher_actor import RemoteTeacher, TeacherActor, build_teacher
@@ -243,6 +245,26 @@ def test_of_several_errors_the_fault_counts(local_ray):
         wait_all([fails.remote(RuntimeError("Connection closed by peer")), actor.die.remote()], 30)
     with pytest.raises(RuntimeError, match="no such tensor"):
         wait_all([fails.remote(RuntimeError("no such tensor"))], 30)
+
+
+def test_an_engine_that_fails_ends_what_waits_for_it(local_ray):
+    @ray.remote
+    class Engine:
+        def receive(self, how):
+            time.sleep(0.5)
+            if how == "dies":
+                os._exit(1)
+            if how == "raises":
+                raise RuntimeError("no such tensor")
+
+    for how, expected in (("dies", True), ("raises", True), ("loads", False)):
+        engines, aborted = [Engine.remote() for _ in range(2)], threading.Event()
+        with on_failure([engines[0].receive.remote("loads"), engines[1].receive.remote(how)], aborted.set):
+            assert aborted.wait(20 if expected else 2) == expected
+    engine, aborted = Engine.remote(), threading.Event()
+    with on_failure([engine.receive.remote("dies")], aborted.set):
+        pass
+    assert not aborted.wait(2)  # nothing waits any more
 
 
 def test_the_record_of_a_killed_ray_is_not_waited_for(tmp_path, monkeypatch):

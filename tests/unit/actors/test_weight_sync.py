@@ -1,14 +1,15 @@
-"""The way of weights between actors on one GPU or several."""
+"""The way of weights between actors on one GPU or several, and engines that stop with half of their new weights."""
 
 from types import SimpleNamespace
 
 import pytest
 from helpers import tiny_settings
 
-from actors import weight_sync
+from actors import recovery, weight_sync
 from actors.engine_weights import EngineWeights
 from actors.faults import Place
 from actors.groups import ActorGroups
+from actors.recovery import FaultRecovery
 from actors.weight_sync import ObjectStoreSync, SharedMemorySync, build_sync
 
 SHARES = {"learner_gpus": 0.5, "teacher_gpus": 0.2, "rollout_gpus": 0.3}
@@ -79,3 +80,21 @@ def test_engines_on_another_gpu_read_the_object_store(learner, engines):
     weights.connect()
     weights._sending = True
     assert not weights.take_interrupted()  # an engine loads all of its weights at once
+
+
+def test_engines_with_half_of_their_weights_are_killed_before_the_learner_is_asked(monkeypatch):
+    """It may be waiting for one of them, in a broadcast that ends when the engines do."""
+    groups, _, _ = groups_on(["A"], ["B", "C"], "broadcast")
+    groups.teachers, events = [], []
+    groups.timeout_s, groups.get = lambda: 60.0, lambda refs, role: [7]
+    weights = SimpleNamespace(take_interrupted=lambda: True, learner_version=7)
+    monkeypatch.setattr(recovery, "kill", lambda actor, where: events.append((actor, where)))
+
+    def answers(actors, timeout_s):
+        events.append(actors)
+
+    monkeypatch.setattr(recovery, "unresponsive_reason", answers)
+    failed = FaultRecovery(groups, weights, lambda path: [])._failed(RuntimeError(), "its process ended")
+    assert list(failed) == groups.engines  # the learner keeps its state
+    killed = [(engine, groups.place(engine)) for engine in groups.engines]
+    assert events == [*killed, groups.learner]
