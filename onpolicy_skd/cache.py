@@ -98,7 +98,7 @@ class Samples:
 
 def write(run: Run, samples: Samples, builders: CacheBuilders, folder: Path, log: Log) -> None:
     """Write the missing shards of the cache of ``samples``.  Raises CacheError if ``folder`` holds another cache."""
-    cut = caches.cut(samples.positions, run.settings.cache.positions_per_shard)
+    cut = caches.cut(samples.positions, caches.POSITIONS_PER_SHARD)
     layout = Layout.of(run.settings, run.vocabulary)
     plan = Manifest(provenance.provenance(run.settings, run.tokenizer), layout, caches.plan_of(samples.digests, cut))
     _open_folder(folder, plan, log)

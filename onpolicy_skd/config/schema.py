@@ -491,7 +491,6 @@ class PositionSettings(Section):
         ["student_entropy", "reverse_kl", "random"], "metrics that the bandit chooses from", BANDIT
     )
     bandit_gamma: Share = setting(0.1, "share of the bandit's choices that is uniform over the arms", BANDIT)
-    bandit_probe: Positive = setting(8, "samples of the first batch that measure the bandit's progress", BANDIT)
     smoothing: Annotated[float, Field(ge=1)] = setting(1.0, "sample positions by u^(1/smoothing)", SAMPLED)
     skip_first: NonNegative = setting(0, "first positions of a response never to sample", SAMPLED)
     clip: Annotated[float, Field(gt=0)] | None = setting(None, "upper bound of a score", SAMPLED)
@@ -672,7 +671,6 @@ class CacheSettings(Section):
         None, "folder of a cache made by onpolicy_skd.cache build: training reads it and loads no teacher",
         {"mode": "off_policy"},
     )  # fmt: skip
-    positions_per_shard: Positive = setting(65_536, "positions per file of a new cache", affects_result=False)
 
 
 class SyncSettings(Section):

@@ -27,7 +27,7 @@ from onpolicy_skd.learner.objective import Objective, frozen_copy
 from onpolicy_skd.learner.optimizer import build_optimizer, learning_rate
 from onpolicy_skd.learner.precision import UpdateSums, precision_warning, sampled_weights, update_sums
 from onpolicy_skd.learner.prefetch import Prefetcher
-from onpolicy_skd.learner.probe import Probe
+from onpolicy_skd.learner.probe import PROBE_SAMPLES, Probe
 from onpolicy_skd.learner.scoring import Scorer
 from onpolicy_skd.learner.state import LearnerState
 from onpolicy_skd.models.lm_head import reserve
@@ -275,7 +275,7 @@ class Learner:
     def _start_bandit(self, trajectories: Sequence[Trajectory]) -> None:
         state, bandit = self.state, self.state.selector.bandit
         if bandit and state.probe is None:
-            state.probe = Probe.of(trajectories[: self._settings.positions.bandit_probe], self._teacher)
+            state.probe = Probe.of(trajectories[:PROBE_SAMPLES], self._teacher)
             bandit.start(self.scorer.divergence(state.probe.trajectories, state.probe.rows))
 
     def _reward_bandit(self, record: StepRecord) -> None:

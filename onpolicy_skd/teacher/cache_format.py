@@ -40,6 +40,7 @@ from onpolicy_skd.types import Trajectory, seed_of
 FORMAT = 1
 MANIFEST, PLAN, HEAD, LOCK = "manifest.json", "building.json", "head.safetensors", ".lock"
 INDEX = ("digests", "positions", "entries")  # tensors of a shard that locate its samples
+POSITIONS_PER_SHARD = 65_536  # of a new cache
 PACKED_AT_ONCE = 65_536  # values; a multiple of 8, so that each packed block fills its last byte
 Content = Literal["hidden", "rs_kd", "top_k"]
 

@@ -86,7 +86,7 @@ def differing(first: Manifest, second: Manifest) -> str:
     """Return in words how two manifests differ."""
     differences = _differences(first.layout.described(), second.layout.described())
     differences += _differences(flat(first.provenance), flat(second.provenance))
-    return "; ".join(differences) or "other samples, or another cache.positions_per_shard"
+    return "; ".join(differences) or "other samples, or shards of another size"
 
 
 def other_texts(manifest: Manifest, settings: Settings) -> str:

@@ -23,11 +23,17 @@ DEMO = ["--config", str(ROOT / "configs" / "demo.yaml"), "mode=off_policy", "dat
 TRAIN = [*DEMO, "learner.batch_size=8", "run.trackers=[]", "run.evaluate_every=0", "eval.problems=8",
          "eval.before=false", "rollout.engine=transformers", "run.steps=3"]  # fmt: skip
 ENVIRONMENT = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}
+SHARD = 1_500  # positions, so that these small caches have several shards
+SMALL_SHARDS = f"""import sys
+from onpolicy_skd import cache
+cache.caches.POSITIONS_PER_SHARD = {SHARD}
+sys.exit(cache.main(sys.argv[1:]))"""
 
 
 def start(module, *arguments):
+    program = ["-c", SMALL_SHARDS] if module == "cache" else ["-m", f"onpolicy_skd.{module}"]
     return subprocess.Popen(
-        [sys.executable, "-m", f"onpolicy_skd.{module}", *map(str, arguments)],
+        [sys.executable, *program, *map(str, arguments)],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT, env=ENVIRONMENT,
     )  # fmt: skip
 
@@ -46,8 +52,7 @@ def run_here(address, program, *arguments):
 
 
 def build(tmp_path, folder, *arguments):
-    return ("cache", "build", *DEMO, f"run.dir={tmp_path}", f"cache.path={folder}", "cache.positions_per_shard=1500",
-            *arguments)  # fmt: skip
+    return ("cache", "build", *DEMO, f"run.dir={tmp_path}", f"cache.path={folder}", *arguments)
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +60,9 @@ def complete_cache(tmp_path_factory, address):
     """A cache built without interruption, by two builders."""
     folder = tmp_path_factory.mktemp("cache")
     _, *arguments = build(folder, folder / "cache", "classes.sampler=rs_kd", "teacher.actors=2")
-    code, said = run_here(address, cache, *arguments)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(caches, "POSITIONS_PER_SHARD", SHARD)
+        code, said = run_here(address, cache, *arguments)
     assert code == 0, said
     return folder / "cache"
 
@@ -128,8 +135,8 @@ def test_offline_on_policy_training_loads_the_student_alone(tmp_path):
     code, said = run(*build(tmp_path, tmp_path / "cache", *offline))
     assert code == 0, said
     assert "references: the student has answered 600/600 prompts" in said
-    silent = ["eval.after=false", f"run.dir={tmp_path}", f"cache.path={tmp_path / 'cache'}"]
-    code, said = run("train", *TRAIN, *offline, *silent)
+    no_engine = ["eval.after=false", f"run.dir={tmp_path}", f"cache.path={tmp_path / 'cache'}"]
+    code, said = run("train", *TRAIN, *offline, *no_engine)
     assert code == 0, said
     assert "answers of the student to 600 prompts reused" in said
     assert "starting 1 x learner\n" in said

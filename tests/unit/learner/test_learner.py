@@ -338,7 +338,7 @@ VARIANTS = {
     "sampled_unbiased": {"positions": {"policy": "sampled_unbiased", "k": 0.5, "coverage": 0.5}},
     "weighted": {"positions": {"policy": "weighted"}},
     "budget_schedule": {"positions": {"k_start": 0.1, "k": 0.9, "schedule_steps": 4}},
-    "bandit": {"positions": {"policy": "bandit", "arms": ["reverse_kl", "tip_soft_or", "random"], "bandit_probe": 3}},
+    "bandit": {"positions": {"policy": "bandit", "arms": ["reverse_kl", "tip_soft_or", "random"]}},
     "topk_tail": {"alignment": {"estimator": "topk_tail", "top_k": 5}},
     "student_topk_tail": {"alignment": {"estimator": "student_topk_tail", "top_k": 5}},
     "sampled_token": {"alignment": {"estimator": "sampled"}},
@@ -376,6 +376,12 @@ VARIANTS = {
     "rs_kd": {"classes": {"sampler": "rs_kd", "draws": 6}, "alignment": FORWARD},
     "ghost_token": {"classes": {"sampler": "ghost_token", "k": 6}, "alignment": FORWARD},
 }
+
+
+@pytest.fixture(autouse=True)
+def small_probe(monkeypatch):
+    """Measure a bandit's progress on fewer samples than a batch has."""
+    monkeypatch.setattr("onpolicy_skd.learner.learner.PROBE_SAMPLES", 3)
 
 
 @pytest.mark.parametrize("name", VARIANTS)
