@@ -13,7 +13,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 from pydantic import BaseModel
 
-from onpolicy_skd.config.schema import Settings, rules_of, walk
+from onpolicy_skd.config.schema import DataSettings, Settings, rules_of, walk
 from onpolicy_skd.config.validation import value_of
 from onpolicy_skd.report import summary as report
 from onpolicy_skd.report.secrets import redact
@@ -34,9 +34,11 @@ model = AutoModelForCausalLM.from_pretrained("{name}")
 output = model.generate(**inputs, max_new_tokens={tokens})
 print(tokenizer.decode(output[0, inputs["input_ids"].shape[1]:], skip_special_tokens=True))
 ```"""
-CHAT_PROMPT = """messages = [{"role": "user", "content": "QUESTION"}]
+CHAT_PROMPT = """messages = [
+{messages}
+]
 inputs = tokenizer.apply_chat_template(
-    messages, add_generation_prompt=True, return_dict=True, return_tensors="pt"
+    messages, add_generation_prompt=True, enable_thinking={thinking}, return_dict=True, return_tensors="pt"
 )"""
 WIDTH = 88  # characters of a line of the command
 
@@ -107,15 +109,17 @@ def _is_hub_name(model: str) -> bool:
 
 
 def _metadata(settings: Settings, summary: dict[str, Any]) -> ModelCardData:
-    student, dataset = settings.student.model, _hub_dataset(settings)
+    student, sources = settings.student.model, settings.data.sources
+    datasets = list(dict.fromkeys(filter(None, map(_hub_dataset, sources))))
+    dataset = datasets[0] if len(sources) == len(datasets) == 1 else None  # the data set of the evaluation
     share = summary["exact_match"]["after"]
     results = [
         EvalResult(
             task_type="text-generation",
             dataset_type=dataset,
             dataset_name=dataset,
-            dataset_config=settings.data.subset,
-            dataset_split=settings.data.eval_split,
+            dataset_config=sources[0].subset,
+            dataset_split=sources[0].eval_split,
             metric_type="exact_match",
             metric_name="exact match (math-verify)",
             metric_value=round(100 * share, 2),
@@ -123,7 +127,7 @@ def _metadata(settings: Settings, summary: dict[str, Any]) -> ModelCardData:
     ] if dataset and share is not None else None  # fmt: skip
     return ModelCardData(
         base_model=student if _is_hub_name(student) else None,
-        datasets=[dataset] if dataset else None,
+        datasets=datasets or None,
         library_name="transformers",
         pipeline_tag="text-generation",
         tags=TAGS,
@@ -132,33 +136,34 @@ def _metadata(settings: Settings, summary: dict[str, Any]) -> ModelCardData:
     )
 
 
-def _hub_dataset(settings: Settings) -> str | None:
-    """Return the hub data set that was trained on; None for local files and the demo task."""
-    data = settings.data
+def _hub_dataset(data: DataSettings) -> str | None:
+    """Return the hub data set of a source; None for local files and the demo task."""
     if data.source == "gsm8k":
         return None if data.path else "openai/gsm8k"
     return data.name if data.name and not Path(data.name).exists() else None
 
 
+def _data_name(data: DataSettings) -> str:
+    return _name(_hub_dataset(data) or data.train_file or data.name or data.path or data.source)
+
+
 def _text(settings: Settings, summary: dict[str, Any]) -> str:
-    data, student = settings.data, _name(settings.student.model)
+    student, data = _name(settings.student.model), "`, `".join(map(_data_name, settings.data.sources))
     teacher = "`, `".join(_name(each.teacher_model.model) for each in settings.by_teacher)
-    source = _hub_dataset(settings) or data.train_file or data.name or data.path or data.source
     versions = ", ".join(f"{name} {version}" for name, version in summary["versions"].items())
     plot = "![Curves of the run](curves.png)" if RunPaths(settings.run.folder).curves.exists() else ""
-    prompt = CHAT_PROMPT if data.template == "chat" else _plain_prompt(data.plain)
     sections = [
         f"# {summary['run']}",
         f"`{student}`, distilled from `{teacher}` on {TRAINED_ON[settings.mode]} by onpolicy_skd, on-policy selective "
-        f"distillation: {settings.alignment.divergence} at {_positions(settings)}, {summary['steps']} optimizer steps "
-        f"of {settings.learner.batch_size} samples. Data: `{_name(source)}`.",
+        f"distillation: {_divergence(settings)} at {_positions(settings)}, {summary['steps']} optimizer steps "
+        f"of {settings.learner.batch_size} samples. Data: `{data}`.",
         "## Results",
         report.evaluation_table(summary, settings),
         plot,
         "## Use",
         USE.format(
             name=settings.hub.push or "FOLDER",
-            prompt=prompt,
+            prompt=_prompt(settings.data.sources[0]),
             tokens=settings.eval.max_tokens or settings.rollout.max_tokens,
         ),
         "## Reproduce",
@@ -179,5 +184,19 @@ def _positions(settings: Settings) -> str:
     return f"{100 * cfg.k:g} % of the positions ({cfg.policy} by {cfg.metric})"
 
 
-def _plain_prompt(plain: str) -> str:
-    return f'inputs = tokenizer({plain.replace("{question}", "QUESTION")!r}, return_tensors="pt")'
+def _divergence(settings: Settings) -> str:
+    cfg = settings.alignment
+    return cfg.divergence if cfg.mixture.gate == "none" else f"reverse and forward KL mixed by {cfg.mixture.gate}"
+
+
+def _prompt(data: DataSettings) -> str:
+    """Return the code that makes the prompt of a question in the format of training, without few-shot examples."""
+    system, instruction, plain = (redact(text or "") for text in (data.system, data.instruction, data.plain))
+    question = f"QUESTION{instruction}"
+    shots = f"# In training {data.shots} examples stood before the question.\n" if data.shots else ""
+    if data.template == "plain":
+        text = plain.replace("{question}", question)
+        return f'{shots}inputs = tokenizer({json.dumps(text, ensure_ascii=False)}, return_tensors="pt")'
+    messages = [{"role": "system", "content": system}] if data.system is not None else []
+    lines = [json.dumps(m, ensure_ascii=False) for m in [*messages, {"role": "user", "content": question}]]
+    return shots + CHAT_PROMPT.format(messages="\n".join(f"    {line}," for line in lines), thinking=data.thinking)

@@ -1,15 +1,19 @@
 """The model card: metadata as the hub reads it, figures of the summary, and a command that repeats the run."""
 
+import re
 import shlex
 
 import pytest
 import yaml
 from helpers import tiny_settings
 from huggingface_hub import ModelCard
+from transformers import AutoTokenizer
 
 from onpolicy_skd.config.loading import build_settings, load_settings, resolve
 from onpolicy_skd.config.schema import rules_of, walk
 from onpolicy_skd.config.validation import value_of
+from onpolicy_skd.data.prompts import render
+from onpolicy_skd.models.loading import ASSETS
 from onpolicy_skd.report import card
 
 SUMMARY = {
@@ -28,7 +32,7 @@ def write(tmp_path):
 
     def build(**sections):
         settings = tiny_settings(**({"run": {"dir": tmp_path, "name": "r"}} | sections))
-        (settings.run.folder / "final").mkdir(parents=True)
+        (settings.run.folder / "final").mkdir(parents=True, exist_ok=True)
         (settings.run.folder / "curves.png").write_bytes(b"\x89PNG")
         return ModelCard.load(card.write(settings, SUMMARY))
 
@@ -71,6 +75,50 @@ def test_local_models_and_files_are_named_without_their_folders(write, tmp_path)
     assert "`mine`, distilled from `bundled:demo_teacher`" in loaded.text
     assert "data.train_file=train.jsonl" in loaded.text
     assert str(tmp_path) not in loaded.content
+
+
+def test_the_card_of_a_mix_names_the_data_of_all_its_sources(write, tmp_path):
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"question": "1 + 1", "answer": "2"}\n')
+    demo, file = {"source": "demo"}, {"source": "jsonl", "train_file": str(rows), "eval_file": str(rows)}
+    loaded = write(data={"source": "gsm8k", "mix": [demo, file]})  # data.source is the default, which a mix replaces
+    assert (loaded.data.datasets, loaded.data.eval_results) == (None, None)
+    assert "Data: `demo`, `rows.jsonl`." in loaded.text
+    loaded = write(data={"source": "gsm8k", "mix": [demo, {"source": "gsm8k"}]})
+    assert (loaded.data.datasets, loaded.data.eval_results) == (["openai/gsm8k"], None)
+    loaded = write(data={"source": "gsm8k", "mix": [{"source": "hub", "name": "a/b", "subset": "c"}]})
+    (result,) = loaded.data.eval_results
+    assert (result.dataset_type, result.dataset_config, result.dataset_split) == ("a/b", "c", "test")
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        {},
+        {"system": 'Answer "briefly" {so}.', "instruction": "\nReason step by step, in \\boxed{}. 日本"},
+        {"thinking": True},
+        {"template": "plain", "plain": "Q: {question}\n{x}\nA:", "instruction": " 'please'"},
+        {"mix": [{"source": "demo", "instruction": "!"}]},
+    ],
+)
+def test_the_code_of_the_card_makes_the_prompt_of_training(write, data):
+    tokenizer = AutoTokenizer.from_pretrained(ASSETS / "demo_student")
+    tokenizer.chat_template = "{% if enable_thinking is false %}<pad>{% endif %}" + tokenizer.chat_template
+    loaded = write(data={"source": "gsm8k" if "mix" in data else "demo"} | data)
+    (code,) = re.findall(r"```python\n(.*?)```", loaded.text, re.DOTALL)
+    scope = {"tokenizer": tokenizer}
+    exec(code.partition("model = ")[2].partition("\n")[2].partition("output = ")[0], scope)
+    settings = tiny_settings(data={"source": "gsm8k" if "mix" in data else "demo"} | data)
+    assert scope["inputs"]["input_ids"][0].tolist() == render("QUESTION", tokenizer, settings.data.sources[0])
+
+
+def test_the_card_says_how_many_examples_were_in_a_prompt(write):
+    assert "# In training 4 examples stood before the question.\nmessages = [" in write(data={"shots": 4}).text
+
+
+def test_the_card_names_a_mixture_of_divergences(write):
+    loaded = write(alignment={"mixture": {"gate": "eopd"}})
+    assert "distillation: reverse and forward KL mixed by eopd at 20 %" in loaded.text
 
 
 def test_credentials_stay_out_of_the_card(write, monkeypatch):
