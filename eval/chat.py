@@ -136,9 +136,18 @@ def show(labels: Sequence[str], answers: Iterable[Answer], console: Console) -> 
 
 
 def questions(interactive: bool) -> Iterator[str]:
-    """Yield typed questions up to an empty line, or the lines of the standard input that are not blank."""
+    """Yield typed questions up to an empty line, or the lines of a pipe that are not blank.
+
+    Raises ConfigError for bytes of a pipe that are not text.
+    """
     if not interactive:
-        yield from filter(None, (line.strip() for line in sys.stdin))
+        try:
+            for line in sys.stdin:
+                line.encode()  # a C locale reads such bytes as surrogates
+                if question := line.strip():
+                    yield question
+        except UnicodeError as error:
+            raise ConfigError(f"the questions are not {sys.stdin.encoding or 'Unicode'} text: {error}") from None
         return
     import readline  # noqa: F401  gives input() its history and arrow keys
 

@@ -3,12 +3,15 @@
 import io
 import itertools
 import json
+import os
 import shutil
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from helpers import tiny_settings
+from helpers import ROOT, tiny_settings
 from rich.console import Console
 
 from eval import chat
@@ -18,6 +21,8 @@ from onpolicy_skd.evaluation.exact_match import score
 from onpolicy_skd.models.loading import ASSETS
 
 PROBLEMS = list(itertools.islice(problems("test"), 2))
+COMMAND = [sys.executable, "-m", "eval.chat", "--model", "bundled:demo_student", "--config", "demo", "--alone"]
+ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT)}
 
 
 @pytest.fixture
@@ -30,7 +35,7 @@ def model(tmp_path):
 
 
 @pytest.fixture
-def ask(monkeypatch, capsys):
+def run_chat(monkeypatch, capsys):
     """Return a function that pipes lines into a chat and returns exit code, answers and standard error."""
 
     def run(text, *arguments):
@@ -42,8 +47,8 @@ def ask(monkeypatch, capsys):
     return run
 
 
-def test_a_run_answers_lines_of_a_pipe_with_its_three_models(model, ask):
-    code, answers, _ = ask("\n".join(["", *(p["question"] for p in PROBLEMS), " "]), "--model", model)
+def test_a_run_answers_lines_of_a_pipe_with_its_three_models(model, run_chat):
+    code, answers, _ = run_chat("\n".join(["", *(p["question"] for p in PROBLEMS), " "]), "--model", model)
     assert code == 0
     assert [a["question"] for a in answers] == [p["question"] for p in PROBLEMS]
     for answer, problem in zip(answers, PROBLEMS, strict=True):
@@ -52,31 +57,53 @@ def test_a_run_answers_lines_of_a_pipe_with_its_three_models(model, ask):
         assert answer["after"] == answer["teacher"] != answer["before"]
 
 
-def test_other_models_to_compare_with(model, ask):
+def test_other_models_to_compare_with(model, run_chat):
     question = PROBLEMS[0]["question"]
-    _, (run,), _ = ask(question, "--model", model)
-    _, (answer,), _ = ask(question, "--model", model, "--versus", "bundled:demo_student")
+    _, (run,), _ = run_chat(question, "--model", model)
+    _, (answer,), _ = run_chat(question, "--model", model, "--versus", "bundled:demo_student")
     assert answer == {"question": question, "bundled:demo_student": run["before"], model: run["after"]}
-    _, (answer,), _ = ask(question, "--model", model, "--alone")
+    _, (answer,), _ = run_chat(question, "--model", model, "--alone")
     assert answer == {"question": question, model: run["after"]}
-    _, (answer,), _ = ask(question, "--model", "bundled:demo_student", "--config", "demo", "--alone")
+    _, (answer,), _ = run_chat(question, "--model", "bundled:demo_student", "--config", "demo", "--alone")
     assert answer == {"question": question, "bundled:demo_student": run["before"]}
 
 
-def test_a_sampled_answer_is_the_same_each_time_and_other_than_the_greedy_one(ask):
+def test_a_sampled_answer_is_the_same_each_time_and_other_than_the_greedy_one(run_chat):
     question = PROBLEMS[0]["question"]
     base = ("--model", "bundled:demo_student", "--config", "demo", "--alone")
-    greedy, first, second = (ask(question, *base, "--temperature", t)[1] for t in ("0", "2", "2"))
+    greedy, first, second = (run_chat(question, *base, "--temperature", t)[1] for t in ("0", "2", "2"))
     assert first == second != greedy
 
 
-def test_a_refused_question_does_not_end_the_chat(model, ask):
+def test_a_refused_question_does_not_end_the_chat(model, run_chat):
     question = PROBLEMS[0]["question"]
-    code, answers, err = ask(f"{'long ' * 200}\n{question}", "--model", model, "--alone")
+    code, answers, err = run_chat(f"{'long ' * 200}\n{question}", "--model", model, "--alone")
     assert code == 2
     assert [a["question"] for a in answers] == [question]
     assert "error: the prompt has" in err
     assert "data.max_prompt_tokens=96" in err
+
+
+@pytest.mark.parametrize("errors", ["strict", "surrogateescape"])  # as Python reads stdin in different locales
+def test_bytes_that_are_not_text_are_one_error(errors):
+    lines = PROBLEMS[0]["question"].encode() + b"\n" + b"x" * 20_000 + b"\n\xff?\n"
+    environment = ENVIRONMENT | {"PYTHONIOENCODING": f"utf-8:{errors}"}
+    done = subprocess.run(COMMAND, input=lines, env=environment, capture_output=True, check=False)
+    assert done.returncode == 2, done.stderr
+    assert json.loads(done.stdout.splitlines()[0])["question"] == PROBLEMS[0]["question"]
+    last = done.stderr.decode().splitlines()[-1]
+    assert last.startswith("error: the questions are not utf-8 text: ")
+
+
+def test_each_line_of_a_pipe_is_answered_before_the_next_is_read():
+    with subprocess.Popen(COMMAND, env=ENVIRONMENT, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        for problem in PROBLEMS:
+            process.stdin.write(problem["question"].encode() + b"\n")
+            process.stdin.flush()
+            answer = json.loads(process.stdout.readline())  # the pipe is still open for more questions
+            assert answer["question"] == problem["question"]
+        process.stdin.close()
+        assert process.wait(30) == 0
 
 
 @pytest.mark.parametrize(
@@ -87,8 +114,8 @@ def test_a_refused_question_does_not_end_the_chat(model, ask):
         (["--model", "bundled:demo_student", "data.nothing=1"], "data.nothing"),
     ],
 )
-def test_bad_input_is_one_line(ask, arguments, needle):
-    code, answers, err = ask("a question", *arguments)
+def test_bad_input_is_one_line(run_chat, arguments, needle):
+    code, answers, err = run_chat("a question", *arguments)
     assert (code, answers) == (2, [])
     (line,) = (line for line in err.splitlines() if not line.startswith("loading"))
     assert line.startswith("error: ")
