@@ -4,13 +4,15 @@ tests/integration/test_train.py reads back what a run sends to each tracker that
 """
 
 import json
+import os
+import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 from accelerate import tracking
-from helpers import tiny_settings
+from helpers import ROOT, tiny_settings
 from matplotlib.figure import Figure
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -118,6 +120,41 @@ def test_mlflow_has_numbers_settings_and_files_of_a_resumed_run(settings, tokens
         assert Path(downloaded).read_bytes() == file.read_bytes()
     assert len(client.list_artifacts(resumed_id)) == 2
     assert TOKEN.encode() not in (tmp_path / "mlflow.db").read_bytes()
+
+
+LOG_ONE_STEP = """
+import sys
+from onpolicy_skd.config.loading import resolve
+from onpolicy_skd.report.trackers import Trackers
+name, folder, token = sys.argv[1], sys.argv[2], sys.stdin.read()
+settings = resolve({
+    "run": {"dir": folder, "name": "r", "trackers": [name]}, "cluster": {"address": "ray://u:pw-of-u@h:1"},
+    "data": {"source": "demo", "system": token}, "teacher": {"prompt": "{question} " + token},
+})
+settings.run.folder.mkdir()
+trackers = Trackers(settings, 0, False, sys.exit)
+trackers.log({"step": 0, "loss": 0.5})
+trackers.close()
+"""
+
+
+@pytest.mark.parametrize("name", ["tensorboard", "wandb", "trackio", "mlflow"])
+def test_credentials_in_settings_reach_no_tracker(name, tmp_path):
+    """A process for each tracker, without an account; what it stores lies in its working directory."""
+    environment = {n: v for n, v in os.environ.items() if not n.startswith(("MLFLOW_", "WANDB_", "TRACKIO_"))} | {
+        "SERVICE_PASSWORD": TOKEN, "WANDB_MODE": "offline", "TRACKIO_DIR": str(tmp_path / "trackio"),
+        "PYTHONPATH": str(ROOT), "HOME": str(tmp_path / "home"),
+    }  # fmt: skip
+    command = [sys.executable, "-c", LOG_ONE_STEP, name, str(tmp_path)]
+    done = subprocess.run(
+        command, input=TOKEN, env=environment, cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    stored = b"".join(file.read_bytes() for file in tmp_path.rglob("*") if file.is_file())
+    assert b"ray://***@h:1" in stored
+    assert TOKEN.encode() not in stored
+    assert b"pw-of-u" not in stored
+    assert TOKEN not in done.stdout + done.stderr
 
 
 @pytest.mark.parametrize("method", ["start", "store_init_configuration", "log", "log_artifact", "finish"])
