@@ -30,7 +30,7 @@ NEEDED = ("key", "output", "reference")
 
 
 @dataclass(frozen=True, slots=True)
-class Judged:
+class AnswerVerdict:
     """One answer under the four rules; ``ours`` and ``theirs`` are the texts that match and flexible-extract judged."""
 
     key: str
@@ -43,14 +43,14 @@ class Judged:
     theirs: str
 
 
-def judge(records: Sequence[dict[str, str]]) -> list[Judged]:
+def judge(records: Sequence[dict[str, str]]) -> list[AnswerVerdict]:
     """Judge every record by our rules and by lm-eval's gsm8k task."""
     results = []
     for record, theirs in zip(records, harness([(r["output"], r["reference"]) for r in records]), strict=True):
         ours = score(record["output"], record["reference"])
         (strict_match, _), (flexible, looked_at) = (theirs[name] for name in FILTERS)
         results.append(
-            Judged(
+            AnswerVerdict(
                 record["key"],
                 record["output"],
                 ours.strict,
@@ -89,7 +89,7 @@ def harness(answers: Sequence[tuple[str, str]]) -> list[dict[str, tuple[bool, st
     ]
 
 
-def reason(answer: Judged) -> str:
+def reason(answer: AnswerVerdict) -> str:
     """Return why match and flexible-extract judge an answer differently, in a few words."""
     text = judged_text(answer.output)
     start = answer.output.rfind(text)

@@ -86,10 +86,10 @@ def card(device: str) -> dict[str, Any]:
     return record | ({"nominal": dict(zip(reached, nominal, strict=True))} if nominal else {})
 
 
-def seconds_of(action: Callable[[], Any], device: str, repeat: int = 3) -> float:
-    """Return the seconds of the fastest of ``repeat`` calls after a warm-up call."""
+def seconds_of(action: Callable[[], Any], device: str, repeats: int = 3) -> float:
+    """Return the seconds of the fastest of ``repeats`` calls after a warm-up call."""
     times = []
-    for _ in range(repeat + 1):
+    for _ in range(repeats + 1):
         start = wall(device)
         action()
         times.append(wall(device) - start)

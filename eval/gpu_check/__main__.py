@@ -2,7 +2,7 @@
 
 Parts: ``machine`` (driver, compiler, shared memory), ``mathematics`` (loss, steps, checkpoints, kernels, memory; needs
 only torch and transformers), ``engine`` (vLLM compared with the learner) and ``runs`` (Ray: the demo; the run on one
-GPU, with a killed engine, stopped and resumed).  Each part is a separate process; the first that fails ends the check.
+GPU, with a killed engine, stopped and resumed).  Each stage is a separate process; the first that fails ends the check.
 """
 
 from __future__ import annotations
@@ -25,22 +25,22 @@ from onpolicy_skd.config.errors import ConfigError
 from onpolicy_skd.config.loading import build_settings, parse_override
 from onpolicy_skd.storage.files import write_text
 
-PARTS = ("machine", "mathematics", "engine", "runs")
+STAGES = ("machine", "mathematics", "engine", "runs")
 WITHOUT_VLLM = ("machine", "mathematics")
 CONFIG = Path("gsm8k_one_gpu")
 
 
-def run_part(part: str, args: argparse.Namespace) -> list[Result]:
-    """Run a part in this process."""
-    report = Report(part)
+def run_stage(stage: str, args: argparse.Namespace) -> list[Result]:
+    """Run a stage in this process."""
+    report = Report(stage)
     disable_progress_bar()
-    print(f"\n{part}", flush=True)
-    with report.guard(part):
-        if part == "machine":
+    print(f"\n{stage}", flush=True)
+    with report.guard(stage):
+        if stage == "machine":
             check_machine(report, args.device, not args.without_vllm)
-        elif part == "mathematics":
+        elif stage == "mathematics":
             mathematics.check(report, args.device, args.small)
-        elif part == "engine":
+        elif stage == "engine":
             from eval.gpu_check import engine
 
             engine.check(report, args.device, args.model, *((12, 4) if args.small else ()))
@@ -51,14 +51,14 @@ def run_part(part: str, args: argparse.Namespace) -> list[Result]:
     return report.results
 
 
-def run_separately(part: str, arguments: Sequence[str]) -> list[Result]:
-    """Run a part in a separate process, which frees the GPU when it ends; a process that dies is a failed check."""
+def run_separately(stage: str, arguments: Sequence[str]) -> list[Result]:
+    """Run a stage in a separate process, which frees the GPU when it ends; a process that dies is a failed check."""
     with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "part.json"
-        command = [sys.executable, "-m", "eval.gpu_check", *arguments, "--part", part, "--json", str(file)]
+        file = Path(folder) / "stage.json"
+        command = [sys.executable, "-m", "eval.gpu_check", *arguments, "--stage", stage, "--json", str(file)]
         process = subprocess.run(command, check=False)
         if not file.exists():
-            return [Result(part, f"the process of {part}", FAILED, f"exit code {process.returncode}", "it ends")]
+            return [Result(stage, f"the process of {stage}", FAILED, f"exit code {process.returncode}", "it ends")]
         return [Result(**r) for r in json.loads(file.read_text(encoding="utf-8"))["results"]]
 
 
@@ -71,10 +71,10 @@ def main(argv: Sequence[str] | None = None, prog: str = "python -m eval.gpu_chec
     """Run the checks; return 0 if all passed, 1 if one failed, 2 for bad input."""
     parser = argparse.ArgumentParser(prog=prog, description=__doc__)
     parser.add_argument("--without-vllm", action="store_true", help=f"only {' and '.join(WITHOUT_VLLM)}")
-    parser.add_argument("--part", choices=PARTS, help="only this part, in this process")
+    parser.add_argument("--stage", choices=STAGES, help="only this stage, in this process")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: what can be checked there")
     parser.add_argument("--small", action="store_true", help="without the shapes of real models")
-    parser.add_argument("--model", help="student of the part engine (default: student.model of the run on one GPU)")
+    parser.add_argument("--model", help="student of the stage engine (default: student.model of the run on one GPU)")
     parser.add_argument("--json", type=Path, default=Path("runs/gpu_check.json"), help="file for all results")
     parser.add_argument(
         "overrides", nargs="*", help="settings KEY=VALUE of the run on one GPU, e.g. student.model=FOLDER"
@@ -86,20 +86,20 @@ def main(argv: Sequence[str] | None = None, prog: str = "python -m eval.gpu_chec
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    if args.device == "cuda" and not torch.cuda.is_available() and args.part not in (None, "machine"):
+    if args.device == "cuda" and not torch.cuda.is_available() and args.stage not in (None, "machine"):
         print(f"error: --device cuda: torch {torch.__version__} sees no CUDA device; accepted: cpu", file=sys.stderr)
         return 2
     results: list[Result] = []
-    if args.part:
-        results = run_part(args.part, args)
+    if args.stage:
+        results = run_stage(args.stage, args)
     else:
-        for part in WITHOUT_VLLM if args.without_vllm else PARTS:
-            results += run_separately(part, given)
+        for stage in WITHOUT_VLLM if args.without_vllm else STAGES:
+            results += run_separately(stage, given)
             if any(r.status == FAILED for r in results):
                 break
     args.json.parent.mkdir(parents=True, exist_ok=True)
     write_text(args.json, json.dumps({"device": args.device, "results": as_json(results)}, indent=2) + "\n")
-    if not args.part:
+    if not args.stage:
         print("\n" + table(results))
     failed = [r.name for r in results if r.status == FAILED]
     print(f"\n{len(failed)} failed: {', '.join(failed)}" if failed else "\nall checks passed", flush=True)

@@ -29,7 +29,7 @@ from onpolicy_skd.types import Trajectory
 
 STUDENT, TEACHER, VOCABULARY = "bundled:demo_student", "bundled:demo_teacher", 512
 LEAST_SHARE = 0.3  # of the rate of a large matrix product, reached in the backbone
-ROOM = 1.2  # memory of a card, over the estimate of a step, for the CUDA context and fragmentation
+HEADROOM = 1.2  # memory of a card, over the estimate of a step, for the CUDA context and fragmentation
 Gradients = tuple[StepRecord, Tensor, Learner]
 
 
@@ -229,8 +229,8 @@ def check_real_shape(report: Report) -> None:
     for recomputed in (True, False):
         name = f"step of 8,192 tokens, activations {'recomputed' if recomputed else 'kept'}"
         predicted = predicted_gb(shape, 8192, 0.2, recomputed)
-        if ROOM * predicted > device["gb"]:
-            report.skip(name, f"needs about {ROOM * predicted:.0f} GB; the card has {device['gb']:.0f}")
+        if HEADROOM * predicted > device["gb"]:
+            report.skip(name, f"needs about {HEADROOM * predicted:.0f} GB; the card has {device['gb']:.0f}")
             continue
         result = learner_step(shape, 8192, "cuda", checkpointing=recomputed)
         if "error" in result:

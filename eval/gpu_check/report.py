@@ -15,7 +15,7 @@ OK, FAILED, SKIPPED, NOTE = "ok", "FAILED", "skipped", "note"
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    part: str
+    stage: str
     name: str
     status: str
     value: float | str | None = None
@@ -28,9 +28,9 @@ class Result:
 
 @dataclass
 class Report:
-    """Results of one part of the checks."""
+    """Results of one stage of the checks."""
 
-    part: str
+    stage: str
     results: list[Result] = field(default_factory=list)
     show: Callable[[str], None] = print
 
@@ -69,17 +69,17 @@ class Report:
     def _add(self, name: str, status: str, value: float | str | None, criterion: str = "") -> None:
         if isinstance(value, float) and not math.isfinite(value):
             value = str(value)  # JSON has no such numbers
-        self.results.append(Result(self.part, name, status, value, criterion))
+        self.results.append(Result(self.stage, name, status, value, criterion))
         self.show(self.results[-1].line())
 
 
 def table(results: Sequence[Result]) -> str:
     """Return the results as a Markdown table, without notes."""
     rows = [r for r in results if r.status != NOTE]
-    lines = ["| part | check | result | measured | passes if |", "|---|---|---|---|---|"]
+    lines = ["| stage | check | result | measured | passes if |", "|---|---|---|---|---|"]
     for r in rows:
         value = f"{r.value:.4g}" if isinstance(r.value, float | int) else r.value or ""
-        lines.append(f"| {r.part} | {r.name} | {r.status} | {value} | {r.criterion} |")
+        lines.append(f"| {r.stage} | {r.name} | {r.status} | {value} | {r.criterion} |")
     return "\n".join(lines)
 
 

@@ -67,14 +67,14 @@ def _marked_turns(chat: Chat, turns: list[int], tokenizer: Any) -> tuple[list[in
         if role in ("user", "tool"):  # some templates move the system message
             borders[number] = place
     places = sorted(borders.values())
-    part_of = {n: sum(border < n for border in borders) for n, role in enumerate(roles) if role == "assistant"}
-    turns_in, kept = Counter(part_of.values()), {}
+    group_of = {n: sum(border < n for border in borders) for n, role in enumerate(roles) if role == "assistant"}
+    turns_in, kept = Counter(group_of.values()), {}
     for turn in turns:
-        part = part_of[turn]
-        marked = [span for span in spans if bisect(places, span[0]) == part]
-        if len(marked) < turns_in[part]:
+        group = group_of[turn]
+        marked = [span for span in spans if bisect(places, span[0]) == group]
+        if len(marked) < turns_in[group]:
             raise DataError(f"message {turn + 1}: the chat template marks no text of this turn; {TO_MARK}")
-        kept[part] = marked if len(turns) >= turns_in[part] else marked[-1:]
+        kept[group] = marked if len(turns) >= turns_in[group] else marked[-1:]
     return ids, [span for marked in kept.values() for span in marked]
 
 

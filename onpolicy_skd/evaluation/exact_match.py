@@ -51,7 +51,7 @@ TURN = re.compile(  # a new problem or turn; ``marked``: only after an answer th
     rf"|(?P<marked>^[ \t]*(?:#+|\*\*|[0-9]+[.)])[ \t*]*{_TASK}(?:[ \t]*[0-9]+)?[ \t]*(?:[.:]|\*\*|$)"
     rf"|^[ \t]*{_TASK}(?:[ \t]*[0-9]+[ \t]*(?:[.:)]|$)|[ \t]*:|[.)][ \t])|(?<=\s)(?:Question|Problem|Q)[ ]?[0-9]*:)"
 )
-END = re.compile(  # the end of a turn
+END_OF_TURN = re.compile(  # the end of a turn
     r"(?:</s>|<end_of_turn>|<eos>|"
     r"<[|\uff5c](?:endoftext|end_of_text|im_end|eo[tm]_id|end|return|end\u2581of\u2581sentence)[|\uff5c]>)\s*|(?=\[INST\])"
 )
@@ -127,7 +127,7 @@ def judged_text(output: str) -> str:
     closed = [tag.end() for tag in THINKING.finditer(output) if any(tag.groups())]
     text = THINKING.split(output[closed[-1] if closed else 0 :], maxsplit=1)[0]
     digit, statement = re.search("[0-9]", text), STATEMENT.search(text)
-    if end := END.search(text, digit.end() if digit else 1):
+    if end := END_OF_TURN.search(text, digit.end() if digit else 1):
         text = text[: end.end()]
     marked = next((s.end() for s in STATEMENT.finditer(text) if s["marked"]), len(text))
     asks_itself = TURN.match(text.lstrip())

@@ -79,8 +79,8 @@ CARDINAL = (
     r"(?:thir|four|fif|six|seven|eigh|nine)teen|(?:twen|thir|for|fif|six|seven|eigh|nine)ty"
 )
 NUMERAL = rf"(?:(?:{CARDINAL}|{SCALE})\b(?!-))"  # not "18 two-liter bottles"
-PART = r"(?:half|third|quarter|(?:four|fif|six|seven|eigh|nin|ten|hundred|thousand|million|billion)th)"
-PARTS = rf"(?:halves|{PART}s)"
+FRACTION = r"(?:half|third|quarter|(?:four|fif|six|seven|eigh|nin|ten|hundred|thousand|million|billion)th)"
+FRACTIONS = rf"(?:halves|{FRACTION}s)"
 MONTH = (
     r"(?:jan(?:uary)?|feb(?:ruary)?|mar(?:ch)?|apr(?:il)?|may|june?|july?|aug(?:ust)?|sept?(?:ember)?|"
     r"oct(?:ober)?|nov(?:ember)?|dec(?:ember)?)\b\.?"
@@ -95,7 +95,7 @@ BEFORE = re.compile(
             r"(?i:\b(?:not|never|cannot|neither|nor|between)\b|n't\b)",
             r"(?i:\b(?:than|least|most|over|under|above|below|nearly|almost|plus|less|times|or|one)[\s(]*$)",
             r"(?i:(?<!rounds )(?<!rounded )\bup to[\s(]*$|\b(?:divided|multiplied) by[\s(]*$|\bas \w+ as[\s(]*$)",
-            rf"(?i:\b(?:{PARTS}|{PART}|one|{CARDINAL}|percent|square|root|out|upwards?|excess|short|shy)"
+            rf"(?i:\b(?:{FRACTIONS}|{FRACTION}|one|{CARDINAL}|percent|square|root|out|upwards?|excess|short|shy)"
             r" of(?: the)?[\s(]*$)",
             rf"(?i:\b(?:{MULTIPLE}|root|sqrt|log|ln|sin|cos|tan)[\s(]*$)",
             rf"(?i:\b(?:{CARDINAL}|{SCALE}s?)(?:\s+and|\s*&)?[\s(-]*$)",
@@ -109,8 +109,8 @@ AFTER = re.compile(
             rf"[{OPERATORS}+?]|^\s*[!²³¹⁰⁴-⁹]|/\s*$",
             r"^[abeijnoqruvwxyzπ](?![A-Za-z])|[-/]\s*[nxyz]\b|^\s+[kKB](?!\w)",  # 18x; not 18m, 18 x
             rf"(?i:(?:\b(?:and|or|plus|minus|times|point|of|by|less)\b|^\s*(?:to|over)\b|[/&])[\s-]*(?:one\b(?!-)|{NUMERAL}))",
-            rf"(?i:^[\s-]*(?:{NUMERAL}|half\b(?!-)|(?!quarters){PARTS}\b|(?!half-){MULTIPLE}\b(?<!double)(?<!triple)))",
-            rf"(?i:(?:^|\band\b|&)[\s-]*(?:an?|one|{CARDINAL})[\s-]+(?:{PARTS}|{PART})\b)",
+            rf"(?i:^[\s-]*(?:{NUMERAL}|half\b(?!-)|(?!quarters){FRACTIONS}\b|(?!half-){MULTIPLE}\b(?<!double)(?<!triple)))",
+            rf"(?i:(?:^|\band\b|&)[\s-]*(?:an?|one|{CARDINAL})[\s-]+(?:{FRACTIONS}|{FRACTION})\b)",
             r"(?i:\b(?:(?:squar|cub|doubl|tripl|quadrupl|halv)ed|factorial)\b)",
             r"(?i:^\s*or\s+\w|\bor\s+(?:more|less|fewer|so)\b|^[\s-]*(?:ish|odd|something)\b)",
             r"(?i:\b(?:and|plus)[\s-]+(?:change|some|more|up|over|counting)\W*$)",

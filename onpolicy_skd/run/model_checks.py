@@ -155,8 +155,8 @@ def check_quantization(settings: Settings) -> None:
 
 def _quantization(config: Any) -> str | None:
     """Return the method by which the weights of a checkpoint are quantized; None if they are not."""
-    for part in (config, config.get_text_config()):
-        if stored := getattr(part, "quantization_config", None):
+    for cfg in (config, config.get_text_config()):
+        if stored := getattr(cfg, "quantization_config", None):
             return str((stored if isinstance(stored, dict) else stored.to_dict()).get("quant_method"))
     return None
 
@@ -216,19 +216,19 @@ def check_generation_config(model: str, trust_remote_code: bool = False) -> None
             config.save_pretrained(scratch)
     except (OSError, ValueError, TypeError) as error:
         raise ModelError(f"{wrong}{first_line(error)}; correct or remove the file") from None
-    ends, rows = config.eos_token_id, loading.vocabulary_of(loading.load_config(model, trust_remote_code))
-    for token in ends if isinstance(ends, list) else [] if ends is None else [ends]:
+    eos, rows = config.eos_token_id, loading.vocabulary_of(loading.load_config(model, trust_remote_code))
+    for token in eos if isinstance(eos, list) else [] if eos is None else [eos]:
         if not isinstance(token, int) or token >= rows:
             raise ModelError(f"{wrong}eos_token_id={token!r} is no token; accepted: numbers below {rows}, or a list")
 
 
 def check_savable(model: str, trust_remote_code: bool, tokenizer: Any) -> None:
     """Raise ModelError unless configuration and tokenizer of ``model`` can be saved, as the end of a run does."""
-    parts = {"configuration": loading.load_config(model, trust_remote_code), "tokenizer": tokenizer}
+    saved = {"configuration": loading.load_config(model, trust_remote_code), "tokenizer": tokenizer}
     with tempfile.TemporaryDirectory() as scratch:
-        for name, part in parts.items():
+        for name, item in saved.items():
             try:
-                part.save_pretrained(scratch)
+                item.save_pretrained(scratch)
             except Exception as error:  # transformers raises many kinds
                 raise ModelError(
                     f"student.model={model}: its {name} cannot be saved: {type(error).__name__}: {first_line(error)}; "

@@ -77,7 +77,7 @@ class Actor:
         time.sleep(seconds)
         return seconds
 
-    def ask(self, refs):
+    def get(self, refs):
         return ray.get(refs)
 
 
@@ -101,7 +101,7 @@ def test_out_of_memory_is_a_fault_of_the_one_that_ran_out(cluster, problem):
     actor_id = ray.get(actor.ready.remote()).actor_id
     stream = actor.stream.options(num_returns="streaming").remote(problem)
     assert ray.get(next(stream)) == 1
-    for ref in (actor.fail.remote(problem), next(stream), other.ask.remote([actor.fail.remote(problem)])):
+    for ref in (actor.fail.remote(problem), next(stream), other.get.remote([actor.fail.remote(problem)])):
         error = raised(ref)
         assert str(problem) in fault_of(error)
         assert faulty_actor(error) == actor_id

@@ -203,7 +203,7 @@ def test_a_quantized_teacher_is_its_dequantized_self(tmp_path, batch):
     stored = {name: load_file(folder / "model.safetensors") for name, folder in folders.items()}
     for name in [n for n in stored["plain"] if n.endswith("proj.weight")]:
         tensors, stored["plain"][name] = as_gptq(stored["gptq"].pop(name))
-        stored["gptq"] |= {f"{name.removesuffix('weight')}{part}": tensor for part, tensor in tensors.items()}
+        stored["gptq"] |= {f"{name.removesuffix('weight')}{suffix}": tensor for suffix, tensor in tensors.items()}
     for name, folder in folders.items():
         save_file(stored[name], folder / "model.safetensors", {"format": "pt"})
     request = [(t.key, range(len(t.target_ids))) for t in batch]

@@ -51,7 +51,7 @@ def run_by(code):
             if words[:1] == ["for"]:
                 variables[words[1]] = words[3]
             elif words:
-                words = [part for word in words for part in expanded(word, variables)]
+                words = [new for word in words for new in expanded(word, variables)]
                 yield words
                 if words[:3] == ["ray", "job", "submit"]:
                     yield words[words.index("--") + 1 :] if "--" in words else words

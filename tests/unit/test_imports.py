@@ -26,7 +26,7 @@ FLOORS = (  # from the top; a room imports only rooms of lower floors
     ("types", "tracing", "config", "siblings"),
 )
 DRIVERS = FLOORS[2]
-FLOOR_OF = {room: len(FLOORS) - number for number, rooms in enumerate(FLOORS) for room in rooms}
+FLOOR_OF = {name: len(FLOORS) - number for number, rooms in enumerate(FLOORS) for name in rooms}
 
 
 def room_of(module: str) -> str | None:
@@ -99,8 +99,8 @@ def main() -> None:
     graph = import_graph(modules())
     arrows = room_arrows(graph)
     for number, rooms in enumerate(FLOORS):
-        names = [room for room in rooms if any(room_of(module) == room for module in graph)]
-        counts = ", ".join(f"{room} {sum(room_of(module) == room for module in graph)}" for room in names)
+        names = [name for name in rooms if any(room_of(module) == name for module in graph)]
+        counts = ", ".join(f"{name} {sum(room_of(module) == name for module in graph)}" for name in names)
         print(f"floor {len(FLOORS) - number:>2}: {counts}")
     try:
         graphlib.TopologicalSorter(graph).prepare()

@@ -350,14 +350,14 @@ def test_off_policy_means_forward_kl_unless_something_else_is_asked_for():
 
 def test_only_a_run_that_generates_needs_engines():
     offline = {"mode": "off_policy", "references": {"source": "student"}}
-    silent = {"before": False, "after": False}
+    no_evaluation = {"before": False, "after": False}
     assert resolve({}).needs_engines
     assert resolve(offline).needs_engines
-    assert not resolve(offline | {"eval": silent}).needs_engines
-    assert resolve({"mode": "mixed", "eval": silent}).needs_engines
-    assert resolve(offline | {"eval": silent, "run": {"evaluate_every": 5}}).needs_engines
+    assert not resolve(offline | {"eval": no_evaluation}).needs_engines
+    assert resolve({"mode": "mixed", "eval": no_evaluation}).needs_engines
+    assert resolve(offline | {"eval": no_evaluation, "run": {"evaluate_every": 5}}).needs_engines
     prefilter = {"keep": 0.5, "when": "prefilter", "prefilter_text": "rollout"}
-    assert resolve(offline | {"eval": silent, "samples": prefilter}).needs_engines
+    assert resolve(offline | {"eval": no_evaluation, "samples": prefilter}).needs_engines
     assert resolve(offline).alignment.divergence == "reverse_kl"
     assert resolve({"mode": "off_policy", "references": {"source": "teacher"}}).alignment.divergence == "forward_kl"
 

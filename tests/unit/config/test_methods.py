@@ -12,7 +12,7 @@ METHODS = sorted((ROOT / "configs" / "methods").glob("*.yaml"))
 TABLES = (ROOT / "docs" / "method.md").read_text(encoding="utf-8").partition("## 12. All methods")[2]
 SETTING = re.compile(r"(?<![\w.])(mode|[a-z]+\.[\w.]+)(?:=([^\s`]+))?")
 # What may make a method; models, data, budget and optimizer are those of methods/opd.
-PARTS = re.compile(
+METHOD_KEYS = re.compile(
     r"mode|run\.name|eval\.teacher|(positions|samples|classes|alignment|references)\..*"
     r"|rollout\.(n|share|max_tokens_.*|top_p)|teacher\.(model|prompt|ema_decay|placement)"
 )
@@ -35,7 +35,7 @@ def test_each_method_loads_by_its_name_and_differs_in_its_method_alone(path):
     assert settings["run.name"] == path.stem
     assert f"methods/{path.stem}" in shipped()
     changed = changed_from_opd(path)
-    assert [key for key in changed if not PARTS.fullmatch(key)] == []
+    assert [key for key in changed if not METHOD_KEYS.fullmatch(key)] == []
     assert len(changed) > 1 or path.stem == "opd"
 
 

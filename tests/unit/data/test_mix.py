@@ -72,7 +72,7 @@ def test_a_resumed_run_continues_a_mix_exactly(chats, mode):
     assert {p.source for p in run.train} == {0, 1}
     assert len(run.train) == 40
     sources = {p.key: p.source for p in run.train}
-    keys = [key.partition(":")[2].rpartition("/")[0] for pair in expected for part in pair for key, *_ in part]
+    keys = [key.partition(":")[2].rpartition("/")[0] for pair in expected for rows in pair for key, *_ in rows]
     assert 0.5 < sum(sources[k] == 0 for k in keys) / len(keys) < 1.0
 
 

@@ -26,7 +26,7 @@ def statuses(report):
 
 def test_the_mathematics_pass_on_a_cpu(tmp_path, capsys):
     file = tmp_path / "check.json"
-    assert command.main(["--part", "mathematics", "--device", "cpu", "--json", str(file)]) == 0
+    assert command.main(["--stage", "mathematics", "--device", "cpu", "--json", str(file)]) == 0
     results = json.loads(file.read_text())["results"]
     named = {r["name"]: r for r in results}
     assert named["step, float16: relative difference of the gradient"]["status"] == "ok"
@@ -164,20 +164,20 @@ def test_an_error_is_a_failed_check_and_a_figure_that_is_no_number_is_text():
     assert "seconds" not in text
 
 
-@pytest.mark.parametrize(("failing", "expected"), [(None, command.PARTS), ("mathematics", command.WITHOUT_VLLM)])
-def test_the_first_part_that_fails_ends_the_check(failing, expected, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize(("failing", "expected"), [(None, command.STAGES), ("mathematics", command.WITHOUT_VLLM)])
+def test_the_first_stage_that_fails_ends_the_check(failing, expected, tmp_path, monkeypatch, capsys):
     opened = []
 
-    def part(name, arguments):
+    def run_stage(name, arguments):
         opened.append(name)
         return [Result(name, "check", "FAILED" if name == failing else "ok", 1.0, "at most 1")]
 
-    monkeypatch.setattr(command, "run_separately", part)
+    monkeypatch.setattr(command, "run_separately", run_stage)
     file = tmp_path / "check.json"
     assert command.main(["--device", "cpu", "--json", str(file)]) == int(failing is not None)
     assert tuple(opened) == expected
     assert len(json.loads(file.read_text())["results"]) == len(expected)
-    assert "| part | check |" in capsys.readouterr().out
+    assert "| stage | check |" in capsys.readouterr().out
 
 
 def test_without_vllm_there_are_two_parts_and_a_process_that_dies_is_a_failed_check(tmp_path, monkeypatch):
@@ -199,7 +199,7 @@ def test_without_vllm_there_are_two_parts_and_a_process_that_dies_is_a_failed_ch
 def test_overrides_and_options_mix_and_name_the_engine_s_model(tmp_path, monkeypatch):
     models = []
     monkeypatch.setattr(engine, "check", lambda report, device, model, *sizes: models.append((model, sizes)))
-    options = ["--device", "cpu", "--part", "engine", "--json", str(tmp_path / "check.json")]
+    options = ["--device", "cpu", "--stage", "engine", "--json", str(tmp_path / "check.json")]
     assert command.main(["student.model=/models/a", "--small", "run.seed=3", *options]) == 0
     assert command.main([*options, "--model", "b", "student.model=/models/a"]) == 0
     assert command.main(options) == 0

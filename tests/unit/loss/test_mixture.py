@@ -107,13 +107,13 @@ def test_the_limits_are_the_two_divergences(share, divergence, skew):
 
 
 @pytest.mark.parametrize("weight", [0.0, 1.0])
-@pytest.mark.parametrize("started", [False, True])
-def test_a_skewed_divergence_alone_equals_the_reference(weight, started):
+@pytest.mark.parametrize("scheduled", [False, True])
+def test_a_skewed_divergence_alone_equals_the_reference(weight, scheduled):
     """The other divergence is not formed, unless a schedule still gives it weight."""
     inputs = make()
-    schedule = {"start": (1.0 - weight, weight), "steps": 4} if started else {}
-    alone = mixture(reverse_weight=weight, skew=0.1, step=1 if started else 10**9, **schedule)
-    assert alone.used == ((True, True) if started else (weight == 1.0, weight == 0.0))
+    schedule = {"start": (1.0 - weight, weight), "steps": 4} if scheduled else {}
+    alone = mixture(reverse_weight=weight, skew=0.1, step=1 if scheduled else 10**9, **schedule)
+    assert alone.used == ((True, True) if scheduled else (weight == 1.0, weight == 0.0))
     pairs = alone.weights(GateRows(*[torch.zeros(ROWS)] * 5))
     assert_close(ours(inputs, Alignment(mixture=alone)), reference(inputs, pairs, skew=0.1))
 

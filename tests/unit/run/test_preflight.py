@@ -139,14 +139,14 @@ def test_an_end_of_sequence_beyond_the_vocabulary_is_refused(student, tmp_path, 
     assert "eos_token_id" in text
 
 
-@pytest.mark.parametrize("part", ["configuration", "tokenizer"])
-def test_what_the_end_of_a_run_saves_is_saved_on_trial(student, tmp_path, monkeypatch, part):
+@pytest.mark.parametrize("saved", ["configuration", "tokenizer"])
+def test_what_the_end_of_a_run_saves_is_saved_on_trial(student, tmp_path, monkeypatch, saved):
     def fail(self, folder, **_):
         raise TypeError("not JSON")
 
-    kind = PretrainedConfig if part == "configuration" else PreTrainedTokenizerBase
+    kind = PretrainedConfig if saved == "configuration" else PreTrainedTokenizerBase
     monkeypatch.setattr(kind, "save_pretrained", fail)
-    assert f"its {part} cannot be saved: TypeError: not JSON" in refusal(student, tmp_path)
+    assert f"its {saved} cannot be saved: TypeError: not JSON" in refusal(student, tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -31,9 +31,9 @@ def test_one_failure_too_many_within_the_window_ends_the_run_with_the_cause():
     for cause in ("a", "b"):
         assert isinstance(supervisor.decide({"rollout": cause}), Restart)
         clock.now += 60
-    end = supervisor.decide({"rollout": "killed"})
-    assert isinstance(end, GiveUp)
-    assert end.reason == "rollout failed 3 times within an hour, faults.restarts=2; the last time: killed"
+    decision = supervisor.decide({"rollout": "killed"})
+    assert isinstance(decision, GiveUp)
+    assert decision.reason == "rollout failed 3 times within an hour, faults.restarts=2; the last time: killed"
 
 
 def test_failures_are_forgotten_after_the_window():

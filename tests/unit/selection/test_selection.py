@@ -318,7 +318,7 @@ def with_teacher(calls=None, ranges=None):
     return Signals(student(ENTROPY, CE), [2, 1], [7, 8], entropy_and_logprob, teacher_signals, ranges)
 
 
-WHOLE = {"entropy_N": (0.1, 0.3), "kl_N": (0.0, 0.9), "teacher_mass_N": (0.2, 1.0)}
+BATCH_RANGES = {"entropy_N": (0.1, 0.3), "kl_N": (0.0, 0.9), "teacher_mass_N": (0.2, 1.0)}
 
 EXPECTED = {
     "student_entropy": ([0.1, 0.3, 0.2], []),
@@ -364,15 +364,15 @@ def test_metrics_are_grouped_by_what_they_read():
 def test_a_metric_equals_its_formula_and_asks_the_teacher_for_no_more_than_it_needs(name):
     expected, asked = EXPECTED[name]
     calls = []
-    assert METRICS[name](with_teacher(calls, WHOLE)).tolist() == pytest.approx(expected, rel=1e-5, abs=1e-9)
+    assert METRICS[name](with_teacher(calls, BATCH_RANGES)).tolist() == pytest.approx(expected, rel=1e-5, abs=1e-9)
     assert calls == asked
 
 
 def test_tip_scales_over_the_ranges_of_the_batch():
-    scores = metrics.tip_soft_or(with_teacher(ranges=WHOLE | {"entropy_N": (0.1, 0.5), "kl_N": (0.0, 1.4)}))
+    scores = metrics.tip_soft_or(with_teacher(ranges=BATCH_RANGES | {"entropy_N": (0.1, 0.5), "kl_N": (0.0, 1.4)}))
     h, d = [0.0, 0.5, 0.25], [0.5, 0.0, 0.9 / 1.4]
     assert scores.tolist() == pytest.approx([1 - (1 - a) * (1 - b) for a, b in zip(h, d, strict=True)])
-    flat = metrics.tip_soft_or(with_teacher(ranges=WHOLE | {"entropy_N": (0.3, 0.3)}))
+    flat = metrics.tip_soft_or(with_teacher(ranges=BATCH_RANGES | {"entropy_N": (0.3, 0.3)}))
     assert flat.tolist() == pytest.approx([0.7 / 0.9, 0.0, 1.0])  # equal entropies tell nothing apart
 
 

@@ -80,7 +80,7 @@ def test_entropies_of_several_teachers_keep_the_order_of_the_request(teachers):
         routed.rows([("t0", [0])])
 
 
-def several(data, **sections):
+def with_teachers(data, **sections):
     tree = {"teacher": {}, "teachers": {"maths": TEACHER, "code": TEACHER | {"actors": 2}}, **sections}
     base = tiny_settings().model_dump(mode="json")
     base["eval"].pop("teacher")
@@ -95,7 +95,7 @@ def test_a_teacher_that_no_row_names_is_not_started(tmp_path):
     file = tmp_path / "rows.jsonl"
     file.write_text("".join(json.dumps({"question": f"{i}?", "answer": "1", "who": "code"}) + "\n" for i in range(3)))
     data = {"source": "jsonl", "train_file": str(file), "teacher_column": "who"}
-    settings = several(data, rollout={"engine": "transformers"})
+    settings = with_teachers(data, rollout={"engine": "transformers"})
     assert Counts.of_training(settings).teacher == 3
     logged = []
     run = prepare(settings, logged.append)
@@ -140,11 +140,11 @@ BAD = {
 def test_bad_input_is_refused_by_name(message):
     data, sections = BAD[message]
     with pytest.raises(ConfigError, match=message):
-        several(data, **sections)
+        with_teachers(data, **sections)
 
 
 def test_a_mix_and_teachers_are_named_in_the_command_of_a_card(tmp_path):
-    settings = several(
+    settings = with_teachers(
         {"source": "gsm8k", "mix": [{"source": "demo", "teacher": "code"}]}, teachers={"code": {"model": str(tmp_path)}}
     )
     said = command(settings)

@@ -95,9 +95,9 @@ def test_classes_from_a_cache_equal_the_teachers(sampler, tmp_path):
     cached.release([t.key for t in asked])
     with pytest.raises(KeyError):
         cached.classes(wanted, seeds, settings.classes)
-    for ask in (cached.head, lambda: cached.rows(wanted), lambda: cached.entropy_and_logprob([])):
+    for read in (cached.head, lambda: cached.rows(wanted), lambda: cached.entropy_and_logprob([])):
         with pytest.raises(CacheError, match="holds a few classes of the teacher"):
-            ask()
+            read()
 
 
 def test_a_cache_of_more_classes_answers_for_fewer(tmp_path):
