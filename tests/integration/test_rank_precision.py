@@ -60,6 +60,18 @@ def gathered_types(learner, family):
     return types
 
 
+def losses(learner, teacher):
+    """Return the losses of some steps, each on another batch."""
+    learner.state.optimizer.zero_grad()
+    values = []
+    for step in range(STEPS):
+        batch = make_trajectories(LENGTHS, seed=step, version=learner.version)
+        teacher.release([t.key for t in batch])
+        teacher.encode(batch)
+        values.append(learner.step(batch).as_dict()["loss"])
+    return values
+
+
 def report(process: ranks.Ranks) -> dict:
     batch, result = make_trajectories(LENGTHS), {}
     for name, options in CASES.items():
@@ -69,7 +81,7 @@ def report(process: ranks.Ranks) -> dict:
         result["types", name] = types
         result["masters", name] = {str(p.dtype) for p in learner.state.named.values()}
         result["gradients", name] = {str(p.grad.dtype) for p in learner.state.named.values()}
-        result["losses", name] = [learner.step(batch).loss for _ in range(STEPS)]
+        result["losses", name] = losses(learner, teacher)
     learner, teacher = make(process, dtype="float16")
     learner.state.loss_scale.value = 2.0**40
     teacher.encode(batch)
