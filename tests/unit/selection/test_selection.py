@@ -348,7 +348,7 @@ def test_metrics_are_grouped_by_what_they_read():
 
     for metric in METRICS.values():
         calls = []
-        metric(with_teacher(calls, WHOLE))
+        metric(with_teacher(calls, BATCH_RANGES))
         if not calls:
             try:
                 metric(Signals(unknown, [2, 1], [7, 8]))
