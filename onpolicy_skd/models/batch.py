@@ -17,17 +17,27 @@ class Batch:
     """A padded micro-batch of B sequences with N eligible positions in total, ordered by sequence, then by time."""
 
     input_ids: torch.Tensor  # int64 [B, L]
-    attention_mask: torch.Tensor  # int64 [B, L]; with documents bool [B, 1, L, L]: query attends to key
+    attention_mask: torch.Tensor  # int64 [B, L]
     position_ids: torch.Tensor  # int64 [B, L]; counted from each document's start
     rows: torch.Tensor  # int64 [N]; row of each eligible position
     columns: torch.Tensor  # int64 [N]; its column: the token *before* its target
     targets: torch.Tensor  # int64 [N]; y_t
     counts: list[int]  # eligible positions of each sequence; sums to N
-    right_padded: bool = False  # padded on the right and without documents, so that the causal mask alone suffices
+    right_padded: bool = False  # padded on the right and one document per row, so that the causal mask alone suffices
+    cu_seq_lens: torch.Tensor | None = None  # int32; starts of the documents in all rows, padding is one, and the end
+    max_length: int = 0  # tokens of the longest document
 
     def eligible(self, hidden_BLH: torch.Tensor) -> torch.Tensor:
         """Return the hidden states at the eligible positions ``[N, H]``."""
         return hidden_BLH[self.rows, self.columns]
+
+    def document_mask(self) -> torch.Tensor:
+        """Return the causal mask within documents, bool ``[B, 1, L, L]``: query attends to key."""
+        assert self.cu_seq_lens is not None
+        lengths, (rows, length) = self.cu_seq_lens.diff(), self.input_ids.shape
+        document_T = torch.arange(len(lengths), device=lengths.device).repeat_interleave(lengths)
+        document_BL = document_T.view(rows, length)
+        return (document_BL[:, None, :, None] == document_BL[:, None, None, :]).tril()
 
 
 def collate(
@@ -37,7 +47,7 @@ def collate(
     padding_side: Literal["right", "left"] = "right",
     packed: bool = False,
 ) -> Batch:
-    """Pad ``trajectories`` to the longest or, with ``packed``, put several into a row, separated by an attention mask.
+    """Pad ``trajectories`` to the longest or, with ``packed``, put several into a row, as separate documents.
 
     Raises ValueError if one has no response or no prompt.
     """
@@ -49,7 +59,7 @@ def collate(
     ids = np.full((1 + max(row for row, _ in places), length), pad_id, dtype=np.int64)
     mask = np.zeros_like(ids)
     positions = np.zeros_like(ids)
-    document = np.zeros_like(ids)  # number of the document that each token belongs to
+    document = np.zeros_like(ids)  # number of the document that each token belongs to; 0: padding
     documents = 0
     rows, columns, targets = [], [], []
     for (row, start), t in zip(places, trajectories, strict=True):
@@ -57,8 +67,7 @@ def collate(
             raise ValueError(f"trajectory {t.key}: needs at least one prompt and one response token")
         ids[row, start : start + t.length] = np.concatenate([t.prompt_ids, t.response_ids])
         mask[row, start : start + t.length] = 1
-        packed_start = [0] if start and packed else []
-        for begin in [*packed_start, *(() if t.documents is None else t.documents)]:
+        for begin in [0, *(() if t.documents is None else t.documents)]:
             documents += 1
             document[row, start + begin : start + t.length] = documents
         positions[row, start : start + t.length] = _restarting(document[row, start : start + t.length])
@@ -67,13 +76,14 @@ def collate(
         rows.append(np.full(len(offsets), row))
         columns.append(first + offsets)
         targets.append(t.target_ids)
-    if document.any():
-        same = (document[:, None, :, None] == document[:, None, None, :]) & mask[:, None, None, :].astype(bool)
-        mask = (same & np.tri(length, dtype=bool)) | np.eye(length, dtype=bool)  # padding attends to itself only
-    right_padded = padding_side == "right" and mask.ndim == 2
     padded = (torch.as_tensor(a, device=device) for a in (ids, mask, positions))
     flat = (torch.as_tensor(np.concatenate(a), device=device) for a in (rows, columns, targets))
-    return Batch(*padded, *flat, counts=[len(t.target_ids) for t in trajectories], right_padded=right_padded)
+    counts = [len(t.target_ids) for t in trajectories]
+    if documents == len(ids):
+        return Batch(*padded, *flat, counts, right_padded=padding_side == "right")
+    bounds = np.append(np.flatnonzero(np.diff(document, prepend=-1)), ids.size)
+    cu_seq_lens = torch.as_tensor(bounds, dtype=torch.int32, device=device)
+    return Batch(*padded, *flat, counts, cu_seq_lens=cu_seq_lens, max_length=int(np.diff(bounds).max()))
 
 
 def first_fit(lengths: Sequence[int], width: int) -> list[tuple[int, int]]:

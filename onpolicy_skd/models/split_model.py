@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
+from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -11,6 +13,7 @@ import torch
 from torch import Tensor
 
 from onpolicy_skd.models.batch import Batch, collate
+from onpolicy_skd.models.document_attention import documents_kept_apart, recomputed_alike
 from onpolicy_skd.models.errors import ModelError
 from onpolicy_skd.models.lm_head import LMHead
 from onpolicy_skd.types import Trajectory
@@ -26,6 +29,7 @@ class SplitModel:
     vocabulary: int  # rows of the head in use
     takes_embeddings: bool = True  # the backbone gives the same states from embeddings as from their ids
     causal: bool = False  # later tokens do not change earlier states, so padding on the right needs no mask
+    reads_documents: bool = False  # attention keeps documents apart by their boundaries, without a mask
     forward: Any = None  # replaces a call of the backbone where the model is sharded (ranks.py)
     checkpointed: tuple[Any, ...] = ()  # layers whose activations are recomputed in the backward pass
     scale: float = 1.0  # of the head, see LMHead
@@ -83,23 +87,29 @@ class SplitModel:
         """Return the last hidden states ``[N, H]``, after the final norm, at the eligible positions.
 
         With padding on the right, a causal model gets no mask, because transformers would expand it to four dimensions,
-        which rules out FlashAttention and grouped-query kernels.
+        which rules out FlashAttention and grouped-query kernels.  Neither does a model that reads the boundaries of
+        documents.  Others get a mask ``[B, 1, L, L]`` of documents; raises ModelError if their attention takes none.
         """
-        mask, position_ids = batch.attention_mask, batch.position_ids
+        options: dict[str, Any] = {"attention_mask": batch.attention_mask, "position_ids": batch.position_ids}
+        attention = nullcontext()
         if batch.right_padded and self.causal:
-            mask = position_ids = None
-        elif mask.ndim == 4:
-            mask = _mask_for(self.model, mask)
+            options = {"attention_mask": None, "position_ids": None}
+        elif batch.cu_seq_lens is not None and self.reads_documents:
+            options["attention_mask"], attention = None, documents_kept_apart(self.model)
+            options |= dict.fromkeys(("cu_seq_lens_q", "cu_seq_lens_k"), batch.cu_seq_lens)
+            options |= dict.fromkeys(("max_length_q", "max_length_k"), batch.max_length)
+        elif batch.cu_seq_lens is not None:
+            options["attention_mask"] = _mask_for(self.model, batch)
         if torch.is_grad_enabled():
             for layer in self.checkpointed:
                 layer.training = True  # until its forward starts, see checkpoint_activations
-        out = self.backbone(
-            input_ids=batch.input_ids if embedded_BLH is None else None,
-            inputs_embeds=embedded_BLH,
-            attention_mask=mask,
-            position_ids=position_ids,
-            use_cache=False,
-        )
+        with attention:
+            out = self.backbone(
+                input_ids=batch.input_ids if embedded_BLH is None else None,
+                inputs_embeds=embedded_BLH,
+                use_cache=False,
+                **options,
+            )
         return batch.eligible(out.last_hidden_state)
 
 
@@ -117,7 +127,9 @@ def checkpoint_activations(model: Any) -> tuple[Any, ...]:
         raise ModelError(
             f"student.activation_checkpointing: {type(model).__name__} does not support it; accepted: false"
         )
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    model.gradient_checkpointing_enable(
+        gradient_checkpointing_kwargs={"use_reentrant": False, "context_fn": partial(recomputed_alike, model)}
+    )
     model.eval()
     for layer in layers:
         layer.register_forward_pre_hook(_leave_training_mode, prepend=True)
@@ -128,13 +140,13 @@ def _leave_training_mode(layer: Any, _: Any) -> None:
     layer.training = False
 
 
-def _mask_for(model: Any, mask_B1LL: Tensor) -> Tensor:
+def _mask_for(model: Any, batch: Batch) -> Tensor:
     """Return the document mask in the form that ``model``'s attention takes.  Raises ModelError if it takes none."""
     kind = model.config._attn_implementation
     if kind == "sdpa":
-        return mask_B1LL
+        return batch.document_mask()
     if kind == "eager":
-        least = torch.finfo(model.dtype).min
+        mask_B1LL, least = batch.document_mask(), torch.finfo(model.dtype).min
         return torch.zeros(mask_B1LL.shape, dtype=model.dtype, device=mask_B1LL.device).masked_fill(~mask_B1LL, least)
     raise ModelError(
         f"{type(model).__name__}: its attention ({kind}) takes no mask of documents; accepted with "
@@ -197,8 +209,9 @@ def split(model: Any, vocabulary: int) -> SplitModel:
     hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
     scale, cap = _check_head(model, head, ids, hidden, vocabulary)
     takes_embeddings, causal = _takes_embeddings(model, ids, hidden), _is_causal(model, ids, hidden)
+    reads_documents = _reads_documents(model, ids, hidden)
     model.train(was_training)
-    return SplitModel(model, vocabulary, takes_embeddings, causal, scale=scale, cap=cap)
+    return SplitModel(model, vocabulary, takes_embeddings, causal, reads_documents, scale=scale, cap=cap)
 
 
 def _check_head(model: Any, head: Any, ids: Tensor, hidden_BLH: Tensor, vocabulary: int) -> tuple[float, float | None]:
@@ -305,9 +318,32 @@ def _is_causal(model: Any, ids: Tensor, hidden_BLH: Tensor) -> bool:
     """Return True if more tokens after ``ids``, without a mask, leave ``hidden_BLH`` unchanged."""
     longer = torch.cat([ids, ids[:, :1].expand_as(ids)], 1)
     hidden = model.base_model(input_ids=longer, use_cache=False).last_hidden_state[:, : ids.shape[1]]
-    tolerance = 1e-3 if hidden.dtype == torch.float32 else 5e-2
-    scale = float(hidden_BLH.abs().max())
-    return torch.allclose(hidden.float(), hidden_BLH.float(), rtol=tolerance, atol=tolerance * scale)
+    return _same_states(hidden, hidden_BLH)
+
+
+def _reads_documents(model: Any, ids: Tensor, hidden_BLH: Tensor) -> bool:
+    """Return True if ``ids`` twice in a row, as two documents, give ``hidden_BLH`` twice without a mask."""
+    length = ids.shape[1]
+    cu_seq_lens = torch.arange(0, 3 * length, length, dtype=torch.int32, device=ids.device)
+    columns = torch.arange(2 * length, device=ids.device)
+    batch = Batch(
+        ids.repeat(1, 2), torch.ones_like(ids).repeat(1, 2), (columns % length)[None], torch.zeros_like(columns),
+        columns, columns, [2 * length], cu_seq_lens=cu_seq_lens, max_length=length,
+    )  # fmt: skip
+    try:
+        hidden = SplitModel(model, 0, reads_documents=True).hidden(batch)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception:  # model families fail in different ways on an attention function that they do not know
+        return False
+    return _same_states(hidden, hidden_BLH[0].repeat(2, 1))
+
+
+def _same_states(actual: Tensor, expected: Tensor) -> bool:
+    """Return True if hidden states are equal up to the rounding of another kernel."""
+    tolerance = 1e-3 if actual.dtype == torch.float32 else 5e-2
+    scale = float(expected.abs().max())
+    return torch.allclose(actual.float(), expected.float(), rtol=tolerance, atol=tolerance * scale)
 
 
 def _takes_embeddings(model: Any, ids: Tensor, hidden_BLH: Tensor) -> bool:

@@ -1,5 +1,6 @@
 """General text: what is packed, from which files, and that documents stay apart."""
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -156,16 +157,22 @@ def test_a_document_starts_at_the_token_that_ended_the_one_before(tokens, length
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
-def test_packed_documents_are_computed_as_if_each_were_alone(family, attention):
+@pytest.mark.parametrize("masked", [False, True])
+def test_packed_documents_are_computed_as_if_each_were_alone(family, attention, masked):
     model = tiny_model(family, tied=False)
     model.set_attn_implementation(attention)
     student, rng = split(model, VOCABULARY), np.random.default_rng(0)
+    assert student.reads_documents
+    student = dataclasses.replace(student, reads_documents=not masked)
     pieces = [rng.integers(2, VOCABULARY, n) for n in (5, 1, 9, 4)]
     packed = of_pieces("a", pieces)
     other = of_pieces("b", [rng.integers(2, VOCABULARY, 30)])  # longer, so that the other row is padded
     for side in ("right", "left"):
-        together = student.hidden(collate([packed, other], 0, padding_side=side)).split([18, 29])[0]
-        assert collate([packed, other], 0, padding_side=side).attention_mask.shape == (2, 1, 30, 30)
+        batch = collate([packed, other], 0, padding_side=side)
+        together = student.hidden(batch).split([18, 29])[0]
+        starts = [0, 5, 6, 15, 19, 30, 60] if side == "right" else [0, 11, 16, 17, 26, 30, 60]  # padding is a document
+        assert batch.cu_seq_lens.tolist() == starts
+        assert batch.max_length == 30
         alone = [model.base_model(input_ids=torch.as_tensor(p)[None]).last_hidden_state[0] for p in pieces]
         torch.testing.assert_close(together, torch.cat(alone)[:-1], rtol=1e-4, atol=1e-5)
     split_model.check_documents(student, 0, 30)
@@ -230,7 +237,8 @@ def test_joined_documents_are_read_as_one_text(tmp_path, tokenizer):
         settings = text_settings(tmp_path / "a.jsonl", documents=documents, sequence_length=32)
         sample = pack(settings.data, tokenizer, tmp_path / "packed", lambda _: None)[0]
         batches[documents] = collate([of_text(sample, "a")], 0)
-    assert batches["joined"].attention_mask.ndim == 2
+    assert batches["joined"].cu_seq_lens is None
+    assert batches["separate"].cu_seq_lens is not None
     assert batches["joined"].position_ids[0].tolist() == list(range(32))
     assert batches["separate"].position_ids.max() < 31
 
@@ -247,6 +255,7 @@ def test_a_model_that_looks_across_documents_is_refused():
     with pytest.raises(models.ModelError, match="does not keep packed documents apart"):
         split_model.check_documents(student, 0, 30)
     student.model.config._attn_implementation = "flash_attention_2"
+    student = dataclasses.replace(student, reads_documents=False)
     with pytest.raises(models.ModelError, match="takes no mask of documents"):
         split_model.check_documents(student, 0, 30)
 

@@ -1,4 +1,6 @@
-"""Packed rows, kept apart by the attention mask, against padded ones with a response each."""
+"""Packed rows, kept apart in the attention, compared with padded ones with a response each."""
+
+import dataclasses
 
 import numpy as np
 import pytest
@@ -39,8 +41,10 @@ def test_groups_keep_to_the_budget_in_fewer_tokens(lengths, budget):
 
 
 @pytest.mark.parametrize("family", ["qwen3", "llama", "gpt_neox"])
-def test_hidden_states_are_those_of_each_response_alone(family):
+@pytest.mark.parametrize("reads_documents", [True, False])
+def test_hidden_states_are_those_of_each_response_alone(family, reads_documents):
     model, batch = split(tiny_model(family, False), VOCABULARY), make_trajectories(MIXED)
+    model = dataclasses.replace(model, reads_documents=reads_documents)
     batch = sorted(batch, key=lambda t: -t.length)
     together = collate(batch, 0, packed=True)
     assert together.input_ids.numel() < 0.5 * collate(batch, 0).input_ids.numel()
@@ -51,11 +55,17 @@ def test_hidden_states_are_those_of_each_response_alone(family):
 
 
 @pytest.mark.parametrize("budget", [10_000, 220])
-def test_packed_gives_the_loss_and_gradient_of_padded(budget):
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("options", [{}, {"student": {"activation_checkpointing": True}}, {"lora": 4}])
+def test_packed_gives_the_loss_and_gradient_of_padded(budget, masked, options):
     batch = make_trajectories(MIXED)
-    padded, teacher = build(budget=budget)
-    packed, other = build(budget=budget, pipeline={"packing": True})
+    lora = {name: value for name, value in options.items() if name == "lora"}
+    padded, teacher = build(budget=budget, **lora)
+    packed, other = build(budget=budget, pipeline={"packing": True}, **options)
     other._packed = True
+    assert packed.student.reads_documents
+    for model in (packed.student, other.model) if masked else ():
+        object.__setattr__(model, "reads_documents", False)
     expected, actual = gradients(padded, teacher, batch), gradients(packed, other, batch)
     assert relative(actual, expected) < 1e-5
     for learner, its_teacher in ((padded, teacher), (packed, other)):
