@@ -230,7 +230,13 @@ def random_batch(shape: Shape, tokens: int, version: int) -> list[Trajectory]:
 
 
 def learner_step(
-    shape: Shape, tokens: int, device: str, k: float = 0.2, checkpointing: bool = False, dtype: str = "auto"
+    shape: Shape,
+    tokens: int,
+    device: str,
+    k: float = 0.2,
+    checkpointing: bool = False,
+    dtype: str = "auto",
+    compiled: bool = False,
 ) -> dict[str, Any]:
     """Measure a warm step of the learner with one micro-batch of ``tokens``.
 
@@ -241,7 +247,7 @@ def learner_step(
         {
             "data": {"source": "demo"}, "sync": {"max_gap": 1e9}, "positions": {"k": k},
             "run": {"device": device, "timeline": 2}, "student": {"activation_checkpointing": checkpointing},
-            "learner": {"compute_dtype": dtype, "tokens_per_micro_batch": max(tokens, 2048)},
+            "learner": {"compute_dtype": dtype, "tokens_per_micro_batch": max(tokens, 2048), "compile": compiled},
         }
     )  # fmt: skip
 
@@ -263,7 +269,8 @@ def learner_step(
         figures = {"tokens": count, "seconds": min(seconds[1:]), "parameters": parameters}
         return figures | backbone_figures(6 * backbone * count, spans, checkpointing)
 
-    return {"tokens": tokens, "k": k, "checkpointing": checkpointing} | measured(action, device)
+    case = {"tokens": tokens, "k": k, "checkpointing": checkpointing, "compiled": compiled}
+    return case | measured(action, device)
 
 
 def backbone_figures(flops: float, spans: Iterable[Span], recomputed: bool) -> dict[str, float]:
@@ -293,15 +300,20 @@ def predicted_gb(shape: Shape, tokens: int, k: float, checkpointing: bool) -> fl
 
 
 def steps(shape: Shape, device: str) -> list[dict[str, Any]]:
-    """Measure steps by tokens, with and without recomputed activations, and by share of positions."""
+    """Measure steps by tokens, by share of positions, with recomputed activations, and with compiled layers."""
     middle = shape.tokens[len(shape.tokens) // 2]
-    cases = [(tokens, 0.2, recomputed) for tokens in shape.tokens for recomputed in (False, True)]
-    cases += [(middle, k, False) for k in (0.05, 1.0)]
+    cases = [(tokens, 0.2, recomputed, False) for tokens in shape.tokens for recomputed in (False, True)]
+    cases += [(middle, k, False, False) for k in (0.05, 1.0)]
+    cases += [(middle, 0.2, recomputed, True) for recomputed in (False, True)]
     results = []
-    for tokens, k, recomputed in cases:
-        result = learner_step(shape, tokens, device, k, recomputed)
+    for tokens, k, recomputed, compiled in cases:
+        result = learner_step(shape, tokens, device, k, recomputed, compiled=compiled)
         results.append(result | {"predicted_gb": predicted_gb(shape, tokens, k, recomputed)})
-        print(f"step of {tokens} tokens, k={k:g}, activations recomputed: {recomputed}: {_line(result)}", flush=True)
+        print(
+            f"step of {tokens} tokens, k={k:g}, activations recomputed: {recomputed}, layers compiled: {compiled}: "
+            f"{_line(result)}",
+            flush=True,
+        )
     return results
 
 
@@ -396,11 +408,12 @@ def _step_lines(rows: list[dict[str, Any]], peaks: dict[str, float]) -> list[str
     lines = [
         "Backbone: forward and backward at 6 FLOPs per weight and token; computed: with the second forward of "
         "recomputed activations.", "",
-        "| tokens | k | activations recomputed | seconds | in the backbone | backbone TFLOP/s | share "
-        "| computed TFLOP/s | extra GB | estimated GB |", "|---|---|---|---|---|---|---|---|---|---|",
+        "| tokens | k | activations recomputed | layers compiled | seconds | in the backbone | backbone TFLOP/s "
+        "| share | computed TFLOP/s | extra GB | estimated GB |", "|---|---|---|---|---|---|---|---|---|---|---|",
     ]  # fmt: skip
     for row in rows:
-        first = f"| {row['tokens']} | {row['k']:g} | {'yes' if row['checkpointing'] else 'no'} |"
+        chosen = " | ".join("yes" if row[name] else "no" for name in ("checkpointing", "compiled"))
+        first = f"| {row['tokens']} | {row['k']:g} | {chosen} |"
         if "error" in row:
             lines.append(f"{first} {row['error']} | | | | | | {row['predicted_gb']:.3g} |")
             continue

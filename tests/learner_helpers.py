@@ -1,5 +1,9 @@
 """A learner with its teacher, and its gradients, for tests of one or several ranks."""
 
+from functools import partial
+from unittest import mock
+
+import torch
 from helpers import VOCABULARY, tiny_model, tiny_settings
 
 from onpolicy_skd.learner.learner import Learner
@@ -47,3 +51,16 @@ def relative(actual, expected):
     """Return the length of the difference of two gradients relative to the expected one."""
     squares = sum((actual[n] - expected[n]).double().square().sum() for n in expected)
     return (squares / sum(g.double().square().sum() for g in expected.values())).sqrt().item()
+
+
+def compiled_graphs():
+    """Return the number of graphs that torch.compile has captured."""
+    return torch._dynamo.utils.counters["stats"]["unique_graphs"]
+
+
+def graphs_without_code():
+    """Let torch.compile capture forward and backward graphs within the block, but run them without generated code.
+
+    The C++ compiler takes a minute or more for the layers of a tiny model.
+    """
+    return mock.patch.object(torch, "compile", partial(torch.compile, backend="aot_eager"))

@@ -21,6 +21,7 @@ from onpolicy_skd.learner.metrics import StepRecord
 from onpolicy_skd.loss.divergence import distillation_loss
 from onpolicy_skd.loss.inputs import Alignment, HiddenRows, Rows
 from onpolicy_skd.models.batch import collate
+from onpolicy_skd.models.document_attention import document_attention
 from onpolicy_skd.models.lm_head import keeps_float32_sums, project
 from onpolicy_skd.models.loading import load_model, pick_dtype
 from onpolicy_skd.models.split_model import split
@@ -41,6 +42,8 @@ def check(report: Report, device: str, small: bool) -> None:
         check_steps(report, device)
     with report.guard("padding mask"):
         check_mask(report, device)
+    with report.guard("packed documents"):
+        check_documents(report, device)
     with report.guard("logits"):
         check_logits(report, device)
     if device == "cpu":
@@ -108,9 +111,17 @@ VARIANTS: dict[str, tuple[str, Mapping[str, Any], float]] = {  # dtype, settings
     "float32": ("float32", {}, 1e-4),
     "float32, packed": ("float32", {"pipeline": {"packing": True}}, 1e-4),
     "float32, activations recomputed": ("float32", {"student": {"activation_checkpointing": True}}, 1e-4),
+    "float32, layers compiled": ("float32", {"learner": {"compile": True}}, 1e-4),
     "float16": ("float16", {}, 1e-2),
     "bfloat16": ("bfloat16", {}, 5e-2),
-}
+    "bfloat16, packed": ("bfloat16", {"pipeline": {"packing": True}}, 5e-2),
+    "bfloat16, packed, activations recomputed": (
+        "bfloat16", {"pipeline": {"packing": True}, "student": {"activation_checkpointing": True}}, 5e-2,
+    ),
+    "bfloat16, packed, layers compiled": (
+        "bfloat16", {"pipeline": {"packing": True}, "learner": {"compile": True}}, 5e-2,
+    ),
+}  # fmt: skip
 
 
 def trajectories(lengths: list[tuple[int, int]]) -> list[Trajectory]:
@@ -221,6 +232,34 @@ def check_attention(report: Report) -> None:
     plain = seconds_of(lambda: attention(q, k, v, is_causal=True, enable_gqa=True), "cuda")
     report.note("attention of a layer with a mask, ms", 1e3 * masked)
     report.at_most("attention of a layer without one, share of that time", plain / masked, 1.0)
+
+
+def check_documents(report: Report, device: str) -> None:
+    """Compare attention by boundaries of documents with a dense mask, and its gradients; on a GPU time both."""
+    length, size, dtype = (4096, 128, torch.bfloat16) if device == "cuda" else (64, 16, torch.float32)
+    lengths = torch.tensor([length // 16 - 3] * 16 + [48], device=device)
+    bounds = torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).int()
+    document = torch.repeat_interleave(lengths)
+    mask = (document[:, None] == document[None]).tril()[None, None]
+    q, k, v = (torch.randn(1, n, length, size, device=device, dtype=dtype).requires_grad_() for n in (16, 8, 8))
+
+    def masked(kind: torch.dtype) -> list[Tensor]:
+        keys, values = (x.to(kind).repeat_interleave(2, 1) for x in (k, v))
+        out = torch.nn.functional.scaled_dot_product_attention(q.to(kind), keys, values, attn_mask=mask)
+        return [out.transpose(1, 2), *torch.autograd.grad(out.square().sum(), (q, k, v))]
+
+    def packed() -> list[Tensor]:
+        longest = int(lengths.max())
+        out, _ = document_attention(None, q, k, v, None, cu_seq_lens_q=bounds, max_length_q=longest)
+        return [out, *torch.autograd.grad(out.square().sum(), (q, k, v))]
+
+    bound = 2e-2 if device == "cuda" else 1e-5
+    for name, actual, exact in zip(("output", "dq", "dk", "dv"), packed(), masked(torch.float32), strict=True):
+        error = ((actual.float() - exact.float()).norm() / exact.float().norm()).item()
+        report.at_most(f"attention of packed documents, {name}: relative error", error, bound)
+    if device == "cuda":
+        share = seconds_of(packed, device) / seconds_of(lambda: masked(dtype), device)
+        report.at_most("attention of packed documents, forward and backward: share of the time with a mask", share, 1.0)
 
 
 def check_real_shape(report: Report) -> None:

@@ -634,6 +634,10 @@ class LearnerSettings(Section):
         "auto", "dtype of the forward pass over float32 master weights; auto: bfloat16 on cuda, else float32; float16 "
         "sees updates eight times smaller than bfloat16 does, and scales the loss",
     )  # fmt: skip
+    compile: bool = setting(
+        False, "compile the student's decoder layers (torch.compile): the first steps take a minute longer, the others "
+        "less; needs a C compiler on the learner's nodes", {"rollout.placement": "actor"}, affects_result=False,
+    )  # fmt: skip
     max_skipped: NonNegative = setting(
         5, "steps without a finite loss and gradient that are skipped before the run stops", affects_result=False
     )
@@ -650,7 +654,7 @@ class LearnerSettings(Section):
 
 class PipelineSettings(Section):
     packing: bool = setting(
-        False, "pack several responses into a row, separated by the attention mask, instead of padding",
+        False, "pack several responses into a row, kept apart in the attention, instead of padding",
         affects_result=False,
     )  # fmt: skip
     streaming: bool = setting(

@@ -19,6 +19,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from onpolicy_skd.models.batch import balance_by_tokens
+from onpolicy_skd.models.compilation import decoder_layers
 from onpolicy_skd.models.loading import pick_dtype
 from onpolicy_skd.models.split_model import SplitModel
 from onpolicy_skd.types import Trajectory
@@ -66,9 +67,8 @@ class Ranks:
         if self.count == 1:
             return student
         model, mesh = student.model, init_device_mesh(self._device, (self.count,))
-        names = set(getattr(model, "_no_split_modules", None) or ())
         dtype = pick_dtype(compute_dtype, self._device)
-        blocks = {module: _gathered_by(module, dtype) for module in model.modules() if type(module).__name__ in names}
+        blocks = {layer: _gathered_by(layer, dtype) for layer in decoder_layers(model)}
         # The model first, although FSDP usually is applied to blocks first: it then gathers the blocks' norms too.
         fully_shard(model, mesh=mesh, ignored_params=set().union(*(params for params, _ in blocks.values())))
         for block, (params, policy) in blocks.items():

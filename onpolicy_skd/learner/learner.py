@@ -30,6 +30,7 @@ from onpolicy_skd.learner.prefetch import Prefetcher
 from onpolicy_skd.learner.probe import PROBE_SAMPLES, Probe
 from onpolicy_skd.learner.scoring import Scorer
 from onpolicy_skd.learner.state import LearnerState
+from onpolicy_skd.models.compilation import compile_layers
 from onpolicy_skd.models.lm_head import reserve
 from onpolicy_skd.models.split_model import SplitModel, checkpoint_activations
 from onpolicy_skd.selection.metrics import Ranges
@@ -99,6 +100,8 @@ class Learner:
         self._steps = steps
         student.model.eval()  # the distribution that is trained must be the one that was sampled from
         reference = frozen_copy(student) if settings.alignment.reference_weight else None  # each rank holds all of it
+        if settings.learner.compile:
+            compile_layers(student.model)  # before sharding, as torch recommends
         student = ranks.shard(student, settings.learner.compute_dtype)
         if reference:
             reference.model.to(student.device)

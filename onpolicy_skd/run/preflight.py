@@ -20,6 +20,7 @@ from onpolicy_skd.data.prompts import prompt_ids
 from onpolicy_skd.data.rows import DataError, Row, is_blank, load_rows
 from onpolicy_skd.learner.optimizer import check_optimizer
 from onpolicy_skd.models import loading
+from onpolicy_skd.models.compilation import check_compiler
 from onpolicy_skd.models.head_weights import logit_transform
 from onpolicy_skd.models.loading import ModelError
 from onpolicy_skd.report.trackers import check_trackers
@@ -50,6 +51,9 @@ def preflight(settings: Settings) -> None:
     check_folder(settings.run.folder)
     check_trackers(settings.run.trackers)
     check_optimizer(settings.learner)
+    if settings.learner.compile:
+        device = settings.run.device  # cuda may be on other nodes only
+        check_compiler(loading.pick_device(device) if device == "auto" else device)
     student = settings.student
     with naming("student.model"):
         tokenizer = loading.load_tokenizer(student.model, student.trust_remote_code)

@@ -10,7 +10,7 @@ import torch
 from helpers import VOCABULARY, make_trajectories, tiny_model
 from hypothesis import given
 from hypothesis import strategies as st
-from learner_helpers import FAMILIES, LENGTHS, build, gradients, relative
+from learner_helpers import FAMILIES, LENGTHS, build, compiled_graphs, gradients, graphs_without_code, relative
 
 from onpolicy_skd.distributed import ranks, rendezvous
 from onpolicy_skd.learner.learner import NonFiniteLossError
@@ -74,6 +74,13 @@ def report(process: ranks.Ranks, folder: Path) -> dict:
         result["gradient", family, tied] = full_gradients(learner, teacher)
     learner, teacher = make(student={"activation_checkpointing": True})
     result["gradient", "qwen3", "checkpointed"] = full_gradients(learner, teacher)
+    learner, teacher = make(pipeline={"packing": True}, student={"activation_checkpointing": True})
+    result["gradient", "qwen3", "packed"] = full_gradients(learner, teacher)
+    with graphs_without_code():
+        learner, teacher = make(learner={"compile": True}, student={"activation_checkpointing": True})
+    result["gradient", "qwen3", "compiled"] = full_gradients(learner, teacher)
+    assert compiled_graphs() > 0
+    result["names"] = [list(learner.state.named), list(dict(learner.state.weights()))]
     learner, teacher = make(lora=4, learner={"lr": 1e-2})
     result["lora"], result["merged"] = trained(learner, teacher, 3), dict(learner.state.weights())
     for name, positions in SELECTIONS.items():
@@ -130,10 +137,18 @@ def reports(tmp_path_factory):
     return alone, *(torch.load(folder / f"rank-{rank}.pt", weights_only=False) for rank in (0, 1)), folder
 
 
-@pytest.mark.parametrize(("family", "tied"), [*FAMILIES, ("qwen3", "checkpointed")])
+@pytest.mark.parametrize(("family", "tied"), [*FAMILIES, ("qwen3", "checkpointed"), ("qwen3", "packed")])
 def test_two_ranks_have_the_gradient_of_one(reports, family, tied):
     alone, first, *_ = reports
     assert relative(first["gradient", family, tied], alone["gradient", family, tied]) < 1e-5
+
+
+def test_two_ranks_with_compiled_layers_have_the_gradient_of_eager_layers_and_their_names(reports):
+    alone, first, *_ = reports
+    for report in (alone, first):
+        assert relative(report["gradient", "qwen3", "compiled"], alone["gradient", "qwen3", False]) < 1e-5
+    names = list(alone["gradient", "qwen3", False])
+    assert alone["names"] == first["names"] == [names, names]
 
 
 @pytest.mark.parametrize("name", [*SELECTIONS, *ALIGNMENTS])

@@ -5,6 +5,7 @@ import types
 
 import pytest
 import torch
+from learner_helpers import graphs_without_code
 
 from eval import gpu_bench
 from eval.gpu_bench import (
@@ -27,18 +28,20 @@ from onpolicy_skd.tracing import Span
 
 def test_the_toy_shape_writes_figures_and_a_page(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(gpu_bench, "LOSSES", [name for name in LOSSES if name != "trl"])  # slow to import
-    assert main(["--device", "cpu", "--shape", "toy", "--out", str(tmp_path / "bench.json")]) == 0
+    with graphs_without_code():
+        assert main(["--device", "cpu", "--shape", "toy", "--out", str(tmp_path / "bench.json")]) == 0
     result = json.loads((tmp_path / "bench.json").read_text())
     assert result["losses"].keys() == set(LOSSES) - {"trl"}
     for name in ("dense", "ours_k100", "ours_k20", "ours_k5"):
         assert result["losses"][name]["ms"] > 0
-    assert len(result["steps"]) == 2 * len(SHAPES["toy"].tokens) + 2
+    assert len(result["steps"]) == 2 * len(SHAPES["toy"].tokens) + 4
     assert {row["tokens"] for row in result["steps"]} == {320, 640}
     assert all(row["backbone_seconds"] > 0 for row in result["steps"])
     text = (tmp_path / "bench.md").read_text()
     assert text in capsys.readouterr().out
     assert text.count("\n| ours_k") == 3
-    assert "| 640 | 0.05 | no |" in text
+    assert "| 640 | 0.05 | no | no |" in text
+    assert "| 640 | 0.2 | yes | yes |" in text
 
 
 def test_without_a_gpu_the_default_device_is_refused(capsys, monkeypatch):
@@ -54,10 +57,10 @@ def test_what_does_not_fit_is_a_row_of_the_table():
     error = measured(action, "cpu")
     assert error == {"error": "out of memory"}
     card = {"name": "x", "torch": "2", "reached": {"flops": 1e12, "bytes_per_second": 1e12}}
-    step = {"tokens": 2048, "k": 0.2, "checkpointing": False, "predicted_gb": 90.0} | error
+    step = {"tokens": 2048, "k": 0.2, "checkpointing": False, "compiled": False, "predicted_gb": 90.0} | error
     text = page({"shape": "qwen3", "card": card, "rows": 8, "losses": {"dense": error}, "steps": [step]})
     assert "| dense | out of memory |" in text
-    assert "| 2048 | 0.2 | no | out of memory |" in text
+    assert "| 2048 | 0.2 | no | no | out of memory |" in text
 
 
 def test_a_row_that_fails_leaves_the_others(monkeypatch):
