@@ -33,7 +33,7 @@ KNOWN = {  # selections whose positions are known before the forward
     "engine, gls": {"rollout": ENGINE, "positions": {"policy": "gls", "k": 0.3, "queue": 90, "mask_tokens": MASK}},
     "engine, ce": {"rollout": ENGINE, "positions": {"metric": "student_ce", "policy": "sampled"}},
 }
-BANDIT = {"policy": "bandit", "arms": ["reverse_kl", "student_entropy", "random"], "bandit_probe": 3}
+BANDIT = {"policy": "bandit", "arms": ["reverse_kl", "student_entropy", "random"]}
 UNKNOWN = {
     "learner": {},
     "gls": {"positions": {"policy": "gls", "queue": 90}},
