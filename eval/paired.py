@@ -182,7 +182,7 @@ def _recorded(file: Path) -> dict[str, Any]:
             raise TypeError
     except OSError as error:
         raise ConfigError(f"{file}: {error.strerror}") from None
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         raise ConfigError(f"{file}: not a file of --record; to compare evaluations give BEFORE and AFTER") from None
     return recorded
 

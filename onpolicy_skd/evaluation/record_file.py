@@ -85,7 +85,7 @@ class RecordFile:
         try:
             records = [json.loads(line) for line in complete.decode().split("\n")[:-1]]
             asked = {r["key"]: (r["question"], r["reference"]) for r in records}
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise ConfigError(f"{self.path}: damaged ({error}); give another folder or remove it") from None
         for key, texts in asked.items():
             prompt = self._prompts.get(key)

@@ -189,7 +189,7 @@ def check_weight_headers(folder: Path, model: str) -> None:
         for name in names:
             with safe_open(folder / name, framework="pt"):
                 pass
-    except (OSError, ValueError, SafetensorError) as error:
+    except (OSError, ValueError, RecursionError, SafetensorError) as error:
         raise ModelError(f"model {model!r}: its weights cannot be read: {first_line(error)}") from None
 
 

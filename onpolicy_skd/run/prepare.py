@@ -465,7 +465,7 @@ def _plain(key: str) -> str:
 def _read_record(paths: RunPaths) -> dict[str, Any]:
     try:
         return json.loads(paths.record.read_text(encoding="utf-8")) if paths.record.exists() else {}
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ConfigError(f"{paths.record}: damaged ({error}); remove it to skip the check of the data") from None
 
 

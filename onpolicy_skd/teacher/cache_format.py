@@ -146,7 +146,14 @@ class Manifest:
             building = (folder / PLAN).exists()
             why = "is not complete: the same build continues it" if building else f"has no {name}, so it is no cache"
             raise CacheError(f"cache.path={folder}: {why} (skd cache build)") from None
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        except (
+            OSError,
+            ValueError,
+            KeyError,
+            TypeError,
+            AttributeError,
+            RecursionError,
+        ) as error:  # the last: deep JSON
             if isinstance(error, CacheError):
                 raise
             raise CacheError(f"{path} cannot be read: {type(error).__name__}: {error}") from None
@@ -231,7 +238,7 @@ def finished_shard(folder: Path, number: int) -> Shard | None:
     try:
         shard = Shard(**json.loads(path.with_suffix(".json").read_text(encoding="utf-8")))
         return shard if sha256(path) == shard.sha256 else None
-    except (OSError, ValueError, TypeError):
+    except (OSError, ValueError, TypeError, RecursionError):
         return None
 
 

@@ -114,7 +114,7 @@ def test_a_dead_actor_is_a_fault_also_where_another_one_needed_it(cluster):
     dead, alive = Actor.remote(), Actor.remote()
     where = ray.get(dead.ready.remote())
     os.kill(where.pid, signal.SIGKILL)
-    for error in (raised(dead.ready.remote()), raised(alive.ask.remote([dead.ready.remote()]))):
+    for error in (raised(dead.ready.remote()), raised(alive.get.remote([dead.ready.remote()]))):
         assert "its process ended" in fault_of(error)
         assert faulty_actor(error) == where.actor_id
         assert not needs_restart(error)

@@ -105,6 +105,8 @@ def test_what_cannot_be_paired_is_refused(tmp_path, capsys):
     assert "no such file" in refusal(first, tmp_path / "nowhere")
     assert "3 files" in refusal(first, first, first)
     assert "not a file of --record" in refusal(tmp_path / "a" / "records.jsonl")
+    (tmp_path / "deep.json").write_text("[" * 100_000)
+    assert "not a file of --record" in refusal(tmp_path / "deep.json")
     (tmp_path / "e").mkdir()
     (tmp_path / "e" / "records.jsonl").write_text('{"key": "p0/0"}\n')
     assert "record 1: has no question" in refusal(first, tmp_path / "e")

@@ -53,6 +53,10 @@ def test_a_run_that_can_start_is_not_refused(student, tmp_path):
     assert not (tmp_path / "runs").exists()
 
 
+# A second or two: its thread outlives the test, and would slow all that follow.
+BUSY = "{% for a in range(3000) %}{% for b in range(1000) %}{% endfor %}{% endfor %}"
+
+
 @pytest.mark.parametrize(
     ("template", "data", "needle"),
     [
@@ -61,12 +65,12 @@ def test_a_run_that_can_start_is_not_refused(student, tmp_path):
         ("{% for message in messages %}{{ message.content }}", {}, "TemplateSyntaxError"),
         ("{{ messages[0].content + 1 }}", {}, "TypeError"),
         ("{{ messages[7].content.strip() }}", {}, "UndefinedError"),
-        ("{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}", {}, "took more than 0.5 s"),
+        (BUSY, {}, "took more than 0.05 s"),
         ("{% if false %}{{ messages }}{% endif %}", {}, "has no tokens"),
     ],
 )
 def test_a_template_is_tried_on_a_row(student, tmp_path, monkeypatch, template, data, needle):
-    monkeypatch.setattr(checks, "TEMPLATE_TIMEOUT_S", 0.5 if "took" in needle else 60)
+    monkeypatch.setattr(checks, "TEMPLATE_TIMEOUT_S", 0.05 if "took" in needle else 60)
     set_template(student, template)
     text = refusal(student, tmp_path, data=data)
     assert needle in text
@@ -116,6 +120,11 @@ def test_a_template_may_change_the_texts(student, tmp_path, template, system):
 def test_an_index_names_the_files_of_the_weights(student, tmp_path, index):
     (student / "model.safetensors.index.json").write_text(json.dumps(index))
     assert "model.safetensors.index.json has no weight_map" in refusal(student, tmp_path)
+
+
+def test_an_index_that_is_nested_too_deeply_is_refused(student, tmp_path):
+    (student / "model.safetensors.index.json").write_text("[" * 100_000)
+    assert "its weights cannot be read" in refusal(student, tmp_path)
 
 
 @pytest.mark.parametrize("base", [False, True])

@@ -464,3 +464,11 @@ def test_a_complete_cache_is_verified_and_described(demo_cache, capsys):
     printed = capsys.readouterr().out
     assert "all good" in printed
     assert '"teacher": "bundled:demo_teacher"' in printed
+
+
+def test_json_that_is_nested_too_deeply_is_damage(tmp_path):
+    (tmp_path / caches.MANIFEST).write_text("[" * 100_000)
+    with pytest.raises(CacheError, match=r"maximum recursion depth"):
+        Manifest.read(tmp_path)
+    (tmp_path / caches.shard_name(0)).with_suffix(".json").write_text("[" * 100_000)
+    assert caches.finished_shard(tmp_path, 0) is None
