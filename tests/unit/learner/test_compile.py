@@ -31,7 +31,8 @@ def fresh_compiler():
 
 
 @pytest.mark.parametrize(
-    ("name", "code"), [*((name, False) for name in CASES), pytest.param("padded", True, marks=NEEDS_COMPILER)]
+    ("name", "code"),
+    [*((name, False) for name in CASES), pytest.param("padded", True, marks=[NEEDS_COMPILER, pytest.mark.slow])],
 )
 def test_loss_gradient_and_weights_after_a_step_are_those_of_eager_layers(name, code):
     eager, teacher = build(tied=True, **CASES[name])
