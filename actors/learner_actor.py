@@ -253,7 +253,7 @@ class LearnerActor(SendsWeights):
 
     def finish_saving(self) -> None:
         """Wait until the last checkpoint is on disk.  Raises SaveError."""
-        self._writer.finish()
+        self._writer.wait()
 
     def restore(self, path: Path) -> tuple[int, list[Trajectory]]:
         """Load a checkpoint; return the policy version and the prefetched rollouts of the next step."""

@@ -51,10 +51,10 @@ class SendsWeights:
         self._sender = Sender(ray.util.get_node_ip_address(), pick_device(self._settings.run.device))
         return self._sender.address, self._learner.state.weight_spec(self._engine_dtype)
 
-    def join_group(self, count: int) -> None:
+    def init_process_group(self, count: int) -> None:
         """Form the group of ``count`` processes, this one and all engine workers; call it after ``open_group``."""
         assert self._sender is not None
-        self._sender.join(count, self._settings.faults.timeout_s())
+        self._sender.init_process_group(count, self._settings.faults.timeout_s())
 
     def send(self, received: Sequence[ray.ObjectRef]) -> None:
         """Broadcast the weights; ranks other than 0 only help to gather them.

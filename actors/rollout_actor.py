@@ -66,9 +66,9 @@ class RolloutActor:
             self._engine.load_weights(unpack_named(weights), version)
         trim_heap()
 
-    def join_group(self, address: Address, first: int, count: int) -> None:
+    def init_process_group(self, address: Address, first: int, count: int) -> None:
         """Join the group in which the learner broadcasts weights."""
-        self._engine.join(address, first, count)
+        self._engine.init_weight_transfer(address, first, count)
 
     def receive(self, weight_spec: WeightSpec, version: int) -> None:
         with self._spans("receive weights"):

@@ -200,8 +200,8 @@ class RemoteTeacher:
 
     def entropy_and_logprob(self, keys: Sequence[str]) -> tuple[Tensor, Tensor]:
         def call(actor: Any, indices: list[int]) -> ray.ObjectRef:
-            part = [keys[i] for i in indices]
-            return actor.entropy_and_logprob.remote(part, self._digests(part))
+            share = [keys[i] for i in indices]
+            return actor.entropy_and_logprob.remote(share, self._digests(share))
 
         answers = self._answers(self._send(keys, call))
         counts = [self._holder(key)[1] for key in keys]
@@ -230,16 +230,16 @@ class RemoteTeacher:
 
     def _send_rows(self, request: RowRequest) -> Calls:
         def call(actor: Any, indices: list[int]) -> ray.ObjectRef:
-            part = [request[i] for i in indices]
-            return actor.rows.remote(part, self._digests(key for key, _ in part))
+            share = [request[i] for i in indices]
+            return actor.rows.remote(share, self._digests(key for key, _ in share))
 
         return self._send([key for key, _ in request], call)
 
     def _send_classes(self, request: RowRequest, seeds: Sequence[int], options: ClassSettings) -> Calls:
         def call(actor: Any, indices: list[int]) -> ray.ObjectRef:
-            part = [request[i] for i in indices]
-            digests = self._digests(key for key, _ in part)
-            return actor.classes.remote(part, [seeds[i] for i in indices], options, digests)
+            share = [request[i] for i in indices]
+            digests = self._digests(key for key, _ in share)
+            return actor.classes.remote(share, [seeds[i] for i in indices], options, digests)
 
         return self._send([key for key, _ in request], call)
 

@@ -60,8 +60,8 @@ class BroadcastSync:
         workers = self._workers_per_engine
         count = 1 + len(engines) * workers
         address, weight_spec = ray.get(first.open_group.remote(), timeout=timeout_s)
-        joined = [actor.join_group.remote(address, 1 + i * workers, count) for i, actor in enumerate(engines)]
-        wait_all([first.join_group.remote(count), *joined], timeout_s)
+        joined = [actor.init_process_group.remote(address, 1 + i * workers, count) for i, actor in enumerate(engines)]
+        wait_all([first.init_process_group.remote(count), *joined], timeout_s)
         return weight_spec
 
 
@@ -78,7 +78,7 @@ class SharedMemorySync:
     def push(self, version: int, timeout_s: float) -> None:
         engines = self._rollouts.actors
         if not self._ready:
-            wait_all([actor.join_group.remote(("", 0), 0, 0) for actor in engines], timeout_s)
+            wait_all([actor.init_process_group.remote(("", 0), 0, 0) for actor in engines], timeout_s)
             self._ready = True
         specs = [rank.export_weights.remote() for rank in self._learner]
         try:

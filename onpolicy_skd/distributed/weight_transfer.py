@@ -177,14 +177,14 @@ class Sender:
     def __init__(self, host: str, device: str) -> None:
         self._device = device
         if device == "cuda":
-            self._listener = listen(host)  # open until ``join``, so that no other process takes the port
+            self._listener = listen(host)  # open until ``init_process_group``, so that no other process takes the port
             self.address: Address = (host, self._listener.getsockname()[1])
         else:
             self._rendezvous = Rendezvous(host)
             self.address = self._rendezvous.address
         self._group: GlooGroup | NcclGroup | None = None
 
-    def join(self, count: int, timeout_s: float) -> None:
+    def init_process_group(self, count: int, timeout_s: float) -> None:
         """Form the group; return when all ``count`` members have joined."""
         if self._device == "cuda":
             self._group = NcclGroup(self.address, count, timeout_s, self._listener)
@@ -196,7 +196,7 @@ class Sender:
             self._group.destroy()
 
     def send(self, weights: Named) -> None:
-        """Broadcast the tensors, in the order of their WeightSpec, once ``join`` has returned.
+        """Broadcast the tensors, in the order of their WeightSpec, once ``init_process_group`` has returned.
 
         Raises RuntimeError if a peer is gone, and AbortedError after ``abort``; all tensors are read first, since other
         ranks of the learner help to gather them.

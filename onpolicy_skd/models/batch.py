@@ -80,10 +80,10 @@ def collate(
     flat = (torch.as_tensor(np.concatenate(a), device=device) for a in (rows, columns, targets))
     counts = [len(t.target_ids) for t in trajectories]
     if documents == len(ids):
-        return Batch(*padded, *flat, counts, right_padded=padding_side == "right")
+        return Batch(*padded, *flat, counts=counts, right_padded=padding_side == "right")
     bounds = np.append(np.flatnonzero(np.diff(document, prepend=-1)), ids.size)
     cu_seq_lens = torch.as_tensor(bounds, dtype=torch.int32, device=device)
-    return Batch(*padded, *flat, counts, cu_seq_lens=cu_seq_lens, max_length=int(np.diff(bounds).max()))
+    return Batch(*padded, *flat, counts=counts, cu_seq_lens=cu_seq_lens, max_length=int(np.diff(bounds).max()))
 
 
 def first_fit(lengths: Sequence[int], width: int) -> list[tuple[int, int]]:

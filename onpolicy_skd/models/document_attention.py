@@ -79,10 +79,16 @@ def document_attention(
     if torch.is_autocast_enabled(query.device.type):  # norms with float32 weights return float32
         dtype = torch.get_autocast_dtype(query.device.type)
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
-    flat = [x.transpose(1, 2).flatten(0, 1) for x in (query, key, value)]  # [B * L, heads, D]
-    attend = _attend_by_kernel if _kernel_takes(*flat) else _attend_one_by_one
-    out = attend(*flat, cu_seq_lens_q, max_length_q, scaling)
-    return out.unflatten(0, (query.shape[0], query.shape[2])), None
+    rows, length = query.shape[0], query.shape[2]
+    query, key, value = _flat(query), _flat(key), _flat(value)
+    attend: Any = _attend_by_kernel if _kernel_takes(query, key, value) else _attend_one_by_one
+    out = attend(query, key, value, cu_seq_lens_q, max_length_q, scaling)
+    return out.unflatten(0, (rows, length)), None
+
+
+def _flat(states: Tensor) -> Tensor:
+    """Return ``[B, heads, L, D]`` as ``[B * L, heads, D]``."""
+    return states.transpose(1, 2).flatten(0, 1)
 
 
 def _kernel_takes(query: Tensor, key: Tensor, value: Tensor) -> bool:

@@ -88,7 +88,7 @@ class VLLMEngine:
             iterator = iter(weights) if self._devices == 1 else list(weights)  # a list can be sent to other processes
             self._llm.collective_rpc("reload_weights", kwargs=dict(weights_iterator=iterator))
 
-    def join(self, address: Address, first: int, count: int) -> None:
+    def init_weight_transfer(self, address: Address, first: int, count: int) -> None:
         """Join the broadcast group of ``count`` processes; this engine's workers are the ranks from ``first`` on.
 
         With ``sync.method=ipc``, where ``count`` is 0, there is no group: only prepare the engine.

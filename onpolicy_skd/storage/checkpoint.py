@@ -104,7 +104,7 @@ class BackgroundWriter:
             raise error
         return _path(folder, step)
 
-    def finish(self) -> None:
+    def wait(self) -> None:
         """Wait until the last checkpoint is on disk.  Raises its SaveError."""
         pending, self._pending = self._pending, None
         if pending:

@@ -202,7 +202,7 @@ def test_colocated_engines_sleep_whenever_the_learner_works(local_ray):
     assert log.pop() == "engine.sleep"
     workers.score_samples([])
     workers.engines()
-    assert log == ["learner.score_samples", "engine.join_group", *ways]
+    assert log == ["learner.score_samples", "engine.init_process_group", *ways]
     workers.engines()
     log.clear()
     workers.score_samples([])

@@ -198,8 +198,8 @@ def test_the_timeout_of_a_broadcast_follows_the_settings():
     )
     engine, sender = build_engine(STUDENT, settings), Sender("127.0.0.1", "cpu")
     with ThreadPoolExecutor() as others:
-        joined = others.submit(sender.join, 2, 60)
-        engine.join(sender.address, 1, 2)
+        joined = others.submit(sender.init_process_group, 2, 60)
+        engine.init_weight_transfer(sender.address, 1, 2)
         joined.result()
     start = time.monotonic()
     with pytest.raises(RuntimeError, match=r"(?i)timed? ?out"):
@@ -309,8 +309,8 @@ def test_an_engine_on_two_devices_is_the_model_before_and_after_new_weights(tmp_
             continue
         with ThreadPoolExecutor() as others:
             if version == 1:
-                joined = others.submit(sender.join, 3, 60)
-                engine.join(sender.address, 1, 3)
+                joined = others.submit(sender.init_process_group, 3, 60)
+                engine.init_weight_transfer(sender.address, 1, 3)
                 joined.result()
             sent = others.submit(sender.send, weights)
             engine.receive(WeightSpec.of((n, t.dtype, t.shape) for n, t in weights), version + 1)

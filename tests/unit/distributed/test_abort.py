@@ -32,7 +32,7 @@ def joined():
     here, there = context.Pipe()
     process = context.Process(target=peer, args=(sender.address, there), daemon=True)
     process.start()
-    sender.join(2, 600)
+    sender.init_process_group(2, 600)
     yield sender, process, here
     process.kill()
     process.join()

@@ -91,7 +91,7 @@ def test_a_broadcast_in_few_calls_delivers_the_weights(monkeypatch):
     named = weights()
     spec, sender = spec_of(named), Sender("127.0.0.1", "cpu")
     with ThreadPoolExecutor() as others:
-        joined = others.submit(sender.join, 2, 30)
+        joined = others.submit(sender.init_process_group, 2, 30)
         receiver = GlooGroup(sender.address, 1, 2, 30)
         joined.result()
         sending = others.submit(sender.send, iter(named))

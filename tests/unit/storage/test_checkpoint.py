@@ -250,13 +250,13 @@ def test_a_checkpoint_in_the_background_is_the_one_of_its_moment(tmp_path, monke
     for tensor in tensors.values():
         tensor.zero_()
     gate.set()
-    writer.finish()
+    writer.wait()
     assert written == [3]
     checkpoint.save(tmp_path / "plain", 3, {"note": 3}, TENSORS, keep=1)
     assert path == tmp_path / "background" / "step-00000003"
     for name in (checkpoint.STATE, checkpoint.TENSORS):
         assert (path / name).read_bytes() == (tmp_path / "plain" / path.name / name).read_bytes()
-    writer.finish()  # nothing to wait for
+    writer.wait()  # nothing to wait for
 
 
 def test_an_error_in_the_background_is_raised_by_the_next_call_which_saves_all_the_same(tmp_path, monkeypatch):
@@ -274,5 +274,5 @@ def test_an_error_in_the_background_is_raised_by_the_next_call_which_saves_all_t
         writer.save(tmp_path, 2, {}, TENSORS, keep=2)
     writer.save(tmp_path, 3, {}, TENSORS, keep=2)
     with pytest.raises(SaveError, match="step 3 "):
-        writer.finish()
+        writer.wait()
     assert [p.name for p in tmp_path.iterdir()] == ["step-00000002"]
