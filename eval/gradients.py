@@ -8,7 +8,6 @@ student and the teacher: by arithmetic 13 GB for a student of 0.5 B parameters w
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -23,7 +22,7 @@ from onpolicy_skd.config.loading import build_settings, parse_override
 from onpolicy_skd.config.schema import ClassSettings, Settings
 from onpolicy_skd.data.chat import special_ids
 from onpolicy_skd.run.exits import EXIT_OK, run_cli
-from onpolicy_skd.storage.files import write_text
+from onpolicy_skd.storage.files import write_json
 
 TRUNCATIONS = [
     {"sampler": "top_k", "k": 12},
@@ -145,8 +144,7 @@ def _run(args: argparse.Namespace, settings: Settings) -> int:
         options = ", ".join(f"{k}={v}" for k, v in r.items() if k in ("draws", "k", "p"))
         print(f"| {r['sampler']} {options} | {r['classes']:.1f} | {r['angle']:.1f}° | {r['norm_ratio']:.2f} |")
     if args.json:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        write_text(args.json, json.dumps(result, indent=2) + "\n")
+        write_json(args.json, result)
     return EXIT_OK
 
 

@@ -7,7 +7,6 @@ before the other starts, so the peak is one teacher and the student.
 from __future__ import annotations
 
 import argparse
-import json
 import multiprocessing
 import sys
 from collections.abc import Sequence
@@ -20,7 +19,7 @@ import numpy as np
 from onpolicy_skd.config.loading import build_settings, parse_override
 from onpolicy_skd.config.schema import Settings
 from onpolicy_skd.run.exits import EXIT_OK, run_cli
-from onpolicy_skd.storage.files import write_text
+from onpolicy_skd.storage.files import write_json
 
 ENGINES = ("transformers", "vllm")
 
@@ -98,8 +97,7 @@ def _run(args: argparse.Namespace) -> int:
     print("losses: " + ", ".join(f"{a:.5f} / {b:.5f}" for a, b in zip(plain, ours, strict=True)))
     print(f"largest difference of losses: {max(abs(a - b) for a, b in zip(plain, ours, strict=True)):.2e}")
     if args.json:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        write_text(args.json, json.dumps(result, indent=2) + "\n")
+        write_json(args.json, result)
     return EXIT_OK
 
 

@@ -23,7 +23,7 @@ from eval.gpu_check.machine import check as check_machine
 from eval.gpu_check.report import FAILED, Report, Result, as_json, table
 from onpolicy_skd.config.errors import ConfigError
 from onpolicy_skd.config.loading import build_settings, parse_override
-from onpolicy_skd.storage.files import write_text
+from onpolicy_skd.storage.files import write_json
 
 STAGES = ("machine", "mathematics", "engine", "runs")
 WITHOUT_VLLM = ("machine", "mathematics")
@@ -97,8 +97,7 @@ def main(argv: Sequence[str] | None = None, prog: str = "python -m eval.gpu_chec
             results += run_separately(stage, given)
             if any(r.status == FAILED for r in results):
                 break
-    args.json.parent.mkdir(parents=True, exist_ok=True)
-    write_text(args.json, json.dumps({"device": args.device, "results": as_json(results)}, indent=2) + "\n")
+    write_json(args.json, {"device": args.device, "results": as_json(results)})
     if not args.stage:
         print("\n" + table(results))
     failed = [r.name for r in results if r.status == FAILED]

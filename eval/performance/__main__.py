@@ -18,7 +18,7 @@ from onpolicy_skd.config.errors import ConfigError
 from onpolicy_skd.report.summary import versions
 from onpolicy_skd.run.exits import run_cli
 from onpolicy_skd.run.preflight import preflight
-from onpolicy_skd.storage.files import write_text
+from onpolicy_skd.storage.files import write_json
 
 BENCHMARKS: dict[str, Any] = {
     "loss": loss,
@@ -102,8 +102,7 @@ def benchmark(argv: Sequence[str] | None, prog: str) -> int:
     }
     module.show(shapes)
     if args.json:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        write_text(args.json, json.dumps(result, indent=2) + "\n")
+        write_json(args.json, result)
         if hasattr(module, "plot"):
             module.plot(args.json.with_suffix(".png"), shapes)
     return 0

@@ -180,6 +180,12 @@ def write_text(path: Path, text: str) -> None:
         temporary.write_text(text, encoding="utf-8")
 
 
+def write_json(path: Path, tree: Any) -> None:
+    """Write ``tree`` as indented JSON, as ``write_text`` does; create the folder."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_text(path, json.dumps(tree, indent=2) + "\n")
+
+
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """Yield a name next to ``path`` that no other process uses.
