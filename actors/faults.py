@@ -44,6 +44,8 @@ DEATHS = {  # part of Ray's message about a dead actor -> what the log says inst
 LONGEST_REASON = 200  # characters
 GRACE = 20.0  # seconds that an idle actor may take to answer
 FIRST_NOTICE = 300.0  # seconds until the log names a role that has not answered; again after 2, 4, 8 times as many
+DEATH_S = 1.0  # seconds in which a worker process is gone after the others have lost their connection to it
+_watched: list[Any] = []  # this actor's engines that have worker processes
 ActorClass = TypeVar("ActorClass", bound=type)
 Log = Callable[[str], None]
 
@@ -104,15 +106,26 @@ def actor_faults() -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if not isinstance(error, MEMORY) and type(error).__name__ != "EngineDeadError":  # the latter is vLLM's
+        if not _is_fault(error):
             raise
         raise ActorFault(place().actor_id, f"{type(error).__name__}: {first_line(error)}") from error
 
 
-def exit_with_workers(engine: Any) -> None:
-    """End this actor's process, which Ray reports as a fault, once a worker process of its vLLM engine dies."""
+def watch_workers(engine: Any) -> None:
+    """Treat the death of a worker process of this actor's vLLM ``engine`` as a fault of the actor.
+
+    Its process ends, because the call that is running may never return; a call that fails first raises ActorFault.
+    """
     if hasattr(engine, "on_worker_death"):
+        _watched.append(engine)
         engine.on_worker_death(functools.partial(os._exit, 1))
+
+
+def _is_fault(error: Exception) -> bool:
+    """Return True if ``error`` leaves this process unusable."""
+    if isinstance(error, MEMORY) or type(error).__name__ == "EngineDeadError":  # the latter is vLLM's
+        return True
+    return any(engine.lost_worker(DEATH_S) for engine in _watched)
 
 
 def fault_of(error: BaseException) -> str | None:

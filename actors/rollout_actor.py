@@ -10,7 +10,7 @@ import ray
 from ray.exceptions import GetTimeoutError
 
 from actors.cluster import DeferredInitError
-from actors.faults import Log, Place, exit_with_workers, get_answers, place, reports_faults
+from actors.faults import Log, Place, get_answers, place, reports_faults, watch_workers
 from actors.placement import use_cores
 from actors.serialization import Packed, unpack_named
 from onpolicy_skd.config.schema import Settings, StudentSettings, TeacherSettings
@@ -37,7 +37,7 @@ class RolloutActor:
             use_cores(settings.rollout.threads, settings.rollout.actors, settings)
             self._engine: Any = build_engine(model_cfg.model, settings, model_cfg.trust_remote_code)
             self._tokenizer = load_tokenizer(model_cfg.model, model_cfg.trust_remote_code)
-            exit_with_workers(self._engine)
+            watch_workers(self._engine)
         trim_heap()  # vLLM packs its weights from a copy
         self._judge = settings.eval.judge
         self._spans = Spans()

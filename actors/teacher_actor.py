@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from actors.cluster import DeferredInitError
-from actors.faults import Place, exit_with_workers, place, reports_faults
+from actors.faults import Place, place, reports_faults, watch_workers
 from actors.placement import free_gpu_memory, use_cores
 from actors.serialization import Packed, pack, pack_head, unpack, unpack_head
 from onpolicy_skd.config.schema import ClassSettings, Settings
@@ -95,7 +95,7 @@ class TeacherActor:
         with self._init_error.keep():
             use_cores(settings.teacher.threads, processes or count, settings)
             self._teacher = build_teacher(settings, vocabulary, pad_id)
-            exit_with_workers(self._teacher)
+            watch_workers(self._teacher)
             self._encoder = Encoder(self._teacher)
         on_gpu = pick_device(settings.run.device) == "cuda"
         self._spans = Spans(torch.cuda.synchronize if on_gpu else None)  # once per batch, whose rows come next

@@ -6,6 +6,7 @@ import importlib.util
 import os
 from collections.abc import Callable, Mapping
 from importlib import metadata
+from multiprocessing import connection
 from typing import Any
 
 from pydantic import ValidationError
@@ -61,6 +62,15 @@ def on_worker_death(llm: Any, action: Callable[[], None]) -> None:
     The call of vLLM that is running may never return: the other workers wait for the dead one.
     """
     llm.llm_engine.model_executor.register_failure_callback(action)
+
+
+def lost_worker(llm: Any, timeout_s: float) -> bool:
+    """Return True if a worker process of ``llm`` is dead, or dies within ``timeout_s`` seconds.
+
+    Another worker may report the broken connection before the process is gone.
+    """
+    sentinels = [handle.proc.sentinel for handle in getattr(llm.llm_engine.model_executor, "workers", ())]
+    return bool(sentinels) and bool(connection.wait(sentinels, timeout_s))
 
 
 def cannot_run(error: Exception, model: str, setting: str = "rollout.engine") -> ModelError:

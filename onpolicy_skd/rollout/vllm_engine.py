@@ -24,6 +24,7 @@ from onpolicy_skd.models.vllm_setup import (
     cannot_run,
     cpu_engine_kwargs,
     engine_kwargs,
+    lost_worker,
     on_worker_death,
     set_environment,
     vllm_version,
@@ -82,6 +83,9 @@ class VLLMEngine:
 
     def on_worker_death(self, action: Callable[[], None]) -> None:
         on_worker_death(self._llm, action)
+
+    def lost_worker(self, timeout_s: float) -> bool:
+        return lost_worker(self._llm, timeout_s)
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
         with self._updated(version):

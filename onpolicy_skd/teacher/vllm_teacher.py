@@ -22,7 +22,7 @@ from onpolicy_skd.models.errors import ModelError
 from onpolicy_skd.models.head_weights import read_head
 from onpolicy_skd.models.lm_head import LMHead, Projector, log_softmax_
 from onpolicy_skd.models.loading import load_tokenizer, pick_device, pick_dtype, resolve_path
-from onpolicy_skd.models.vllm_setup import cannot_run, engine_kwargs, on_worker_death, set_environment
+from onpolicy_skd.models.vllm_setup import cannot_run, engine_kwargs, lost_worker, on_worker_death, set_environment
 from onpolicy_skd.teacher.teacher import HiddenRowsTeacher
 from onpolicy_skd.types import Trajectory
 
@@ -57,6 +57,9 @@ class VLLMTeacher(HiddenRowsTeacher):
 
     def on_worker_death(self, action: Callable[[], None]) -> None:
         on_worker_death(self._llm, action)
+
+    def lost_worker(self, timeout_s: float) -> bool:
+        return lost_worker(self._llm, timeout_s)
 
     def _hidden_of(self, trajectories: Sequence[Trajectory]) -> Iterator[tuple[Trajectory, Tensor]]:
         read = [t.as_teacher_reads() for t in trajectories]

@@ -28,6 +28,7 @@ from actors.faults import (
     place,
     reports_faults,
     unresponsive_reason,
+    watch_workers,
 )
 from actors.groups import ActorGroups
 from actors.learner_actor import LearnerActor
@@ -80,6 +81,9 @@ class Actor:
     def get(self, refs):
         return ray.get(refs)
 
+    def watch(self, lost):
+        watch_workers(SimpleNamespace(on_worker_death=lambda _: None, lost_worker=lambda _: lost))
+
 
 def raised(ref):
     with pytest.raises(ray.exceptions.RayError) as caught:
@@ -108,6 +112,16 @@ def test_out_of_memory_is_a_fault_of_the_one_that_ran_out(cluster, problem):
         assert needs_restart(error)
     kill(actor, None)
     kill(other, None)
+
+
+@pytest.mark.parametrize("lost", [True, False])
+def test_an_error_is_a_fault_if_the_engine_has_lost_a_worker_process(cluster, lost):
+    actor = Actor.remote()
+    ray.get(actor.watch.remote(lost))
+    error = raised(actor.fail.remote(RuntimeError("Worker failed with error 'Connection reset by peer'")))
+    assert needs_restart(error) == lost
+    assert (fault_of(error) is None) != lost
+    kill(actor, None)
 
 
 def test_a_dead_actor_is_a_fault_also_where_another_one_needed_it(cluster):
