@@ -16,6 +16,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from helpers import GAP, ON_GPU, ROOT
 from hub_server import running_hub
@@ -493,7 +494,8 @@ def test_bad_input_is_one_clear_error_and_a_non_zero_exit(run_here, tmp_path):
         ("learner.lrate=1",): "did you mean 'learner.lr'",
         ("positions.k=0",): "positions.k=0",
         ("run.device=cuda", "cluster.learner_gpus=50", "cluster.rollout_gpus=8", "rollout.actors=2"):
-            "asks for 66.3 GPUs (learner 1 x 50 + teacher 1 x 0.3 + rollout 2 x 8) but the cluster has",
+            "asks for 66.3 GPUs (learner 1 x 50 + teacher 1 x 0.3 + rollout 2 x 8) but the cluster has"
+            if torch.cuda.is_available() else "torch sees no CUDA device here",
         ("run.name=used",): "already holds a run",
         (f"student.model={without_weights(tmp_path / 'empty')}",): "safetensors",
     }  # fmt: skip
