@@ -7,7 +7,6 @@ import json
 import logging
 import random
 import shutil
-import signal
 import sys
 import tempfile
 import time
@@ -29,7 +28,7 @@ def scenarios(count: int) -> dict[str, Scenario]:
     few = max(1, count // 4)
 
     def kills(kind: str) -> Scenario:
-        return lambda lab, _, __: processes.killed_actors(lab, kind, count)
+        return lambda lab, _, __: processes.killed_actors(lab, [kind] * count)
 
     return {
         "damaged-checkpoints": lambda _, folder, rng: damage.damaged_checkpoints(folder, rng, 10 * count),
@@ -39,8 +38,8 @@ def scenarios(count: int) -> dict[str, Scenario]:
         "fuzzed-data": lambda _, folder, rng: damage.fuzzed_data(folder, rng, 200 * count),
         "fuzzed-caches": lambda _, folder, rng: damage.fuzzed_caches(folder, rng, 100 * count),
         **{f"killed-{kind.lower()}": kills(kind) for kind in processes.KINDS},
-        "killed-any": lambda lab, _, __: processes.killed_actors(
-            lab, processes.ANY, count, signal.SIGKILL, *processes.WITH_EVALUATIONS
+        "killed-any": lambda lab, _, rng: processes.killed_actors(
+            lab, rng.choices(processes.KINDS, k=count), overrides=processes.WITH_EVALUATIONS
         ),
         "killed-driver": lambda lab, _, __: processes.killed_driver(lab, count),
         "stopped-while-saving": lambda lab, _, __: processes.stopped_while_saving(lab, few),

@@ -12,7 +12,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,12 +25,11 @@ from onpolicy_skd.storage.files import RunPaths
 
 ROOT = Path(__file__).parents[2]
 SMALL = [
-    "--config", "demo", "learner.batch_size=4", "run.trackers=[]",
+    "--config", "demo", "learner.batch_size=4", "data.train_problems=500", "run.trackers=[]",
     "run.evaluate_every=0", "run.checkpoint_every=1", "eval.problems=4", "eval.teacher=false", "eval.before=false",
     "faults.restarts=1000", "faults.backoff_seconds=0", "faults.deadline_minutes=1", "resume=auto",
 ]  # fmt: skip
 COMPARED = ("loss", "grad_norm", "entropy", "positions", "lr")  # metrics of each step that must be equal bit for bit
-ANY = "any"  # kind of actor
 WITH_EVALUATIONS = [
     "run.checkpoint_every=3",
     "run.evaluate_every=3",
@@ -163,25 +162,32 @@ def one_error(text: str) -> bool:
     return text.count("\nerror: ") == 1 and "Traceback" not in text
 
 
-def killed_actors(lab: Lab, kind: str, count: int, signal_number: int = signal.SIGKILL, *overrides: str) -> Tally:
-    """Kill an actor of ``kind`` in a run ``count`` times, at random moments, also while actors start."""
-    tally, steps, name = Tally(), 8 * count, f"killed-{kind.lower()}"
+def killed_actors(
+    lab: Lab, victims: Sequence[str], signal_number: int = signal.SIGKILL, overrides: Sequence[str] = ()
+) -> Tally:
+    """Kill an actor of each kind in ``victims`` in turn, at random moments of one run, also while actors start."""
+    tally, steps, name = Tally(), 8 * len(victims), "killed"
     lab.reference(steps, *overrides)
     process = lab.start(lab.command(name, steps, *overrides), name)
     done = 0
-    while done < count and process.poll() is None:
+    for kind in victims:
         time.sleep(lab.rng.uniform(0.2, 6.0 if lab.engine == "transformers" else 12.0))
-        deadline = time.monotonic() + 120
-        while process.poll() is None and time.monotonic() < deadline:
-            if candidates := actors(process.pid, lab.rng.choice(KINDS) if kind == ANY else kind):
-                with contextlib.suppress(psutil.NoSuchProcess):
-                    lab.rng.choice(candidates).send_signal(signal_number)
-                    done += 1
-                    break
-            time.sleep(0.02)
+        done += signal_sent(lab, process, kind, signal_number)
     code = exit_code(process)
     verdict(lab, tally, name, steps, code, done)
     return tally
+
+
+def signal_sent(lab: Lab, process: subprocess.Popen[bytes], kind: str, signal_number: int) -> bool:
+    """Send a signal to an actor of ``kind`` as soon as the run ``process`` has one; return False if it ends first."""
+    deadline = time.monotonic() + 120
+    while process.poll() is None and time.monotonic() < deadline:
+        if candidates := actors(process.pid, kind):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                lab.rng.choice(candidates).send_signal(signal_number)
+                return True
+        time.sleep(0.02)
+    return False
 
 
 def killed_driver(lab: Lab, count: int, steps: int = 60) -> Tally:

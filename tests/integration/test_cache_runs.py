@@ -30,39 +30,29 @@ cache.caches.POSITIONS_PER_SHARD = {SHARD}
 sys.exit(cache.main(sys.argv[1:]))"""
 
 
-def start(module, *arguments):
-    program = ["-c", SMALL_SHARDS] if module == "cache" else ["-m", f"onpolicy_skd.{module}"]
-    return subprocess.Popen(
-        [sys.executable, *program, *map(str, arguments)],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT, env=ENVIRONMENT,
-    )  # fmt: skip
+@pytest.fixture(scope="module")
+def run(address):
+    """Run a program in this process, on the Ray that this module shares."""
 
+    def run(program, *arguments):
+        with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()) as out:
+            patch.setattr(caches, "POSITIONS_PER_SHARD", SHARD)
+            with contextlib.redirect_stderr(out):
+                code = program.main([*map(str, arguments), f"cluster.address={address}"])
+        return code, out.getvalue()
 
-def run(module, *arguments):
-    process = start(module, *arguments)
-    out, err = process.communicate(timeout=300)
-    return process.returncode, out + err
-
-
-def run_here(address, program, *arguments):
-    """Run ``program`` in this process, on the Ray that the quick tests of this module share."""
-    with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(out):
-        code = program.main([*map(str, arguments), f"cluster.address={address}"])
-    return code, out.getvalue()
+    return run
 
 
 def build(tmp_path, folder, *arguments):
-    return ("cache", "build", *DEMO, f"run.dir={tmp_path}", f"cache.path={folder}", *arguments)
+    return ("build", *DEMO, f"run.dir={tmp_path}", f"cache.path={folder}", *arguments)
 
 
 @pytest.fixture(scope="module")
-def complete_cache(tmp_path_factory, address):
+def complete_cache(tmp_path_factory, run):
     """A cache built without interruption, by two builders."""
     folder = tmp_path_factory.mktemp("cache")
-    _, *arguments = build(folder, folder / "cache", "classes.sampler=rs_kd", "teacher.actors=2")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(caches, "POSITIONS_PER_SHARD", SHARD)
-        code, said = run_here(address, cache, *arguments)
+    code, said = run(cache, *build(folder, folder / "cache", "classes.sampler=rs_kd", "teacher.actors=2"))
     assert code == 0, said
     return folder / "cache"
 
@@ -72,33 +62,34 @@ def contents(folder):
 
 
 @pytest.mark.slow
-def test_a_build_killed_at_a_random_moment_continues_and_ends_with_the_same_bytes(complete_cache, tmp_path):
+def test_a_build_killed_at_a_random_moment_continues_and_ends_with_the_same_bytes(complete_cache, run, tmp_path):
     folder, rng = tmp_path / "cache", random.Random(0)
-    process = start(*build(tmp_path, folder, "classes.sampler=rs_kd"))
+    command = [sys.executable, "-c", SMALL_SHARDS, *build(tmp_path, folder, "classes.sampler=rs_kd")]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd=ROOT, env=ENVIRONMENT)
     while process.poll() is None and not any(folder.glob("shard-*.json")):
         time.sleep(0.01)
     time.sleep(rng.uniform(0, 0.1))
     process.kill()
-    process.communicate()
+    process.wait()
     assert not (folder / caches.MANIFEST).exists()
-    code, said = run("train", *TRAIN, f"run.dir={tmp_path}", f"cache.path={folder}", "classes.sampler=rs_kd")
+    code, said = run(train, *TRAIN, f"run.dir={tmp_path}", f"cache.path={folder}", "classes.sampler=rs_kd")
     assert code == 2
     assert "is not complete: the same build continues it" in said
-    code, said = run(*build(tmp_path, folder, "classes.sampler=rs_kd", "classes.draws=5"))
+    code, said = run(cache, *build(tmp_path, folder, "classes.sampler=rs_kd", "classes.draws=5"))
     assert code == 2
     assert "holds another, unfinished cache (classes.draws: 64 then, 5 now)" in said
-    code, said = run(*build(tmp_path, folder, "classes.sampler=rs_kd"))
+    code, said = run(cache, *build(tmp_path, folder, "classes.sampler=rs_kd"))
     assert code == 0, said
     assert "shards exist already" in said
     assert contents(folder) == contents(complete_cache)
-    code, said = run(*build(tmp_path, folder, "classes.sampler=rs_kd"))
+    code, said = run(cache, *build(tmp_path, folder, "classes.sampler=rs_kd"))
     assert code == 2
     assert "already holds a cache" in said
 
 
-def test_training_from_a_cache_loads_no_teacher_and_refuses_damage(complete_cache, address, tmp_path):
+def test_training_from_a_cache_loads_no_teacher_and_refuses_damage(complete_cache, run, tmp_path):
     arguments = [*TRAIN, f"run.dir={tmp_path}", "classes.sampler=rs_kd"]
-    code, said = run_here(address, train, *arguments, f"cache.path={complete_cache}")
+    code, said = run(train, *arguments, f"cache.path={complete_cache}")
     assert code == 0, said
     assert "starting 1 x learner, 1 x rollout\n" in said
     assert "exact match   after" in said
@@ -109,7 +100,7 @@ def test_training_from_a_cache_loads_no_teacher_and_refuses_damage(complete_cach
         damaged = bytearray(shard.read_bytes())
         damaged[-1] ^= 1
         shard.write_bytes(damaged)
-    code, said = run_here(address, train, *arguments, f"cache.path={bad}", "run.name=bad")
+    code, said = run(train, *arguments, f"cache.path={bad}", "run.name=bad")
     assert code == 2
     assert "is damaged" in said
     assert "shard-0000" in said
@@ -117,26 +108,26 @@ def test_training_from_a_cache_loads_no_teacher_and_refuses_damage(complete_cach
 
 
 @pytest.mark.slow
-def test_only_what_the_sample_filter_keeps_is_cached(tmp_path):
+def test_only_what_the_sample_filter_keeps_is_cached(run, tmp_path):
     """SE-KD_3X: the scores that the build leaves behind are what training keeps by."""
     kept = ["samples.keep=0.2", "samples.when=prefilter", "classes.sampler=rs_kd"]
-    code, said = run(*build(tmp_path, tmp_path / "cache", *kept))
+    code, said = run(cache, *build(tmp_path, tmp_path / "cache", *kept))
     assert code == 0, said
     assert caches.Manifest.read(tmp_path / "cache").samples == 120
-    code, said = run("train", *TRAIN, *kept, f"run.dir={tmp_path}", f"cache.path={tmp_path / 'cache'}")
+    code, said = run(train, *TRAIN, *kept, f"run.dir={tmp_path}", f"cache.path={tmp_path / 'cache'}")
     assert code == 0, said
     assert "scores of 600 prompts reused" in said
 
 
 @pytest.mark.slow
-def test_offline_on_policy_training_loads_the_student_alone(tmp_path):
+def test_offline_on_policy_training_loads_the_student_alone(run, tmp_path):
     """Rollouts of the initial student and the teacher's rows on them come from disk, so no teacher and no engine."""
     offline = ["references.source=student", "rollout.engine=transformers", "rollout.max_tokens=60"]
-    code, said = run(*build(tmp_path, tmp_path / "cache", *offline))
+    code, said = run(cache, *build(tmp_path, tmp_path / "cache", *offline))
     assert code == 0, said
     assert "references: the student has answered 600/600 prompts" in said
     no_engine = ["eval.after=false", f"run.dir={tmp_path}", f"cache.path={tmp_path / 'cache'}"]
-    code, said = run("train", *TRAIN, *offline, *no_engine)
+    code, said = run(train, *TRAIN, *offline, *no_engine)
     assert code == 0, said
     assert "answers of the student to 600 prompts reused" in said
     assert "starting 1 x learner\n" in said
@@ -144,17 +135,17 @@ def test_offline_on_policy_training_loads_the_student_alone(tmp_path):
 
 
 @pytest.mark.slow
-def test_packed_text_is_distilled_with_a_teacher_and_from_a_cache(tmp_path):
+def test_packed_text_is_distilled_with_a_teacher_and_from_a_cache(run, tmp_path):
     """No rollout engine starts; the cache is of hidden states, so that the runs differ by rounding alone."""
     rows = (json.dumps({"text": f"{p['question']}\n{p['answer']}"}) for p in itertools.islice(problems("train"), 400))
     (tmp_path / "a.jsonl").write_text("\n".join(rows))
     arguments = ["--config", str(ROOT / "configs" / "demo.yaml"), "mode=off_policy", "data.source=text", "run.steps=3",
            f"data.train_file={tmp_path / 'a.jsonl'}", "data.sequence_length=64", "learner.batch_size=8",
            "run.evaluate_every=0", f"run.dir={tmp_path}"]  # fmt: skip
-    code, said = run("cache", "build", *arguments, f"cache.path={tmp_path / 'cache'}")
+    code, said = run(cache, "build", *arguments, f"cache.path={tmp_path / 'cache'}")
     assert code == 0, said
     for name, more in (("teacher", []), ("cache", [f"cache.path={tmp_path / 'cache'}"])):
-        code, said = run("train", *arguments, f"run.name={name}", *more)
+        code, said = run(train, *arguments, f"run.name={name}", *more)
         assert code == 0, said
         assert f"starting 1 x learner{', 1 x teacher' * (not more)}\n" in said
     assert "held-out problems" not in (tmp_path / "teacher" / "report.md").read_text()

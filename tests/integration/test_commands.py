@@ -24,14 +24,6 @@ def run(folder, *arguments):
 
 
 @pytest.mark.slow
-def test_a_cache_is_built(tmp_path):
-    settings = ["--config", str(ROOT / "configs" / "demo.yaml"), "mode=off_policy", *SMALL, "cache.path=cache"]
-    run(tmp_path, "onpolicy_skd.cache", "build", *settings)
-    assert "positions" in run(tmp_path, "onpolicy_skd.cache", "info", "cache")
-    assert "all good" in run(tmp_path, "onpolicy_skd.cache", "verify", "cache")
-
-
-@pytest.mark.slow
 def test_a_short_soak_writes_its_report(tmp_path):
     subprocess.run(
         [sys.executable, "-m", "eval.soak", "--out", "soak", "--steps", "3", "--engine", "transformers", *SMALL],

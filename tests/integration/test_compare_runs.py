@@ -18,15 +18,15 @@ ENVIRONMENT = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}
 
 def write_grid(folder, **changes):
     tree = {
-        "base": str(ROOT / "configs" / "demo.yaml"), "dir": str(folder / "out"), "seeds": [1, 2], "baseline": "Full KD",
+        "base": str(ROOT / "configs" / "demo.yaml"), "dir": str(folder / "out"), "seeds": [1], "baseline": "Full KD",
         "settings": {
             "run": {"steps": 3, "evaluate_every": 0, "checkpoint_every": 1, "trackers": []},
-            "learner": {"batch_size": 8}, "rollout": {"engine": "transformers"}, "teacher": {"placement": "learner"},
+            "data": {"train_problems": 64}, "learner": {"batch_size": 8},
+            "rollout": {"engine": "transformers"}, "teacher": {"placement": "learner"},
             "eval": {"problems": 20, "before": False, "teacher": False},
         },
         "rows": [
-            {"name": "Full KD", "settings": {"positions": {"policy": "full"}}},
-            {"name": "SE-KD", "modes": ["on_policy"], "settings": {"positions": {"k": 0.2}}},
+            {"name": "Full KD", "modes": ["off_policy"], "settings": {"positions": {"policy": "full"}}},
             {"name": "TRL", "trainer": "trl", "modes": ["on_policy"],
              "settings": {"positions": {"policy": "full"}, "samples": {"truncated": "keep"}}},
         ],
@@ -90,27 +90,27 @@ def test_a_killed_comparison_continues_and_ends_with_the_same_table(tmp_path):
     undisturbed, killed = tmp_path / "undisturbed", tmp_path / "killed"
     for folder in (undisturbed, killed):
         folder.mkdir()
-    code, said = compare(write_grid(undisturbed, seeds=[1]))
+    code, said = compare(write_grid(undisturbed))
     assert code == 0, said
-    assert "5 of 5 runs to do" in said
+    assert "3 of 3 runs to do" in said
     process = subprocess.Popen(
-        command(write_grid(killed, seeds=[1])), stdout=subprocess.PIPE, text=True, cwd=ROOT, env=ENVIRONMENT
+        command(write_grid(killed), "--parallel", "1"), stdout=subprocess.PIPE, text=True, cwd=ROOT, env=ENVIRONMENT
     )
     for line in process.stdout:
-        if line.startswith("2/5"):
+        if line.startswith("1/3"):
             break
-    time.sleep(5)  # in the middle of the next ones
+    time.sleep(5)  # in the middle of the next one
     process.kill()
     process.communicate()
-    time.sleep(20)  # its runs stop with a checkpoint, or have ended
+    time.sleep(20)  # its run stops with a checkpoint, or has ended
     kept = [
         p for p in (killed / "out" / "runs").glob("*/summary.json") if json.loads(p.read_text())["status"] == "finished"
     ]
     times = {p: p.stat().st_mtime_ns for p in kept}
-    assert 2 <= len(kept) < 5
-    code, said = compare(write_grid(killed, seeds=[1]))
+    assert 1 <= len(kept) < 3
+    code, said = compare(write_grid(killed))
     assert code == 0, said
-    assert f"{5 - len(kept)} of 5 runs to do" in said
+    assert f"{3 - len(kept)} of 3 runs to do" in said
     assert {p: p.stat().st_mtime_ns for p in kept} == times  # finished runs are not repeated
     assert table(killed) == table(undisturbed)
     page = (undisturbed / "out" / "report.md").read_text()
@@ -120,7 +120,7 @@ def test_a_killed_comparison_continues_and_ends_with_the_same_table(tmp_path):
 
 @pytest.mark.slow
 def test_a_failed_run_is_reported_and_tried_again_when_asked(tmp_path):
-    path = write_grid(tmp_path, seeds=[1], rows=[{"name": "Full KD", "modes": ["off_policy"]}])
+    path = write_grid(tmp_path, rows=[{"name": "Full KD", "modes": ["off_policy"]}])
     blocked = tmp_path / "out" / "runs" / "full_kd-off_policy-1"
     blocked.mkdir(parents=True)
     (blocked / "checkpoints").write_text("a file where a folder must be")
@@ -139,7 +139,7 @@ def test_a_failed_run_is_reported_and_tried_again_when_asked(tmp_path):
 def test_an_interrupted_comparison_stops_its_runs_with_a_checkpoint(tmp_path):
     """A second comparison in its folder is refused while it runs."""
     row = {"name": "SE-KD", "modes": ["on_policy"]}
-    path = write_grid(tmp_path, seeds=[1], baseline="SE-KD", rows=[row])
+    path = write_grid(tmp_path, baseline="SE-KD", rows=[row])
     options = ("settings.run.steps=400", "settings.run.checkpoint_every=0")
     process = subprocess.Popen(
         command(path, *options), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT, env=ENVIRONMENT

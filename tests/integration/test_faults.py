@@ -269,29 +269,26 @@ def test_a_run_that_cannot_recover_ends_with_a_checkpoint_and_the_cause(tmp_path
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", processes.KINDS)
-def test_a_run_survives_actors_that_hang(tmp_path, kind):
-    run = lab(tmp_path)
-    tally = processes.killed_actors(run, kind, 2, signal.SIGSTOP, "faults.deadline_minutes=0.5")
-    assert (tally.ended_right, tally.wrong) == (2, 0), tally.notes
+def test_a_run_survives_actors_that_hang(tmp_path):
+    overrides = ["faults.deadline_minutes=0.5"]
+    tally = processes.killed_actors(lab(tmp_path), processes.KINDS, signal.SIGSTOP, overrides)
+    assert (tally.ended_right, tally.wrong) == (3, 0), tally.notes
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["Learner", "Teacher"])
-def test_a_run_survives_ranks_and_teachers_that_are_killed(tmp_path, kind):
+def test_a_run_survives_ranks_and_teachers_that_are_killed(tmp_path):
     """All ranks are replaced, as none can continue without the others; losses stay bit for bit the same."""
-    run = lab(tmp_path)
-    tally = processes.killed_actors(run, kind, 3, signal.SIGKILL, "learner.ranks=2", "teacher.actors=2")
-    assert (tally.ended_right, tally.wrong) == (3, 0), tally.notes
+    overrides = ["learner.ranks=2", "teacher.actors=2"]
+    tally = processes.killed_actors(lab(tmp_path), ["Learner", "Teacher"] * 2, overrides=overrides)
+    assert (tally.ended_right, tally.wrong) == (4, 0), tally.notes
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["Learner", "Rollout"])
-def test_a_run_survives_kills_while_weights_are_broadcast(tmp_path, kind):
+def test_a_run_survives_kills_while_weights_are_broadcast(tmp_path):
     """An engine with half of its new weights is replaced as well."""
-    run = lab(tmp_path, "vllm")
-    tally = processes.killed_actors(run, kind, 3, signal.SIGKILL, "sync.method=broadcast", "rollout.actors=2")
-    assert (tally.ended_right, tally.wrong) == (3, 0), tally.notes
+    overrides = ["sync.method=broadcast", "rollout.actors=2"]
+    tally = processes.killed_actors(lab(tmp_path, "vllm"), ["Learner", "Rollout"] * 2, overrides=overrides)
+    assert (tally.ended_right, tally.wrong) == (4, 0), tally.notes
 
 
 # -- damage and fuzzing --------------------------------------------------------------------------------------------

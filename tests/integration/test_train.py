@@ -30,8 +30,9 @@ from onpolicy_skd.report.metrics_log import read
 BASE = [
     "--config", str(ROOT / "configs" / "demo.yaml"), "learner.batch_size=8", "run.trackers=[]",
     "run.evaluate_every=0", "run.checkpoint_every=2", "eval.problems=16", "eval.teacher=false", "eval.before=false",
-    "data.validation_problems=16",
+    "data.train_problems=500",
 ]  # fmt: skip
+HELD_OUT = "data.validation_problems=16"  # of the finished run, and of those that are compared with it
 TRANSFORMERS = ["rollout.engine=transformers"]  # starts in half the time of vLLM
 ONE_ACTOR = [*TRANSFORMERS, "rollout.placement=learner", "teacher.placement=learner"]
 SECRETS = dict.fromkeys(("HF_TOKEN", "WANDB_API_KEY", "AWS_SECRET_ACCESS_KEY"), "nobody-should-read-this")
@@ -82,8 +83,8 @@ def finished_run(tmp_path_factory):
             "WANDB_MODE": "offline", "TRACKIO_DIR": str(folder / "trackio"),
             "MLFLOW_TRACKING_URI": (folder / "mlflow").as_uri(), "MLFLOW_ALLOW_FILE_STORE": "true",
         }  # fmt: skip
-        done = run(folder, "run.steps=5", "eval.teacher=true", "eval.before=true", "eval.divergence_prompts=8",
-                   "run.evaluate_every=3", "run.trackers=[tensorboard,wandb,trackio,mlflow]", "run.keep_best=true",
+        done = run(folder, HELD_OUT, "run.steps=5", "eval.teacher=true", "eval.before=true", "run.evaluate_every=3",
+                   "eval.divergence_prompts=8", "run.trackers=[tensorboard,wandb,trackio,mlflow]", "run.keep_best=true",
                    "run.name=r", "hub.push=me/pair", environment=environment)  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     for name, content in hub.files["me/pair"].items():
@@ -248,7 +249,8 @@ def test_the_final_model_is_a_plain_checkpoint_that_evaluates_alike(finished_run
 @pytest.mark.slow
 def test_each_process_is_killed_once_and_the_losses_are_those_of_an_undisturbed_run(finished_run, tmp_path):
     """Rollout, teacher and learner are killed and replaced; then the driver, and the run is resumed.  Bit for bit."""
-    common = ["run.steps=5", "run.name=r", "faults.backoff_seconds=0", "eval.before=true", "run.evaluate_every=3"]
+    common = [HELD_OUT, "run.steps=5", "run.name=r", "faults.backoff_seconds=0", "eval.before=true",
+              "run.evaluate_every=3"]  # fmt: skip
     process = subprocess.Popen(command(tmp_path, *common), cwd=ROOT, stdout=subprocess.PIPE, text=True)
     victims = {"step 1/": "Rollout", "step 2/": "Teacher", "step 3/": "Learner"}
     printed = ""
@@ -351,7 +353,7 @@ def test_a_run_does_not_lean_on_the_private_ray_of_another(tmp_path):
 @pytest.mark.slow
 def test_two_actors_of_every_role_do_what_one_does(finished_run, tmp_path):
     """Rollouts that agree with the learner at every step show that weights arrive whole, in time and in place."""
-    two = ["rollout.actors=2", "teacher.actors=2", "learner.ranks=2", "sync.method=broadcast"]
+    two = [HELD_OUT, "rollout.actors=2", "teacher.actors=2", "learner.ranks=2", "sync.method=broadcast"]
     done = run(tmp_path, *two, "run.steps=3", "run.name=r", "run.timeline=1")
     assert done.returncode == 0, done.stdout + done.stderr
     steps = [r for r in read(tmp_path / "r" / "metrics.jsonl") if "loss" in r]
@@ -370,14 +372,11 @@ def test_two_actors_of_every_role_do_what_one_does(finished_run, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("engine", "victim", "ranks"),
-    [("vllm", "Rollout", 1), ("transformers", "Rollout", 1), ("transformers", "Teacher", 2)],
-)
-def test_rollouts_that_are_learned_from_as_they_come_train_the_same(tmp_path, engine, victim, ranks):
+@pytest.mark.parametrize(("engine", "victim", "ranks"), [("vllm", "Rollout", 1), ("transformers", "Teacher", 2)])
+def test_rollouts_that_are_learned_from_as_they_come_train_the_same(run_here, tmp_path, engine, victim, ranks):
     """From two engines, whose rollouts come in any order; the step of a killed actor is repeated."""
     common = [f"rollout.engine={engine}", "run.steps=4", "learner.batch_size=16", "faults.backoff_seconds=0"]
-    assert run(tmp_path, *common, "run.name=undisturbed").returncode == 0
+    assert run_here(tmp_path, *common, "run.name=undisturbed").returncode == 0
     streaming = ["run.name=r", "pipeline.streaming=true", "rollout.actors=2", f"learner.ranks={ranks}"]
     process = subprocess.Popen(command(tmp_path, *common, *streaming), cwd=ROOT, stdout=subprocess.PIPE, text=True)
     printed = ""
@@ -395,16 +394,16 @@ def test_rollouts_that_are_learned_from_as_they_come_train_the_same(tmp_path, en
 
 
 @pytest.mark.slow
-def test_a_run_with_overlap_resumes_with_the_losses_of_an_undisturbed_one(tmp_path):
+def test_a_run_with_overlap_resumes_with_the_losses_of_an_undisturbed_one(run_here, tmp_path):
     """The prefetched rollouts, by weights that are gone, are in the checkpoint."""
     common = [*TRANSFORMERS, "pipeline.max_staleness=1", "run.steps=6", "run.checkpoint_every=3"]
-    assert run(tmp_path, *common, "run.name=undisturbed").returncode == 0
+    assert run_here(tmp_path, *common, "run.name=undisturbed").returncode == 0
     process = subprocess.Popen(command(tmp_path, *common, "run.name=r"), cwd=ROOT, stdout=subprocess.PIPE, text=True)
     for line in process.stdout:
         if line.startswith("step 5/"):
             process.kill()
             break
-    done = run(tmp_path, *common, "run.name=r", "resume=auto")
+    done = run_here(tmp_path, *common, "run.name=r", "resume=auto")
     assert "resuming after step 3" in done.stdout, done.stdout + done.stderr
     steps = [r for r in read(tmp_path / "r" / "metrics.jsonl") if "loss" in r]
     assert [r["staleness"] for r in steps] == [0, 1, 1, 1, 1, 1]
@@ -415,7 +414,7 @@ def test_a_run_with_overlap_resumes_with_the_losses_of_an_undisturbed_one(tmp_pa
 
 @pytest.mark.slow
 def test_the_teacher_in_the_learners_process_trains_the_same(finished_run, run_here, tmp_path):
-    done = run_here(tmp_path, "teacher.placement=learner", "run.steps=5", "run.name=r")
+    done = run_here(tmp_path, HELD_OUT, "teacher.placement=learner", "run.steps=5", "run.name=r")
     assert done.returncode == 0, done.stdout + done.stderr
     for actual, expected in zip(losses(tmp_path / "r"), losses(finished_run[0]), strict=True):
         assert actual == pytest.approx(expected, rel=1e-4)
@@ -617,7 +616,7 @@ def test_the_teacher_ranks_and_math_verify_judges(run_here, tmp_path):
 
 
 def test_resuming_with_other_settings_is_refused_by_name(finished_run, run_here):
-    done = run_here(finished_run[0].parent, "run.name=r", "resume=auto", "run.steps=5", "learner.lr=0.5",
+    done = run_here(finished_run[0].parent, HELD_OUT, "run.name=r", "resume=auto", "run.steps=5", "learner.lr=0.5",
                "eval.divergence_prompts=9")  # fmt: skip
     assert done.returncode == 2
     assert "learner.lr: 0.001 then, 0.5 now" in done.stderr
