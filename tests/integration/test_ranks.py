@@ -85,7 +85,7 @@ def report(process: ranks.Ranks, folder: Path) -> dict:
     result["lora"], result["merged"] = trained(learner, teacher, 3), dict(learner.state.weights())
     for name, positions in SELECTIONS.items():
         learner, teacher = make(positions=positions, learner={"lr": 1e-3})
-        result["steps", name] = trained(learner, teacher, STEPS if name == "top_k" else 5)
+        result["steps", name] = trained(learner, teacher, {"top_k": STEPS, "gls": 5}.get(name, 3))
         if name == "gls":
             result["checkpoint"] = {n: t.clone() for n, t in learner.state.tensors().items()}
             learner.state.save_pretrained(folder / f"model-{process.count}", load_tokenizer("bundled:demo_student"))
@@ -131,9 +131,11 @@ def reports(tmp_path_factory):
     learner, teacher = build(budget=80, steps=STEPS, positions=SELECTIONS["gls"], learner={"lr": 1e-3})
     trained(learner, teacher, 5)
     torch.save(learner.state.tensors(), folder / "checkpoint.pt")
-    alone = report(ranks.Ranks(), folder)
     meeting = rendezvous.Rendezvous("127.0.0.1")
-    torch.multiprocessing.spawn(work, (2, meeting.address, folder), nprocs=2)
+    pair = torch.multiprocessing.spawn(work, (2, meeting.address, folder), nprocs=2, join=False)
+    alone = report(ranks.Ranks(), folder)
+    while not pair.join():
+        pass
     return alone, *(torch.load(folder / f"rank-{rank}.pt", weights_only=False) for rank in (0, 1)), folder
 
 

@@ -170,7 +170,7 @@ def test_families_that_peft_does_not_support_are_refused_in_one_line(name):
     assert "\n" not in str(refusal.value)
 
 
-@pytest.mark.parametrize("name", ["bloom", "mamba", "falcon_mamba"])
+@pytest.mark.parametrize("name", ["bloom", "mamba", "falcon_mamba", "jamba", "minimax"])
 def test_families_without_document_masks_are_refused_in_one_line(name):
     with pytest.raises(ModelError, match=r"accepted with data\.documents=joined") as refusal:
         check_documents(split(family(name), VOCABULARY), 0, 32)
