@@ -17,8 +17,9 @@ VERSIONS := 3.11 3.12 3.13
 VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])')
 LOCK := $(firstword $(wildcard requirements-$(BACKEND)-$(VERSION).lock) requirements-$(BACKEND).lock)
 TORCH_PIN := $(shell grep '^torch==' requirements-gpu.lock)
-# The CUDA-only companions of torch that the CPU lock must not have; torch itself is installed apart.
-EXCLUDED := torch torchvision torchaudio torchcodec triton
+# Not in the CPU lock: the CUDA-only companions of torch, which is installed apart, and scikit-learn, which lm-eval needs
+# for other tasks only, and which transformers imports in every process where it is installed (2.5 CPU seconds).
+EXCLUDED := torch torchvision torchaudio torchcodec triton scikit-learn
 COMPILE := $(UV) pip compile --no-header --no-annotate --no-emit-package onpolicy-skd -q
 
 unexport PYTHONDONTWRITEBYTECODE

@@ -18,7 +18,7 @@ SCRIPT = "<script>alert(1)</script> & <b>"
 def write_grid(folder, **changes):
     tree = {
         "base": str(CONFIGS / "demo.yaml"), "dir": str(folder / "out"), "seeds": [1, 2], "baseline": "Full KD",
-        "settings": {"run": {"steps": 2}},
+        "settings": {"run": {"steps": 2}, "data": {"train_problems": 500}},
         "rows": [
             {"name": "Full KD", "settings": {"positions": {"policy": "full"}}, "published": {"on_policy": [70.6, 0.2]}},
             {"name": "SE-KD", "settings": {"positions": {"k": 0.2}}, "published": {"on_policy": [70.0, 0.1]}},

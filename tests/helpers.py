@@ -59,7 +59,7 @@ def make_trajectories(
 
 
 def tiny_settings(**sections) -> Settings:
-    """Small float32 settings, with the gap bound out of the way unless a test sets it."""
+    """Small float32 settings: few prompts unless a test chooses its data, and no bound on the gap unless it sets one."""
     tree: dict = {
         "run": {"trackers": []},
         "data": {"source": "demo", "max_prompt_tokens": 96},
@@ -69,6 +69,8 @@ def tiny_settings(**sections) -> Settings:
         "learner": {"compute_dtype": "float32"},
         "sync": {"max_gap": 1e9},
     }
+    if not sections.get("data", {}).keys() & {"source", "mix", "train_problems", "validation_problems"}:
+        tree["data"]["train_problems"] = 500
     for name, section in sections.items():
         tree[name] = {**tree.get(name, {}), **section} if isinstance(section, dict) else section
     return resolve(tree)

@@ -279,16 +279,16 @@ def test_a_run_survives_actors_that_hang(tmp_path):
 def test_a_run_survives_ranks_and_teachers_that_are_killed(tmp_path):
     """All ranks are replaced, as none can continue without the others; losses stay bit for bit the same."""
     overrides = ["learner.ranks=2", "teacher.actors=2"]
-    tally = processes.killed_actors(lab(tmp_path), ["Learner", "Teacher"] * 2, overrides=overrides)
-    assert (tally.ended_right, tally.wrong) == (4, 0), tally.notes
+    tally = processes.killed_actors(lab(tmp_path), ["Learner", "Teacher"], overrides=overrides)
+    assert (tally.ended_right, tally.wrong) == (2, 0), tally.notes
 
 
 @pytest.mark.slow
 def test_a_run_survives_kills_while_weights_are_broadcast(tmp_path):
     """An engine with half of its new weights is replaced as well."""
     overrides = ["sync.method=broadcast", "rollout.actors=2"]
-    tally = processes.killed_actors(lab(tmp_path, "vllm"), ["Learner", "Rollout"] * 2, overrides=overrides)
-    assert (tally.ended_right, tally.wrong) == (4, 0), tally.notes
+    tally = processes.killed_actors(lab(tmp_path, "vllm"), ["Learner", "Rollout"], overrides=overrides)
+    assert (tally.ended_right, tally.wrong) == (2, 0), tally.notes
 
 
 # -- damage and fuzzing --------------------------------------------------------------------------------------------

@@ -249,19 +249,19 @@ def test_demo_text_survives_the_tokenizer_with_single_digits():
     assert Counter(json.dumps(p) for p in itertools.islice(demo_task.problems("test"), 100)).most_common(1)[0][1] == 1
 
 
-def test_validation_is_always_the_same_part_of_the_training_problems():
+def test_validation_is_always_the_same_part_of_the_training_problems(tmp_path):
     """Whatever the seed of the run and however many problems it trains on; nothing of the test split."""
-    held_out = []
+    file, held_out = tmp_path / "train.jsonl", []
+    file.write_text("".join(json.dumps(p) + "\n" for p in itertools.islice(demo_task.problems("train"), 300)))
+    source = {"source": "jsonl", "train_file": file, "eval_file": file, "validation_problems": 40}
     for data, seed in (({}, 1), ({"train_problems": 50}, 2)):
-        settings = tiny_settings(data={"validation_problems": 40, **data}, run={"seed": seed})
-        run = prepare(settings)
+        run = prepare(tiny_settings(data={**source, **data}, run={"seed": seed}))
         assert not {p.key for p in run.train} & {p.key for p in run.validation}
-        assert all(p.row.startswith("demo:train#") for p in run.validation)
+        assert len(run.train) == data.get("train_problems", 260)
         held_out.append([p.key for p in run.validation])
-    assert len(run.train) == 50
     assert held_out[0] == held_out[1]
     assert len(held_out[0]) == 40
-    with pytest.raises(
-        DataError, match=r"data\.validation_problems=20000: there are 20000 different training problems"
-    ):
-        prepare(tiny_settings(data={"validation_problems": 20_000}))
+    with pytest.raises(DataError, match=r"data\.validation_problems=300: there are 300 different training problems"):
+        prepare(tiny_settings(data={**source, "validation_problems": 300}))
+    run = prepare(tiny_settings(data={"validation_problems": 4}))
+    assert all(p.row.startswith("demo:train#") for p in run.validation)

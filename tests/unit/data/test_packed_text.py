@@ -312,8 +312,8 @@ def test_held_out_text_is_evaluated_by_its_divergence_alone(tmp_path, tokenizer)
     assert "held-out problems" not in page
 
 
-def test_a_million_tokens_stream_through_in_constant_memory(tmp_path):
-    """Peak memory of packing and reading 1M tokens is within a few MiB of that for a tenth."""
+def test_half_a_million_tokens_stream_through_in_constant_memory(tmp_path):
+    """Peak memory of packing and reading 500k tokens is within a few MiB of that for a tenth."""
     script = textwrap.dedent("""
         import json, resource, sys
         from pathlib import Path
@@ -338,4 +338,4 @@ def test_a_million_tokens_stream_through_in_constant_memory(tmp_path):
         assert int(seen) == tokens // 512 * 511
         return float(mebibytes)
 
-    assert peak(1_000_000) - peak(100_000) < 24  # the mapped file itself is 3.8 MiB
+    assert peak(500_000) - peak(50_000) < 12  # the mapped file itself is 1.9 MiB
