@@ -59,7 +59,7 @@ def make_trajectories(
 
 
 def tiny_settings(**sections) -> Settings:
-    """Small float32 settings: few prompts unless a test chooses its data, and no bound on the gap unless it sets one."""
+    """Small float32 settings: no bound on the gap unless a test sets it, few prompts unless it chooses its data."""
     tree: dict = {
         "run": {"trackers": []},
         "data": {"source": "demo", "max_prompt_tokens": 96},
