@@ -38,8 +38,9 @@ test: $(READY)
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -m "not slow" -n auto --maxprocesses 8 --dist loadfile tests/unit
 	$(RUN) -m pytest -m "not slow" tests/integration
 
+# MINUTES=N starts no test later, and says which ones were left out: other files at every commit.
 test-slow: $(READY)
-	$(RUN) -m pytest -m slow
+	$(RUN) -m pytest -m slow $(if $(MINUTES),--minutes $(MINUTES) -rs)
 
 # The notebook and the scripts of examples/, executed.
 examples: $(READY)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import signal
+import subprocess
+import time
 from pathlib import Path
 
 import pytest
@@ -12,6 +15,7 @@ from hypothesis import settings
 
 settings.register_profile("no_deadline", deadline=None)  # the time of one example depends on the machine
 settings.load_profile("no_deadline")
+END = pytest.StashKey[float]()  # time.monotonic() after which no test starts
 GSM8K = ROOT.parent / "shared" / "data" / "gsm8k"
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # as in a shell's background job; children would ignore it too
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -24,3 +28,20 @@ def gsm8k() -> Path:
     if not (folder / "test.jsonl").exists():
         pytest.skip("GSM8K's train.jsonl and test.jsonl are not here; set GSM8K_DIR to the folder that holds them")
     return folder
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--minutes", type=float, help="start no test later than this; files come in an order by commit")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Order files by the commit if time is limited, so that those left out differ from commit to commit."""
+    if config.option.minutes is not None:
+        config.stash[END] = time.monotonic() + 60 * config.option.minutes
+        commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, check=False).stdout
+        items.sort(key=lambda item: hashlib.sha256(commit + str(item.path.relative_to(ROOT)).encode()).digest())
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if time.monotonic() > item.config.stash.get(END, float("inf")):
+        pytest.skip(f"not started within --minutes={item.config.option.minutes:g}; without that option it runs")
