@@ -10,6 +10,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from torch.backends.cpu import get_cpu_capability as cpu_capability
+
 from onpolicy_skd.config.errors import first_line
 from onpolicy_skd.config.schema import Settings
 from onpolicy_skd.models import loading
@@ -17,6 +19,7 @@ from onpolicy_skd.models.generation_config import savable_generation_config
 from onpolicy_skd.models.loading import ModelError
 
 MOST_TENSORS = 5_000  # of a trial load, which takes a second; the load itself checks larger models
+FOUR_BIT = ("gptq", "awq")  # methods whose products vLLM's CPU build has for AVX-512 only
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 
 
@@ -150,6 +153,11 @@ def check_quantization(settings: Settings) -> None:
             raise ModelError(
                 f"{section}.quantization={method}: the weights of {named.model!r} are quantized already ({stored}); "
                 "leave it empty"
+            )
+        if stored in FOUR_BIT and loading.pick_device(settings.run.device) == "cpu" and cpu_capability() == "AVX2":
+            raise ModelError(
+                f"{key}={named.model}: its weights are quantized ({stored}), which vLLM needs a GPU or a CPU with "
+                "AVX-512 for; use unquantized weights"
             )
 
 

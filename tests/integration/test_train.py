@@ -279,7 +279,8 @@ def test_each_process_is_killed_once_and_the_losses_are_those_of_an_undisturbed_
         assert actual == (pytest.approx(expected, rel=0.05) if ON_GPU else expected)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_to_the_process_group_ends_with_a_checkpoint(tmp_path, number):
     """Ctrl-C in a terminal, ``timeout`` and schedulers signal the whole group; Ray's processes must survive that."""
     process = subprocess.Popen(
@@ -420,6 +421,7 @@ def test_the_teacher_in_the_learners_process_trains_the_same(finished_run, run_h
         assert actual == pytest.approx(expected, rel=1e-4)
 
 
+@pytest.mark.slow
 def test_prefilter_scores_once_and_spends_nothing_on_what_it_drops(run_here, tmp_path):
     options = [*ONE_ACTOR, "samples.keep=0.25", "samples.when=prefilter", "data.train_problems=64", "run.epochs=1"]
     done = run_here(tmp_path, *options, "run.steps=null", "run.name=first")
@@ -431,6 +433,7 @@ def test_prefilter_scores_once_and_spends_nothing_on_what_it_drops(run_here, tmp
     assert "reused from" in again.stdout
 
 
+@pytest.mark.slow
 def test_each_steps_rollouts_are_ranked_and_dropped_ones_counted(run_here, tmp_path):
     """By entropies that the engine in the learner's process recorded."""
     options = ["rollout.entropy=engine", "samples.keep=0.25", "run.steps=2", "run.name=r"]
@@ -603,6 +606,7 @@ def test_a_student_teaches_itself_with_the_answer_at_hand(run_here, tmp_path):
     assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
 
 
+@pytest.mark.slow
 def test_the_teacher_ranks_and_math_verify_judges(run_here, tmp_path):
     """Samples and positions by KL with the teacher in its actor, on wrong answers, weighted by pass rates."""
     options = ["samples.metric=kl", "samples.keep=0.5", "samples.correctness=wrong", "samples.weight=paced",

@@ -9,7 +9,7 @@ import threading
 import numpy as np
 import pytest
 import torch
-from helpers import ROOT, make_trajectories, tiny_model, tiny_settings
+from helpers import ON_GPU, ROOT, make_trajectories, tiny_model, tiny_settings
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -206,6 +206,10 @@ def as_gptq(weight_OI, group=32):
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(
+    not ON_GPU and torch.backends.cpu.get_cpu_capability() == "AVX2",
+    reason="vLLM's CPU build has the products of four-bit weights for AVX-512 only",
+)
 def test_a_quantized_teacher_is_its_dequantized_self(tmp_path, batch):
     """Four-bit GPTQ in bfloat16, the only products that vLLM's CPU build has for it."""
     folders = {name: tmp_path / name for name in ("gptq", "plain")}

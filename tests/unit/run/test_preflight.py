@@ -235,7 +235,12 @@ def test_generation_settings_that_cannot_be_loaded_are_refused(student, tmp_path
     assert "its generation_config.json cannot be used" in refusal(student, tmp_path)
 
 
-def test_weights_that_are_quantized_already_are_not_quantized_again(student, tmp_path):
+@pytest.fixture
+def avx512(monkeypatch):
+    monkeypatch.setattr(model_checks, "cpu_capability", lambda: "AVX512")
+
+
+def test_weights_that_are_quantized_already_are_not_quantized_again(student, tmp_path, avx512):
     teacher = {"model": str(student), "engine": "vllm", "quantization": "fp8"}
     model_checks.check_quantization(tiny_settings(teacher=teacher))
     config = json.loads((student / "config.json").read_text())
@@ -246,7 +251,7 @@ def test_weights_that_are_quantized_already_are_not_quantized_again(student, tmp
 
 
 @pytest.mark.parametrize("method", ["awq", "gptq", "fp8", "bitsandbytes", "mxfp4", "nonsense"])
-def test_students_and_teachers_in_transformers_accept_no_quantized_weights(student, tmp_path, method):
+def test_students_and_teachers_in_transformers_accept_no_quantized_weights(student, tmp_path, method, avx512):
     set_json(student / "config.json", quantization_config={"quant_method": method})
     teacher = {"model": str(student), "engine": "transformers"}
     assert refusal("bundled:demo_student", tmp_path, teacher=teacher) == (
@@ -254,6 +259,15 @@ def test_students_and_teachers_in_transformers_accept_no_quantized_weights(stude
     )
     assert refusal(student, tmp_path).endswith(f"its weights are quantized ({method}); use an unquantized checkpoint")
     model_checks.check_quantization(tiny_settings(teacher=teacher | {"engine": "vllm"}))
+
+
+def test_four_bit_weights_on_a_cpu_without_their_instructions_are_refused(student, tmp_path, monkeypatch):
+    monkeypatch.setattr(model_checks, "cpu_capability", lambda: "AVX2")
+    set_json(student / "config.json", quantization_config={"quant_method": "gptq"})
+    teacher = {"model": str(student), "engine": "vllm"}
+    assert "needs a GPU or a CPU with AVX-512" in refusal("bundled:demo_student", tmp_path, teacher=teacher)
+    monkeypatch.setattr(model_checks.loading, "pick_device", lambda _: "cuda")
+    model_checks.check_quantization(tiny_settings(teacher=teacher))
 
 
 @pytest.mark.parametrize("section", ["teacher", "rollout"])
