@@ -242,7 +242,7 @@ def model_rows(model, batch):
 OFF_POLICY = [
     "--config", str(ROOT / "configs" / "demo.yaml"), "mode=off_policy", "alignment.divergence=forward_kl",
     "eval.teacher=false", "eval.before=false", "eval.after=false", "run.evaluate_every=0", "run.checkpoint_every=1",
-    "run.trackers=[]", "run.steps=3", "learner.batch_size=8", "rollout.engine=transformers",
+    "run.trackers=[]", "run.steps=3", "learner.batch_size=8", "rollout.engine=transformers", "data.train_problems=32",
     "cluster.teacher_gpus=null", "faults.backoff_seconds=0",
 ]  # fmt: skip
 
@@ -251,17 +251,25 @@ def steps(folder):
     return [r["loss"] for r in read(folder / "metrics.jsonl") if "loss" in r]
 
 
+@pytest.fixture(scope="module")
+def arguments(address, tmp_path_factory):
+    """The settings of the runs below, and their folder."""
+    folder = tmp_path_factory.mktemp("runs")
+    return [*OFF_POLICY, f"run.dir={folder}", f"cluster.address={address}"], folder
+
+
+@pytest.fixture(scope="module")
+def plain(arguments):
+    """The losses with a teacher in transformers."""
+    settings, folder = arguments
+    assert train.main([*settings, "run.name=plain"]) == 0
+    assert len(steps(folder / "plain")) == 3
+    return steps(folder / "plain")
+
+
 @pytest.mark.slow
-def test_a_run_trains_with_it_also_after_its_process_was_killed(address, tmp_path, monkeypatch):
-    def trained(name, *options):
-        arguments = [*OFF_POLICY, f"run.dir={tmp_path}", f"run.name={name}", f"cluster.address={address}", *options]
-        assert train.main(arguments) == 0
-        return steps(tmp_path / name)
-
-    plain, undisturbed = (trained(engine, f"teacher.engine={engine}") for engine in ("transformers", "vllm"))
-    assert len(undisturbed) == 3
-    assert np.allclose(undisturbed, plain, rtol=0, atol=1e-4)
-
+def test_a_run_trains_with_it_also_after_its_process_was_killed(plain, arguments, monkeypatch):
+    settings, folder = arguments
     encode, pids = Workers.encode, []
 
     def encode_and_kill(self, kept):
@@ -272,22 +280,17 @@ def test_a_run_trains_with_it_also_after_its_process_was_killed(address, tmp_pat
         return encode(self, kept)
 
     monkeypatch.setattr(Workers, "encode", encode_and_kill)
-    assert trained("killed", "teacher.engine=vllm") == undisturbed
-    faults = [r for r in read(tmp_path / "killed" / "metrics.jsonl") if r.get("event") == "fault"]
+    assert train.main([*settings, "run.name=killed", "teacher.engine=vllm"]) == 0
+    assert np.allclose(steps(folder / "killed"), plain, rtol=0, atol=1e-4)
+    faults = [r for r in read(folder / "killed" / "metrics.jsonl") if r.get("event") == "fault"]
     assert [fault["restarted"] for fault in faults] == [["teacher"]]
     assert pids[0] == pids[1] != pids[2]
 
 
 @pytest.mark.slow
-def test_a_run_trains_from_the_cache_that_it_built(address, tmp_path):
-    losses = {}
-    for engine in ("vllm", "transformers"):
-        options = [
-            *OFF_POLICY, f"run.dir={tmp_path}", f"run.name={engine}", f"cache.path={tmp_path / f'cache-{engine}'}",
-            "data.train_problems=32", f"teacher.engine={engine}", f"cluster.address={address}",
-        ]  # fmt: skip
-        assert cache.main(["build", *options]) == 0
-        assert train.main(options) == 0
-        losses[engine] = steps(tmp_path / engine)
-    assert len(losses["vllm"]) == 3
-    assert np.allclose(losses["vllm"], losses["transformers"], rtol=0, atol=1e-4)
+def test_a_run_trains_from_the_cache_that_it_built(plain, arguments):
+    settings, folder = arguments
+    cached = [*settings, "run.name=cached", "teacher.engine=vllm", f"cache.path={folder / 'cache'}"]
+    assert cache.main(["build", *cached]) == 0
+    assert train.main(cached) == 0
+    assert np.allclose(steps(folder / "cached"), plain, rtol=0, atol=1e-4)
