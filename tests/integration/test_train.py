@@ -436,7 +436,7 @@ def test_prefilter_scores_once_and_spends_nothing_on_what_it_drops(run_here, tmp
 @pytest.mark.slow
 def test_each_steps_rollouts_are_ranked_and_dropped_ones_counted(run_here, tmp_path):
     """By entropies that the engine in the learner's process recorded."""
-    options = ["rollout.entropy=engine", "samples.keep=0.25", "run.steps=2", "run.name=r"]
+    options = ["rollout.entropy=engine", "samples.keep=0.25", "samples.truncated=keep", "run.steps=2", "run.name=r"]
     done = run_here(tmp_path, *ONE_ACTOR, *options)
     assert done.returncode == 0, done.stdout + done.stderr
     steps = [r for r in read(tmp_path / "r" / "metrics.jsonl") if "loss" in r]
