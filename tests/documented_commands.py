@@ -5,6 +5,11 @@ commands and fails for a command that is missing here.
 """
 
 CLI = "tests/unit/test_cli.py::test_each_program_names_itself_as_it_was_started"
+BUILT = (
+    "tests/integration/test_cache_runs.py::"
+    "test_a_build_killed_at_a_random_moment_continues_and_ends_with_the_same_bytes"
+)
+VERIFIED = "tests/unit/teacher/test_teacher_cache.py::test_a_complete_cache_is_verified_and_described"
 TESTS: dict[str, tuple[str, ...]] = {
     "make demo": (
         "tests/unit/test_documented_commands.py::test_make_targets_start_what_they_name",
@@ -72,9 +77,9 @@ TESTS: dict[str, tuple[str, ...]] = {
         "tests/integration/test_trl_baseline.py::"
         "test_a_stopped_run_resumes_with_the_same_losses_and_writes_a_run_folder",
     ),
-    "python -m onpolicy_skd.cache build": ("tests/integration/test_commands.py::test_a_cache_is_built",),
-    "python -m onpolicy_skd.cache info": ("tests/integration/test_commands.py::test_a_cache_is_built",),
-    "python -m onpolicy_skd.cache verify": ("tests/integration/test_commands.py::test_a_cache_is_built",),
+    "python -m onpolicy_skd.cache build": (BUILT,),
+    "python -m onpolicy_skd.cache info": (VERIFIED,),
+    "python -m onpolicy_skd.cache verify": (VERIFIED,),
     "python -m onpolicy_skd.compare": (
         "tests/unit/comparison/test_comparison.py",
         "tests/integration/test_compare_runs.py",
@@ -83,7 +88,7 @@ TESTS: dict[str, tuple[str, ...]] = {
         "tests/integration/test_commands.py::test_the_bundled_pair_is_trained_from_scratch",
     ),
     "python -m onpolicy_skd.train": ("tests/integration/test_train.py",),
-    "skd cache": (CLI, "tests/integration/test_commands.py::test_a_cache_is_built"),
+    "skd cache": (CLI, BUILT),
     "skd chat": (CLI, "tests/unit/eval/test_chat_command.py::test_a_run_answers_lines_of_a_pipe_with_its_three_models"),
     "skd compare": (CLI, "tests/integration/test_compare_runs.py"),
     "skd configs": (CLI, "tests/unit/config/test_shipped.py::test_the_list_has_every_config_with_its_comment"),
