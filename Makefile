@@ -38,7 +38,7 @@ test: $(READY)
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -m "not slow" -n auto --maxprocesses 8 --dist loadfile tests/unit
 	$(RUN) -m pytest -m "not slow" tests/integration
 
-# MINUTES=N starts no test later, and says which ones were left out: other files at every commit.
+# MINUTES=N starts no test after N minutes and lists those it skips; the order of the files depends on the commit.
 test-slow: $(READY)
 	$(RUN) -m pytest -m slow $(if $(MINUTES),--minutes $(MINUTES) -rs)
 

@@ -31,11 +31,11 @@ def gsm8k() -> Path:
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--minutes", type=float, help="start no test later than this; files come in an order by commit")
+    parser.addoption("--minutes", type=float, help="start no test later; the order of the files depends on the commit")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Order files by the commit if time is limited, so that those left out differ from commit to commit."""
+    """With a time limit, order the files by a hash of the commit, so that each commit skips different ones."""
     if config.option.minutes is not None:
         config.stash[END] = time.monotonic() + 60 * config.option.minutes
         commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, check=False).stdout

@@ -165,20 +165,22 @@ def one_error(text: str) -> bool:
 def killed_actors(
     lab: Lab, victims: Sequence[str], signal_number: int = signal.SIGKILL, overrides: Sequence[str] = ()
 ) -> Tally:
-    """Kill an actor of each kind in ``victims`` in turn, at random moments of one run, also while actors start."""
+    """Kill actors of the kinds ``victims``, in that order, at random moments of one run, also while actors start."""
     tally, steps, name = Tally(), 8 * len(victims), "killed"
     lab.reference(steps, *overrides)
     process = lab.start(lab.command(name, steps, *overrides), name)
     done = 0
     for kind in victims:
         time.sleep(lab.rng.uniform(0.2, 6.0 if lab.engine == "transformers" else 12.0))
-        done += signal_sent(lab, process, kind, signal_number)
+        done += signal_actor(lab, process, kind, signal_number)
+        if process.poll() is not None:
+            break
     code = exit_code(process)
     verdict(lab, tally, name, steps, code, done)
     return tally
 
 
-def signal_sent(lab: Lab, process: subprocess.Popen[bytes], kind: str, signal_number: int) -> bool:
+def signal_actor(lab: Lab, process: subprocess.Popen[bytes], kind: str, signal_number: int) -> bool:
     """Send a signal to an actor of ``kind`` as soon as the run ``process`` has one; return False if it ends first."""
     deadline = time.monotonic() + 120
     while process.poll() is None and time.monotonic() < deadline:

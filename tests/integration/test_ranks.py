@@ -85,7 +85,7 @@ def report(process: ranks.Ranks, folder: Path) -> dict:
     result["lora"], result["merged"] = trained(learner, teacher, 3), dict(learner.state.weights())
     for name, positions in SELECTIONS.items():
         learner, teacher = make(positions=positions, learner={"lr": 1e-3})
-        result["steps", name] = trained(learner, teacher, {"top_k": STEPS, "gls": 5}.get(name, 3))
+        result["steps", name] = trained(learner, teacher, STEPS if name == "top_k" else 5)
         if name == "gls":
             result["checkpoint"] = {n: t.clone() for n, t in learner.state.tensors().items()}
             learner.state.save_pretrained(folder / f"model-{process.count}", load_tokenizer("bundled:demo_student"))

@@ -373,7 +373,10 @@ def test_two_actors_of_every_role_do_what_one_does(finished_run, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("engine", "victim", "ranks"), [("vllm", "Rollout", 1), ("transformers", "Teacher", 2)])
+@pytest.mark.parametrize(
+    ("engine", "victim", "ranks"),
+    [("vllm", "Rollout", 1), ("transformers", "Rollout", 1), ("transformers", "Teacher", 2)],
+)
 def test_rollouts_that_are_learned_from_as_they_come_train_the_same(run_here, tmp_path, engine, victim, ranks):
     """From two engines, whose rollouts come in any order; the step of a killed actor is repeated."""
     common = [f"rollout.engine={engine}", "run.steps=4", "learner.batch_size=16", "faults.backoff_seconds=0"]
