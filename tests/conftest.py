@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from helpers import ROOT
 from hypothesis import settings
 
@@ -42,6 +43,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         items.sort(key=lambda item: hashlib.sha256(commit + str(item.path.relative_to(ROOT)).encode()).digest())
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup(item: pytest.Item) -> None:
+    torch.manual_seed(0)  # whatever ran before in this process
     if time.monotonic() > item.config.stash.get(END, float("inf")):
         pytest.skip(f"not started within --minutes={item.config.option.minutes:g}; without that option it runs")
