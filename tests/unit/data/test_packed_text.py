@@ -312,6 +312,7 @@ def test_held_out_text_is_evaluated_by_its_divergence_alone(tmp_path, tokenizer)
     assert "held-out problems" not in page
 
 
+@pytest.mark.slow
 def test_half_a_million_tokens_stream_through_in_constant_memory(tmp_path):
     """Peak memory of packing and reading 500k tokens is within a few MiB of that for a tenth."""
     script = textwrap.dedent("""

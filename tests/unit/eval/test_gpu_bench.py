@@ -26,6 +26,7 @@ from eval.gpu_bench import (
 from onpolicy_skd.tracing import Span
 
 
+@pytest.mark.slow
 def test_the_toy_shape_writes_figures_and_a_page(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(gpu_bench, "LOSSES", [name for name in LOSSES if name != "trl"])  # slow to import
     with graphs_without_code():

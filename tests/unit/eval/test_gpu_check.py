@@ -25,6 +25,7 @@ def statuses(report):
     return {r.name: r.status for r in report.results}
 
 
+@pytest.mark.slow
 def test_the_mathematics_pass_on_a_cpu(tmp_path, capsys):
     file = tmp_path / "check.json"
     with graphs_without_code():

@@ -7,6 +7,7 @@ import pytest
 from eval import gradients
 
 
+@pytest.mark.slow
 def test_the_command_measures_every_sampler_against_the_exact_gradient(tmp_path, capsys):
     """Temperature 3 gives the bundled teacher a tail that truncation can lose."""
     argv = ["--config", "configs/demo.yaml", "--samples", "2", "--json", str(tmp_path / "g.json"), "run.device=cpu"]

@@ -32,7 +32,12 @@ def fresh_compiler():
 
 @pytest.mark.parametrize(
     ("name", "code"),
-    [*((name, False) for name in CASES), pytest.param("padded", True, marks=[NEEDS_COMPILER, pytest.mark.slow])],
+    [
+        ("padded", False),
+        ("packed", False),
+        *(pytest.param(name, False, marks=pytest.mark.slow) for name in CASES if name not in ("padded", "packed")),
+        pytest.param("padded", True, marks=[NEEDS_COMPILER, pytest.mark.slow]),
+    ],
 )
 def test_loss_gradient_and_weights_after_a_step_are_those_of_eager_layers(name, code):
     eager, teacher = build(tied=True, **CASES[name])
