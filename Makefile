@@ -33,12 +33,13 @@ demo: $(READY)
 	rm -rf runs/demo
 	$(RUN) -m onpolicy_skd.train --config configs/demo.yaml
 
-# Unit tests share the cores. Tests with Ray follow one by one: each starts processes that need them all.
+# Each worker of pytest-xdist has its share of the cores. Files with Ray and engines come first: they take longest.
 test: $(READY)
-	OMP_NUM_THREADS=1 $(RUN) -m pytest -m "not slow" -n auto --maxprocesses 8 --dist loadfile tests/unit
-	$(RUN) -m pytest -m "not slow" tests/integration
+	$(RUN) -m pytest -m "not slow" -n auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder \
+		tests/integration tests/unit
 
-# MINUTES=N starts no test after N minutes and lists those it skips; the order of the files depends on the commit.
+# One by one: each starts several processes, which use all cores. MINUTES=N starts no test after N minutes and lists those
+# it skips; the order of the files depends on the commit.
 test-slow: $(READY)
 	$(RUN) -m pytest -m slow $(if $(MINUTES),--minutes $(MINUTES) -rs)
 

@@ -1,9 +1,19 @@
 """Fixtures of the tests with Ray."""
 
+import tempfile
 from collections.abc import Iterator
 
 import pytest
 from ray_helpers import ray_cluster
+
+
+@pytest.fixture(scope="session", autouse=True)
+def separate_ray() -> Iterator[None]:
+    """Hide running Rays from the tests, and the Ray of one worker of pytest-xdist from the others: a run joins it."""
+    # The path must be short, because sockets lie in it.
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder, pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_TMPDIR", folder)
+        yield
 
 
 @pytest.fixture(scope="module")

@@ -116,6 +116,7 @@ def test_ways_that_are_not_possible_are_refused():
         sync_method(no_gpu, plan(no_gpu, 0))
 
 
+@pytest.mark.slow
 def test_the_learners_ranks_are_on_one_node_where_one_has_room():
     sections = {"learner": {"ranks": 4}, "teacher": {"actors": 2}, "rollout": {"tensor_parallel": 2}}
     planned, pairs = plan(tiny_settings(**sections), 8), {"actors": 2, "tensor_parallel": 2}
@@ -142,6 +143,7 @@ def test_the_learners_ranks_are_on_one_node_where_one_has_room():
         plan(tiny_settings(learner={"ranks": 2}, cluster={"learner_gpus": 0.5}), 8)
 
 
+@pytest.mark.slow
 def test_a_placement_group_puts_those_who_share_on_one_gpu(local_ray):
     @ray.remote
     class Where:
@@ -298,7 +300,7 @@ def local_ray():
     ray.shutdown()
 
 
-@pytest.mark.parametrize("count", [1, 2])
+@pytest.mark.parametrize("count", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_teacher_actors_give_what_the_plain_teacher_gives(local_ray, count):
     settings = tiny_settings()
     tokenizer = load_tokenizer("bundled:demo_teacher")
@@ -331,6 +333,7 @@ def test_teacher_actors_give_what_the_plain_teacher_gives(local_ray, count):
         ray.kill(actor)
 
 
+@pytest.mark.slow
 def test_a_prefetched_answer_is_used_once_and_lost_with_its_actor(local_ray):
     settings, options = tiny_settings(), ClassSettings(sampler="rs_kd", draws=9)
     members = make_trajectories([(5, 9), (3, 20), (7, 4)])
@@ -365,6 +368,7 @@ def test_a_prefetched_answer_is_used_once_and_lost_with_its_actor(local_ray):
         ray.kill(actor)
 
 
+@pytest.mark.slow
 def test_a_prefetched_answer_that_an_actor_died_with_can_be_forgotten(local_ray):
     actor = TeacherActor.remote(tiny_settings(), 512, 0)
     remote = RemoteTeacher([actor], "cpu")

@@ -19,6 +19,8 @@ from onpolicy_skd.data.demo_task import problems
 from onpolicy_skd.report.metrics_log import read
 from onpolicy_skd.teacher import cache_format as caches
 
+pytestmark = pytest.mark.slow
+
 DEMO = ["--config", str(ROOT / "configs" / "demo.yaml"), "mode=off_policy", "data.train_problems=600"]
 TRAIN = [*DEMO, "learner.batch_size=8", "run.trackers=[]", "run.evaluate_every=0", "eval.problems=8",
          "eval.before=false", "rollout.engine=transformers", "run.steps=3"]  # fmt: skip
@@ -61,7 +63,6 @@ def contents(folder):
     return {f.name: f.read_bytes() for f in sorted(folder.iterdir())}
 
 
-@pytest.mark.slow
 def test_a_build_killed_at_a_random_moment_continues_and_ends_with_the_same_bytes(complete_cache, run, tmp_path):
     folder, rng = tmp_path / "cache", random.Random(0)
     command = [sys.executable, "-c", SMALL_SHARDS, *build(tmp_path, folder, "classes.sampler=rs_kd")]
@@ -107,7 +108,6 @@ def test_training_from_a_cache_loads_no_teacher_and_refuses_damage(complete_cach
     assert cache.main(["verify", str(bad)]) == 1
 
 
-@pytest.mark.slow
 def test_only_what_the_sample_filter_keeps_is_cached(run, tmp_path):
     """SE-KD_3X: the scores that the build leaves behind are what training keeps by."""
     kept = ["samples.keep=0.2", "samples.when=prefilter", "classes.sampler=rs_kd"]
@@ -119,7 +119,6 @@ def test_only_what_the_sample_filter_keeps_is_cached(run, tmp_path):
     assert "scores of 600 prompts reused" in said
 
 
-@pytest.mark.slow
 def test_offline_on_policy_training_loads_the_student_alone(run, tmp_path):
     """Rollouts of the initial student and the teacher's rows on them come from disk, so no teacher and no engine."""
     offline = ["references.source=student", "rollout.engine=transformers", "rollout.max_tokens=60"]
@@ -134,7 +133,6 @@ def test_offline_on_policy_training_loads_the_student_alone(run, tmp_path):
     assert len([r for r in read(tmp_path / "demo" / "metrics.jsonl") if "loss" in r]) == 3
 
 
-@pytest.mark.slow
 def test_packed_text_is_distilled_with_a_teacher_and_from_a_cache(run, tmp_path):
     """No rollout engine starts; the cache is of hidden states, so that the runs differ by rounding alone."""
     rows = (json.dumps({"text": f"{p['question']}\n{p['answer']}"}) for p in itertools.islice(problems("train"), 400))

@@ -148,6 +148,7 @@ def site(tmp_path_factory):
     server.shutdown()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("viewport", [WIDE, PHONE], ids=["wide", "phone"])
 def test_every_page_of_the_site_fits_and_fetches_nothing_from_elsewhere(browser, site, viewport):
     address, folder = site
@@ -159,11 +160,12 @@ def test_every_page_of_the_site_fits_and_fetches_nothing_from_elsewhere(browser,
             visitor.check()
 
 
+@pytest.mark.slow
 def test_the_site_finds_a_setting(browser, site):
     with Visitor(browser, site[0], WIDE) as visitor:
         visitor.page.goto(site[0])
         visitor.page.locator("[data-md-component=search-query]").click()
         visitor.page.keyboard.type("feature_entropy")
         visitor.page.locator(".md-search-result__link[href*='settings/']").first.click()
-        assert visitor.page.locator("code", has_text="alignment.feature_entropy").first.is_visible()
+        visitor.page.locator("code", has_text="alignment.feature_entropy").first.wait_for()  # until it is visible
         visitor.check()

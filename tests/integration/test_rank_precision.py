@@ -15,6 +15,8 @@ from torch.distributed.tensor import DTensor
 from onpolicy_skd.distributed import ranks, rendezvous
 from onpolicy_skd.learner.learner import GradientOverflowError
 
+pytestmark = pytest.mark.slow
+
 BLOCKS = ("Qwen3DecoderLayer", "LlamaDecoderLayer", "GPTNeoXLayer")
 CASES = {
     "qwen3": dict(family="qwen3"),

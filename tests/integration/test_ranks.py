@@ -18,6 +18,8 @@ from onpolicy_skd.models.batch import balance_by_tokens
 from onpolicy_skd.models.loading import load_model, load_tokenizer
 from onpolicy_skd.models.split_model import split
 
+pytestmark = pytest.mark.slow
+
 STEPS = 20
 UNEVEN = [*LENGTHS, (8, 60)]  # one fills a micro-batch: the ranks have different numbers of them
 SELECTIONS = {
@@ -132,7 +134,9 @@ def reports(tmp_path_factory):
     trained(learner, teacher, 5)
     torch.save(learner.state.tensors(), folder / "checkpoint.pt")
     meeting = rendezvous.Rendezvous("127.0.0.1")
-    pair = torch.multiprocessing.spawn(work, (2, meeting.address, folder), nprocs=2, join=False)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("TORCH_COMPILE_DISABLE", raising=False)  # which vLLM's tests in this process have set
+        pair = torch.multiprocessing.spawn(work, (2, meeting.address, folder), nprocs=2, join=False)
     alone = report(ranks.Ranks(), folder)
     while not pair.join():
         pass

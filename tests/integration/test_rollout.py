@@ -150,7 +150,9 @@ def plain_responses(requests, tmp_path_factory):
 SETTINGS = {name: tiny_settings(rollout={"engine": name}) for name in ("transformers", "vllm")}
 
 
-@pytest.mark.parametrize("hostile", HOSTILE, ids="+".join)
+@pytest.mark.parametrize(
+    "hostile", [*HOSTILE[:2], *(pytest.param(h, marks=pytest.mark.slow) for h in HOSTILE[2:])], ids="+".join
+)
 def test_only_end_tokens_of_a_checkpoints_generation_settings_count(hostile, requests, plain_responses, tmp_path):
     model = checkpoint_with(tmp_path / "model", hostile)
     engine = build_engine(model, SETTINGS["transformers"])
@@ -162,6 +164,7 @@ def test_only_end_tokens_of_a_checkpoints_generation_settings_count(hostile, req
     assert engine._model.generation_config is before  # a shared model's is saved with its checkpoint
 
 
+@pytest.mark.slow
 def test_vllm_takes_only_the_end_tokens_of_a_checkpoints_generation_settings(requests, plain_responses, tmp_path):
     everything = HOSTILE[0] | {"no_repeat_ngram_size": 3, "suppress_tokens": [5, 40], "max_new_tokens": 2, "min_p": 0.3}
     engine = build_engine(checkpoint_with(tmp_path / "model", everything), SETTINGS["vllm"])
@@ -191,6 +194,7 @@ def entropies_left():
     return vllm_worker.ENTROPIES
 
 
+@pytest.mark.slow
 def test_the_timeout_of_a_broadcast_follows_the_settings():
     """A learner that sends nothing: the engine gives up after faults.deadline_minutes, not after ten minutes."""
     settings = tiny_settings(
@@ -242,7 +246,9 @@ def test_greedy_decoding_is_the_models_argmax(engine, requests):
 
 
 @pytest.mark.parametrize("name", ["transformers", "vllm"])
-@pytest.mark.parametrize("start", [STUDENT, TEACHER], ids=["tied", "untied"])
+@pytest.mark.parametrize(
+    "start", [pytest.param(STUDENT, id="tied"), pytest.param(TEACHER, id="untied", marks=pytest.mark.slow)]
+)
 def test_new_weights_are_sampled_from_at_once(name, start, requests):
     """Every parameter moves, the tied embedding too; afterwards the engine agrees with the moved model."""
     model = load_model(start, torch.float32, "cpu")

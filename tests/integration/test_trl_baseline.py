@@ -42,6 +42,7 @@ def test_a_students_generation_settings_do_not_count(tmp_path):
     assert saved["repetition_penalty"] == 1.5
 
 
+@pytest.mark.slow
 def test_a_stopped_run_resumes_with_the_same_losses_and_writes_a_run_folder(tmp_path, monkeypatch):
     options = [*OPTIONS, f"run.dir={tmp_path}"]
     seen = []

@@ -77,7 +77,10 @@ def engine_of(tmp_path, model, engine, dtype="float32"):
     return build_engine(str(tmp_path), settings), settings
 
 
-@pytest.mark.parametrize("family", ["qwen3-tied", "qwen2", "llama-tied"])
+@pytest.mark.parametrize(
+    "family",
+    ["qwen3-tied", pytest.param("qwen2", marks=pytest.mark.slow), pytest.param("llama-tied", marks=pytest.mark.slow)],
+)
 def test_vllm_takes_every_parameter(family, tmp_path):
     """Tied heads, packed qkv and gate_up, biases."""
     model = new_model(family)

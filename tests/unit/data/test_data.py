@@ -263,5 +263,5 @@ def test_validation_is_always_the_same_part_of_the_training_problems(tmp_path):
     assert len(held_out[0]) == 40
     with pytest.raises(DataError, match=r"data\.validation_problems=300: there are 300 different training problems"):
         prepare(tiny_settings(data={**source, "validation_problems": 300}))
-    run = prepare(tiny_settings(data={"validation_problems": 4}))
+    run = prepare(tiny_settings(data={"validation_problems": 4, "train_problems": 50}))
     assert all(p.row.startswith("demo:train#") for p in run.validation)

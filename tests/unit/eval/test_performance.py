@@ -108,6 +108,7 @@ def test_steps_and_curves_write_their_keys_and_a_plot(tmp_path, capsys):
     assert "of logits, if kept" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_measured_step_is_the_sum_of_its_phases():
     figures = end_to_end.measure("ours_k20", "tiny", "cpu")
     assert set(figures["phases"]) == {"rollout", "filter", "teacher", "learn", "sync"}

@@ -236,6 +236,7 @@ def test_generation_settings_of_the_checkpoint_are_not_used(tmp_path):
     assert (used.eos_token_id, used.repetition_penalty) == (1, None)
 
 
+@pytest.mark.slow
 def test_the_suite_on_transformers(local_tasks, tmp_path, capsys):
     assert run(tmp_path / "out", "--data", str(local_tasks), "--limit", "2", "--backend", "transformers") == 0
     check_outcome(tmp_path / "out")

@@ -34,8 +34,7 @@ def fresh_compiler():
     ("name", "code"),
     [
         ("padded", False),
-        ("packed", False),
-        *(pytest.param(name, False, marks=pytest.mark.slow) for name in CASES if name not in ("padded", "packed")),
+        *(pytest.param(name, False, marks=pytest.mark.slow) for name in CASES if name != "padded"),
         pytest.param("padded", True, marks=[NEEDS_COMPILER, pytest.mark.slow]),
     ],
 )
@@ -63,6 +62,7 @@ def test_loss_gradient_and_weights_after_a_step_are_those_of_eager_layers(name, 
     assert dict(compiled.state.weights()).keys() == dict(eager.state.weights()).keys()
 
 
+@pytest.mark.slow
 def test_other_lengths_and_rows_are_not_compiled_again():
     with graphs_without_code():
         learner, teacher = build(budget=200, learner={"compile": True})
