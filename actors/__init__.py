@@ -1,1 +1,1 @@
-"""Thin typed Ray actors around the classes of onpolicy_skd, where the mathematics is."""
+"""Thin, typed Ray actors around the classes of onpolicy_skd, which do the computation."""

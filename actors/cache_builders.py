@@ -26,7 +26,10 @@ Work = tuple[int, Sequence[Trajectory]]  # number of a shard, and its samples
 
 
 class CacheBuilders:
-    """``resources.teacher.count`` teacher actors that write shards, from their first use to the end of ``with``."""
+    """``resources.teacher.count`` teacher actors that write shards; a context manager.
+
+    The actors start at the first use and are killed at the end of the ``with`` block.
+    """
 
     def __init__(
         self,
@@ -83,7 +86,7 @@ class CacheBuilders:
         return unpack_head(packed)
 
     def write(self, folder: Path, work: Iterable[Work]) -> Iterator[tuple[int, Shard]]:
-        """Write the shards of ``work``; yield each shard's number and record when it is complete, in any order."""
+        """Write the shards of ``work``; yield each shard's number and record as it completes, in any order."""
         waiting: dict[ray.ObjectRef, tuple[int, Any]] = {}
         left = iter(work)
         first = next(left, None)

@@ -31,9 +31,9 @@ logger = logging.getLogger(__name__)
 
 
 class DeferredInitError:
-    """A ConfigError or ActorFault of an actor's constructor, kept until ``raise_if_failed``.
+    """A ConfigError or ActorFault raised in an actor's constructor, kept until a method calls ``raise_if_failed``.
 
-    Ray reports an error of a constructor as a dead actor with a traceback, but raises an error of a method as itself.
+    Ray reports an exception in a constructor as a dead actor with a traceback; an exception in a method keeps its type.
     """
 
     def __init__(self) -> None:
@@ -59,7 +59,7 @@ def wait_ready(
     timeout_s: float = math.inf,
     places: dict[Any, Place] | None = None,
 ) -> None:
-    """Block until all ``actors``, given by role, are up; record the place of each in ``places``.
+    """Block until all ``actors``, given by role, are up; record in ``places`` where each of them runs.
 
     Logs every minute which roles are not up yet.  Raises what an actor's constructor raised, and GetTimeoutError after
     ``timeout_s`` seconds.
@@ -88,7 +88,7 @@ def wait_ready(
 
 
 def with_absolute_paths(settings: Settings) -> Settings:
-    """Return ``settings`` with existing paths made absolute, because actors have another working directory."""
+    """Return ``settings`` with existing paths made absolute, because actors have a different working directory."""
     changed: dict[str, Any] = {}
     for section, name in (("student", "model"), ("teacher", "model"), ("cache", "path")):
         group = getattr(settings, section)
@@ -104,14 +104,14 @@ def with_absolute_paths(settings: Settings) -> Settings:
 
 @contextmanager
 def connect(settings: Settings, counts: Counts | None = None) -> Iterator[Resources]:
-    """Connect to the running cluster (``cluster.address``, the job's, or this machine's), or start a local one.
+    """Connect to the cluster at ``cluster.address``, $RAY_ADDRESS or on this machine; else start a local one.
 
-    Yields the resources of each role.  Disconnects at the end, and stops Ray if it started it.  Raises ClusterError if
-    the address does not answer or the cluster has too few resources, and ConfigError if a local one would lack what a
-    run on this machine's GPUs needs.
+    Yields the resources of each role.  Disconnects at the end, and stops Ray if this call started it.  Raises
+    ClusterError if the address does not answer or the cluster has too few resources, and ConfigError if Ray would have
+    to start here and ``check_machine`` finds that this machine cannot run the settings.
     """
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    os.environ.setdefault("RAY_IGNORE_UNHANDLED_ERRORS", "1")  # the driver gets every result that matters
+    os.environ.setdefault("RAY_IGNORE_UNHANDLED_ERRORS", "1")  # the driver fetches every result that matters
     _join_or_start(settings.cluster.address or os.environ.get("RAY_ADDRESS"), settings)
     try:
         nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
@@ -129,17 +129,17 @@ def _join_or_start(address: str | None, settings: Settings) -> None:
         _init(address=running)
         if address or PRIVATE not in ray.cluster_resources():
             return
-        ray.shutdown()  # this is another run's private Ray, which ends with that run
+        ray.shutdown()  # this Ray is private to another run and ends with that run
     check_machine(settings)
     _init(address="local", include_dashboard=False, resources={PRIVATE: 1.0})
 
 
 def _init(address: str, **options: Any) -> None:
-    """Call ``ray.init``: connect to loopback addresses unchanged, and let a private Ray listen on loopback only.
+    """Call ``ray.init`` such that loopback addresses stay as they are and a private Ray listens on loopback only.
 
     ray.init has no public option for either: it would replace a loopback address with the host's, where nothing
     listens.  A setup hook makes workers import this project's ``actors`` and ``eval`` even if the working directory
-    contains others.
+    contains packages of the same names.
     """
     if siblings.hidden_in(Path.cwd()):
         options["runtime_env"] = {"worker_process_setup_hook": siblings.worker_setup()}

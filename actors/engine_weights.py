@@ -11,7 +11,7 @@ UNKNOWN = -1  # version of engines that were restarted or slept: they must get w
 
 
 class EngineWeights:
-    """Sends the learner's weights to engines with old ones, and puts colocated engines to sleep in between."""
+    """Sends the learner's weights to engines that hold older ones; puts colocated engines to sleep between rollouts."""
 
     def __init__(self, groups: ActorGroups, colocated: bool, vocabulary: int) -> None:
         self._groups = groups
@@ -21,13 +21,13 @@ class EngineWeights:
         self.learner_version = 0  # optimizer steps whose result the driver has received
         self._engine_version = 0  # engines start from the same checkpoint as the learner
         self._sending = False
-        self._proved = False  # an update reaches every parameter
-        self._answers: list[Trajectory] | None = None  # of engines before their first sleep, with the initial weights
+        self._proved = False  # True once ``prove_update`` has shown that an update reaches every parameter
+        self._answers: list[Trajectory] | None = None  # greedy responses before the first sleep, with initial weights
 
     def connect(self) -> None:
         """Build the connection from the learner to the engines, which must be ready.
 
-        Call it again after any actor was replaced.
+        Call this method again after any actor has been replaced.
         """
         groups = self._groups
         self._sync = build_sync(groups.settings, groups.learner, groups.rollouts, groups.gpu_of, groups.log)
@@ -36,8 +36,8 @@ class EngineWeights:
     def push(self) -> None:
         """Send the learner's weights to every rollout engine, unless the engines hold them already.
 
-        The first call checks that the engines take every parameter and that sleep loses nothing.  Raises ModelError if
-        a check fails.
+        The first call checks that an update reaches every parameter of the engines and that sleep loses no part of the
+        model.  Raises ModelError if a check fails.
         """
         if self._groups.engines and not (self._proved and self._engine_version == self.learner_version):
             self._sending = True

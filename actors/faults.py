@@ -43,8 +43,8 @@ DEATHS = {  # part of Ray's message about a dead actor -> what the log says inst
 }
 LONGEST_REASON = 200  # characters
 GRACE = 20.0  # seconds that an idle actor may take to answer
-FIRST_NOTICE = 300.0  # seconds until the log names a role that has not answered; again after 2, 4, 8 times as many
-DEATH_S = 1.0  # seconds in which a worker process is gone after the others have lost their connection to it
+FIRST_NOTICE = 300.0  # seconds until the log first names a role that has not answered; then after 2, 4, 8 times as many
+DEATH_S = 1.0  # seconds to wait for the end of a worker process to which the others have lost their connection
 _watched: list[Any] = []  # this actor's engines that have worker processes
 ActorClass = TypeVar("ActorClass", bound=type)
 Log = Callable[[str], None]
@@ -60,7 +60,7 @@ class Place(NamedTuple):
 
 
 class ActorFault(RuntimeError):
-    """Out of memory, or a dead engine, in an actor that still answers but must be replaced."""
+    """An out-of-memory error, or a dead engine, in an actor that still answers but must be replaced."""
 
     def __init__(self, actor_id: str, reason: str) -> None:
         super().__init__(actor_id, reason)
@@ -114,7 +114,8 @@ def actor_faults() -> Iterator[None]:
 def watch_workers(engine: Any) -> None:
     """Treat the death of a worker process of this actor's vLLM ``engine`` as a fault of the actor.
 
-    Its process ends, because the call that is running may never return; a call that fails first raises ActorFault.
+    When a worker dies, the actor's process exits, because the running call may never return.  A call that fails before
+    that raises ActorFault.
     """
     if hasattr(engine, "on_worker_death"):
         _watched.append(engine)
@@ -129,7 +130,7 @@ def _is_fault(error: Exception) -> bool:
 
 
 def fault_of(error: BaseException) -> str | None:
-    """Return in one line what happened to an actor; None for errors in code, which a new actor would raise again."""
+    """Return one line that says what happened to an actor; None for an error that a new actor would raise again."""
     error = _root(error)
     if isinstance(error, ActorFault):
         return error.reason

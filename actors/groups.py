@@ -30,7 +30,7 @@ class ActorGroups:
         self._engines_in_learner = settings.rollout.placement == "learner"
         self._placement = placement = Placement(resources)
         self._places: dict[Any, Place] = {}
-        self._joined = False  # the learner's ranks have formed their process group
+        self._joined = False  # True once the learner's ranks have formed their process group
         self._resources = resources
         learner, teacher, rollout = resources.roles
         teacher_settings = teacher.on_device(settings)
@@ -111,7 +111,7 @@ class ActorGroups:
         return next((a for a in self.all if (where := self.place(a)) and where.actor_id == actor_id), None)
 
     def wait_engines(self, log: Log) -> None:
-        """Block until the cluster has room and every engine is up.  Raises as ``wait_ready``."""
+        """Block until the cluster has room and every engine is up.  Raises what ``wait_ready`` raises."""
         self._placement.wait(log)
         wait_ready({"rollout": self.engines}, log, self.timeout_s())
 
@@ -139,7 +139,10 @@ class ActorGroups:
         return self.get([call(rank) for rank in self.learner], "learner", trajectories)[0]
 
     def get(self, refs: Any, role: str, trajectories: int = 0) -> Any:
-        """Return the answers of ``role`` to calls on that many trajectories.  Raises GetTimeoutError when late."""
+        """Return the answers of ``role`` to the calls ``refs``, which work on that many ``trajectories``.
+
+        Raises GetTimeoutError after a time that grows with their number.
+        """
         return get_answers(refs, role, self.timeout_s(trajectories), self.log)
 
     def timeout_s(self, trajectories: int = 0) -> float:

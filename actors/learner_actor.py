@@ -61,11 +61,14 @@ class LearnerActor(SendsWeights):
         rank: int = 0,
         scoring_only: bool = False,
     ) -> None:
-        """``scoring_only``: the driver will only call ``score_samples``, which may need no teacher."""
+        """Load the student, and the teacher unless ``teachers`` holds it.
+
+        ``scoring_only``: the driver will only call ``score_samples``, which may need no teacher.
+        """
         self._rank, count = rank, 1 if scoring_only else settings.learner.ranks
         self._out_of_step = False  # this rank failed in a step in which other ranks may still wait
         self._writer = checkpoint.BackgroundWriter()
-        self._step_keys: list[str] = []  # of the trajectories of the open step
+        self._step_keys: list[str] = []  # keys of the trajectories in the open step
         self._settings = settings
         self._engine: TransformersEngine | None = None
         self._init_error = DeferredInitError()
@@ -130,7 +133,7 @@ class LearnerActor(SendsWeights):
             self._teacher.replace(teachers)  # type: ignore[arg-type]
 
     def drain(self) -> list[Span]:
-        """Return the spans since the last call."""
+        """Return the tracing spans recorded since the last call."""
         return self._learner.spans.drain()
 
     def precision_warning(self) -> str | None:
@@ -234,9 +237,9 @@ class LearnerActor(SendsWeights):
     ) -> Path:
         """Write a checkpoint on rank 0, with the prefetched rollouts of ``step``.
 
-        It includes them because the older weights that generated them cannot be restored.  A learner on a GPU copies
-        its state and writes while training continues; ``finish_saving`` waits for that.  Raises SaveError, also if the
-        learner is not at policy ``version``.
+        The checkpoint includes them because the older weights that generated them cannot be restored.  A learner on a
+        GPU copies its state and writes the copy while training continues; ``finish_saving`` waits for the write.
+        Raises SaveError if the checkpoint cannot be written or the learner is not at policy ``version``.
         """
         if self._learner.version != version:
             actual = f"the learner is at policy version {self._learner.version}, not {version}"
@@ -280,7 +283,7 @@ class LearnerActor(SendsWeights):
                 self._teacher.encode(self._learner.local_trajectories(trajectories))
 
     def _forget(self, keys: Sequence[str]) -> None:
-        """Drop the trajectories ``keys`` here; the driver calls ``release`` on teachers in other processes."""
+        """Drop the trajectories ``keys`` in this process; for teacher actors, the driver calls ``release``."""
         if isinstance(self._teacher, RemoteTeacher | RemoteTeachers):
             self._teacher.forget(keys)
         else:

@@ -21,7 +21,7 @@ from onpolicy_skd.learner.learner import Learner
 from onpolicy_skd.models.loading import pick_device, pick_dtype
 from onpolicy_skd.types import Trajectory, seed_of
 
-WATCH_S = 0.2  # seconds between two looks at whether a broadcast has ended
+WATCH_S = 0.2  # seconds between two checks of whether a broadcast has ended
 NOISE = 0.3  # standard deviation of the noise, as a share of a parameter's root mean square
 NOISE_OF_ZEROS = 0.02  # standard deviation of the noise in parameters that are all zero
 
@@ -59,8 +59,8 @@ class SendsWeights:
     def send(self, received: Sequence[ray.ObjectRef]) -> None:
         """Broadcast the weights; ranks other than 0 only help to gather them.
 
-        ``received``: the engines' calls that take them.  If one fails, its engine will not take the rest, and the
-        broadcast is aborted: NCCL would wait for it forever.
+        ``received``: refs of the engines' calls that receive the weights.  If one of them fails, the broadcast is
+        aborted, because NCCL would wait forever for that engine to receive the rest.
         """
         weights = self._learner.state.weights(self._engine_dtype)
         with self._learner.spans("send weights"):
@@ -91,7 +91,10 @@ class SendsWeights:
         return self._engine_dtype == pick_dtype(learner.compute_dtype, device) == torch.float32
 
     def parameter_kinds(self) -> list[str]:
-        """Return the names of the trained parameters, with ``*`` for layer numbers, and of a LoRA adapter's module."""
+        """Return the names of the trained parameters, without duplicates, with ``*`` in place of layer numbers.
+
+        A LoRA adapter's parameters appear under the name of the module that it adapts.
+        """
         return sorted({_kind(name) for name, _ in self._trained()})
 
     @torch.no_grad()
@@ -115,7 +118,7 @@ class SendsWeights:
         self._unperturbed = ()
 
     def sampler_gaps(self, trajectories: Sequence[Trajectory]) -> list[float]:
-        """Return each trajectory's mean absolute difference of sampler's and student's log-probabilities, nats."""
+        """Return each trajectory's mean absolute gap between sampler's and student's log-probabilities, nats."""
         return self._learner.scorer.sampler_gaps(trajectories)
 
     def _trained(self) -> Iterator[tuple[str, Tensor]]:

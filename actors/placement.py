@@ -19,8 +19,8 @@ from onpolicy_skd.config.errors import ConfigError
 from onpolicy_skd.config.schema import Settings
 from onpolicy_skd.models.loading import pick_device
 
-CPUS_PER_ROLE = 0.25  # of each actor; roles compute alternately, and a small share lets all of them fit on two cores
-TIMEOUT_S = 60  # seconds between two messages about what is waited for
+CPUS_PER_ROLE = 0.25  # per actor; roles compute alternately, so a small share lets all of them fit on two cores
+TIMEOUT_S = 60  # seconds between two log messages while waiting for resources or actors
 PRIVATE = "onpolicy_skd_private"  # custom resource that marks a Ray that ends with its run
 INTERFACES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
 FORWARDED = (
@@ -28,14 +28,14 @@ FORWARDED = (
 )  # fmt: skip
 TOKEN = "HF_TOKEN"  # forwarded on a cluster, where actors on other nodes load gated models
 LOOPBACK = dict.fromkeys(INTERFACES, "lo")  # a private Ray is on one machine
-# torch and oneDNN each keep 1024 bfloat16 kernels of 0.3 to 0.6 MB, and every number of tokens is another kernel.
+# torch and oneDNN each cache 1024 bfloat16 kernels of 0.3 to 0.6 MB; every number of tokens needs another kernel.
 KERNEL_CACHES = ("LRU_CACHE_CAPACITY", "ONEDNN_PRIMITIVE_CACHE_CAPACITY")
-KERNELS = "64"  # in each; a forward and backward need about 20
+KERNELS = "64"  # kernels in each cache; a forward and backward pass need about 20
 Bundle = dict[str, float]
 
 
 class ClusterError(ConfigError):
-    """A cluster that cannot be reached or has less than the run asks for; the message shows the arithmetic."""
+    """Error: the cluster cannot be reached, or has less than the run asks for; the message shows the arithmetic."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,8 +49,8 @@ class Role:
     def on_device(self, settings: Settings) -> Settings:
         """Return ``settings`` for an actor of this role, with run.device=auto replaced by cuda or cpu.
 
-        An actor must use the GPU that Ray assigns to it and no other.  With auto it would fall back to the CPU if torch
-        could not use that GPU, and would take a GPU that was not assigned to it.
+        An actor must use the GPU that Ray assigns to it and no other.  With auto, an actor with a GPU would fall back
+        to the CPU if torch could not use the GPU, and an actor without one could take a GPU that is not assigned to it.
         """
         if settings.run.device != "auto":
             return settings
@@ -122,10 +122,10 @@ def _bundle(cpus: float, gpus: float) -> Bundle:
 
 
 def use_cores(threads: int | None, actors: int, settings: Settings) -> None:
-    """Let the calling actor, one of ``actors`` of its role, compute with ``threads``, or with its share of the cores.
+    """Make the calling actor, one of ``actors`` of its role, compute with ``threads``, by default its share of cores.
 
-    Does nothing on a GPU.  The share is one core with pipeline.streaming or pipeline.max_staleness, with which the
-    roles work at the same time.
+    Does nothing on a GPU.  The share is one core with pipeline.streaming or pipeline.max_staleness, because the roles
+    then work at the same time.
     """
     if pick_device(settings.run.device) != "cpu":
         return

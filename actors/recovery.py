@@ -32,7 +32,7 @@ Refs = list[ray.ObjectRef]
 
 
 class FaultRecovery:
-    """Replaces failed actors.  ``restore`` loads a checkpoint into the learner and returns prefetched rollouts."""
+    """Replaces failed actors; ``restore`` loads a checkpoint into the learner and returns its prefetched rollouts."""
 
     def __init__(self, groups: ActorGroups, weights: EngineWeights, restore: Callable[[Path], Refs]) -> None:
         self._groups = groups
@@ -41,7 +41,7 @@ class FaultRecovery:
         self._supervisor = Supervisor(groups.settings.faults)
 
     def recover(self, error: RayError, checkpoints: Path | None, log: Log) -> Recovery:
-        """See ``Workers.recover``."""
+        """Do what ``Workers.recover`` describes."""
         start, restarted, rolled_back = time.monotonic(), [], False
         first = self._described(error)
         while True:
@@ -99,7 +99,7 @@ class FaultRecovery:
         return failed
 
     def _learner_fails(self, error: RayError, cause: str, failed: Mapping[Any, str], timeout_s: float) -> str | None:
-        """Return why the learner must be replaced, None if it need not: no rank can continue without the others."""
+        """Return why all ranks of the learner must be replaced; None if they can continue."""
         groups = self._groups
         if len(groups.learner) > 1:
             if any(actor in groups.teachers for actor in failed):
@@ -119,7 +119,7 @@ class FaultRecovery:
     def _restart(self, failed: Mapping[Any, str], checkpoints: Path | None, log: Log) -> tuple[Checkpoint | None, Refs]:
         """Replace ``failed``; load the newest of ``checkpoints``, if any, into the learner.
 
-        Returns that checkpoint, and the prefetched rollouts that it holds.
+        Returns that checkpoint and its prefetched rollouts.
         """
         groups = self._groups
         new_learner = groups.learner[0] in failed

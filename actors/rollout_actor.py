@@ -31,6 +31,8 @@ ModelSettings = StudentSettings | TeacherSettings
 @ray.remote
 @reports_faults
 class RolloutActor:
+    """One rollout engine, which also judges the correctness of its responses."""
+
     def __init__(self, model_cfg: ModelSettings, settings: Settings) -> None:
         self._init_error = DeferredInitError()
         with self._init_error.keep():
@@ -81,7 +83,7 @@ class RolloutActor:
 class RolloutGroup:
     """Rollout actors that share each batch.
 
-    A request carries the seed of its response, so the choice of its actor changes nothing but the engine's rounding.
+    Each request carries the seed of its response, so the actor that serves a request affects only rounding.
     """
 
     def __init__(
@@ -92,7 +94,7 @@ class RolloutGroup:
         count: int,
         log: Log = print,
     ) -> None:
-        """``options``: a function from an actor's number to its Ray options."""
+        """Start ``count`` actors; ``options`` maps an actor's number to its Ray options."""
         self._start = lambda number: RolloutActor.options(**options(number)).remote(model_cfg, settings)
         self._log = log
         self._tokens_per_step = settings.rollouts_per_step * settings.rollout.max_tokens  # at most

@@ -23,7 +23,7 @@ from onpolicy_skd.run.exits import EXIT_FAILED, cause_of
 
 Name = TypeVar("Name")
 LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
-STOP_TIMEOUT_S = 600.0  # for the current step of a run, and its checkpoint
+STOP_TIMEOUT_S = 600.0  # seconds for runs to finish their current step and save a checkpoint
 DIES_WITH_PARENT = 1  # prctl's PR_SET_PDEATHSIG
 
 
@@ -34,7 +34,7 @@ class Command(Generic[Name]):
     name: Name
     arguments: list[str]
     log: Path
-    owns_device: bool = False  # the command's process computes, and needs a GPU if the cluster has any
+    owns_device: bool = False  # computes in its own process, not in actors: needs a GPU if the cluster has any
 
 
 @ray.remote(num_cpus=0, max_retries=0)
@@ -50,7 +50,7 @@ def run_command(arguments: list[str], log: Path, address: str, folder: Path) -> 
             stdout=out,
             stderr=out,
             env=environment,
-            preexec_fn=_stop_with_parent,  # noqa: PLW1509 (one system call, nothing that another thread could hold)
+            preexec_fn=_stop_with_parent,  # noqa: PLW1509 (one system call, which needs no lock)
         )
         try:
             while process.poll() is None:

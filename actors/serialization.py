@@ -10,7 +10,7 @@ from torch import Tensor
 
 from onpolicy_skd.models.lm_head import LMHead
 
-Packed = tuple[np.ndarray, str]  # the array (bfloat16 as int16, which numpy knows) and torch's name of the dtype
+Packed = tuple[np.ndarray, str]  # the array (bfloat16 as int16, because numpy has no bfloat16), torch's dtype name
 
 
 def pack(tensor: Tensor) -> Packed:

@@ -38,7 +38,7 @@ def build_teacher(settings: Settings, vocabulary: int, pad_id: int) -> Teacher |
         return VLLMTeacher(settings, vocabulary)
     cfg, named = settings.teacher, settings.teacher_model
     device = pick_device(settings.run.device)
-    dtype = pick_dtype(cfg.dtype, device) if cfg.ema_decay is None else torch.float32  # small moves must not be lost
+    dtype = pick_dtype(cfg.dtype, device) if cfg.ema_decay is None else torch.float32  # keeps small updates
     model = load_model(named.model, dtype, device, named.trust_remote_code)
     return Teacher(
         split_for(settings, model, vocabulary, pad_id, settings.max_teacher_sequence),
@@ -53,7 +53,7 @@ def build_teacher(settings: Settings, vocabulary: int, pad_id: int) -> Teacher |
 def split_for(settings: Settings, model: Any, vocabulary: int, pad_id: int, longest: int) -> SplitModel:
     """Split ``model`` into backbone and LM head; check that it keeps documents apart if the run packs sequences.
 
-    ``longest``: tokens of the longest sequence that it reads.  Raises ModelError.
+    ``longest``: number of tokens of the longest sequence that the model reads.  Raises ModelError.
     """
     split_model = split(model, vocabulary)
     separate = settings.data.source == "text" and settings.data.documents == "separate"
@@ -82,10 +82,10 @@ class TeacherActor:
         name: str | None = None,
         processes: int | None = None,
     ) -> None:
-        """``number``: index of this actor among the ``count`` that share each batch.
+        """Load the teacher; this actor has index ``number`` among the ``count`` actors that share each batch.
 
-        ``name``: the name of its teacher if the run has several; ``processes``: number of actors of all teachers, by
-        default ``count``.
+        ``name``: name of this actor's teacher if the run has several; ``processes``: number of actors of all teachers,
+        by default ``count``.
         """
         self._name = name
         self._settings = settings
@@ -98,7 +98,7 @@ class TeacherActor:
             watch_workers(self._teacher)
             self._encoder = Encoder(self._teacher)
         on_gpu = pick_device(settings.run.device) == "cuda"
-        self._spans = Spans(torch.cuda.synchronize if on_gpu else None)  # once per batch, whose rows come next
+        self._spans = Spans(torch.cuda.synchronize if on_gpu else None)  # for a few spans per batch
 
     def drain(self) -> list[Span]:
         return self._spans.drain()
@@ -112,7 +112,7 @@ class TeacherActor:
         return pack_head(self._teacher.head())
 
     def encode(self, trajectories: Sequence[Trajectory]) -> None:
-        """Encode this actor's share of ``trajectories``, of which a named teacher takes only those that name it."""
+        """Encode this actor's share of ``trajectories``; a named teacher takes only the trajectories that name it."""
         if self._name is not None:
             trajectories = [t for t in trajectories if t.teacher == self._name]
         share = balance_by_tokens([t.length for t in trajectories], self._count)[self._number]
@@ -152,22 +152,22 @@ class TeacherActor:
 
 
 class RemoteTeacher:
-    """TeacherRows over teacher actors: fetches the LM head once, and rows from the actor that has them."""
+    """TeacherRows from teacher actors: fetches the LM head once, and each row from the actor that holds it."""
 
     def __init__(self, actors: Sequence[Any], device: str) -> None:
         self._actors = list(actors)
         self._device = device
         self._head: LMHead | None = None
         self._encoded: list[ray.ObjectRef] = []
-        self._holders: dict[str, tuple[int, int, bytes]] = {}  # by trajectory: index of its actor, positions, digest
-        self._prefetched: tuple[tuple, Calls] | None = None  # arguments of the answer that is on its way, and its calls
+        self._holders: dict[str, tuple[int, int, bytes]] = {}  # by key: index of its actor, number of positions, digest
+        self._prefetched: tuple[tuple, Calls] | None = None  # arguments of the prefetched answer, and its calls
 
     def replace(self, actors: Sequence[Any]) -> None:
         """Use other actors of the same teacher, which have encoded nothing."""
         self._actors, self._encoded, self._holders, self._prefetched = list(actors), [], {}, None
 
     def expect(self, encoded: Sequence[ray.ObjectRef], trajectories: Sequence[Trajectory]) -> None:
-        """Note ``trajectories`` that the driver has asked every actor to encode, and the refs of these calls.
+        """Record ``trajectories`` that the driver has asked the actors to encode, and ``encoded``, the calls' refs.
 
         An actor answers for a trajectory as soon as it is encoded, even if the request arrives before the call to
         encode: Ray does not order calls from two processes.
@@ -212,7 +212,7 @@ class RemoteTeacher:
         calls = self._take_prefetched(request, seeds, options) or self._send_classes(request, seeds, options)
         answers = self._answers(calls)
         counts = [len(positions) for _, positions in request]
-        width = max(ids[0].shape[1] for _, (ids, _, _) in answers)  # slots C; each actor has as many as its rows fill
+        width = max(ids[0].shape[1] for _, (ids, _, _) in answers)  # slots C, which differ between actors
         ids, probs = ([(indices, _padded(unpack(v[i]), width)) for indices, v in answers] for i in (0, 1))
         return SparseTargets(self._in_order(ids, counts).long(), self._in_order(probs, counts), answers[0][1][2])
 
@@ -221,7 +221,7 @@ class RemoteTeacher:
         self.forget(keys)
 
     def forget(self, keys: Sequence[str]) -> None:
-        if self._prefetched:  # of a step that failed; an actor would wait forever for a trajectory that it has released
+        if self._prefetched:  # by a step that failed; an actor would wait forever for a trajectory that it has released
             refs = [ref for _, ref in self._prefetched[1]]
             ray.wait(refs, num_returns=len(refs), fetch_local=False)
             self._prefetched = None
@@ -251,7 +251,7 @@ class RemoteTeacher:
         return [(share, call(self._actors[number], share)) for number, share in indices.items()]
 
     def _take_prefetched(self, *arguments: Any) -> Calls | None:
-        """Return the calls that were sent ahead for ``arguments``; drop those for others."""
+        """Return the prefetched calls if they were made for these ``arguments``, else None; forget them either way."""
         prefetched, self._prefetched = self._prefetched, None
         return prefetched[1] if prefetched and prefetched[0] == arguments else None
 

@@ -1,9 +1,9 @@
-"""Proof that a weight update reaches every trained parameter of the rollout engines; made once, before the first step.
+"""Proof, before the first step, that a weight update reaches every trained parameter of the rollout engines.
 
-The learner adds noise to its parameters, and the engines receive them like every update and generate.  Their
-log-probabilities then are those of the learner with the noise if they use each new parameter, and those of the learner
-without it if they do not.  This holds for every way to send weights, for engines that pack, merge or copy parameters,
-and for any precision.
+The learner adds noise to its parameters and sends them like any update; the engines then generate.  An engine that
+uses the new parameters gives the log-probabilities of the learner with noise; an engine that kept the old ones gives
+those of the learner without noise.  The proof works for every way to send weights, for engines that pack, merge or
+copy parameters, and for any precision.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from actors.weight_sync import WeightSync
 from onpolicy_skd.models.loading import ModelError
 from onpolicy_skd.types import RolloutRequest, SamplingParams, Trajectory
 
-REQUESTS, TOKENS = 4, 16  # requests per engine; tokens of each prompt, and at most as many of its response
+REQUESTS, TOKENS = 4, 16  # requests per engine; tokens of each prompt, and the most tokens of its response
 SLEEP_TOLERANCE = 0.05  # nats per token between two answers of one engine with the same weights
 TOLERANCE = 0.01  # nats per token between engine and learner that both compute in float32, with noise everywhere
-LOUDNESS = (1.0, 4.0, 16.0)  # factors of the noise, the next where one cannot decide
+LOUDNESS = (1.0, 4.0, 16.0)  # factors of the noise, tried in this order until one decides
 
 
 def prove_update(groups: ActorGroups, sync: WeightSync, version: int, vocabulary: int) -> None:
@@ -44,7 +44,7 @@ def prove_update(groups: ActorGroups, sync: WeightSync, version: int, vocabulary
 
 
 def _takes(kind: str, measure: Callable[..., np.ndarray]) -> bool:
-    """Return True if all responses are nearer to the learner with noise in ``kind`` than to the one without."""
+    """Return True if all responses are at least twice as close to the learner with noise in ``kind`` as without it."""
     for loudness in LOUDNESS:
         new, old = measure(kind, loudness)
         if (new < old / 2).all():
@@ -63,8 +63,9 @@ def greedy_answers(rollouts: RolloutGroup, engines: int, vocabulary: int, longes
 def check_sleep(before: Sequence[Trajectory], after: Sequence[Trajectory]) -> None:
     """Raise ModelError unless engines give the same answers after they slept and got the same weights again.
 
-    Sleep discards what is neither a parameter nor a named buffer, and some models have such tensors.  Log-probabilities
-    are compared up to the first token that differs: where two are about equally likely, GPU kernels may choose either.
+    Sleep discards tensors that are neither parameters nor named buffers, and some models have such tensors.  The check
+    compares log-probabilities up to the first token that differs: of two about equally likely tokens, GPU kernels may
+    choose either.
     """
     gaps = []
     for a, b in zip(before, after, strict=True):
@@ -82,7 +83,7 @@ def check_sleep(before: Sequence[Trajectory], after: Sequence[Trajectory]) -> No
 
 
 def _requests(engines: int, vocabulary: int, longest: int) -> tuple[list[RolloutRequest], int]:
-    """Return requests with random prompts, and the tokens of a prompt, which also limit its response."""
+    """Return requests with random prompts, and the number of tokens of each prompt, which also limits its response."""
     length = min(TOKENS, longest // 2)
     prompts = np.random.default_rng(0).integers(0, vocabulary, (REQUESTS * engines, length)).tolist()
     return [RolloutRequest(f"proof/{i}", prompt, i) for i, prompt in enumerate(prompts)], length

@@ -66,10 +66,10 @@ class BroadcastSync:
 
 
 class SharedMemorySync:
-    """Lets each engine map the copy of the weights of the learner rank on its GPU (CUDA IPC)."""
+    """Lets each engine map (CUDA IPC) the copy of the weights that the learner rank on the same GPU makes."""
 
     def __init__(self, learner: Sequence[Any], rollouts: RolloutGroup, ranks: Sequence[int]) -> None:
-        """``ranks``: for each engine, the number of the rank on its GPU."""
+        """Pair each engine with the learner rank on its GPU; ``ranks``: for each engine, the number of that rank."""
         self._learner = learner
         self._rollouts = rollouts
         self._ranks = ranks
@@ -92,8 +92,8 @@ class SharedMemorySync:
 def sync_method(settings: Settings, resources: Resources) -> str:
     """Return the method that ``sync.method`` asks for or, for auto, the fastest one that ``resources`` allow.
 
-    Shares that one GPU can hold may lie on two; ``build_sync`` sees where they are.  Raises ClusterError for a method
-    that the resources do not allow.
+    GPU shares that would fit on one GPU may be placed on two; ``build_sync`` checks where they are.  Raises
+    ClusterError for a method that the resources do not allow.
     """
     method, learner, rollout = settings.sync.method, resources.learner, resources.rollout
     on_gpus = learner.gpus > 0 and rollout.gpus > 0
@@ -120,10 +120,10 @@ def sync_method(settings: Settings, resources: Resources) -> str:
 def build_sync(
     settings: Settings, learner: Sequence[Any], rollouts: RolloutGroup, gpu_of: Callable[[Any], str | None], log: Log
 ) -> WeightSync:
-    """Return the WeightSync of ``settings.sync.method``, which must not be auto, for these actors only.
+    """Return the WeightSync of ``settings.sync.method``, which must not be auto; it is valid for these actors only.
 
-    ``gpu_of`` returns the UUID of an actor's GPU.  With ipc, an engine without a rank on its GPU makes all engines read
-    the object store.
+    ``gpu_of`` returns the UUID of an actor's GPU.  With ipc, all engines read the object store if any engine has no
+    learner rank on its GPU.
     """
     if settings.sync.method == "broadcast":
         return BroadcastSync(learner, rollouts, settings.rollout.tensor_parallel)
@@ -137,7 +137,7 @@ def build_sync(
 
 
 def wait_all(refs: Sequence[ray.ObjectRef], timeout_s: float) -> None:
-    """Wait for all ``refs``; if calls fail, raise an error that is a fault rather than another one.
+    """Wait for all ``refs``; if several calls fail, raise a fault of an actor in preference to other errors.
 
     When an actor dies, the actors that exchange data with it fail as well, each with a different error.
     """

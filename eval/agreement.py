@@ -1,8 +1,8 @@
-"""Our two rules compared with lm-eval's on the same answers, answer by answer.
+"""Compare our two rules for correct answers with lm-eval's, answer by answer.
 
-Records are those of ``eval.gsm8k --out`` or of a run's ``evaluations/``.  ``strict`` must be lm-eval's strict-match on
-every answer; ``match`` and its flexible-extract are different rules, and every answer that they judge differently is
-listed with the reason (docs/evaluation.md).
+Reads records of ``eval.gsm8k --out`` or of a run's ``evaluations/``.  ``strict`` must agree with lm-eval's strict-match
+on every answer.  ``match`` and lm-eval's flexible-extract are different rules: every answer that they judge differently
+is listed with the reason (docs/evaluation.md).
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ NEEDED = ("key", "output", "reference")
 
 @dataclass(frozen=True, slots=True)
 class AnswerVerdict:
-    """One answer under the four rules; ``ours`` and ``theirs`` are the texts that match and flexible-extract judged."""
+    """One answer, judged by four rules; ``ours`` and ``theirs``: the texts that match and flexible-extract judged."""
 
     key: str
     output: str
@@ -65,7 +65,7 @@ def judge(records: Sequence[dict[str, str]]) -> list[AnswerVerdict]:
 
 
 def harness(answers: Sequence[tuple[str, str]]) -> list[dict[str, tuple[bool, str]]]:
-    """Judge (output, reference) pairs by lm-eval's gsm8k task; return (right, extracted text) by filter for each."""
+    """Judge (output, reference) pairs by lm-eval's gsm8k task; return each pair's (right, extracted text) by filter."""
     from lm_eval.api.instance import Instance
 
     with tempfile.TemporaryDirectory() as folder:
@@ -102,7 +102,7 @@ def reason(answer: AnswerVerdict) -> str:
     if answer.ours is None:
         far = not has_number(text[-ANSWER_TAIL:])
         return FAR if far else "the last number is not stated alone"
-    stated = answer.output.rfind(answer.ours, start, end)  # -1: a last number, in other characters
+    stated = answer.output.rfind(answer.ours, start, end)  # -1: ``ours`` is a number that the output spells differently
     if 0 <= stated <= place - len(answer.ours):
         right = answer.match
         return "a number follows the final answer" if right else "the number after the final answer is the right one"

@@ -1,7 +1,7 @@
 """Ask a question; the student before and after training and the teacher answer side by side.
 
-Questions are typed at a prompt or, in a pipe, read line by line.  Where the output is no terminal, it is one JSON
-object per question.
+Questions are typed at a prompt or read from a pipe line by line.  If the output is not a terminal, each question gives
+one line of JSON.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ class Speaker:
 
 
 def models_of(args: argparse.Namespace) -> dict[str, tuple[str, bool]]:
-    """Return (model, True if its prompts are made with the student's tokenizer) by label.
+    """Return by label a model, and True if its prompts are made with the student's tokenizer.
 
     The models of a run share a vocabulary, and training made all prompts with the student's tokenizer.
     """
@@ -136,9 +136,9 @@ def show(labels: Sequence[str], answers: Iterable[Answer], console: Console) -> 
 
 
 def questions(interactive: bool) -> Iterator[str]:
-    """Yield typed questions up to an empty line, or the lines of a pipe that are not blank.
+    """Yield questions: those typed up to an empty line, or all lines of a pipe that are not blank.
 
-    Raises ConfigError for bytes of a pipe that are not text.
+    Raises ConfigError for input that is not valid text.
     """
     if not interactive:
         try:
@@ -160,7 +160,7 @@ def questions(interactive: bool) -> Iterator[str]:
 
 
 def chat(speakers: Sequence[Speaker], settings: Settings, sampling: SamplingParams) -> int:
-    """Answer all questions; return the exit code: 2 if a question that was not typed at a prompt was refused."""
+    """Answer all questions; return the exit code: 2 if a question from a pipe was refused, else 0."""
     console, refused = Console(highlight=False), False
     labels = [speaker.label for speaker in speakers]
     interactive = sys.stdin.isatty() and console.is_terminal

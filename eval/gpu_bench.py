@@ -1,8 +1,9 @@
 """Measure the learner at the shapes of Qwen3-1.7B <- Qwen3-8B on one GPU: the loss alone, steps, memory, whole runs.
 
-Weights are random and the vocabulary is the real one, so no models are needed: torch and transformers suffice; TRL and
-Liger are compared if they are installed.  ``--run`` adds steps of a shipped config with vLLM and real models.  Writes a
-JSON file, and a page of results next to the arithmetic, after each section; what fails is recorded with its error.
+Weights are random and the vocabulary has its real size, so no models are needed: torch and transformers suffice.  TRL
+and Liger are compared if they are installed.  ``--run`` adds steps of a shipped config with vLLM and real models.  The
+results are written after each section, as a JSON file and as a page with estimates; a failure is recorded with its
+error.
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ NOMINAL = {
     "NVIDIA A100-SXM4-80GB": (312e12, 2.04e12),
     "NVIDIA A100-SXM4-40GB": (312e12, 1.555e12),
 }
-BACKBONE = ("backbone", "backward")  # spans of the learner: the loss forms its gradients before its backward pass
+BACKBONE = ("backbone", "backward")  # the backbone's spans: the loss forms its gradients in its forward pass
 
 
 class Shape(NamedTuple):
@@ -56,9 +57,9 @@ class Shape(NamedTuple):
     teacher: int
     layers: int
     heads: int
-    rows: int  # of the loss alone
-    responses: int  # of a step, in tokens each
-    tokens: tuple[int, ...]  # of a micro-batch
+    rows: int  # of the loss, when measured alone
+    responses: int  # tokens of each response of a step
+    tokens: tuple[int, ...]  # sizes of a micro-batch
 
 
 SHAPES = {
@@ -169,7 +170,7 @@ def liger_step(inputs: dict[str, Tensor]) -> Callable[[], Tensor]:
 
 
 def loss_flops(shape: Shape, name: str) -> float:
-    """Return the FLOPs of the matrix products: logits of both models, two gradients, with k < 1 the entropy pass."""
+    """Return the FLOPs of the matrix products: logits of both models, two gradients, and for k < 1 the entropy pass."""
     rows = SHARES.get(name, 1.0) * shape.rows
     once = 2.0 * shape.vocabulary
     entropy = once * shape.rows * shape.student if SHARES.get(name, 1.0) < 1 else 0.0
@@ -179,8 +180,8 @@ def loss_flops(shape: Shape, name: str) -> float:
 def loss_bytes(shape: Shape, name: str) -> float:
     """Return the least bytes that must move, with products in bfloat16 and logits in float32.
 
-    They are both heads and the gradient of the student's; the logits of both models and their bfloat16 gradient, each
-    written and read once; and with k < 1 the logits of the entropy pass.
+    Counts both heads and the gradient of the student's; the logits of both models and their bfloat16 gradient, each
+    written and read once; and for k < 1 the logits of the entropy pass.
     """
     rows, full = SHARES.get(name, 1.0) * shape.rows, shape.rows if SHARES.get(name, 1.0) < 1 else 0
     heads = 2 * shape.vocabulary * (2 * shape.student + shape.teacher)

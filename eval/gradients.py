@@ -1,8 +1,8 @@
-"""Gradients of each class sampler compared with the exact gradient of full KD: their angle and their length.
+"""Compare the gradient of each class sampler with the exact gradient of full KD: angle and length.
 
-Takes one batch of reference answers, forward KL at every position, and all parameters of the student in float32, with
-or without ``student.lora_rank`` (RS-KD paper, arXiv 2503.16870, Table 3).  Its peak is four gradients, besides the
-student and the teacher: by arithmetic 13 GB for a student of 0.5 B parameters with a teacher of 1.5 B in bfloat16.
+The measurement takes one batch of reference answers, forward KL at every position, and all parameters of the student in
+float32, whatever ``student.lora_rank`` is (RS-KD paper, arXiv 2503.16870, Table 3).  Peak memory is four gradients plus
+student and teacher: by calculation 13 GB for a student of 0.5 B parameters and a teacher of 1.5 B in bfloat16.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ TRUNCATIONS = [
     {"sampler": "naive_fix", "k": 12},
     {"sampler": "label_smoothing", "k": 12},
 ]
-UNIQUE_CLASSES = 12  # mean per position that RS-KD keeps in its paper's table
+UNIQUE_CLASSES = 12  # mean number of classes per position that RS-KD keeps in its paper's table
 MAX_DRAWS = 4_096
 
 

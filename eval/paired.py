@@ -1,8 +1,8 @@
-"""Two evaluations of the same problems compared: exact match before and after, with McNemar's exact test.
+"""Compare two evaluations of the same problems: exact match before and after, with McNemar's exact test.
 
 BEFORE and AFTER are folders of ``eval.gsm8k --out`` or files of records (``evaluations/*.jsonl`` of a run).
-``--record`` also stores the verdicts of each problem as an arm of a JSON file; given alone, such a file is compared
-arm by arm.
+``--record`` also stores the verdicts of each problem as one arm of a JSON file.  Given alone, such a file is shown arm
+by arm.
 """
 
 from __future__ import annotations

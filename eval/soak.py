@@ -31,7 +31,7 @@ NAMES = ("LearnerActor", "TeacherActor", "RolloutActor", "raylet", "gcs_server")
 
 
 def measure(driver: psutil.Process) -> dict[str, dict[str, float]]:
-    """Return memory (MiB) and open files of a run's processes by kind, of one process per kind."""
+    """Return memory (MiB) and open files by kind of process of a run; of several of one kind, the last one counts."""
     sample = {}
     for process in [driver, *driver.children(recursive=True)]:
         with contextlib.suppress(psutil.NoSuchProcess, psutil.AccessDenied, IndexError):

@@ -149,7 +149,7 @@ def language_model(args: argparse.Namespace) -> Any:
 
     wrapper: Any = huggingface.HFLM  # its type hints leave out most arguments
     harness = wrapper(device=device, batch_size=args.batch_size, **shared)
-    keep_end_tokens_only(harness.model)  # lm-eval passes a few settings to generate, which takes the others from these
+    keep_end_tokens_only(harness.model)  # else generate would use the model's settings where lm-eval passes none
     return harness
 
 

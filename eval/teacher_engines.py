@@ -1,7 +1,7 @@
-"""The teacher in vLLM compared with the teacher in transformers: hidden states, log-probabilities, losses.
+"""Compare the teacher in vLLM with the teacher in transformers: hidden states, log-probabilities, losses.
 
 Both read the same reference answers, and each trains a copy of the student.  Each engine runs in a process that ends
-before the other starts, so the peak is one teacher and the student.
+before the other starts, so peak memory is one teacher and the student.
 """
 
 from __future__ import annotations

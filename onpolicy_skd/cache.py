@@ -39,7 +39,10 @@ USAGE = "usage: {} build --config FILE cache.path=DIR [a.b=value ...] | info DIR
 
 
 def build(settings: Settings, log: Log = print_now) -> None:
-    """Build a complete cache of the run's texts in ``cache.path``.  Raises ConfigError, also if it holds a cache."""
+    """Build a complete cache of the run's texts in ``cache.path``.
+
+    Raises ConfigError for settings that cannot be used, and if the folder holds a cache already.
+    """
     folder = settings.cache.path
     if folder is None:
         raise ConfigError("cache.path: needed to build a cache; give the folder for it")
@@ -74,7 +77,7 @@ def selected(run: Run, resources: Resources, builders: CacheBuilders, log: Log) 
 
 
 class Samples:
-    """The samples that a run on ``prompts`` may train on, built on request; only digests and sizes stay in memory."""
+    """The samples that a run on ``prompts`` may train on; digests and sizes stay in memory, ``of`` builds samples."""
 
     def __init__(self, run: Run, prompts: Sequence[Prompt]) -> None:
         self._run = run
@@ -146,7 +149,7 @@ def info(folder: Path, log: Log = print_now) -> None:
 
 
 def verify(folder: Path, log: Log = print_now) -> bool:
-    """Compare each file with its checksum; return whether all are good."""
+    """Compare each file with its checksum; return True if all are good."""
     problems = [problem for _, problem in cache_reader.verify(folder)]
     for problem in filter(None, problems):
         log(problem)

@@ -1,4 +1,4 @@
-"""The packages ``actors`` and ``eval`` next to this one, even if other entries of sys.path have these names."""
+"""Import of the packages ``actors`` and ``eval`` next to this one, even if others on sys.path have the same names."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def bind() -> None:
 
 
 def hidden_in(folder: Path) -> bool:
-    """Return whether ``folder`` holds other files or folders with the siblings' names."""
+    """Return True if ``folder`` holds other files or folders with the siblings' names."""
     return folder.resolve() != ROOT and any(
         (folder / name).is_dir() or (folder / f"{name}.py").exists() for name in NAMES
     )

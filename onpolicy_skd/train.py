@@ -79,7 +79,7 @@ def train(
             if last:
                 return
             timer = update(run, workers, prompts, logger, step, pending_rollouts)
-            step += 1  # first of all: what follows may fail
+            step += 1  # before anything that may fail
             if step - 1 == run_cfg.timeline:
                 logger.timeline(workers, step - 1, timer)
         except RayError as error:
@@ -155,7 +155,7 @@ def update_streaming(workers: Workers, logger: RunLogger, step: int, rollout_ref
 
 
 def surviving_rollouts(pending_rollouts: dict[int, Refs]) -> dict[int, Refs]:
-    """Return the steps whose rollouts a fault spared; those of the others are generated again, by current weights."""
+    """Return the rollouts that a fault left intact, by step; the others are generated again, with current weights."""
     surviving = {}
     for step, refs in pending_rollouts.items():
         if any(isinstance(ref, ray.ObjectRefGenerator) for ref in refs):
@@ -171,7 +171,7 @@ def surviving_rollouts(pending_rollouts: dict[int, Refs]) -> dict[int, Refs]:
 
 
 def _is_due(interval: int, step: int, done_at: int) -> bool:
-    """Return whether ``step`` is a multiple of ``interval`` (0: never) at which it was not ``done_at`` before."""
+    """Return True if ``step`` is a multiple of ``interval`` (0: never) and not ``done_at``, the step last done."""
     return interval > 0 and 0 < step != done_at and step % interval == 0
 
 
@@ -264,7 +264,10 @@ def run_settings(settings: Settings) -> RunResult:
 
 
 def run_workers(run: Run, workers: Workers, logger: RunLogger, checkpoint: Checkpoint | None, stop: StopSignal) -> None:
-    """Select the prompts by the initial student's scores, restore the checkpoint, evaluate, train, evaluate again."""
+    """Select the prompts, restore the checkpoint, evaluate, train, evaluate again.
+
+    The prompts are selected first, because a prefilter uses the initial student's scores.
+    """
 
     def select() -> Sequence[Prompt]:
         return selected_prompts(run, workers.score_samples, workers.engines, logger.log)
@@ -293,7 +296,7 @@ def run_workers(run: Run, workers: Workers, logger: RunLogger, checkpoint: Check
 def student_evaluation(run: Run, workers: Workers, prompts: Sequence[Prompt] = ()) -> Evaluation:
     """Score the current student by greedy exact match and, if the settings ask for it, measure its divergence.
 
-    ``divergence`` is that of the student's rollouts of held-out prompts, ``divergence_reference`` that of their
+    ``divergence`` is measured on the student's rollouts of held-out prompts, ``divergence_reference`` on their
     reference answers: a student that falls into repetition lowers the first but not the second.  Packed text has only
     the second.
     """
@@ -348,7 +351,7 @@ def teacher_evaluation(run: Run, resources: Resources, log: Callable[[str], None
 
 
 class _CallableModule(ModuleType):
-    """The class of this module: ``from onpolicy_skd import train`` gives the module, and ``train(settings)`` a run."""
+    """The class of this module, which makes it callable: ``from onpolicy_skd import train; train(settings)``."""
 
     def __call__(self, settings: Settings) -> RunResult:
         return run_settings(settings)

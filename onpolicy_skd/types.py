@@ -76,9 +76,9 @@ class Trajectory:
     sampler_logprobs: np.ndarray  # float32 [n]; nats, of the unmodified model at temperature 1
     finish_reason: FinishReason  # "length": no end of sequence within the limit
     policy_version: int | None  # optimizer steps done when its weights were current; None: not sampled by the student
-    correct: bool | None = None  # whether its answer equals the reference's; None: unknown
-    weight: float = 1.0  # of this sample in the batch's mean
-    documents: np.ndarray | None = None  # int64; tokens, after the first, at which attention restarts
+    correct: bool | None = None  # True if its answer is right; None: not judged
+    weight: float = 1.0  # weight of this sample in the batch's mean
+    documents: np.ndarray | None = None  # int64; indices of tokens, after the first, at which attention restarts
     sampler_entropy: np.ndarray | None = None  # float32 [n]; nats, as sampler_logprobs; None: not recorded
     supervised: np.ndarray | None = None  # bool [response tokens]: those that are targets; None: all
     teacher_prompt_ids: np.ndarray | None = None  # int64; the prompt that the teacher reads; None: prompt_ids

@@ -79,7 +79,7 @@ def tried(tally: Tally, what: str, action: Callable[[], bool]) -> None:
 
 
 def damaged_checkpoints(folder: Path, rng: random.Random, count: int) -> Tally:
-    """Change one byte of the newest checkpoint: ``newest`` must return it or the one before, undamaged."""
+    """Change one byte of the newest checkpoint: ``newest`` must return its content, or that of the one before it."""
     tally = Tally()
     for number in range(count):
         checkpoints = folder / f"checkpoint-{number}"
@@ -129,7 +129,7 @@ def small_cache(folder: Path) -> tuple[Path, list[Trajectory], list[torch.Tensor
 def damaged_caches(
     folder: Path, rng: random.Random, count: int, change: Callable[[bytes, random.Random], bytes] = flipped
 ) -> Tally:
-    """Change a file of a cache: the cache must be read as before, or refused."""
+    """Change a file of a cache: the reader must return the same content as before, or refuse the cache."""
     tally = Tally()
     cache_folder, texts, expected = small_cache(folder / "cache")
     files = sorted(f for f in cache_folder.iterdir() if f.is_file() and f.stat().st_size)
@@ -150,7 +150,7 @@ def damaged_caches(
 def damaged_data(
     folder: Path, rng: random.Random, count: int, change: Callable[[bytes, random.Random], bytes] = flipped
 ) -> Tally:
-    """Change a data file: its rows must be read, if with other text, or refused with a ConfigError."""
+    """Change a data file: the loader must return rows, perhaps with other text, or raise a ConfigError."""
     tally, file = Tally(), folder / "rows.jsonl"
     folder.mkdir(parents=True, exist_ok=True)
     rows = [row for row, _ in zip(demo_task.problems("train"), range(20), strict=False)]
@@ -168,7 +168,7 @@ def damaged_data(
 def fuzzed_settings(folder: Path, rng: random.Random, count: int) -> Tally:
     """Build settings from mutated configuration files and from random overrides, alternately."""
     tally = Tally()
-    shutil.copytree(ROOT / "configs", folder / "configs")  # whose files extend each other by relative paths
+    shutil.copytree(ROOT / "configs", folder / "configs")  # the files extend each other by relative paths
     configs = [f for f in sorted((folder / "configs").rglob("*.yaml")) if "compare" not in f.name]
     keys = [key for key, _ in command_line.walk()]
     values = ["null", "-1", "0", "1e400", ".nan", "yes", "[1, 2]", "{a: 1}", "x" * 300, "'", "\x00", "../..", "1.5", ""]

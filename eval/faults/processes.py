@@ -93,7 +93,7 @@ class Lab:
         return (self.folder / f"{name}.log").read_text(encoding="utf-8", errors="replace")
 
     def steps(self, name: str, folder: Path | None = None) -> dict[int, tuple[float, ...]]:
-        """Return the compared metrics of each step and, at -1 - step, of each evaluation."""
+        """Return the compared metrics of each step and, under the key -1 - step, of each evaluation."""
         values: dict[int, tuple[float, ...]] = {}
         for r in metrics_log.read(RunPaths((folder or self.folder) / name).metrics):
             if "loss" in r:
@@ -103,7 +103,7 @@ class Lab:
         return values
 
     def reference(self, steps: int, *overrides: str) -> dict[int, tuple[float, ...]]:
-        """Return the metrics of an undisturbed run of ``steps`` steps, which is made once, by the first call.
+        """Return the metrics of an undisturbed run of ``steps`` steps, which the first call makes.
 
         Later calls ignore ``overrides``.  Raises RuntimeError if the run fails.
         """
@@ -165,7 +165,7 @@ def one_error(text: str) -> bool:
 def killed_actors(
     lab: Lab, victims: Sequence[str], signal_number: int = signal.SIGKILL, overrides: Sequence[str] = ()
 ) -> Tally:
-    """Kill actors of the kinds ``victims``, in that order, at random moments of one run, also while actors start."""
+    """Kill actors of the kinds ``victims``, in that order, at random times of one run, even while actors start."""
     tally, steps, name = Tally(), 8 * len(victims), "killed"
     lab.reference(steps, *overrides)
     process = lab.start(lab.command(name, steps, *overrides), name)
@@ -226,7 +226,10 @@ def newest_step(run: Path) -> int:
 
 
 def stopped_while_saving(lab: Lab, count: int, steps: int = 30) -> Tally:
-    """Send SIGTERM while a checkpoint is written, ``count`` times; each stop is orderly, and the run is resumed."""
+    """Send SIGTERM while a checkpoint is being written, and resume the run; repeat ``count`` times.
+
+    Each stop must give exit code 3.
+    """
     tally, name = Tally(), "stopped-while-saving"
     lab.reference(steps)
     codes = []
@@ -288,7 +291,7 @@ def full_disk(lab: Lab, count: int, steps: int = 14) -> Tally:
 
 @contextlib.contextmanager
 def cluster(cpus: float, *options: str) -> Iterator[tuple[str, Callable[[], subprocess.Popen[bytes]], dict[str, str]]]:
-    """Start a Ray head; yield its address, a function that adds a node of 1 CPU, and variables with its token.
+    """Start a Ray head; yield its address, a function that adds a node of 1 CPU, and environment variables for clients.
 
     Raises RuntimeError if the head does not answer within 90 s.
     """
@@ -331,7 +334,7 @@ def _listens(port: int) -> bool:
 
 
 def lost_node(lab: Lab, count: int) -> Tally:
-    """Kill the only node that runs actors ``count`` times, each time after another one was added."""
+    """Add a node, then kill the only node that runs actors; repeat ``count`` times."""
     tally, steps, name = Tally(), 8 * count + 8, "lost-node"
     lab.reference(steps)
     with cluster(0) as (address, add_node, token):
@@ -347,7 +350,7 @@ def lost_node(lab: Lab, count: int) -> Tally:
             spare = add_node()
             time.sleep(10)  # for the node to join; if that is too short, the run waits for it
             if process.poll() is not None:
-                break  # the run ended first; only what was lost counts
+                break  # the run ended first: only the nodes killed so far count
             kill_tree(node.pid)
             node, lost = spare, lost + 1
         code = exit_code(process)

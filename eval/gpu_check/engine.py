@@ -25,7 +25,7 @@ FLOAT32_GAP = 1e-3  # nats per token between engine and learner
 MAX_GAP = 0.02  # the same in a 16-bit type, on questions that the model can answer; bfloat16 explains 0.007
 PERTURBED_GAP = 0.06  # the same after ``_perturb``, whose noise makes the model unsure; bfloat16 explains 0.03
 NOISE = 0.2  # of ``_perturb``: a confident model hardly changes with 0.1
-ASLEEP_GB = 3.0  # of an engine that sleeps: graphs and workspaces
+ASLEEP_GB = 3.0  # GPU memory that a sleeping engine may hold: graphs and workspaces
 
 
 def bounds(dtype: torch.dtype) -> tuple[float, float]:
@@ -71,7 +71,7 @@ def check(report: Report, device: str, model: str, tokens: int = 128, prompts: i
 
 
 def settings(model: str, device: str, tokens: int) -> Settings:
-    """Return settings of an engine and a learner of ``model`` that share a GPU, and of questions that it can answer."""
+    """Return settings for an engine and a learner of ``model`` on one GPU, with questions that the model can answer."""
     template = "chat" if loading.load_tokenizer(model).chat_template else "plain"
     return resolve(
         {

@@ -29,8 +29,8 @@ from onpolicy_skd.teacher.teacher import Teacher
 from onpolicy_skd.types import Trajectory
 
 STUDENT, TEACHER, VOCABULARY = "bundled:demo_student", "bundled:demo_teacher", 512
-LEAST_SHARE = 0.3  # of the rate of a large matrix product, reached in the backbone
-HEADROOM = 1.2  # memory of a card, over the estimate of a step, for the CUDA context and fragmentation
+LEAST_SHARE = 0.3  # least rate of the backbone, as a share of the rate of a large matrix product
+HEADROOM = 1.2  # memory of the card over the estimate of a step, for the CUDA context and fragmentation
 Gradients = tuple[StepRecord, Tensor, Learner]
 
 
@@ -164,7 +164,7 @@ def gradients_of_step(device: str, dtype: str, sections: Mapping[str, Any]) -> G
         try:
             return learner.end_step(), gradient, learner
         except GradientOverflowError:
-            continue  # with half the loss scale
+            continue  # try again with half the loss scale
 
 
 def check_steps(report: Report, device: str) -> None:
@@ -180,7 +180,7 @@ def check_steps(report: Report, device: str) -> None:
     report.note("the same step twice: relative difference", ((first - second).norm() / first.norm()).item())
     state = {name: tensor.cpu() for name, tensor in learner.state.tensors().items()}
     _, _, fresh = gradients_of_step(device, "bfloat16", {})
-    with torch.no_grad():  # it has made the same step: only a changed learner shows what is restored
+    with torch.no_grad():  # ``fresh`` has made the same step: change it, so that only a restore makes it equal again
         for parameter in fresh.state.named.values():
             parameter.add_(1.0)
     fresh.state.restore(state, learner.version)
@@ -220,7 +220,7 @@ def check_logits(report: Report, device: str) -> None:
 
 
 def check_attention(report: Report) -> None:
-    """Time attention of one layer with a mask and repeated keys and values, and as causal grouped attention without."""
+    """Time one layer's attention: with a mask and repeated keys and values, and causal and grouped without a mask."""
     from torch.nn.functional import scaled_dot_product_attention as attention
 
     q, k, v = (torch.randn(12, heads, 640, 128, device="cuda", dtype=torch.bfloat16) for heads in (16, 8, 8))
@@ -235,7 +235,7 @@ def check_attention(report: Report) -> None:
 
 
 def check_documents(report: Report, device: str) -> None:
-    """Compare attention by boundaries of documents with a dense mask, and its gradients; on a GPU time both."""
+    """Compare attention over packed documents, and its gradients, with a dense mask; on a GPU, also time both."""
     length, size, dtype = (4096, 128, torch.bfloat16) if device == "cuda" else (64, 16, torch.float32)
     lengths = torch.tensor([length // 16 - 3] * 16 + [48], device=device)
     bounds = torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).int()
@@ -263,7 +263,7 @@ def check_documents(report: Report, device: str) -> None:
 
 
 def check_real_shape(report: Report) -> None:
-    """Measure steps of 8,192 tokens at the shape of Qwen3-1.7B: rate relative to the card's, memory to the estimate."""
+    """Measure steps of 8,192 tokens at Qwen3-1.7B's shape: rate relative to the card's, memory to the estimate."""
     shape, device = SHAPES["qwen3"], card("cuda")
     for recomputed in (True, False):
         name = f"step of 8,192 tokens, activations {'recomputed' if recomputed else 'kept'}"

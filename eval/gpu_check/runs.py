@@ -24,7 +24,7 @@ from onpolicy_skd.storage.files import RunPaths
 
 STEPS, KILL_AFTER, STOP_AFTER = 6, 2, 4
 TIMEOUT_S = 600.0
-SYNC_S = 5.0  # weights of a step to the engine through the GPU's memory: less than one second, at 1.7B
+SYNC_S = 5.0  # seconds of a weight update through the GPU's memory; less than one is usual at 1.7B
 FILES = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja"]  # of a model, for transformers and vLLM
 DEMO = ["--config", "demo", "run.steps=20", "eval.problems=100"]
 ONE_GPU = [
@@ -55,7 +55,7 @@ def check(report: Report, device: str, overrides: Sequence[str] = (), one_gpu: S
 
 
 def fetch(model: str) -> None:
-    """Check that the folder ``model`` has weights, or download it, which no time limit covers.  Raises ModelError."""
+    """Check that the folder ``model`` has weights, or download the hub model.  Raises ModelError."""
     loading.check_weights(model)
     if Path(loading.resolve_path(model)).is_dir():
         return

@@ -1,9 +1,9 @@
 """On-policy steps compared with TRL's ``DistillationTrainer``: same models, prompts, lengths and number of steps.
 
-Both generate with transformers in one process and one data type; models are randomly initialized with the vocabulary
-size of a real model, or a pretrained pair on GSM8K (``--pair``).  ``unavoidable`` is measured with each step of this
-project: generation, the teacher's forward, the student's backbone forward and backward, and the matrix products of the
-LM heads over the supervised rows.
+Both generate with transformers in one process and one data type.  The models are randomly initialized with the
+vocabulary size of a real model, or are a pretrained pair on GSM8K (``--pair``).  ``unavoidable`` is the time of the
+work that no step can avoid: generation, the teacher's forward, the student's backbone forward and backward, the matrix
+products of the LM heads over the supervised rows, and the optimizer.
 """
 
 from __future__ import annotations

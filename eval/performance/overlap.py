@@ -1,6 +1,6 @@
 """Steps with sequential, streaming and overlapping phases, in two processes of one thread (or GPU) each.
 
-The driver makes its steps on Ray actors: the engine in one process, learner and teacher in another.  The wall time of
+The driver runs its steps on Ray actors: the engine in one process, learner and teacher in another.  The wall time of
 a step is compared with the time each process was busy in it; with overlap, the longest busy time is a lower bound.
 """
 

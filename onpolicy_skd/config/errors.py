@@ -8,5 +8,5 @@ class ConfigError(ValueError):
 
 
 def first_line(error: object) -> str:
-    """Return the first line of the message of ``error``: libraries add pages of advice."""
+    """Return the first line of the message of ``error``; many libraries add pages of advice below it."""
     return (str(error).splitlines() or [""])[0]

@@ -1,8 +1,8 @@
 """Build settings from mappings, YAML files and command lines.
 
 ``load_settings(["--config", "configs/demo.yaml", "learner.lr=5e-6"])`` reads a YAML file (which may name another one
-under ``extends``), applies the overrides, and refuses unknown keys, wrong types and impossible combinations with the
-name of the setting and what is accepted.
+under ``extends``) and applies the overrides.  Unknown keys, wrong types and impossible combinations are refused; the
+error names the setting and what is accepted.
 """
 
 from __future__ import annotations

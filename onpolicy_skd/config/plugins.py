@@ -16,7 +16,7 @@ PLUGIN = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 
 
 class BuiltinOrPlugin:
-    """Accept one of ``names`` or ``module:function``, which is imported where it is used."""
+    """Validator that accepts one of ``names`` or ``module:function``, which is imported later, where it is used."""
 
     def __init__(self, names: Any) -> None:
         self.names = get_args(names)

@@ -39,7 +39,7 @@ TRUNCATIONS = ("top_k", "top_k_normalised", "top_p", "ghost_token", "naive_fix",
 
 
 class Condition(Protocol):
-    """Values of another setting: ``value in condition``."""
+    """Set of values of another setting: ``value in condition``."""
 
     def __contains__(self, value: Any, /) -> bool: ...
 
@@ -120,7 +120,7 @@ def rules_of(field: FieldInfo) -> dict[str, Any]:
 
 
 def is_text(annotation: Any) -> bool:
-    """Return whether a setting of this type holds text or a path, never a number, Boolean or list."""
+    """Return True if a setting of this type holds text or a path, never a number, Boolean or list."""
     if get_origin(annotation) in (Union, types.UnionType):
         return all(a is types.NoneType or is_text(a) for a in get_args(annotation))
     return annotation in (str, Path) or (get_origin(annotation) is Literal)
@@ -182,10 +182,10 @@ class Section(BaseModel):
 
 class RunSettings(Section):
     name: Annotated[str, AfterValidator(_plain_name)] = setting(
-        "run", "name of the run; its folder is DIR/NAME", affects_result=False
+        "run", "name of the run; its folder is run.dir/run.name", affects_result=False
     )
     dir: FilePath = setting(Path("runs"), "folder that holds all runs", affects_result=False)
-    seed: NonNegative = setting(1340, "seed of the order of prompts, of sampling and of random selection")
+    seed: NonNegative = setting(1340, "seed of the prompt order, of sampling and of random selection")
     steps: NonNegative | None = setting(None, "optimizer steps; overrides run.epochs", resumable=True)
     epochs: Annotated[float, Field(gt=0)] = setting(1.0, "passes over the (filtered) prompts", resumable=True)
     evaluate_every: NonNegative = setting(
@@ -194,16 +194,16 @@ class RunSettings(Section):
     checkpoint_every: NonNegative = setting(50, "steps between checkpoints; 0: only at the end", affects_result=False)
     keep_checkpoints: Positive = setting(2, "number of newest checkpoints to keep on disk", affects_result=False)
     keep_best: bool = setting(
-        False, "also save the student of the best evaluation during training, as a plain model: best/",
+        False, "also save the student with the best evaluation during training, as a plain model in best/",
         affects_result=False,
     )  # fmt: skip
     max_hours: Annotated[float, Field(gt=0)] | None = setting(
-        None, "wall-clock limit of this process, which then stops as by a signal, with a checkpoint",
+        None, "wall-clock limit of this process, hours; it then saves a checkpoint and stops, as after a signal",
         affects_result=False,
     )  # fmt: skip
     device: Literal["auto", "cpu", "cuda"] = setting("auto", "device of all models; auto: cuda if available")
     timeline: NonNegative | None = setting(
-        2, "step whose activity per process is drawn in timeline.json and timeline.png; empty: none",
+        2, "step, counted from 0, whose activity per process timeline.json and timeline.png show; empty: none",
         affects_result=False,
     )  # fmt: skip
     trackers: list[Literal["tensorboard", "wandb", "trackio", "mlflow"]] = setting(
@@ -257,12 +257,12 @@ class SourceSettings(Section):
 
 
 class MixSource(SourceSettings):
-    weight: Annotated[float, Field(gt=0, le=1e12)] = setting(1.0, "share of its prompts, relative to the other sources")
+    weight: Annotated[float, Field(gt=0, le=1e12)] = setting(1.0, "relative frequency of this source's prompts")
 
 
 class DataSettings(SourceSettings):
     mix: list[MixSource] = setting(
-        [], "sources to mix: each a mapping of the settings above, without data., and its weight, for example "
+        [], "sources to mix, each a mapping of data.* settings (without this prefix) and a weight, for example "
         "[{source: demo, weight: 2}, {source: jsonl, train_file: chats.jsonl, messages_column: messages}]",
     )  # fmt: skip
     text_column: str = setting("text", "column with the document", TEXT)
@@ -273,7 +273,7 @@ class DataSettings(SourceSettings):
         TEXT,
     )  # fmt: skip
     validation_problems: NonNegative = setting(
-        0, "training problems to hold out for evaluations during training; their text alone decides which"
+        0, "training problems to hold out for evaluations during training, chosen by a hash of their text"
     )
     template: Literal["chat", "plain"] = setting("chat", "chat: the tokenizer's template; plain: data.plain")
     plain: str = setting(
@@ -304,12 +304,14 @@ class StudentSettings(Section):
     lora_rank: NonNegative = setting(
         0, "rank of LoRA adapters on all linear layers of the backbone (peft); 0: train all weights"
     )
-    lora_alpha: Positive = setting(32, "scale of the adapters: lora_alpha / lora_rank", {"student.lora_rank": Above(0)})
+    lora_alpha: Positive = setting(
+        32, "numerator of the adapters' scale, lora_alpha / lora_rank", {"student.lora_rank": Above(0)}
+    )
     activation_checkpointing: bool = setting(
         False, "recompute activations in the backward pass to save memory", affects_result=False
     )
     trust_remote_code: bool = setting(
-        False, "run code that the model brings; only if you trust it", affects_result=False
+        False, "run Python code that comes with the model; only if you trust it", affects_result=False
     )
 
 
@@ -318,7 +320,7 @@ class TeacherSettings(Section):
         "Qwen/Qwen3-8B", "hub name, folder, or bundled:demo_teacher; student: the initial student itself"
     )
     ema_decay: Annotated[float, Field(ge=0, lt=1)] | None = setting(
-        None, "the teacher is the moving average of the student with this decay per step; empty: the initial student",
+        None, "decay per step of a moving average of the student, which is the teacher; empty: the initial student",
         {"teacher.model": "student"},
     )  # fmt: skip
     prompt: str | None = setting(
@@ -326,7 +328,7 @@ class TeacherSettings(Section):
         "{answer} or another column of the data in braces; empty: the student's prompt",
     )  # fmt: skip
     max_prompt_tokens: Positive = setting(1_024, "longest prompt of the teacher, tokens", {"teacher.prompt": Given()})
-    dtype: Dtype = setting("auto", "auto: bfloat16 on cuda, else float32")
+    dtype: Dtype = setting("auto", "dtype of the teacher; auto: bfloat16 on cuda, else float32")
     engine: Literal["transformers", "vllm"] = setting(
         "transformers", "library that runs the teacher; vllm: for teachers on several GPUs or with quantized weights"
     )
@@ -345,16 +347,16 @@ class TeacherSettings(Section):
         "actor", "actor: in separate processes (and devices); learner: in the learner's process", affects_result=False
     )
     actors: Positive = setting(
-        1, "teacher actors that share every batch, or the building of a cache", {"teacher.placement": "actor"},
+        1, "teacher actors, which share every batch or the build of a cache", {"teacher.placement": "actor"},
         affects_result=False,
     )  # fmt: skip
     tokens_per_batch: Positive = setting(16_384, "tokens per teacher forward, padding included", affects_result=False)
     trust_remote_code: bool = setting(
-        False, "run code that the model brings; only if you trust it", affects_result=False
+        False, "run Python code that comes with the model; only if you trust it", affects_result=False
     )
     threads: Positive | None = setting(
-        None, "CPU threads of each actor; empty: all cores of its node, or 1 where roles work at the same time",
-        {"teacher.placement": "actor"}, affects_result=False,
+        None, "CPU threads of each actor; empty: its share of the node's cores, or 1 if roles work at the same time "
+        "(pipeline.*)", {"teacher.placement": "actor"}, affects_result=False,
     )  # fmt: skip
 
 
@@ -364,7 +366,7 @@ class RolloutSettings(Section):
         "actor", "actor: in separate processes (and devices); learner: in the learner's process, with its weights "
         "(rollout.engine=transformers)", affects_result=False,
     )  # fmt: skip
-    actors: Positive = setting(1, "rollout actors that share every batch", affects_result=False)
+    actors: Positive = setting(1, "rollout actors, which share every batch", affects_result=False)
     tensor_parallel: Positive = setting(
         1, "GPUs over which one engine splits the model", {"rollout.engine": "vllm"}, affects_result=False
     )
@@ -374,7 +376,7 @@ class RolloutSettings(Section):
     )
     max_tokens: Positive = setting(512, "longest response, tokens")
     max_tokens_start: Positive | None = setting(
-        None, "first length limit of rollouts, which then grows to max_tokens; what it cuts counts as complete",
+        None, "length limit at the first step; it grows to max_tokens, and responses that it cuts count as complete",
         {"mode": ("on_policy", "mixed")},
     )  # fmt: skip
     max_tokens_steps: Positive = setting(
@@ -385,11 +387,11 @@ class RolloutSettings(Section):
     stop: list[Annotated[str, Field(min_length=1)]] = setting(
         [], "texts that end a response, in evaluations too, e.g. ['Question:']"
     )
-    dtype: Dtype = setting("auto", "auto: bfloat16 on cuda, else float32")
+    dtype: Dtype = setting("auto", "dtype of the engine; auto: bfloat16 on cuda, else float32")
     entropy: Literal["learner", "engine"] = setting(
         "learner",
         "source of the student's entropy; engine: recorded while sampling, which saves the learner "
-        "a pass on CPUs; on GPUs it forces vLLM's first model runner",
+        "a pass on CPUs; on GPUs it forces vLLM's V1 model runner",
     )
     max_sequences: Positive = setting(256, "sequences that one engine generates at once", affects_result=False)
     gpu_memory: Share = setting(
@@ -397,8 +399,8 @@ class RolloutSettings(Section):
         affects_result=False,
     )  # fmt: skip
     threads: Positive | None = setting(
-        None, "CPU threads of each actor; empty: all cores of its node, or 1 where roles work at the same time",
-        {"rollout.placement": "actor"}, affects_result=False,
+        None, "CPU threads of each actor; empty: its share of the node's cores, or 1 if roles work at the same time "
+        "(pipeline.*)", {"rollout.placement": "actor"}, affects_result=False,
     )  # fmt: skip
     kv_cache_mib: Positive = setting(256, "KV cache of a vLLM engine on CPU, MiB", affects_result=False)
 
@@ -417,14 +419,15 @@ class ReferenceSettings(Section):
         REFERENCES | {"references.source": "file"}, resumable=True,
     )  # fmt: skip
     annotations: Literal["keep", "strip"] = setting(
-        "keep", "GSM8K's calculator annotations, <<48/2=24>>", REFERENCES | {"references.source": ("answers", "file")}
-    )
+        "keep", "keep or strip GSM8K's calculator annotations, such as <<48/2=24>>",
+        REFERENCES | {"references.source": ("answers", "file")},
+    )  # fmt: skip
     supervise: Literal["response", "last", "all"] = setting(
         "response", "tokens to supervise. response: the answer, in conversations all turns of the assistant; last: its "
         "last turn; all: the question's tokens too, as in the SE-KD paper's code", REFERENCES,
     )  # fmt: skip
     samples: Positive = setting(
-        1, "rollouts per prompt, used alternately", REFERENCES | {"references.source": ROLLED_OUT}
+        1, "rollouts per prompt; each use of a prompt draws one", REFERENCES | {"references.source": ROLLED_OUT}
     )
     temperature: Annotated[float, Field(ge=0)] = setting(
         1.0, "sampling temperature of these rollouts; 0: greedy", REFERENCES | {"references.source": ROLLED_OUT}
@@ -433,7 +436,7 @@ class ReferenceSettings(Section):
 
 class SampleSettings(Section):
     metric: Literal["student_entropy", "kl", "ce_ratio", "random"] = setting(
-        "student_entropy", "score that ranks samples; kl and ce_ratio cost a teacher forward of all",
+        "student_entropy", "score that ranks samples; kl and ce_ratio need a teacher forward of every sample",
         {"samples.keep": Below(1)},
     )  # fmt: skip
     keep: Share = setting(1.0, "share l of the samples to keep")
@@ -444,7 +447,7 @@ class SampleSettings(Section):
     prefilter_text: Literal["prompt", "prompt+answer", "rollout"] = setting(
         "prompt+answer", "text whose score ranks a prompt", {"samples.when": "prefilter"}
     )
-    truncated: Literal["drop", "keep"] = setting("drop", "responses without an end within rollout.max_tokens")
+    truncated: Literal["drop", "keep"] = setting("drop", "drop or keep responses that rollout.max_tokens cuts")
     correctness: Literal["any", "right", "wrong"] = setting(
         "any", "keep only rollouts with a right, or a wrong, answer (math-verify)", {"mode": "on_policy"}
     )
@@ -463,10 +466,10 @@ class PositionSettings(Section):
         "student_entropy", "score u(t) of a position"
     )
     policy: Annotated[str, AfterValidator(BuiltinOrPlugin(PositionPolicy))] = setting(
-        "top_k", "rule that turns scores into a selection"
+        "top_k", "rule that selects positions by their scores"
     )
     top_classes: Annotated[int, Field(ge=2)] = setting(
-        16, "K: the student's most likely classes, over which teacher_mass, overlap and margin are taken"
+        16, "K: number of the student's most likely classes that teacher_mass, overlap and margin compare"
     )
     weighting: Annotated[str, AfterValidator(BuiltinOrPlugin(PositionWeighting))] = setting(
         "uniform", "factor of a position's weight along its response. iw: larger before teacher and student drift "
@@ -477,7 +480,7 @@ class PositionSettings(Section):
         {"positions.weighting": ("iw", "ramp")},
     )  # fmt: skip
     mask_tokens: list[NonNegative | Literal["special"]] = setting(
-        [], "token ids never to select as targets; special: all special tokens, the end of sequence too"
+        [], "token ids that are never selected as targets; special: all special tokens, the end of sequence too"
     )
     k: Share = setting(0.2, "share of each response's positions to supervise")
     k_start: Share | None = setting(None, "first value of k, which then grows over schedule_steps")
@@ -485,14 +488,14 @@ class PositionSettings(Section):
     queue: Positive = setting(30_000, "number of recent scores whose quantile is the threshold",
                               {"positions.policy": "gls"})  # fmt: skip
     curriculum_steps: Positive = setting(
-        4_000, "steps from the lowest to the highest scores", {"positions.policy": "curriculum"}
+        4_000, "steps over which selection moves from lowest to highest scores", {"positions.policy": "curriculum"}
     )
     arms: list[PositionMetric] = setting(
         ["student_entropy", "reverse_kl", "random"], "metrics that the bandit chooses from", BANDIT
     )
     bandit_gamma: Share = setting(0.1, "share of the bandit's choices that is uniform over the arms", BANDIT)
     smoothing: Annotated[float, Field(ge=1)] = setting(1.0, "sample positions by u^(1/smoothing)", SAMPLED)
-    skip_first: NonNegative = setting(0, "first positions of a response never to sample", SAMPLED)
+    skip_first: NonNegative = setting(0, "number of first positions of a response that are never sampled", SAMPLED)
     clip: Annotated[float, Field(gt=0)] | None = setting(None, "upper bound of a score", SAMPLED)
     coverage: Annotated[float, Field(ge=0, lt=1)] = setting(
         0.0, "share of the budget for the highest scores, without sampling", SAMPLED
@@ -502,12 +505,12 @@ class PositionSettings(Section):
 class ClassSettings(Section):
     sampler: Literal[
         "none", "rs_kd", "top_k", "top_k_normalised", "top_p", "ghost_token", "naive_fix", "label_smoothing"
-    ] = setting("none", "rule that cuts the teacher's distribution to a few classes; none: all classes, exact")
+    ] = setting("none", "rule that reduces the teacher's distribution to a few classes; none: all classes, exact")
     draws: Positive = setting(64, "draws U per position", {"classes.sampler": "rs_kd"})
     proposal: Annotated[float, Field(gt=0)] = setting(
         1.0, "exponent tau of the proposal p^tau", {"classes.sampler": "rs_kd"}
     )
-    k: Positive = setting(50, "classes to keep; with top_p at most so many", {"classes.sampler": TRUNCATIONS})
+    k: Positive = setting(50, "number of classes to keep; with top_p the maximum", {"classes.sampler": TRUNCATIONS})
     p: Share = setting(0.98, "probability mass to keep", {"classes.sampler": "top_p"})
 
 
@@ -540,9 +543,9 @@ class MixtureSettings(Section):
     student_sure: Weights = setting([0.0, 1.0], "weights [a, b] where the student alone is sure", ZONES)
     teacher_sure: Weights = setting([1.0, 0.0], "weights [a, b] where the teacher alone is sure", ZONES)
     both_unsure: Weights = setting([1.0, 1.0], "weights [a, b] where both are unsure", ZONES)
-    start: Weights | None = setting(None, "weights [a, b] at the first step, wherever the gate's are not 0", MIXED)
+    start: Weights | None = setting(None, "weights [a, b] at the first step, unless the gate's are [0, 0]", MIXED)
     schedule: Literal["constant", "linear", "cosine"] = setting(
-        "linear", "way from start to the gate's weights; constant: start holds for all the steps", SCHEDULED
+        "linear", "curve from start to the gate's weights; constant: start holds until the steps are over", SCHEDULED
     )
     steps: Positive = setting(1_000, "optimizer steps from start to the gate's weights", SCHEDULED)
     skew: Annotated[float, Field(ge=0, lt=1)] = setting(
@@ -555,7 +558,7 @@ DECOUPLED, EGAD = {"alignment.variant": "decoupled_kd"}, {"alignment.variant": "
 
 class AlignmentSettings(Section):
     variant: Literal["full_kd", "decoupled_kd", "at_kd", "egad"] = setting(
-        "full_kd", "use of the divergence at each position: docs/method.md"
+        "full_kd", "form of the loss at each position (docs/method.md)"
     )
     divergence: Literal["reverse_kl", "forward_kl", "jsd"] = setting(
         "reverse_kl",
@@ -566,7 +569,7 @@ class AlignmentSettings(Section):
         None, "bound of |log p(y) - log q(y)| of the response token y, nats; empty: none"
     )
     clip_mode: Literal["mask", "scale"] = setting(
-        "mask", "positions beyond the bound; mask: they have no loss; scale: their loss is scaled down to the bound",
+        "mask", "treatment of positions beyond the bound. mask: no loss; scale: loss times bound / |difference|",
         {"alignment.clip": Given()},
     )  # fmt: skip
     estimator: Literal["exact", "topk_tail", "student_topk_tail", "sampled"] = setting(
@@ -574,7 +577,7 @@ class AlignmentSettings(Section):
         "student's and the rest; sampled: the sampled token",
     )  # fmt: skip
     top_k: Positive = setting(
-        64, "classes with an entry each", {"alignment.estimator": ("topk_tail", "student_topk_tail")}
+        64, "number of classes with a separate entry", {"alignment.estimator": ("topk_tail", "student_topk_tail")}
     )
     target_weight: Annotated[float, Field(ge=0)] = setting(1.0, "weight alpha of the target class", DECOUPLED)
     other_weight: Annotated[float, Field(ge=0)] = setting(1.0, "weight beta of the other classes", DECOUPLED)
@@ -601,7 +604,7 @@ class AlignmentSettings(Section):
         0.0, "weight of an added reverse KL from the frozen initial student, at the same positions; 0: none"
     )
     beta: Annotated[float, Field(ge=0, le=1)] = setting(
-        0.5, "weight of the teacher in the mixture", {"alignment.divergence": "jsd"}
+        0.5, "weight of the teacher in the mixture of jsd", {"alignment.divergence": "jsd"}
     )
     temperature: Annotated[float, Field(gt=0)] = setting(1.0, "distillation temperature T of both models")
     kd_weight: Annotated[float, Field(ge=0, le=1)] = setting(
@@ -621,10 +624,10 @@ class LearnerSettings(Section):
     schedule: Literal["constant", "linear", "cosine"] = setting("cosine", "decay of the learning rate after warm-up")
     warmup_steps: NonNegative = setting(10, "steps of linear warm-up")
     min_lr_ratio: Annotated[float, Field(ge=0, le=1)] = setting(
-        0.1, "learning rate that the schedule falls to, over the peak", {"learner.schedule": ("linear", "cosine")}
+        0.1, "final learning rate of the schedule, as a share of the peak", {"learner.schedule": ("linear", "cosine")}
     )
     optimizer: Literal["adamw", "adamw_8bit"] = setting(
-        "adamw", "adamw_8bit: two moments of 8 bits for each weight instead of 32, by bitsandbytes"
+        "adamw", "adamw_8bit: both moments of each weight in 8 bits instead of 32, by bitsandbytes"
     )
     weight_decay: Annotated[float, Field(ge=0)] = setting(0.0, "decoupled weight decay of AdamW")
     beta1: Annotated[float, Field(ge=0, lt=1)] = setting(0.9, "beta1 of AdamW")
@@ -632,18 +635,18 @@ class LearnerSettings(Section):
     clip: Annotated[float, Field(gt=0)] = setting(1.0, "largest gradient norm")
     compute_dtype: Dtype = setting(
         "auto", "dtype of the forward pass over float32 master weights; auto: bfloat16 on cuda, else float32; float16 "
-        "sees updates eight times smaller than bfloat16 does, and scales the loss",
+        "resolves weight updates eight times smaller than bfloat16 does, and uses loss scaling",
     )  # fmt: skip
     compile: bool = setting(
-        False, "compile the student's decoder layers (torch.compile): the first steps take a minute longer, the others "
-        "less; needs a C compiler on the learner's nodes", {"rollout.placement": "actor"}, affects_result=False,
+        False, "compile the student's decoder layers (torch.compile): the first steps take a minute longer, later ones "
+        "are faster; needs a C compiler on the learner's nodes", {"rollout.placement": "actor"}, affects_result=False,
     )  # fmt: skip
     max_skipped: NonNegative = setting(
-        5, "steps without a finite loss and gradient that are skipped before the run stops", affects_result=False
+        5, "steps that a run may skip because loss or gradient is not finite; one more ends it", affects_result=False
     )
     threads: Positive | None = setting(
         None,
-        "CPU threads of each rank; empty: a share of all cores, less one where roles work at the same time",
+        "CPU threads of each rank; empty: its share of all cores, minus one core if roles work at the same time",
         affects_result=False,
     )
     ranks: Positive = setting(
@@ -654,11 +657,11 @@ class LearnerSettings(Section):
 
 class PipelineSettings(Section):
     packing: bool = setting(
-        False, "pack several responses into a row, kept apart in the attention, instead of padding",
+        False, "pack several sequences into a row, with separate attention, instead of padding each one",
         affects_result=False,
     )  # fmt: skip
     streaming: bool = setting(
-        False, "learn from rollouts as they finish, while the engines generate the others", affects_result=False
+        False, "train on rollouts as they finish, while the engines generate the others", affects_result=False
     )
     max_staleness: Annotated[int, Field(ge=0, le=1)] = setting(
         0, "0: strictly on-policy; 1: generate the next step's rollouts during this update, with weights one step old"
@@ -687,15 +690,15 @@ class SyncSettings(Section):
         affects_result=False,
     )
     max_gap: Annotated[float, Field(gt=0)] = setting(
-        0.03, "largest mean |log-probability of sampler - of learner| of the sampled tokens, nats; above, the run "
-        "stops; mixture-of-experts students in bfloat16 need more", affects_result=False,
+        0.03, "bound on the mean |log-probability of sampler - of learner| of the sampled tokens, nats; above it the "
+        "run stops; mixture-of-experts students in bfloat16 need more", affects_result=False,
     )  # fmt: skip
 
 
 class EvalSettings(Section):
     problems: NonNegative = setting(0, "problems per evaluation; 0: the full split", resumable=True)
     during: NonNegative = setting(
-        200, "problems per evaluation during training; 0: eval.problems. With data.validation_problems: all of those",
+        200, "problems per evaluation during training; 0: eval.problems. data.validation_problems replaces it",
         resumable=True,
     )  # fmt: skip
     before: bool = setting(True, "evaluate the student before training", resumable=True)

@@ -12,13 +12,13 @@ from typing import Any
 from onpolicy_skd.config.errors import ConfigError
 from onpolicy_skd.config.schema import SAMPLING_POLICIES, Section, Settings, SourceSettings, rules_of, walk
 
-LOOK_AT_TARGET = ("student_ce", "teacher_ce", "ce_ratio", "ce_ratio_plus_entropy")  # metrics that know y_t
+LOOK_AT_TARGET = ("student_ce", "teacher_ce", "ce_ratio", "ce_ratio_plus_entropy")  # metrics that depend on y_t
 ASK_TEACHER = (
     *("teacher_entropy", "teacher_ce", "kl", "reverse_kl", "kl_plus_entropy", "ce_ratio", "ce_ratio_plus_entropy"),
     *("tip_soft_or", "tip_q3", "ta_opd", "teacher_mass", "overlap", "margin"),
 )  # metrics that need the teacher's full distribution
 PLACEHOLDER = re.compile(r"\{(\w+)\}")  # a column's placeholder in teacher.prompt
-WHOLE_BATCH = ("tip_soft_or", "tip_q3", "ta_opd")  # metrics scaled by their ranges over the batch
+WHOLE_BATCH = ("tip_soft_or", "tip_q3", "ta_opd")  # metrics of signals that are scaled to [0, 1] over the batch
 
 
 def check(settings: Settings) -> None:

@@ -46,8 +46,8 @@ def parse(text: str, key: str = "") -> Any:
 def _size(node: yaml.Node, key: str, sizes: dict[int, int], column: int = -1) -> int:
     """Check ``node`` and return its number of values, aliases expanded.
 
-    ``sizes`` caches the results by ``id(node)``; 0 marks a node whose check has not ended.  ``column``: of the key or
-    dash before ``node``; -1 in brackets and braces.
+    ``sizes`` caches the results by ``id(node)``; 0 marks a node whose check has not ended.  ``column``: column of the
+    key or dash before ``node``; -1 in brackets and braces.
     """
     if id(node) in sizes:
         if not sizes[id(node)]:
@@ -95,8 +95,9 @@ def _check_number(node: yaml.ScalarNode) -> None:
 def _check_comment(node: yaml.ScalarNode, key: str, column: int) -> None:
     """Raise RefusedYAML if the comment after ``node`` may be meant as a part of its text.
 
-    That is any comment after free text, in its line or indented like a further line of it.  After a name it is one
-    without the usual spaces: ``my #model``, but neither ``model  #comment`` nor ``model # comment``.
+    After free text, any comment may: in the same line, or in a later line that is indented like a continuation.  After
+    a name, only a comment without the usual spaces may: ``my #model``, but neither ``model  #comment`` nor
+    ``model # comment``.
     """
     comment = COMMENT.match(node.end_mark.buffer or "", node.end_mark.pointer)
     if node.style is not None or comment is None:
@@ -114,7 +115,7 @@ def _check_comment(node: yaml.ScalarNode, key: str, column: int) -> None:
 
 
 def _is_name(key: str) -> bool:
-    """Return whether the setting ``key`` holds any text or path, or a list of them, rather than one of some choices."""
+    """Return True if the setting ``key`` holds any text or path, or a list of them, rather than one of some choices."""
     if key == "extends":
         return True
     key = ITEM.sub("", SOURCE.sub("data.", key)).removeprefix("settings.")

@@ -21,7 +21,7 @@ TO_MARK = "put each turn of the assistant, and nothing else, between {% generati
 
 
 def chat_ids(chat: Chat, tokenizer: Any, generation_prompt: bool = True) -> list[int]:
-    """Return the token ids of all messages of ``chat``, with or without the header of a turn to generate.
+    """Return the token ids of all messages of ``chat``, with or without the generation prompt.
 
     Raises DataError if the tokenizer has no chat template, or one that fails or does not show the tools of ``chat``.
     """
@@ -31,10 +31,10 @@ def chat_ids(chat: Chat, tokenizer: Any, generation_prompt: bool = True) -> list
 def conversation(chat: Chat, tokenizer: Any, last: bool = False) -> tuple[list[int], np.ndarray]:
     """Return the token ids of ``chat`` up to the assistant's last turn, and a bool mask of the assistant's tokens.
 
-    The assistant's tokens are those that the template marks by ``{% generation %}``.  Without marks, they are those
-    from the generation prompt of the messages before a turn to the end of the turn; an end of sequence is appended if
-    the template puts none after the last turn.  ``last``: only the tokens of the last turn.  Raises DataError for a
-    chat without a turn of the assistant, or whose turns cannot be told apart.
+    The assistant's tokens are those that the template marks by ``{% generation %}``.  Without marks, the tokens of a
+    turn start after the generation prompt and extend to the end of the turn; an end of sequence is appended if the
+    template puts none after the last turn.  ``last``: only the tokens of the last turn.  Raises DataError for a chat
+    without a turn of the assistant, or whose turns cannot be told apart.
     """
     turns = [number for number, m in enumerate(chat.messages) if m["role"] == "assistant"]
     if not turns:
@@ -79,7 +79,7 @@ def _marked_turns(chat: Chat, turns: list[int], tokenizer: Any) -> tuple[list[in
 
 
 def _place_of_text(chat: Chat, number: int, ids: list[int], tokenizer: Any) -> int | None:
-    """Return the index in ``ids``, those of ``chat``, of a token in the text of a message; None if it is not shown."""
+    """Return the index in ``ids`` (of ``chat``) of a token in a message's text; None if the template hides the text."""
     messages, text = list(chat.messages), chat.messages[number]["content"]
     middle = len(text) // 2  # a template may look at the ends of a text
     messages[number] = {**messages[number], "content": f"{text[:middle]}0{text[middle:]}"}
@@ -179,7 +179,7 @@ def _apply(chat: Chat, tokenizer: Any, **options: Any) -> Any:
 
 
 def _hides_calls(chat: Chat, tokenizer: Any) -> bool:
-    """Return whether ``chat`` has tool calls and looks the same without them."""
+    """Return True if ``chat`` has tool calls and is rendered the same without them."""
     if not any(m.get("tool_calls") for m in chat.messages):
         return False
     without = [{key: value for key, value in m.items() if key != "tool_calls"} for m in chat.messages]

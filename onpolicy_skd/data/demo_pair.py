@@ -86,7 +86,7 @@ def collate(rows: list[tuple[list[int], list[int]]], pad: int) -> tuple[torch.Te
 
 @torch.no_grad()
 def greedy_match(model: Qwen3ForCausalLM, rows: list[tuple[list[int], list[int]]], pad: int) -> float:
-    """Return the share of ``rows`` whose answers greedy decoding reproduces (by one forward, without generation)."""
+    """Return the share of ``rows`` whose answers greedy decoding would reproduce; one forward, no generation."""
     right = 0
     for start in range(0, len(rows), 128):
         ids, labels = collate(rows[start : start + 128], pad)

@@ -225,7 +225,7 @@ def mixed_prompts_of_step(
 
 @functools.lru_cache(2)
 def _drawn_sources(weights: tuple[float, ...], seed: int, places: int) -> np.ndarray:
-    """Return the source of each of the first ``places`` places of a run, int16; more places only add sources."""
+    """Return the source of each of the first ``places`` places of a run, int16; a larger number only appends."""
     borders = np.cumsum(weights) / sum(weights)
     uniform = np.random.default_rng(seed_of(seed, "mix")).random(places)
     return np.minimum(np.searchsorted(borders, uniform, side="right"), len(weights) - 1).astype(np.int16)

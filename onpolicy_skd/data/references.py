@@ -1,6 +1,6 @@
 """References: answers of the data or of a file, or rollouts of the teacher or the initial student.
 
-Filter, teacher, learner and evaluation treat them like the student's rollouts.
+Filter, teacher, learner and evaluation treat references like the student's rollouts.
 """
 
 from __future__ import annotations

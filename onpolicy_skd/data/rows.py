@@ -193,7 +193,7 @@ def text_columns(row: dict[str, Any], columns: Sequence[str], where: str) -> lis
 
 
 def is_blank(text: str) -> bool:
-    """Return whether ``text`` shows nothing: white space, control characters and zero-width characters alone."""
+    """Return True if ``text`` shows nothing: only white space, control characters and zero-width characters."""
     return all(c.isspace() or unicodedata.category(c) in ("Cc", "Cf") for c in text)
 
 

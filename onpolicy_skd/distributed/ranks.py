@@ -69,7 +69,7 @@ class Ranks:
         model, mesh = student.model, init_device_mesh(self._device, (self.count,))
         dtype = pick_dtype(compute_dtype, self._device)
         blocks = {layer: _gathered_by(layer, dtype) for layer in decoder_layers(model)}
-        # The model first, although FSDP usually is applied to blocks first: it then gathers the blocks' norms too.
+        # The model first, although FSDP is usually applied to blocks first: the model then gathers the blocks' norms.
         fully_shard(model, mesh=mesh, ignored_params=set().union(*(params for params, _ in blocks.values())))
         for block, (params, policy) in blocks.items():
             fully_shard(block, mesh=mesh, mp_policy=policy, ignored_params=set(block.parameters()) - params)
@@ -96,13 +96,13 @@ class Ranks:
 
 
 def _gathered_by(block: nn.Module, dtype: torch.dtype) -> tuple[set[nn.Parameter], MixedPrecisionPolicy]:
-    """Return the parameters that ``block`` gathers by itself, and the types in which it does.
+    """Return the parameters that ``block`` gathers by itself, and the dtypes in which it gathers and reduces them.
 
-    Autocast rounds the weights of linear layers to the compute ``dtype`` anyway.  Gathered in it, they are half the
-    bytes, and each result is that of one rank; autocast, which stays around the forward, has nothing left to round.
-    Norms, which autocast does not round, are small and left to the model.  So is the block's input: in ``dtype`` it
-    would make the residual stream coarser than that of one rank.  A block with other matrices, such as the experts of a
-    mixture, is gathered as it is.
+    Autocast rounds the weights of linear layers to the compute ``dtype`` anyway.  Gathering them in that dtype halves
+    the bytes and gives the results of a single rank; autocast, which stays around the forward, has nothing left to
+    round.  Norms, which autocast does not round, are small; the model gathers them.  The block's input keeps its dtype:
+    in ``dtype`` the residual stream would be coarser than on a single rank.  A block with other matrices, such as
+    mixture-of-experts layers, is gathered in the dtype of its shards.
     """
     params = set(block.parameters())
     linear = {p for m in block.modules() if isinstance(m, nn.Linear) for p in m.parameters(recurse=False)}

@@ -28,7 +28,7 @@ Address = tuple[str, int]
 Named = Iterable[tuple[str, Tensor]]
 BUFFER_BYTES = 2**26  # size of a gloo buffer; a larger tensor fills one alone
 ABORTED = "the broadcast of weights was aborted, because an engine failed"
-POLL_S = 0.001  # seconds between two looks at whether a gloo broadcast has ended
+POLL_S = 0.001  # seconds between two checks of whether a gloo broadcast has ended
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +59,7 @@ class WeightSpec:
 
 
 class AbortedError(RuntimeError):
-    """A broadcast that another thread has ended, because a peer will not take the rest."""
+    """A broadcast that another thread has ended, because a peer will not receive the rest."""
 
 
 class GlooGroup:
@@ -113,7 +113,7 @@ class NcclGroup:
         """Broadcast the tensors and wait for the end.  Raises AbortedError after ``abort``."""
         from vllm.distributed.weight_transfer.packed_tensor import packed_nccl_broadcast_producer
 
-        torch.cuda.synchronize()  # its streams do not wait for the optimizer's
+        torch.cuda.synchronize()  # the broadcast's streams do not wait for the optimizer's
         packed_nccl_broadcast_producer(iter(weights), self._communicator, 0, lambda item: item[1])
         if self._aborted:
             raise AbortedError(ABORTED)
@@ -121,7 +121,7 @@ class NcclGroup:
     def abort(self) -> None:
         """End a broadcast that waits in another thread for a peer, with ncclCommAbort, the only call that does."""
         communicator = self._communicator
-        # First, because NCCL's communicator is freed by the call: the other thread must not broadcast with it again.
+        # Set first: the call frees NCCL's communicator, and the other thread must not use it for another broadcast.
         self._aborted = communicator.disabled = True
         with torch.cuda.device(communicator.device):
             communicator.nccl.ncclCommAbort(communicator.comm)
@@ -215,7 +215,7 @@ class Sender:
 
 
 def exported(weights: Named, spec: WeightSpec) -> tuple[WeightSpec, Tensor]:
-    """Return the WeightSpec for ``ipc``, and the copy on this GPU, which must live until the workers have read it."""
+    """Copy the weights on this GPU; return the WeightSpec for ``ipc`` and the copy, to keep until it has been read."""
     from torch.multiprocessing.reductions import reduce_tensor
 
     uuid = str(torch.cuda.get_device_properties(torch.cuda.current_device()).uuid)

@@ -32,7 +32,7 @@ class Difference:
     mean: float
     low: float  # 95 % interval
     high: float
-    p: float  # two-sided: probability of a difference as large from noise only
+    p: float  # two-sided: probability that noise alone gives a difference at least as large
 
 
 def estimate(values: Sequence[float]) -> Estimate:

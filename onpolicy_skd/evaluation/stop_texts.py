@@ -10,7 +10,7 @@ def stop_length(
 ) -> int | None:
     """Return the number of tokens after which a stop text is complete, or None.
 
-    ``known``: number of first tokens that are known to contain none.
+    ``known``: the number of first tokens whose text is known to contain no stop text.
     """
     if not contains(decode(ids), stop):
         return None
@@ -18,7 +18,7 @@ def stop_length(
 
 
 def contains(text: str, stop: Sequence[str]) -> bool:
-    """Return whether ``text`` contains a stop text."""
+    """Return True if ``text`` contains a stop text."""
     return any(s in text for s in stop)
 
 

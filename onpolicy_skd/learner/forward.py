@@ -39,7 +39,7 @@ class Forward:
     def micro_batches(self, trajectories: Sequence[Trajectory], version: int) -> Iterator[tuple[list[int], MicroBatch]]:
         """Yield this rank's micro-batches, each with the indices of its members in ``trajectories``.
 
-        They record a graph if gradients are enabled.  Delete one before the next to free its memory.
+        Micro-batches record a graph if gradients are enabled.  Delete each one before the next, to free its memory.
         """
         groups_by_rank = self._groups_by_rank(trajectories)
         local_groups = groups_by_rank[self.ranks.rank]

@@ -1,8 +1,8 @@
 """The learner: one optimizer step from trajectories and a teacher's hidden rows, without Ray.
 
 A step is, per micro-batch: backbone forward -> entropy by chunks, without gradient -> positions per sequence ->
-teacher rows for these only -> divergence by chunks -> backward.  Then clip and step on float32 weights.  Where the
-positions do not depend on the forward, a teacher in another process is asked for the rows before it.
+teacher rows for these only -> divergence by chunks -> backward.  Then clip and step on float32 weights.  If the
+positions do not depend on the forward, the rows are requested from a teacher in another process before the forward.
 """
 
 from __future__ import annotations
@@ -39,14 +39,14 @@ from onpolicy_skd.teacher.teacher import TeacherRows
 from onpolicy_skd.tracing import Spans
 from onpolicy_skd.types import Trajectory, check_version
 
-BYTES_TO_COME = {"adamw": 12, "adamw_8bit": 6}  # per trained weight, by the first step: gradient and two moments
+BYTES_TO_COME = {"adamw": 12, "adamw_8bit": 6}  # per trained weight, allocated in the first step: gradient, two moments
 ENDINGS = 4  # responses per measurement of the teacher's probability of the last token
 ENDINGS_INTERVAL = 4  # steps between these measurements, which score all positions of the responses
 SIGNALS_INTERVAL = 8  # steps between measurements of teacher mass and overlap, which need the teacher's rows everywhere
 
 
 class SamplerGapError(RuntimeError):
-    """The sampler's log-probabilities are not those of the learner's weights."""
+    """A mean gap between the sampler's and the learner's log-probabilities that exceeds ``sync.max_gap``."""
 
 
 class NonFiniteLossError(RuntimeError):
@@ -154,7 +154,7 @@ class Learner:
         self.state.optimizer.zero_grad(set_to_none=True)
 
     def add_trajectories(self, trajectories: Sequence[Trajectory]) -> None:
-        """Accumulate the gradient of a batch of the step that has begun; raises as ``step`` does."""
+        """Accumulate the gradient of a batch of the step that has begun; raise what ``step`` raises."""
         start, opened = time.perf_counter(), self._opened()
         check_version(trajectories, self.version, self._settings.pipeline.max_staleness)
         opened.sums = StepSums.merge([opened.sums, self.accumulate(trajectories, opened.weight)])
@@ -163,7 +163,7 @@ class Learner:
         opened.seconds += time.perf_counter() - start
 
     def end_step(self) -> StepRecord:
-        """Update the weights once all trajectories of the step were added; returns and raises as ``step`` does."""
+        """Update the weights after all trajectories of the step have been added; return and raise as ``step`` does."""
         start, opened, self._open = time.perf_counter(), self._opened(), None  # nothing of the batch outlives the step
         state, trajectories, sums = self.state, opened.trajectories, opened.sums
         self._rescale(sums, opened.weight / sum(t.weight for t in trajectories))  # some may have been dropped
@@ -327,7 +327,7 @@ class Learner:
         )
 
     def _add_precision_metrics(self, record: StepRecord, before: Tensor) -> None:
-        """Add how much of the update the compute dtype keeps; ``before``: ``sampled_weights`` before the update."""
+        """Record how much of the update the compute dtype keeps; ``before``: ``sampled_weights`` before the update."""
         state = self.state
         shares = state.ranks.gather(update_sums(before, sampled_weights(state.named), state.dtype))
         sums = UpdateSums(*map(sum, zip(*shares, strict=True)))

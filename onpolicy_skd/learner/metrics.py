@@ -32,7 +32,7 @@ class StepRecord:
     samples: int
     positions: int  # eligible
     positions_selected: int
-    staleness: float  # optimizer steps since the sampling weights, mean over positions
+    staleness: float  # optimizer steps since the weights that sampled the tokens, mean over positions
     response_tokens: float  # mean per sample
     train_tokens: int  # prompts and responses
     padding_share: float

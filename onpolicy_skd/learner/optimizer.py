@@ -56,7 +56,7 @@ def build_optimizer(named: Mapping[str, Tensor], settings: LearnerSettings) -> t
         from bitsandbytes.optim.adamw import AdamW8bit
 
         return AdamW8bit(groups, lr=settings.lr, betas=betas)
-    # Without ``fused``: two copies of the largest parameter at each step.
+    # Without ``fused``, each step would make two copies of the largest parameter.
     return torch.optim.AdamW(groups, lr=settings.lr, betas=betas, fused=True)
 
 

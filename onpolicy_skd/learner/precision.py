@@ -17,7 +17,7 @@ UNSEEN = 0.5  # a run warns if an update of size lr leaves more than this share 
 
 
 class LossScale:
-    """Factor of the loss, removed from the gradients before the optimizer, for float16, whose least number is 6e-8.
+    """Factor of the loss in float16, whose smallest number is 6e-8; gradients are divided by it before the optimizer.
 
     It is a power of two, so it adds no rounding.  It halves after a gradient overflow and doubles after
     ``GROWTH_INTERVAL`` steps without one.  For other dtypes it is always 1.
@@ -70,7 +70,7 @@ def sampled_weights(named: Mapping[str, Tensor]) -> Tensor:
     Vectors (norms, biases) are left out, because autocast does not round them.
     """
     matrices = [p.to_local() if isinstance(p, DTensor) else p for p in named.values() if p.ndim > 1]
-    stride = 1 | sum(p.numel() for p in matrices) // SAMPLED_WEIGHTS  # odd: not in step with the rows
+    stride = 1 | sum(p.numel() for p in matrices) // SAMPLED_WEIGHTS  # odd, so that the values spread over the columns
     return torch.cat([p.flatten()[::stride] for p in matrices])
 
 

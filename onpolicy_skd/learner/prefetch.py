@@ -26,9 +26,9 @@ from onpolicy_skd.types import Trajectory
 class Prefetcher:
     """Sender of the requests of a step's micro-batches, one micro-batch ahead.
 
-    The positions are selected here on the CPU and selected again after the forward, which alone decides: a request that
-    turns out to be another one only loses time.  ``members``: those of each micro-batch, in order; ``all_rows``: each
-    reads the teacher's rows at all its positions.
+    The positions are selected here on the CPU, and again after the forward.  Only the second selection is used: if the
+    two differ, the request has cost time, nothing else.  ``members``: the trajectories of each micro-batch, in order;
+    ``all_rows``: each micro-batch reads the teacher's rows at all its positions.
     """
 
     def __init__(
@@ -49,7 +49,7 @@ class Prefetcher:
         self._all_rows = all_rows
 
     def request_next(self) -> None:
-        """Request what the next micro-batch will ask its teacher for, if its positions are known before its forward."""
+        """Request the teacher's rows or classes for the next micro-batch, if its positions are known already."""
         members = next(self._remaining, None)
         teacher = teacher_of(self._teacher, members) if members else None
         if not members or not isinstance(teacher, PrefetchingTeacher):

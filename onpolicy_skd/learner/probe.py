@@ -14,7 +14,7 @@ from torch import Tensor
 from onpolicy_skd.teacher.teacher import TeacherRows
 from onpolicy_skd.types import Trajectory
 
-PROBE_SAMPLES = 8  # of the first batch, which measure the bandit's progress
+PROBE_SAMPLES = 8  # samples of the first batch that measure the bandit's progress
 ARRAYS = {  # fields of a trajectory: their names in a state dict
     "prompt_ids": "prompt", "response_ids": "response", "documents": "documents", "supervised": "supervised",
 }  # fmt: skip

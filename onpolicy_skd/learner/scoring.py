@@ -82,7 +82,7 @@ class Scorer:
         return self._forward.each(trajectories, version, SAMPLE_SCORES[metric])
 
     def sampler_gaps(self, trajectories: Sequence[Trajectory]) -> list[float]:
-        """Return the mean absolute difference of sampler and student log-probabilities of each trajectory, nats."""
+        """Return each trajectory's mean absolute gap between sampler's and student's log-probabilities, nats."""
 
         def gaps(micro: MicroBatch) -> list[Tensor]:
             sampled_N = torch.from_numpy(np.concatenate([t.sampler_logprobs for t in micro.members]))
@@ -125,7 +125,7 @@ class Scorer:
 
     @torch.no_grad()
     def ranges(self, trajectories: Sequence[Trajectory]) -> Ranges | None:
-        """Return the batch's range of each signal that its scores scale, by a separate forward; None if none."""
+        """Return (low, high) of each signal that the batch's scores scale, from a separate forward; None if none."""
         version = self._state.version
         names = self._state.selector.ranges(version)
         if not names:

@@ -116,7 +116,7 @@ def mixed(
 def _mixed_skewed(
     log_q: Tensor, log_p: Tensor, skew: float, weigh: Weigh, used: tuple[bool, bool]
 ) -> tuple[RowGradients, Tensor]:
-    """Compute ``mixed`` with skew s > 0: the terms in ``used`` (reverse, forward); another one counts as 0.
+    """Compute ``mixed`` with skew s > 0; a term (reverse, forward) that is not in ``used`` counts as 0.
 
     With m and n the two mixtures, q dD/dq is q (log q - log m - s q/m) for the reverse and -(1-s) p q/n for the forward
     term, each up to a constant times q; both ratios are bounded.  Where both p and q underflow, m and n count as the

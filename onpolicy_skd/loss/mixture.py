@@ -45,7 +45,7 @@ def eopd(rows: GateRows, cfg: MixtureSettings) -> Tensor:
 
 
 def zones(rows: GateRows, cfg: MixtureSettings) -> Tensor:
-    """Return the weights that the settings give each case of student and teacher sure or unsure (SEAD)."""
+    """Return the weights of each row's zone: student sure or unsure, teacher sure or unsure (SEAD)."""
     cells = [[cfg.both_sure, cfg.student_sure], [cfg.teacher_sure, cfg.both_unsure]]
     student = (rows.entropy_b > cfg.student_threshold).long()
     teacher = (rows.teacher_entropy_b > cfg.teacher_threshold).long()
@@ -76,7 +76,7 @@ class Mixture:
 
     @property
     def used(self) -> tuple[bool, bool]:
-        """Whether reverse and forward KL can have a weight other than 0."""
+        """True for each of (reverse KL, forward KL) whose weight can differ from 0."""
         if self.gate is not constant or (self.options.start is not None and self.progress < 1.0):
             return (True, True)
         return (self.options.reverse_weight > 0.0, self.options.reverse_weight < 1.0)

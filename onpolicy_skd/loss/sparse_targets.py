@@ -20,8 +20,8 @@ from onpolicy_skd.config.schema import ClassSettings
 class SparseTargets:
     """Teacher distributions over a few classes at each of N positions: C slots, unused ones with probability 0.
 
-    ``ids_NC`` are unique within a row's used slots.  ``residual`` says how the mass that a row lacks to 1 is handled:
-    ignored (``none``), given to one ``ghost`` class that stands for all others, or spread evenly (``smooth``).
+    ``ids_NC`` are unique within a row's used slots.  ``residual``: what happens to the mass that is missing from a
+    row.  ``none`` ignores it, ``ghost`` gives it to one class that stands for all others, ``smooth`` spreads it evenly.
     """
 
     ids_NC: torch.Tensor  # int64
@@ -37,7 +37,7 @@ class SparseTargets:
 
 @dataclass(frozen=True, slots=True)
 class Draws:
-    """Inputs of a class sampler besides the teacher's log-probabilities of b positions."""
+    """Inputs of a class sampler in addition to the teacher's log-probabilities of b positions."""
 
     options: ClassSettings
     targets_b: Tensor  # int64; y

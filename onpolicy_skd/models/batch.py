@@ -24,7 +24,7 @@ class Batch:
     targets: torch.Tensor  # int64 [N]; y_t
     counts: list[int]  # eligible positions of each sequence; sums to N
     right_padded: bool = False  # padded on the right and one document per row, so that the causal mask alone suffices
-    cu_seq_lens: torch.Tensor | None = None  # int32; starts of the documents in all rows, padding is one, and the end
+    cu_seq_lens: torch.Tensor | None = None  # int32; document starts in the flattened rows (padding is one), and B * L
     max_length: int = 0  # tokens of the longest document
 
     def eligible(self, hidden_BLH: torch.Tensor) -> torch.Tensor:

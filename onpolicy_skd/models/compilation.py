@@ -15,7 +15,7 @@ COMPILERS = {"cpu": ("CXX", ("g++",)), "cuda": ("CC", ("gcc", "clang"))}  # as I
 
 
 def decoder_layers(model: Any) -> list[torch.nn.Module]:
-    """Return the layers of a transformers ``model`` that its family names as units; none if it names none."""
+    """Return the layers of a transformers ``model``, which its ``_no_split_modules`` names; none if it names none."""
     names = set(getattr(model, "_no_split_modules", None) or ())
     return [module for module in model.modules() if type(module).__name__ in names]
 

@@ -21,7 +21,7 @@ CAUSAL = (-1, 0)  # window of varlen_attn: all tokens before, none after
 def documents_kept_apart(model: Any) -> Iterator[None]:
     """Make the text attention of ``model`` read boundaries of documents within the block.
 
-    Transformers forms no mask for attention that has no function in its registry of masks.
+    Transformers builds no mask for an attention function without an entry in its registry of masks.
     """
     from transformers import AttentionInterface
 
@@ -62,8 +62,8 @@ def document_attention(
     """Attend causally within each document; return the output ``[B, L, H, D]`` and no weights.
 
     ``query`` is ``[B, H, L, D]``; ``key`` and ``value`` may have fewer heads.  ``cu_seq_lens_q``: int32, starts of the
-    documents in all rows one after another, and the end; ``max_length_q``: tokens of the longest.  Raises ValueError
-    for attention that is more than that: the model then needs a mask.
+    documents in the flattened rows, and B * L; ``max_length_q``: tokens of the longest.  Raises ValueError for other
+    features, such as a sliding window: the model then needs a mask.
     """
     more = {
         "a mask": attention_mask is not None,
@@ -114,7 +114,7 @@ def _attend_by_kernel(
     )  # type: ignore[return-value]  # fmt: skip
 
 
-@torch.compiler.disable  # lengths are data: each would be compiled
+@torch.compiler.disable  # lengths are data: torch would compile for each of them
 def _attend_one_by_one(
     query: Tensor, key: Tensor, value: Tensor, cu_seq_lens: Tensor, _: int, scaling: float | None
 ) -> Tensor:

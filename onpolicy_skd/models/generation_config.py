@@ -8,8 +8,8 @@ from typing import Any
 def savable_generation_config(config: Any) -> Any:
     """Return the generation ``config`` without the values that transformers refuses to save.
 
-    transformers loads a checkpoint whose values contradict each other, ``do_sample=false`` with a temperature, but
-    raises when it is saved.
+    transformers loads a checkpoint whose values contradict each other, such as ``do_sample=false`` with a temperature,
+    but refuses to save it.
     """
     from transformers import GenerationConfig
 

@@ -74,7 +74,7 @@ class LMHead:
         return products_cV if self.scale == 1.0 else products_cV.mul_(self.scale)
 
     def derivative(self, logits_cV: Tensor) -> Tensor | float:
-        """Return the derivative of the logits by W h: scale (1 - (logits / cap)^2), or scale without a cap."""
+        """Return d logits / d(W h): scale (1 - (logits / cap)^2), or scale without a cap."""
         if self.cap is None:
             return self.scale
         return torch.div(logits_cV, self.cap).square_().neg_().add_(1.0).mul_(self.scale)
@@ -83,8 +83,8 @@ class LMHead:
 def chunk_size(rows: int, head_VH: Tensor | LMHead, chunk_rows: int | None = None) -> int:
     """Return the rows of one chunk: ``chunk_rows``, or as many as memory allows and at least H / 8.
 
-    Every chunk reads the head and adds to its gradient, so chunks of few rows would be bound by memory for a wide
-    head; with H / 8 rows the logits still take an eighth of the head's memory.
+    Every chunk reads the head and adds to its gradient, so with few rows and a wide head, memory bandwidth would limit
+    the speed.  With H / 8 rows the logits still take an eighth of the head's memory.
     """
     vocabulary, hidden = head_VH.shape
     return max(1, min(rows, chunk_rows or max(logits_per_chunk(head_VH.device) // vocabulary, hidden // 8)))

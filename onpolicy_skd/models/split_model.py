@@ -87,8 +87,9 @@ class SplitModel:
         """Return the last hidden states ``[N, H]``, after the final norm, at the eligible positions.
 
         With padding on the right, a causal model gets no mask, because transformers would expand it to four dimensions,
-        which rules out FlashAttention and grouped-query kernels.  Neither does a model that reads the boundaries of
-        documents.  Others get a mask ``[B, 1, L, L]`` of documents; raises ModelError if their attention takes none.
+        which rules out FlashAttention and grouped-query kernels.  A model that reads the boundaries of documents gets
+        none either.  With documents, other models get a mask ``[B, 1, L, L]``; raises ModelError if their attention
+        takes none.
         """
         options: dict[str, Any] = {"attention_mask": batch.attention_mask, "position_ids": batch.position_ids}
         attention = nullcontext()
@@ -158,8 +159,9 @@ def _mask_for(model: Any, batch: Batch) -> Tensor:
 def check_documents(split_model: SplitModel, pad_id: int, longest: int) -> None:
     """Raise ModelError unless the model keeps packed documents apart, in samples of up to ``longest`` tokens.
 
-    The states of a document must be those that it has alone, and must not change with the tokens of the one before it:
-    masked attention multiplies these by exactly zero, so the second comparison sees what the first calls rounding.
+    The hidden states of a document must be those that it has alone, up to rounding, and must not change with the tokens
+    of the document before it.  The second comparison is stricter, because masked attention multiplies those tokens by
+    exactly zero: it finds a leak that the first takes for rounding.
     """
     name = type(split_model.model).__name__
     config = split_model.model.config.get_text_config()
@@ -189,7 +191,7 @@ def check_documents(split_model: SplitModel, pad_id: int, longest: int) -> None:
     alone = hidden(second, [])
     largest = float(alone.abs().max())
     exact = split_model.head_VH.dtype == torch.float32
-    tolerance, leak = (1e-3, 1e-5) if exact else (5e-2, 1e-2)  # a leak of 0 but for experts, whose batches change
+    tolerance, leak = (1e-3, 1e-5) if exact else (5e-2, 1e-2)  # the leak is 0, except for experts, whose batches change
     if not (
         torch.allclose(together, alone, rtol=tolerance, atol=tolerance * largest)
         and torch.allclose(together, changed, rtol=0, atol=leak * largest)
@@ -316,7 +318,7 @@ def _logit_settings(model: Any) -> str:
 
 
 def _close(actual: Tensor, expected: Tensor) -> bool:
-    """Return whether two tensors are equal up to rounding, relative to the largest value."""
+    """Return True if two tensors are equal up to rounding, relative to the largest value."""
     if actual.shape != expected.shape:
         return False
     tolerance = 1e-4 if expected.dtype == torch.float32 else 2e-2

@@ -57,9 +57,9 @@ def set_environment(device: str, more: Mapping[str, str] | None = None, setting:
 
 
 def on_worker_death(llm: Any, action: Callable[[], None]) -> None:
-    """Call ``action`` on another thread once a worker process of ``llm`` dies; without tensor parallelism it has none.
+    """Call ``action`` on another thread once a worker process of ``llm`` dies (none without tensor parallelism).
 
-    The call of vLLM that is running may never return: the other workers wait for the dead one.
+    The running call of vLLM may never return, because the other workers wait for the dead one.
     """
     llm.llm_engine.model_executor.register_failure_callback(action)
 
@@ -74,7 +74,7 @@ def lost_worker(llm: Any, timeout_s: float) -> bool:
 
 
 def cannot_run(error: Exception, model: str, setting: str = "rollout.engine") -> ModelError:
-    """Return a one-line error for a ``model`` that vLLM cannot run: its first line, or pydantic's reason below it."""
+    """Return a one-line error for a ``model`` that vLLM cannot run: first line of ``error``, or pydantic's reason."""
     if isinstance(error, ValidationError):
         reason = first_line(error.errors()[0]["msg"])
     else:

@@ -46,7 +46,7 @@ WIDTH = 88  # characters of a line of the command
 def write(settings: Settings, summary: dict[str, Any]) -> Path:
     """Write the card of a finished run, with the run's curves, into ``final/``; return its path.
 
-    It names no license, because that follows from the licenses of the models and the data.
+    The card names no license, because that follows from the licenses of the models and the data.
     """
     paths = RunPaths(settings.run.folder)
     if paths.curves.exists():

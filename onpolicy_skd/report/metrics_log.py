@@ -32,7 +32,10 @@ class MetricsLog:
     def __init__(
         self, folder: Path, first_step: int = 0, resumed: bool | None = None, trackers: Trackers | None = None
     ) -> None:
-        """``resumed`` tells whether the existing records belong to this run; by default if ``first_step`` is not 0."""
+        """Open the file.
+
+        ``resumed``: the existing records belong to this run; by default True if ``first_step`` is not 0.
+        """
         self.path = RunPaths(folder).metrics
         resumed = bool(first_step) if resumed is None else resumed
         kept = [r for r in read(self.path) if _is_kept(r, first_step)] if resumed else []
@@ -58,7 +61,7 @@ class MetricsLog:
 
 
 def _is_kept(record: dict[str, Any], first_step: int) -> bool:
-    """Return whether resuming at ``first_step`` keeps ``record``; the step of an evaluation counts the steps *done*."""
+    """Return True if resuming at ``first_step`` keeps ``record``; the step of an evaluation counts the steps *done*."""
     if record.get("event") == Event.FAULT:
         return True
     if record.get("event") == Event.EVALUATION:

@@ -24,8 +24,8 @@ def shared_console() -> Console:
 class ProgressReporter:
     """Report how much of ``total`` is done: ``with ProgressReporter("evaluation", 64) as p: p.advance()``.
 
-    On a terminal it shows a bar.  Elsewhere it passes a line to ``log`` (default: print) every ``interval_s`` seconds,
-    also while nothing advances; work that takes less time prints nothing.
+    On a terminal the reporter shows a bar.  Elsewhere it passes a line to ``log`` (default: print) every ``interval_s``
+    seconds, even while nothing advances; work that takes less time prints nothing.
     """
 
     def __init__(
@@ -36,7 +36,7 @@ class ProgressReporter:
         completed: int = 0,
         interval_s: float = INTERVAL_S,
     ) -> None:
-        """``completed``: units that an earlier process did; they do not count for the rate."""
+        """Start at ``completed`` units, which an earlier process did; they do not count for the rate."""
         self._label, self._total, self._completed, self._before = label, total, completed, completed
         self._interval_s = interval_s
         self._log = log or functools.partial(print, flush=True)

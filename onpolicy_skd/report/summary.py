@@ -217,7 +217,7 @@ def plot(path: Path, steps: list[dict], evaluations: list[dict], summary: dict[s
 
 
 def _plot_series(axis: Any, x: list[int], values: list[float], label: str, color: str) -> None:
-    """Plot a metric; of runs with enough steps also the mean of the last ten, which noise does not hide."""
+    """Plot a metric and, for runs with enough steps, its mean over the last ten steps, which is less noisy."""
     if len(values) < 3 * AVERAGED_STEPS:
         axis.plot(x, values, label=label, linewidth=1.2, color=color)
         return

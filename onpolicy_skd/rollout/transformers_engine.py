@@ -23,7 +23,7 @@ from onpolicy_skd.models.split_model import SplitModel
 from onpolicy_skd.rollout.engine import sort_by_request
 from onpolicy_skd.types import RolloutRequest, SamplingParams, Trajectory, id_array
 
-STRIDE = 4  # tokens generated between two checks for responses that are complete
+STRIDE = 4  # tokens generated between two checks for complete responses
 BLOCK = 512  # classes that the sampler sums at once
 
 

@@ -29,7 +29,7 @@ ENTROPIES: dict[str, dict[int, float]] = {}  # nats, by request and position
 class EntropyRecorder(LogitsProcessor):
     """Logits processor that writes the entropy of each row, at temperature 1, to ENTROPIES.
 
-    It supports vLLM's first model runner, which vllm_engine.py selects; the second one has another interface.
+    It supports vLLM's V1 model runner, which vllm_engine.py selects; the V2 model runner has another interface.
     """
 
     def __init__(self, vllm_config: Any, device: Any, is_pin_memory: bool) -> None:

@@ -1,8 +1,8 @@
 """Warnings, from the metrics of steps, about training that goes wrong without an error.
 
 Each guard compares the mean of a metric over its last readings with a limit, which may depend on the mean of the first
-readings.  It warns when the mean of a full window crosses the limit, or any mean the bound ``clear``, and warns again
-only after the mean has recovered.
+readings.  It warns when the mean of a full window crosses the limit, or when any mean crosses the bound ``clear``.  It
+warns again only after the mean has recovered.
 """
 
 from __future__ import annotations

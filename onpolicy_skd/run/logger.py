@@ -193,7 +193,7 @@ class RunLogger:
         self.evaluation("during", step, evaluation)
 
     def _save_best(self, workers: TrainingWorkers, step: int, value: float) -> bool:
-        """Save best/ and its record; return whether that worked.  A kill in between leaves no record, so no best."""
+        """Save best/ and its record; return True if that worked.  A kill in between leaves no record, so no best."""
         self._run.paths.best_record.unlink(missing_ok=True)
         try:
             workers.save_pretrained(self._run.paths.best)

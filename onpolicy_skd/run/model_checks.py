@@ -18,7 +18,7 @@ from onpolicy_skd.models import loading
 from onpolicy_skd.models.generation_config import savable_generation_config
 from onpolicy_skd.models.loading import ModelError
 
-MOST_TENSORS = 5_000  # of a trial load, which takes a second; the load itself checks larger models
+MOST_TENSORS = 5_000  # largest trial load, which takes a second; larger models are checked when they load
 FOUR_BIT = ("gptq", "awq")  # methods whose products vLLM's CPU build has for AVX-512 only
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 

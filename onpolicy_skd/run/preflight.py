@@ -38,7 +38,7 @@ from onpolicy_skd.run.model_checks import (
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
-SLOWDOWN = 3.0  # of 16-bit products compared with float32, from which a warning is worth its line
+SLOWDOWN = 3.0  # a warning is logged if 16-bit products take more than this many times as long as float32 ones
 TEMPLATE_TIMEOUT_S = 3.0  # a template renders a row in milliseconds
 OTHER_TEXT = "Which is larger, 3 or 5?"  # no template may render it like the text of a row
 
@@ -77,7 +77,7 @@ def preflight(settings: Settings) -> None:
 
 
 def warn_of_slow_dtypes(settings: Settings) -> None:
-    """Log a warning for 16-bit types that this CPU has no instructions for, so that float32 is several times faster."""
+    """Log a warning for 16-bit dtypes that this CPU has no instructions for: float32 is then several times faster."""
     if loading.pick_device(settings.run.device) != "cpu":
         return
     dtypes = {

@@ -20,7 +20,7 @@ STDERR = 2  # file descriptor
 
 
 class Stopped(BaseException):
-    """A signal outside the steps; like KeyboardInterrupt, no ``except Exception`` catches it."""
+    """A signal outside the steps; like KeyboardInterrupt, it passes through ``except Exception``."""
 
 
 def as_stopped(error: BaseException | None) -> Stopped | None:
@@ -66,8 +66,8 @@ class StopSignal:
     def request(self, reason: str, hint: str = "") -> None:
         """Request a stop with a checkpoint.
 
-        It writes to the file descriptor, because a print in a signal handler may interrupt another print, which raises
-        RuntimeError.
+        The message is written to the file descriptor, because a print in a signal handler may interrupt another print,
+        which raises RuntimeError.
         """
         self._requested = True
         os.write(STDERR, f"{reason}: ending after this step, with a checkpoint{hint}\n".encode())

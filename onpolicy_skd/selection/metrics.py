@@ -101,12 +101,12 @@ class Signals:
 
     @property
     def teacher_mass_N(self) -> Tensor:
-        """The teacher's probability of the student's ``positions.top_classes`` most likely classes."""
+        """The teacher's probability of the student's K most likely classes (``positions.top_classes``)."""
         return self._teacher_signals.teacher_mass_N
 
     @property
     def overlap_N(self) -> Tensor:
-        """Share of these classes that are among the teacher's equally many most likely ones."""
+        """Share of these K classes that are among the teacher's K most likely ones."""
         return self._teacher_signals.overlap_N
 
     @property

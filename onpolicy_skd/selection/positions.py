@@ -41,7 +41,7 @@ class Selection:
 
 @dataclass(frozen=True, slots=True)
 class Context:
-    """Inputs of a policy besides the scores."""
+    """Inputs of a policy in addition to the scores."""
 
     k: float  # share of positions to select at this step
     step: int = 0  # optimizer steps done

@@ -107,7 +107,7 @@ class Selector:
     """
 
     def __init__(self, settings: PositionSettings, seed: int, special_ids: Sequence[int] = ()) -> None:
-        """``special_ids``: the tokenizer's special tokens, for ``positions.mask_tokens``."""
+        """Find metric, policy and weighting; ``special_ids``: the special tokens for ``positions.mask_tokens``."""
         self._settings = settings
         self._policy = plugins.find(settings.policy, POLICIES, "positions.policy")
         self._metric = plugins.find(settings.metric, METRICS, "positions.metric")

@@ -190,7 +190,7 @@ def write_json(path: Path, tree: Any) -> None:
 def replacing(path: Path) -> Iterator[Path]:
     """Yield a name next to ``path`` that no other process uses.
 
-    The file written there replaces ``path``, atomically and durably; after an error it is removed.
+    The file that the block writes there replaces ``path``, atomically and durably; after an error it is removed.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}-{uuid.uuid4().hex[:8]}.tmp")
     try:

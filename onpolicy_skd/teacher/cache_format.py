@@ -40,7 +40,7 @@ from onpolicy_skd.types import Trajectory, seed_of
 FORMAT = 1
 MANIFEST, PLAN, HEAD, LOCK = "manifest.json", "building.json", "head.safetensors", ".lock"
 INDEX = ("digests", "positions", "entries")  # tensors of a shard that locate its samples
-POSITIONS_PER_SHARD = 65_536  # of a new cache
+POSITIONS_PER_SHARD = 65_536  # in a new cache
 PACKED_AT_ONCE = 65_536  # values; a multiple of 8, so that each packed block fills its last byte
 Content = Literal["hidden", "rs_kd", "top_k"]
 
@@ -206,7 +206,7 @@ def shard_name(number: int) -> str:
 def write_shard(
     folder: Path, number: int, trajectories: Sequence[Trajectory], teacher: TeacherRows, settings: Settings, v: int
 ) -> Shard:
-    """Encode ``trajectories`` and write them as one shard, whose bytes depend only on these arguments; ``v``: V."""
+    """Encode ``trajectories`` and write them as one shard, whose bytes depend only on the arguments; ``v``: V."""
     layout, keys = Layout.of(settings, v), [t.key for t in trajectories]
     counts = [len(t.target_ids) for t in trajectories]
     teacher.encode(trajectories)

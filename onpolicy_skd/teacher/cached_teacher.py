@@ -41,7 +41,7 @@ class CachedClasses:
                 self._encoded[t.key] = (t.digest, self._cache.classes(t), torch.as_tensor(t.target_ids))
 
     def classes(self, request: RowRequest, seeds: Sequence[int], options: ClassSettings) -> SparseTargets:
-        """See ``TeacherRows.classes``; ignores ``seeds``, because classes were drawn when the cache was built."""
+        """Return the cached classes; ignore ``seeds``, because classes were drawn when the cache was built."""
         requested, targets = [], []
         for key, at in request:
             _, cached, target_ids = self._encoded[key]

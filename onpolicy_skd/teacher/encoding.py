@@ -1,4 +1,4 @@
-"""One thread encodes a batch while another answers requests for what is encoded already."""
+"""Encoding on one thread while another thread answers requests for trajectories that are encoded already."""
 
 from __future__ import annotations
 

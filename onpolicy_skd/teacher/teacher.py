@@ -54,8 +54,8 @@ class TeacherRows(Protocol):
 class PrefetchingTeacher(TeacherRows, Protocol):
     """A teacher in another process that sends answers before the learner waits for them.
 
-    It keeps one prefetched answer, of the last request.  ``rows`` or ``classes`` with the same arguments returns it;
-    with others they drop it and ask again.
+    It keeps one prefetched answer, that of the last request.  ``rows`` or ``classes`` with the same arguments returns
+    it; with other arguments they drop it and send a new request.
     """
 
     def prefetch_rows(self, request: RowRequest) -> None:
@@ -70,8 +70,8 @@ class PrefetchingTeacher(TeacherRows, Protocol):
 class HiddenRowsTeacher(ABC):
     """Base of teachers that answer from the hidden states of encoded trajectories, which a subclass provides.
 
-    It keeps the hidden states at the eligible positions of each encoded trajectory until ``release``.
-    Memory: 2 * G bytes per response token in bfloat16 (G: hidden size), 4 * G in float32.
+    The hidden states at the eligible positions of each encoded trajectory stay in memory until ``release``: 2 * G bytes
+    per response token in bfloat16 (G: hidden size), 4 * G in float32.
     """
 
     def __init__(self, head: LMHead, temperature: float, chunk_rows: int | None) -> None:

@@ -27,7 +27,7 @@ from onpolicy_skd.teacher.teacher import HiddenRowsTeacher
 from onpolicy_skd.types import Trajectory
 
 CHECKED_TEXTS = ("2 + 3 = 5", "Question: A train travels 60 miles in 2 hours. How fast is it?", "To be or not to be, ")
-CHECKED_TOKENS = 20  # most likely tokens of each position that are compared: vLLM returns no more by default
+CHECKED_TOKENS = 20  # number of most likely tokens to compare at each position: vLLM returns no more by default
 MAX_GAP = {torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 1e-1}  # mean absolute difference, nats
 Logprobs = list[list[dict[int, float]]]  # by text, by position: log-probabilities of the next token, by token id
 
