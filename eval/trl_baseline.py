@@ -113,7 +113,7 @@ class Recorder(TrainerCallback):
         with ProgressReporter("evaluation", len(prompts)) as progress:
             evaluation = evaluate(
                 self._engine.stream, prompts, self._run.tokenizer, self._run.greedy,
-                on_record=lambda _: progress.advance(),
+                on_record=lambda _: progress.advance(), judge=settings.eval.judge,
             )  # fmt: skip
         self.evaluations[name] = evaluation.result
         evaluation.write_records(self._run.paths.evaluation(name, step))

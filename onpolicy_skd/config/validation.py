@@ -587,6 +587,7 @@ TRL_ONLY = {
     "alignment.reference_weight": 0.0, "alignment.mixture.gate": "none", "alignment.clip": None,
     "rollout.n": 1, "rollout.stop": [], "student.lora_rank": 0, "rollout.max_tokens_start": None,
     "teacher.prompt": None, "teacher.ema_decay": None, "teacher.engine": "transformers", "teachers": {},
+    "run.keep_best": False, "pipeline.max_staleness": 0,
 }  # fmt: skip
 
 

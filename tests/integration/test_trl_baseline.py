@@ -1,8 +1,11 @@
 """TRL's trainer as a row of a comparison: same prompts, optimizer and run folder; refusal of what it cannot do."""
 
+import dataclasses
 import json
 import shutil
+import types
 
+import numpy as np
 import pytest
 from helpers import ROOT, tiny_settings
 
@@ -11,8 +14,9 @@ from onpolicy_skd.comparison import grid as comparison
 from onpolicy_skd.config.errors import ConfigError
 from onpolicy_skd.config.validation import check_trl
 from onpolicy_skd.models.loading import resolve_path
-from onpolicy_skd.report.metrics_log import read
+from onpolicy_skd.report.metrics_log import MetricsLog, read
 from onpolicy_skd.run.prepare import prepare
+from onpolicy_skd.types import Trajectory
 
 OPTIONS = [
     "data.source=demo", "data.max_prompt_tokens=96", "data.train_problems=40", "student.model=bundled:demo_student",
@@ -106,3 +110,26 @@ def test_a_grid_refuses_such_a_row_by_name(tmp_path):
     (tmp_path / "grid.yaml").write_text(json.dumps(grid))
     with pytest.raises(ConfigError, match=r"row 'TRL', on_policy: positions.policy=top_k"):
         comparison.load(tmp_path / "grid.yaml")
+
+
+class WritesOneToken:
+    def load_weights(self, weights, version):
+        pass
+
+    def stream(self, requests, sampling):
+        for r in requests:
+            yield Trajectory(r.key, np.array(r.prompt_ids), np.array([9, 1]), np.zeros(2, np.float32), "stop", 0)
+
+
+def test_the_users_judge_decides_where_the_data_has_no_answer(tmp_path, monkeypatch):
+    (tmp_path / "judge_of_trl.py").write_text("def right(output, columns):\n    return True\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    judged = {"judge": "judge_of_trl:right"}
+    run = prepare(tiny_settings(run={"dir": tmp_path}, rollout={"engine": "transformers"}, eval=judged))
+    run.folder.mkdir()
+    metrics = MetricsLog(run.folder, 0)
+    recorder = trl_baseline.Recorder(run, metrics, None, types.SimpleNamespace(named_parameters=dict))
+    recorder._engine = WritesOneToken()
+    recorder.evaluate("after", 2, [dataclasses.replace(p, answer="") for p in run.held_out[:2]])
+    metrics.close()
+    assert recorder.evaluations["after"]["match"]["share"] == 1.0

@@ -310,7 +310,15 @@ def test_override_beats_file_beats_parent_beats_default(tmp_path):
 
 def test_metrics_that_look_at_the_whole_batch_are_the_same_in_both_places():
     """Settings are checked where torch is not imported."""
-    assert set(validation.WHOLE_BATCH) == metrics.WHOLE_BATCH
+    assert set(validation.WHOLE_BATCH) == {name for name, metric in metrics.METRICS.items() if metric in metrics.RANGES}
+
+
+def test_settings_that_trls_trainer_would_ignore_are_refused():
+    same = ["positions.policy=full", "samples.truncated=keep", "data.validation_problems=5", "run.evaluate_every=1"]
+    validation.check_trl(load_settings(same))
+    for changed in ("run.keep_best=true", "pipeline.max_staleness=1"):
+        with pytest.raises(ConfigError, match=rf"(?i){changed}: TRL's DistillationTrainer has no such choice"):
+            validation.check_trl(load_settings([*same, changed]))
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.name)
