@@ -27,6 +27,7 @@ from onpolicy_skd.run.exits import EXIT_OK, run_cli
 from onpolicy_skd.storage.files import write_text
 
 Records = dict[str, dict[str, Any]]  # by key
+FIELDS = {"key": str, "question": str, "tokens": int, "finish_reason": str, **dict.fromkeys(RULES, int)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,9 +79,9 @@ def read(path: Path) -> Records:
         raise ConfigError(f"{path}: no such file; accepted: a folder of eval.gsm8k --out, or a file of its records")
     records: Records = {}
     for number, row in enumerate(read_jsonl(file), 1):
-        missing = [k for k in ("key", "question", "tokens", "finish_reason", *RULES) if k not in row]
-        if missing:
-            raise ConfigError(f"{file} record {number}: has no {missing[0]}; accepted: records of eval.gsm8k")
+        wrong = [k for k, kind in FIELDS.items() if not isinstance(row.get(k), kind)]
+        if wrong:
+            raise ConfigError(f"{file} record {number}: has no valid {wrong[0]}; accepted: records of eval.gsm8k")
         key = row["key"].rpartition("/")[0]
         if key in records:
             raise ConfigError(f"{file} record {number}: a second answer to {key}; accepted: --samples 1")

@@ -47,6 +47,8 @@ def evaluate(
     """
     if samples < 1 or (problems is not None and problems < 1):
         raise ConfigError(f"samples={samples}, problems={problems}: accepted: at least 1")
+    if temperature is not None and temperature < 0:
+        raise ConfigError(f"temperature={temperature:g}: accepted: 0 or above")
     model = str(model)
     settings = settings or load_config(config_beside(model))
     tokenizer = load_tokenizer(model, settings.student.trust_remote_code)

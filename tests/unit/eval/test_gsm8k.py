@@ -86,6 +86,12 @@ def test_a_folder_of_another_evaluation_is_refused_in_a_line(undisturbed, tmp_pa
     assert "holds records.jsonl of unknown settings" in refusal()
 
 
+def test_a_negative_temperature_is_refused(tmp_path, capsys):
+    assert run(tmp_path / "out", "--temperature", "-1") == 2
+    assert "temperature=-1: accepted: 0 or above" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
 def test_several_samples_print_pass_at_k(tmp_path, capsys):
     assert run(tmp_path, "--samples", "3") == 0
     printed = capsys.readouterr().out

@@ -109,7 +109,9 @@ def test_what_cannot_be_paired_is_refused(tmp_path, capsys):
     assert "not a file of --record" in refusal(tmp_path / "deep.json")
     (tmp_path / "e").mkdir()
     (tmp_path / "e" / "records.jsonl").write_text('{"key": "p0/0"}\n')
-    assert "record 1: has no question" in refusal(first, tmp_path / "e")
+    assert "record 1: has no valid question" in refusal(first, tmp_path / "e")
+    assert "record 1: has no valid key" in refusal(first, evaluation(tmp_path / "g", [0, 1], key=3))
+    assert "record 1: has no valid tokens" in refusal(first, evaluation(tmp_path / "h", [0, 1], tokens="5"))
     assert paired.main([first, first, "--record", str(tmp_path / "r.json")]) == 0
     other = evaluation(tmp_path / "f", [1, 1, 1])
     assert "its arms are of other problems" in refusal(other, other, "--record", tmp_path / "r.json")
