@@ -40,7 +40,7 @@ def figures(comparison: Comparison, rows: Sequence[RowResult]) -> dict[str, Figu
     with rc_context(STYLE):
         figures = {
             "learning_curves": _curves(comparison, "exact match on held-out problems, %", _exact_match),
-            "accuracy_and_cost": _costs(rows),
+            "accuracy_and_cost": _costs(comparison, rows),
             "entropy_of_positions": _selected_and_not(comparison, "entropy", "student entropy, nats"),
             "divergence_of_positions": _selected_and_not(comparison, "divergence", "divergence, nats per token"),
             "response_length": _curves(comparison, "response length, tokens", _series("response_tokens")),
@@ -171,7 +171,7 @@ def _curves(comparison: Comparison, title: str, read: Callable[[PlannedRun], Cur
     return _panels(comparison, title, plot_row)
 
 
-def _costs(rows: Sequence[RowResult]) -> Figure | None:
+def _costs(comparison: Comparison, rows: Sequence[RowResult]) -> Figure | None:
     """Plot exact match over four kinds of cost, a point for each row and mode."""
     kinds = {
         "teacher_tokens": "teacher tokens", "positions_supervised": "positions supervised",
@@ -180,7 +180,7 @@ def _costs(rows: Sequence[RowResult]) -> Figure | None:
     if not rows:
         return None
     figure = Figure(figsize=(11, 6.4), layout="constrained")
-    names = list(dict.fromkeys(r.row for r in rows))
+    names = [row.name for row in comparison.grid.rows]
     for axis, (key, title) in zip(figure.subplots(2, 2).flat, kinds.items(), strict=True):
         for r in rows:
             place, filled = names.index(r.row), r.mode == "on_policy"

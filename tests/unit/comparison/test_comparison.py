@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from comparison_helpers import CONFIGS, recorded, write_finished_run, write_grid
 from helpers import make_trajectories
+from matplotlib.colors import to_hex
 
 from onpolicy_skd import compare
 from onpolicy_skd.comparison import figures, grid, results
@@ -203,6 +204,19 @@ def test_the_page_is_one_file_and_shows_what_a_model_wrote_as_text(tmp_path):
         assert outside not in page
     assert "currentColor" in page
     assert "#010203" not in page
+
+
+def test_a_row_has_its_color_in_every_figure_also_while_others_are_not_finished(tmp_path):
+    comparison = grid.load(write_grid(tmp_path))
+    for run in comparison.trained:
+        if run.row.name == "SE-KD":
+            write_finished_run(run, [True, False])
+            recorded(run)
+    made = figures.figures(comparison, results.results(comparison))
+    curve = made["response_length"].axes[0].lines[0].get_color()
+    assert curve == figures.COLORS[1]
+    for points in made["accuracy_and_cost"].axes[0].collections:
+        assert to_hex(points.get_edgecolor()[0]) == curve.lower()
 
 
 def truncation(tmp_path, **record):
