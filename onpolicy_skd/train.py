@@ -334,7 +334,8 @@ def add_divergences(run: Run, workers: Workers, prompts: Sequence[Prompt], evalu
     evaluation.result.update(means(list(diagnostics.values())))
     shown = [t for t in rollouts if t.key in diagnostics][:TOKEN_VIEWS]
     evaluation.views.extend(token_view(t, diagnostics[t.key], run.tokenizer) for t in shown)
-    answers = [as_text(p, "prompt+answer", run.tokenizer) for p in prompts if p.has_reference]
+    annotations = run.settings.references.annotations
+    answers = [as_text(p, "prompt+answer", run.tokenizer, annotations) for p in prompts if p.has_reference]
     if answers:
         evaluation.result["divergence_reference"] = means(workers.diagnose_positions(answers))["divergence"]
 

@@ -61,13 +61,17 @@ def trajectory(prompt: Prompt, response: Response, key: str, supervise: str) -> 
     )  # fmt: skip
 
 
-def of_data(prompt: Prompt, tokenizer: Any, supervise: str = "response") -> Response:
+def of_data(prompt: Prompt, tokenizer: Any, supervise: str = "response", annotations: str = "keep") -> Response:
     """Return the response to ``prompt`` in the data.  Raises DataError, naming the row, if it is unusable."""
     if prompt.chat is None:
-        return Response(answer_ids(prompt.answer, tokenizer))
+        return _of_answer(prompt.answer, tokenizer, annotations)
     with naming(prompt.row):
         ids, mask = conversation(prompt.chat, tokenizer, last=supervise == "last")
     return Response(ids, mask=mask)
+
+
+def _of_answer(answer: str, tokenizer: Any, annotations: str) -> Response:
+    return Response(answer_ids(ANNOTATION.sub("", answer) if annotations == "strip" else answer, tokenizer))
 
 
 def of_text(prompt: Prompt, key: str) -> Trajectory:
@@ -117,9 +121,7 @@ def _reader(settings: Settings, prompts: Sequence[Prompt], tokenizer: Any) -> Ca
         if prompt.chat:
             return [of_data(prompt, tokenizer, cfg.supervise)]
         texts = answers.get(prompt.key, []) if cfg.source == "file" else [prompt.answer] if prompt.answer else []
-        if cfg.annotations == "strip":
-            texts = [ANNOTATION.sub("", text) for text in texts]
-        return [Response(answer_ids(text, tokenizer)) for text in texts]
+        return [_of_answer(text, tokenizer, cfg.annotations) for text in texts]
 
     return read
 

@@ -49,7 +49,8 @@ def kept_prompts(
                 if samples_cfg.prefilter_text == "rollout":
                     texts = generate(batch)
                 else:
-                    texts = [as_text(p, samples_cfg.prefilter_text, tokenizer) for p in batch]
+                    annotations = settings.references.annotations
+                    texts = [as_text(p, samples_cfg.prefilter_text, tokenizer, annotations) for p in batch]
                 scores += score(texts)
                 progress.advance(len(batch))
         log(f"prefilter: {len(scores)}/{len(prompts)} prompts scored")
@@ -63,15 +64,17 @@ def kept_prompts(
     return kept
 
 
-def as_text(prompt: Prompt, text: str, tokenizer: Any) -> Trajectory:
+def as_text(prompt: Prompt, text: str, tokenizer: Any, annotations: str = "keep") -> Trajectory:
     """Return a trajectory whose eligible positions are those to score: the prompt's tokens, or the reference answer's.
 
     The first token of a prompt or of packed text is not scored; for packed text ``text`` has no effect.
+    ``annotations="strip"``: an answer is scored without its calculator annotations.
     """
     if prompt.documents is not None:
         return references.of_text(prompt, prompt.key)
     if text == "prompt+answer":
-        return references.trajectory(prompt, references.of_data(prompt, tokenizer), prompt.key, "response")
+        response = references.of_data(prompt, tokenizer, annotations=annotations)
+        return references.trajectory(prompt, response, prompt.key, "response")
     ids, response = prompt.token_ids[:1], prompt.token_ids[1:]
     zeros = np.zeros(len(response), np.float32)
     return Trajectory(prompt.key, np.asarray(ids), np.asarray(response), zeros, "stop", None, teacher=prompt.teacher)
@@ -98,6 +101,8 @@ def fingerprint(settings: Settings, prompts: Sequence[Prompt]) -> str:
         digest.update(json.dumps(loaded).encode())
     if samples_cfg.prefilter_text == "rollout" or samples_cfg.metric == "random":
         digest.update(json.dumps([settings.run.seed, settings.rollout.model_dump(mode="json")]).encode())
+    if samples_cfg.prefilter_text == "prompt+answer" and settings.references.annotations == "strip":
+        digest.update(b"strip")
     for prompt in prompts:
         fields = [prompt.key, prompt.token_ids, prompt.answer, *(prompt.chat.messages if prompt.chat else [])]
         if prompt.documents is not None:

@@ -43,6 +43,22 @@ def test_the_top_share_is_kept_in_order_and_its_scores_are_reused(text, tmp_path
     assert log[2].startswith("prefilter: scores of 5 prompts reused from ")
 
 
+def test_answers_are_scored_as_they_are_trained_on(tmp_path):
+    """Without the calculator's annotations if ``references.annotations=strip``."""
+    tokenizer, scores = load_tokenizer("bundled:demo_student"), {}
+    prompts = [dataclasses.replace(p, answer="2*3=<<2*3=6>>6\n#### 6") for p in PROMPTS]
+    for annotations in ("keep", "strip"):
+        settings = tiny_settings(
+            mode="off_policy", run={"dir": tmp_path}, samples={"keep": 0.4, "when": "prefilter"},
+            references={"annotations": annotations},
+        )  # fmt: skip
+        texts = []
+        kept_prompts(settings, prompts, tokenizer, lambda b: [texts.append(t) or 0.0 for t in b], None, print)  # noqa: B023
+        assert len(texts) == len(prompts)  # the scores of other texts are not reused
+        scores[annotations] = tokenizer.decode(texts[0].response_ids, skip_special_tokens=True)
+    assert scores == {"keep": prompts[0].answer, "strip": "2*3=6\n#### 6"}
+
+
 def test_packed_text_is_scored_at_all_its_tokens():
     packed = dataclasses.replace(PROMPTS[0], documents=np.array([2]))
     assert as_text(packed, "prompt+answer", None).documents.tolist() == [2]
