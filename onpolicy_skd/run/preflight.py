@@ -82,7 +82,7 @@ def warn_of_slow_dtypes(settings: Settings) -> None:
         return
     dtypes = {
         "learner.compute_dtype": settings.learner.compute_dtype,
-        "teacher.dtype": settings.teacher.dtype,
+        **{f"{key.removesuffix('.model')}.dtype": s.teacher.dtype for key, s in models_of_teachers(settings)},
         "rollout.dtype": settings.rollout.dtype,
     }
     for name in ("bfloat16", "float16"):

@@ -346,5 +346,16 @@ def test_types_without_instructions_on_this_cpu_are_warned_of(monkeypatch, caplo
     ][: len(keys)]
 
 
+def test_the_type_of_each_teacher_is_warned_of(monkeypatch, caplog):
+    monkeypatch.setattr(checks, "_slowdown", lambda _: 40.0)
+    settings = tiny_settings(
+        teacher=TeacherSettings().model_dump(include={"model", "dtype"}),
+        teachers={"a": {"model": "bundled:demo_teacher", "dtype": "bfloat16"}, "b": {"model": "bundled:demo_teacher"}},
+        data={"teacher_column": "teacher"},
+    )
+    checks.warn_of_slow_dtypes(settings)
+    assert [r.getMessage().partition(":")[0] for r in caplog.records] == ["teachers.a.dtype"]
+
+
 def test_the_slowdown_of_a_type_is_a_ratio_of_times():
     assert 0.0 < checks._slowdown(torch.bfloat16) < 1e5
