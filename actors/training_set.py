@@ -31,15 +31,15 @@ ScoreSamples = Callable[[Sequence[Trajectory]], list[float]]
 
 
 @contextmanager
-def engine(run: Run, resources: Resources, who: str) -> Iterator[RolloutGroup]:
+def engine(run: Run, resources: Resources, who: str, log: Log) -> Iterator[RolloutGroup]:
     """Yield one rollout engine with the weights of ``who`` ("student" or "teacher"); kill it afterwards."""
     alone = {"rollout": run.settings.rollout.model_copy(update={"actors": 1}), "pipeline": PipelineSettings()}
     settings = with_absolute_paths(run.settings.model_copy(update=alone))  # nothing else runs, so it takes all cores
     model_cfg = settings.teacher_model if who == "teacher" else settings.student
     role = resources.rollout
-    group = RolloutGroup(model_cfg, role.on_device(settings), lambda _: role.options(), 1)
+    group = RolloutGroup(model_cfg, role.on_device(settings), lambda _: role.options(), 1, log)
     try:
-        wait_ready({f"{who} engine": group.actors})
+        wait_ready({f"{who} engine": group.actors}, log)
         yield group
     finally:
         group.close()
@@ -73,7 +73,7 @@ def add_generated_references(run: Run, resources: Resources, log: Log) -> None:
 
     def once() -> None:
         with ExitStack() as stack:
-            model = functools.cache(lambda: stack.enter_context(engine(run, resources, source)))
+            model = functools.cache(lambda: stack.enter_context(engine(run, resources, source, log)))
 
             def generate(requests: Sequence[RolloutRequest]) -> list[Trajectory]:
                 return model().gather(requests, sampling)  # starts the engine only if a response is not on disk

@@ -68,7 +68,7 @@ def selected(run: Run, resources: Resources, builders: CacheBuilders, log: Log) 
     """Return the prompts to cache; the actors that score them start only if scores are missing on disk."""
     with ExitStack() as stack:
         ranking = functools.cache(lambda: stack.enter_context(builders.sample_scorer()))
-        rollouts = functools.cache(lambda: stack.enter_context(engine(run, resources, "student")))
+        rollouts = functools.cache(lambda: stack.enter_context(engine(run, resources, "student", log)))
 
         def score_samples(trajectories: Sequence[Trajectory]) -> list[float]:
             return ranking()(trajectories)

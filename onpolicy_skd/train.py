@@ -345,7 +345,7 @@ def teacher_evaluation(run: Run, resources: Resources, log: Callable[[str], None
     prompts = run.held_out[: run.settings.eval.problems or None]
 
     def action() -> Evaluation:
-        with engine(run, resources, "teacher") as group:
+        with engine(run, resources, "teacher", log) as group:
             return evaluate_with_progress(run, group.completed, prompts, "evaluation of the teacher")
 
     return retry_engine_on_fault(run.settings, "teacher engine", action, log)
