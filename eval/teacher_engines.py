@@ -51,6 +51,7 @@ def measure(settings: Settings, samples: int, steps: int) -> dict[str, Any]:
     import torch
 
     from actors.teacher_actor import build_teacher
+    from onpolicy_skd.data.chat import special_ids
     from onpolicy_skd.learner.learner import Learner
     from onpolicy_skd.models.loading import load_student, pick_device
     from onpolicy_skd.models.split_model import split
@@ -61,7 +62,7 @@ def measure(settings: Settings, samples: int, steps: int) -> dict[str, Any]:
     teacher = build_teacher(settings, run.vocabulary, pad_id)
     device = pick_device(settings.run.device)
     student = split(load_student(settings, device, device), run.vocabulary)
-    learner = Learner(student, teacher, settings, pad_id, steps)
+    learner = Learner(student, teacher, settings, pad_id, steps, special_ids=sorted(special_ids(run.tokenizer)))
     losses: list[float] = []
     first: dict[str, Any] = {}
     for step in range(steps):
