@@ -118,7 +118,7 @@ def _metadata(settings: Settings, summary: dict[str, Any]) -> ModelCardData:
             task_type="text-generation",
             dataset_type=dataset,
             dataset_name=dataset,
-            dataset_config=sources[0].subset,
+            dataset_config="main" if sources[0].source == "gsm8k" else sources[0].subset,
             dataset_split=sources[0].eval_split,
             metric_type="exact_match",
             metric_name="exact match (math-verify)",

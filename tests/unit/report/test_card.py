@@ -50,7 +50,8 @@ def test_the_card_of_a_run_on_hub_models_and_data(write, tmp_path):
     assert (data.base_model, data.datasets, data.library_name) == ("Qwen/Qwen3-1.7B", ["openai/gsm8k"], "transformers")
     assert data.license is None
     (result,) = data.eval_results
-    assert (result.dataset_type, result.metric_type, result.metric_value) == ("openai/gsm8k", "exact_match", 50.0)
+    assert (result.dataset_type, result.dataset_config) == ("openai/gsm8k", "main")
+    assert (result.metric_type, result.metric_value) == ("exact_match", 50.0)
     for line in (
         "`Qwen/Qwen3-1.7B`, distilled from `Qwen/Qwen3-8B` on its own responses",
         "reverse_kl at 10 % of the positions (top_k by student_entropy), 7 optimizer steps of 16 samples",
