@@ -19,8 +19,8 @@ from typing import Any
 
 from onpolicy_skd.config.errors import ConfigError
 from onpolicy_skd.data.rows import read_jsonl
-from onpolicy_skd.evaluation.evaluate import RULES, Z
-from onpolicy_skd.evaluation.exact_match import wilson
+from onpolicy_skd.evaluation.evaluate import RULES
+from onpolicy_skd.evaluation.exact_match import Z, wilson
 from onpolicy_skd.evaluation.record_file import RECORDS
 from onpolicy_skd.report.summary import percent
 from onpolicy_skd.run.exits import EXIT_OK, run_cli

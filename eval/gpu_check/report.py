@@ -34,10 +34,6 @@ class Report:
     results: list[Result] = field(default_factory=list)
     show: Callable[[str], None] = print
 
-    @property
-    def failed(self) -> list[Result]:
-        return [r for r in self.results if r.status == FAILED]
-
     def at_most(self, name: str, value: float, bound: float) -> None:
         self._add(name, OK if value <= bound else FAILED, value, f"at most {bound:g}")
 

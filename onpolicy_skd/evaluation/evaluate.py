@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from onpolicy_skd.evaluation.exact_match import wilson
+from onpolicy_skd.evaluation.exact_match import Z, wilson
 from onpolicy_skd.evaluation.judge import verdict
 from onpolicy_skd.evaluation.stop_texts import before_stop
 from onpolicy_skd.storage.files import write_text
@@ -18,7 +18,6 @@ from onpolicy_skd.types import Prompt, RolloutRequest, SamplingParams, Trajector
 
 Generate = Callable[[Sequence[RolloutRequest], SamplingParams], Iterable[Trajectory]]
 RULES = ("match", "strict")
-Z = 1.959964  # normal quantile of the two-sided 95 % interval
 
 
 @dataclass(frozen=True, slots=True)

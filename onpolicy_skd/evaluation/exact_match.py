@@ -27,6 +27,7 @@ ANSWER_TAIL = 4_000  # characters from the end that may hold the final answer
 LONGEST_ANSWER = 100  # characters of a box, of a formula, and of the answer that a record keeps
 LONGEST_COMPARISON = 0.4  # CPU seconds of symbolic algebra; a comparison that takes longer counts as not equal
 AGAIN = 0.05  # seconds between further interrupts
+Z = 1.959964  # normal quantile of the two-sided 95 % interval
 MARKER, BOXED = "####", re.compile(r"\\(?:boxed|fbox)(?![A-Za-z])")
 STRICT = re.compile(r"#### (-?[0-9.,]+)")
 for _name in ("math_verify", "math_verify.parser", "math_verify.grader"):
@@ -274,11 +275,11 @@ def _plain(number: str) -> str:
     return number.replace(",", "").replace("$", "").replace("\u2212", "-").removesuffix(".")
 
 
-def wilson(right: float, total: int, z: float = 1.959964) -> tuple[float, float]:
+def wilson(right: float, total: int) -> tuple[float, float]:
     """Return the 95 % interval of a share (Wilson, 1927); unlike the normal interval, it holds near 0 and 1."""
     if total == 0:
         return (0.0, 1.0)
-    share, spread = right / total, z * z / total
+    share, spread = right / total, Z * Z / total
     center = (share + spread / 2) / (1 + spread)
-    half = z / (1 + spread) * math.sqrt(share * (1 - share) / total + spread / (4 * total))
+    half = Z / (1 + spread) * math.sqrt(share * (1 - share) / total + spread / (4 * total))
     return (max(0.0, center - half), min(1.0, center + half))

@@ -257,4 +257,3 @@ FROM_RECORDS = frozenset({student_entropy, student_ce})  # read only what engine
 FROM_TEACHER_ROWS = frozenset(
     {kl, reverse_kl, kl_plus_entropy, tip_soft_or, tip_q3, ta_opd, teacher_mass, overlap, margin}
 )  # read the teacher's hidden rows at all eligible positions
-WHOLE_BATCH = frozenset(name for name, metric in METRICS.items() if metric in RANGES)
