@@ -300,7 +300,8 @@ def local_ray():
     ray.shutdown()
 
 
-@pytest.mark.parametrize("count", [pytest.param(1, marks=pytest.mark.slow), 2])
+@pytest.mark.slow
+@pytest.mark.parametrize("count", [1, 2])
 def test_teacher_actors_give_what_the_plain_teacher_gives(local_ray, count):
     settings = tiny_settings()
     tokenizer = load_tokenizer("bundled:demo_teacher")

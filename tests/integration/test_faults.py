@@ -99,7 +99,9 @@ def test_what_code_raises_is_no_fault(cluster):
     kill(actor, None)
 
 
-@pytest.mark.parametrize("problem", [MemoryError("host"), torch.OutOfMemoryError("CUDA out of memory")])
+@pytest.mark.parametrize(
+    "problem", [MemoryError("host"), pytest.param(torch.OutOfMemoryError("CUDA out of memory"), marks=pytest.mark.slow)]
+)
 def test_out_of_memory_is_a_fault_of_the_one_that_ran_out(cluster, problem):
     actor, other = Actor.remote(), Actor.remote()
     actor_id = ray.get(actor.ready.remote()).actor_id

@@ -32,7 +32,7 @@ def decode(ids):
     return TOKENIZER.decode(ids, skip_special_tokens=True)
 
 
-@pytest.mark.parametrize("engine", ["transformers", "vllm"])
+@pytest.mark.parametrize("engine", ["transformers", pytest.param("vllm", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("temperature", [0.0, pytest.param(1.0, marks=pytest.mark.slow)])
 def test_a_response_is_the_shortest_prefix_with_a_stop_text(tmp_path, engine, temperature):
     settings = setting(tmp_path, engine)

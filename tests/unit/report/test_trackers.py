@@ -138,7 +138,7 @@ trackers.close()
 """
 
 
-@pytest.mark.parametrize("name", ["tensorboard", "wandb", "trackio", "mlflow"])
+@pytest.mark.parametrize("name", ["tensorboard", "wandb", "trackio", pytest.param("mlflow", marks=pytest.mark.slow)])
 def test_credentials_in_settings_reach_no_tracker(name, tmp_path):
     """A process for each tracker, without an account; what it stores lies in its working directory."""
     environment = {n: v for n, v in os.environ.items() if not n.startswith(("MLFLOW_", "WANDB_", "TRACKIO_"))} | {
