@@ -35,8 +35,8 @@ demo: $(READY)
 
 # Each worker of pytest-xdist has its share of the cores. Files with Ray and engines come first: they take longest.
 test: $(READY)
-	$(RUN) -m pytest -m "not slow" -n auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder \
-		tests/integration tests/unit
+	$(RUN) -m pytest -m "not slow" tests/integration tests/unit \
+		-n auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 
 # One by one: each starts several processes, which use all cores. MINUTES=N starts no test after N minutes and lists those
 # it skips; the order of the files depends on the commit.

@@ -34,7 +34,9 @@ class Command(Generic[Name]):
     name: Name
     arguments: list[str]
     log: Path
-    owns_device: bool = False  # computes in its own process, not in actors: needs a GPU if the cluster has any
+    owns_device: bool = (
+        False  # computes in the process of the command, not in actors: needs a GPU if the cluster has any
+    )
 
 
 @ray.remote(num_cpus=0, max_retries=0)

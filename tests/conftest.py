@@ -10,11 +10,10 @@ import time
 from pathlib import Path
 
 import pytest
-from hypothesis import HealthCheck, settings
+from hypothesis import settings
 
-# The time of an example depends on the machine.
-settings.register_profile("any_machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
-settings.load_profile("any_machine")
+settings.register_profile("no_deadline", deadline=None)  # the time of one example depends on the machine
+settings.load_profile("no_deadline")
 END = pytest.StashKey[float]()  # time.monotonic() after which no test starts
 ROOT = Path(__file__).parents[1]
 GSM8K = ROOT.parent / "shared" / "data" / "gsm8k"

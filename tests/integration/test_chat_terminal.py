@@ -39,7 +39,7 @@ def test_a_question_is_answered_side_by_side_and_control_d_ends():
             os.write(outer, QUESTION.encode() + b"\n")
             shown = read_until(outer, "┘\r\n> ".encode())
             os.write(outer, b"\x04")
-            assert process.wait(120) == 0
+            assert process.wait(30) == 0
         finally:
             process.kill()
             os.close(outer)

@@ -152,7 +152,7 @@ def test_an_interrupted_comparison_stops_its_runs_with_a_checkpoint(tmp_path):
     assert code == 2
     assert f"dir={tmp_path / 'out'} is in use by process {process.pid}" in said
     process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=300)
+    out, err = process.communicate(timeout=120)
     assert process.returncode == 3, out + err
     assert "SIGINT: stopped; the same command continues" in err
     assert "Traceback" not in err

@@ -12,7 +12,7 @@ from comparison_helpers import recorded, write_finished_run, write_grid
 from helpers import ROOT
 from mkdocs.commands.build import build
 from mkdocs.config import load_config
-from playwright.sync_api import sync_playwright
+from playwright.sync_api import expect, sync_playwright
 
 from onpolicy_skd import compare
 from onpolicy_skd.comparison import grid
@@ -167,5 +167,5 @@ def test_the_site_finds_a_setting(browser, site):
         visitor.page.locator("[data-md-component=search-query]").click()
         visitor.page.keyboard.type("feature_entropy")
         visitor.page.locator(".md-search-result__link[href*='settings/']").first.click()
-        visitor.page.locator("code", has_text="alignment.feature_entropy").first.wait_for()  # until it is visible
+        expect(visitor.page.locator("code", has_text="alignment.feature_entropy").first).to_be_visible()  # waits for it
         visitor.check()

@@ -291,7 +291,7 @@ def test_a_signal_to_the_process_group_ends_with_a_checkpoint(tmp_path, number):
         if line.startswith("step 2/"):
             os.killpg(process.pid, number)
             break
-    out, err = process.communicate(timeout=300)
+    out, err = process.communicate(timeout=120)
     assert process.returncode == 3, out + err
     assert f"{number.name}: ending after this step" in err
     assert "resume=auto" in out
@@ -311,7 +311,7 @@ def test_a_signal_outside_the_steps_ends_the_run_at_once(tmp_path):
         if line.startswith("starting "):
             process.send_signal(signal.SIGTERM)
             break
-    out, err = process.communicate(timeout=180)
+    out, err = process.communicate(timeout=60)
     assert process.returncode == 3, out + err
     assert "SIGTERM: stopped outside the steps" in err
     assert "Traceback" not in err
@@ -347,7 +347,7 @@ def test_a_run_does_not_lean_on_the_private_ray_of_another(tmp_path):
         if line.startswith("starting "):
             break
     first.kill()
-    out, _ = second.communicate(timeout=400)
+    out, _ = second.communicate(timeout=200)
     assert second.returncode == 0, out
     assert "finished after 4 steps" in out
 

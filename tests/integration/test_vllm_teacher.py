@@ -181,7 +181,7 @@ def test_two_workers_give_the_rows_of_one_process_and_the_death_of_one_is_notice
     with pytest.raises(RuntimeError):
         wide.encode(batch)
     assert wide.lost_worker(10)
-    assert died.wait(180)
+    assert died.wait(60)
 
 
 def as_gptq(weight_OI, group=32):

@@ -184,7 +184,7 @@ def test_every_listed_test_exists(command):
     ("target", "program"),
     [
         ("demo", "-m onpolicy_skd.train --config configs/demo.yaml"),
-        ("test", '-m pytest -m "not slow" -n auto'),
+        ("test", '-m pytest -m "not slow" tests/integration tests/unit -n auto'),
         ("test-slow", "-m pytest -m slow"),
         ("examples", "-m pytest -m slow tests/integration/test_examples.py"),
         ("docs", "-m mkdocs build --strict"),
@@ -201,7 +201,7 @@ def test_make_targets_start_what_they_name(target, program, tmp_path):
     # `make test` exports MAKELEVEL and MAKEFLAGS, which make this one print the directories that it enters.
     env = {name: value for name, value in os.environ.items() if not name.startswith("MAKE")}
     printed = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=True).stdout
-    lines = printed.replace("\\\n", "").splitlines()
+    lines = re.sub(r" \\\n\t+", " ", printed).splitlines()
     assert any("-m venv" in line for line in lines)  # each target sets up what it needs first
     assert program in lines[-1]
 

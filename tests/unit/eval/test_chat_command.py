@@ -96,9 +96,18 @@ def test_each_line_of_a_pipe_is_answered_before_the_next_is_read_and_other_bytes
             process.stdin.flush()
             answer = json.loads(process.stdout.readline())  # the pipe is still open for more questions
             assert answer["question"] == problem["question"]
-        _, err = process.communicate(b"x" * 20_000 + b"\n\xff?\n", timeout=180)
+        _, err = process.communicate(b"x" * 20_000 + b"\n\xff?\n", timeout=60)
     assert process.returncode == 2, err
     assert err.decode().splitlines()[-1].startswith("error: the questions are not utf-8 text: ")
+
+
+@pytest.mark.slow
+def test_a_chat_ends_when_its_pipe_closes():
+    done = subprocess.run(
+        COMMAND, env=ENVIRONMENT, input=PROBLEMS[0]["question"].encode(), capture_output=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["question"] == PROBLEMS[0]["question"]
 
 
 @pytest.mark.parametrize(

@@ -239,7 +239,7 @@ def test_a_checkpoint_in_the_background_is_the_one_of_its_moment(tmp_path, monke
     write = checkpoint._write
 
     def slow(*given):
-        gate.wait(60)
+        gate.wait(10)
         written.append(given[2])
         return write(*given)
 

@@ -24,7 +24,7 @@ class GatedTeacher(Teacher):
 
     def _hidden_of(self, trajectories):
         for number, pair in enumerate(super()._hidden_of(trajectories)):
-            assert self.gate.acquire(timeout=60)
+            assert self.gate.acquire(timeout=10)
             if number == self.fails:
                 raise MemoryError("full")
             yield pair
