@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import graphlib
 from collections import defaultdict
 from pathlib import Path
@@ -35,6 +36,7 @@ def room_of(module: str) -> str | None:
     return package if package != "onpolicy_skd" else rest.partition(".")[0] or None
 
 
+@functools.cache
 def modules() -> dict[str, ast.Module]:
     """The syntax tree of every module, by its dotted name."""
     paths = [path for package in PACKAGES for path in (ROOT / package).rglob("*.py")]
@@ -53,9 +55,11 @@ def imported_names(tree: ast.Module) -> set[str]:
     return names
 
 
-def import_graph(trees: dict[str, ast.Module]) -> dict[str, set[str]]:
+@functools.cache
+def import_graph() -> dict[str, set[str]]:
     """The project's modules that each module imports."""
     graph: dict[str, set[str]] = {}
+    trees = modules()
     for module, tree in trees.items():
         names = imported_names(tree)
         targets = {name if name in trees else name.rpartition(".")[0] for name in names}
@@ -80,13 +84,13 @@ def test_every_room_has_a_floor():
 
 
 def test_no_import_points_up():
-    arrows = room_arrows(import_graph(modules()))
+    arrows = room_arrows(import_graph())
     upward = {pair: where for pair, where in arrows.items() if FLOOR_OF[pair[1]] >= FLOOR_OF[pair[0]]}
     assert not upward
 
 
 def test_no_circle():
-    graphlib.TopologicalSorter(import_graph(modules())).prepare()  # raises CycleError with the circle
+    graphlib.TopologicalSorter(import_graph()).prepare()  # raises CycleError with the circle
 
 
 def test_only_drivers_actors_and_eval_import_ray():
@@ -96,7 +100,7 @@ def test_only_drivers_actors_and_eval_import_ray():
 
 
 def main() -> None:
-    graph = import_graph(modules())
+    graph = import_graph()
     arrows = room_arrows(graph)
     for number, rooms in enumerate(FLOORS):
         names = [name for name in rooms if any(room_of(module) == name for module in graph)]
