@@ -11,6 +11,7 @@ import numpy as np
 from scipy import stats
 
 LEVEL = 0.95
+CHUNK = 1_000  # resamples whose indices are in memory at once
 Key = TypeVar("Key")
 
 
@@ -60,19 +61,37 @@ def paired_difference(first_SP: np.ndarray, second_RP: np.ndarray, draws: int = 
     if first_SP.shape[1] != second_RP.shape[1] or 0 in (*first_SP.shape, *second_RP.shape):
         raise ValueError(f"not the same problems: {first_SP.shape[1]} and {second_RP.shape[1]}")
     rng = np.random.default_rng(seed)
-    problems, mean = first_SP.shape[1], float(first_SP.mean() - second_RP.mean())
+    mean = float(first_SP.mean() - second_RP.mean())
     freedom = len(first_SP) + len(second_RP) - 2
     first_SP, second_RP = _widened(first_SP, freedom), _widened(second_RP, freedom)
-    differences = np.empty(draws)
-    for i in range(draws):
-        weights_P = np.bincount(rng.integers(0, problems, problems), minlength=problems)
-        means = [rows_P[rng.integers(0, len(rows_P), len(rows_P))].mean(0) for rows_P in (first_SP, second_RP)]
-        differences[i] = weights_P @ (means[0] - means[1]) / problems
+    sizes = [min(CHUNK, draws - start) for start in range(0, draws, CHUNK)]
+    differences = np.concatenate([_resampled_differences(rng, first_SP, second_RP, size) for size in sizes])
     tail = (1.0 - LEVEL) / 2
     low, high = np.quantile(differences, [tail, 1.0 - tail])
     below, above = (1 + (differences <= 0).sum()) / (1 + draws), (1 + (differences >= 0).sum()) / (1 + draws)
     p = float(min(1.0, 2.0 * min(below, above)))
     return Difference(mean, float(low), float(high), p)
+
+
+def _resampled_differences(
+    rng: np.random.Generator, first_SP: np.ndarray, second_RP: np.ndarray, draws: int
+) -> np.ndarray:
+    """Return the differences of ``draws`` resamples of problems and seeds."""
+    problems = first_SP.shape[1]
+    counts_DP = _counts(rng.integers(0, problems, (draws, problems)), problems)
+    sums_D = []
+    for rows_P in (first_SP, second_RP):
+        seeds = len(rows_P)
+        counts = _counts(rng.integers(0, seeds, (draws, seeds)), seeds)
+        sums_D.append((counts * (counts_DP @ rows_P.T)).sum(1) / seeds)
+    return (sums_D[0] - sums_D[1]) / problems
+
+
+def _counts(index_DN: np.ndarray, size: int) -> np.ndarray:
+    """Return how often each of ``size`` indices occurs in each row, float64 of shape (D, size)."""
+    draws = len(index_DN)
+    offset = size * np.arange(draws)[:, None]
+    return np.bincount((index_DN + offset).ravel(), minlength=draws * size).reshape(draws, size).astype(np.float64)
 
 
 def _widened(rows_SP: np.ndarray, freedom: int) -> np.ndarray:

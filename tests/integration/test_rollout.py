@@ -245,23 +245,26 @@ def test_greedy_decoding_is_the_models_argmax(engine, requests):
         assert guess.tolist() == t.response_ids.tolist()
 
 
-@pytest.mark.parametrize("name", ["transformers", "vllm"])
 @pytest.mark.parametrize(
     "start", [pytest.param(STUDENT, id="tied"), pytest.param(TEACHER, id="untied", marks=pytest.mark.slow)]
 )
-def test_new_weights_are_sampled_from_at_once(name, start, requests):
+def test_new_weights_are_sampled_from_at_once(engine, start, requests):
     """Every parameter moves, the tied embedding too; afterwards the engine agrees with the moved model."""
     model = load_model(start, torch.float32, "cpu")
-    fresh = build_engine(start, tiny_settings(rollout={"engine": name}))
-    fresh.generate(requests, SAMPLED)  # fills a prefix cache with entries of the old weights
+    if start != STUDENT:
+        engine = build_engine(start, SETTINGS["vllm" if isinstance(engine, VLLMEngine) else "transformers"])
+    before = [(n, p.detach().clone()) for n, p in model.named_parameters()]
+    expected = engine.generate(requests, SAMPLED)  # fills a prefix cache with entries of the old weights
     torch.manual_seed(0)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.05 * parameter.abs().mean() * torch.randn_like(parameter))
-    fresh.load_weights([(n, p.detach()) for n, p in model.named_parameters()], version=7)
-    trajectories = fresh.generate(requests, SAMPLED)
+    engine.load_weights([(n, p.detach()) for n, p in model.named_parameters()], version=7)
+    trajectories = engine.generate(requests, SAMPLED)
     assert learner_gap(trajectories, model) < GAP
     assert {t.policy_version for t in trajectories} == {7}
+    engine.load_weights(before, version=0)  # other tests share the engine
+    assert same(engine.generate(requests, SAMPLED), expected)
 
 
 def test_a_colocated_engine_frees_its_memory_and_wakes_in_two_steps():
@@ -367,12 +370,9 @@ def test_the_head_of_a_few_rows_is_the_same_product(rows):
     assert torch.allclose(_project(head, hidden), head(hidden), atol=1e-6)
 
 
-def test_vllm_and_transformers_agree_greedily(requests):
-    answers = [
-        build_engine(STUDENT, tiny_settings(rollout={"engine": name})).generate(requests, GREEDY)
-        for name in ("transformers", "vllm")
-    ]
-    assert same(*answers)
+def test_vllm_and_transformers_agree_greedily(engine, requests):
+    expected = build_engine(STUDENT, SETTINGS["transformers"]).generate(requests, GREEDY)
+    assert same(engine.generate(requests, GREEDY), expected)
 
 
 def test_vllm_unpacks_the_buffer_that_the_learner_fills():

@@ -83,7 +83,7 @@ def finished_run(tmp_path_factory):
             "WANDB_MODE": "offline", "TRACKIO_DIR": str(folder / "trackio"),
             "MLFLOW_TRACKING_URI": (folder / "mlflow").as_uri(), "MLFLOW_ALLOW_FILE_STORE": "true",
         }  # fmt: skip
-        done = run(folder, HELD_OUT, "run.steps=5", "eval.teacher=true", "eval.before=true", "run.evaluate_every=3",
+        done = run(folder, HELD_OUT, "run.steps=5", "run.evaluate_every=3", "eval.before=true",
                    "eval.divergence_prompts=8", "run.trackers=[tensorboard,wandb,trackio,mlflow]", "run.keep_best=true",
                    "run.name=r", "hub.push=me/pair", environment=environment)  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
@@ -100,8 +100,7 @@ def test_a_run_leaves_everything_it_promises(finished_run):
     assert summary["steps"] == 5
     assert summary["seed"] == 1340
     assert summary["problems"] == 16
-    assert set(summary["exact_match"]) == {"before", "after", "teacher"}
-    assert summary["exact_match"]["teacher"] >= 0.9
+    assert set(summary["exact_match"]) == {"before", "after"}
     assert summary["divergence"]["before"] > 0
     assert {"torch", "ray", "transformers"} <= set(summary["versions"])
     assert summary["seconds"] > 0
@@ -115,7 +114,7 @@ def test_a_run_leaves_everything_it_promises(finished_run):
     assert list((folder / "tensorboard").rglob("events*"))
     assert len((folder / "evaluations" / "after-000005.jsonl").read_text().splitlines()) == 16
     assert yaml.safe_load((folder / "config.yaml").read_text())["learner"]["batch_size"] == 8
-    for text in ("exact match  before", "exact match   after", "exact match teacher", str(folder / "report.md"),
+    for text in ("exact match  before", "exact match   after", str(folder / "report.md"),
                  f"ask the student: skd chat --model {folder / 'final'}"):  # fmt: skip
         assert text in printed
 
@@ -566,13 +565,17 @@ def test_steps_whose_loss_is_not_finite_are_skipped_and_then_end_the_run(tmp_pat
 def test_off_policy_the_reference_answers_teach(run_here, tmp_path):
     """The same learner, fed with reference answers; the rollout engine serves evaluations alone."""
     off = ["mode=off_policy", "classes.sampler=rs_kd", "positions.policy=gls", "alignment.ema_weight=0.1",
-           "run.steps=4", "run.name=r", "eval.before=true"]  # fmt: skip
+           "run.steps=4", "run.name=r", "eval.before=true", "eval.teacher=true"]  # fmt: skip
     done = run_here(tmp_path, *ONE_ACTOR, *off)
     assert done.returncode == 0, done.stdout + done.stderr
+    assert "exact match teacher" in done.stdout
     records = [r for r in read(tmp_path / "r" / "metrics.jsonl") if "loss" in r]
     assert [r["version"] for r in records] == [1, 2, 3, 4]
     assert all("sampler_gap" not in r for r in records)
-    assert json.loads((tmp_path / "r" / "summary.json").read_text())["mode"] == "off_policy"
+    summary = json.loads((tmp_path / "r" / "summary.json").read_text())
+    assert summary["mode"] == "off_policy"
+    assert set(summary["exact_match"]) == {"before", "after", "teacher"}
+    assert summary["exact_match"]["teacher"] >= 0.9
     assert yaml.safe_load((tmp_path / "r" / "config.yaml").read_text())["alignment"]["divergence"] == "forward_kl"
     before, after = (tmp_path / "r" / "evaluations" / f"{n}.jsonl" for n in ("before-000000", "after-000004"))
     assert before.read_text() != after.read_text()  # the engine has the new weights by then

@@ -126,9 +126,9 @@ LOG_ONE_STEP = """
 import sys
 from onpolicy_skd.config.loading import resolve
 from onpolicy_skd.report.trackers import Trackers
-name, folder, token = sys.argv[1], sys.argv[2], sys.stdin.read()
+names, folder, token = sys.argv[1].split(","), sys.argv[2], sys.stdin.read()
 settings = resolve({
-    "run": {"dir": folder, "name": "r", "trackers": [name]}, "cluster": {"address": "ray://u:pw-of-u@h:1"},
+    "run": {"dir": folder, "name": "r", "trackers": names}, "cluster": {"address": "ray://u:pw-of-u@h:1"},
     "data": {"source": "demo", "system": token}, "teacher": {"prompt": "{question} " + token},
 })
 settings.run.folder.mkdir()
@@ -138,23 +138,34 @@ trackers.close()
 """
 
 
-@pytest.mark.parametrize("name", ["tensorboard", "wandb", "trackio", pytest.param("mlflow", marks=pytest.mark.slow)])
-def test_credentials_in_settings_reach_no_tracker(name, tmp_path):
-    """A process for each tracker, without an account; what it stores lies in its working directory."""
+@pytest.mark.parametrize(
+    "folders",
+    [
+        pytest.param({"tensorboard": "r/tensorboard", "wandb": "r/wandb", "trackio": "trackio"}, id="light"),
+        pytest.param({"mlflow": "."}, marks=pytest.mark.slow, id="mlflow"),
+    ],
+)
+def test_credentials_in_settings_reach_no_tracker(folders, tmp_path):
+    """A process without an account; what a tracker stores lies in its folder of the working directory."""
     environment = {n: v for n, v in os.environ.items() if not n.startswith(("MLFLOW_", "WANDB_", "TRACKIO_"))} | {
         "SERVICE_PASSWORD": TOKEN, "WANDB_MODE": "offline", "TRACKIO_DIR": str(tmp_path / "trackio"),
         "PYTHONPATH": str(ROOT), "HOME": str(tmp_path / "home"),
     }  # fmt: skip
-    command = [sys.executable, "-c", LOG_ONE_STEP, name, str(tmp_path)]
+    command = [sys.executable, "-c", LOG_ONE_STEP, ",".join(folders), str(tmp_path)]
     done = subprocess.run(
         command, input=TOKEN, env=environment, cwd=tmp_path, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
-    stored = b"".join(file.read_bytes() for file in tmp_path.rglob("*") if file.is_file())
-    assert b"ray://***@h:1" in stored
+    for folder in folders.values():
+        assert b"ray://***@h:1" in content(tmp_path / folder)
+    stored = content(tmp_path)
     assert TOKEN.encode() not in stored
     assert b"pw-of-u" not in stored
     assert TOKEN not in done.stdout + done.stderr
+
+
+def content(folder):
+    return b"".join(file.read_bytes() for file in folder.rglob("*") if file.is_file())
 
 
 @pytest.mark.parametrize("method", ["start", "store_init_configuration", "log", "log_artifact", "finish"])

@@ -137,10 +137,11 @@ def test_drawn_estimates_are_unbiased_within_four_standard_errors(policy, option
     scores = torch.tensor([0.1, 2.0, 0.5, 0.7, 0.2, 1.1, 0.05])
     losses = torch.tensor([3.0, -1.0, 2.0, 0.5, 4.0, 1.0, -6.0])
     n, trials = 7, 4_000
-    estimates = []
-    for seed in range(trials):
-        chosen = POLICIES[policy](scores, [n], context(0.6, [n], seed * 31, policy=policy, **options))
-        estimates.append((losses[chosen.indices_K] * chosen.weights_K).sum().item())
+    counts = [n] * trials
+    asked = context(0.6, counts, policy=policy, **options)
+    chosen = POLICIES[policy](scores.repeat(trials), counts, asked)
+    terms = losses[chosen.indices_K % n] * chosen.weights_K
+    estimates = [terms_n.sum().item() for terms_n in terms.split(chosen.counts)]
     clipped = scores.clamp(max=options.get("clip", 10.0)) ** (1 / options.get("smoothing", 1.0))
     w = clipped / clipped.sum()
     expected = (losses.mean() if policy == "sampled_unbiased" else (w * losses).sum()).item()
