@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 from helpers import ROOT, tiny_settings
 
-from eval import trl_baseline
 from onpolicy_skd.comparison import grid as comparison
 from onpolicy_skd.config.errors import ConfigError
 from onpolicy_skd.config.validation import check_trl
@@ -28,11 +27,19 @@ OPTIONS = [
 ]  # fmt: skip
 
 
+@pytest.fixture(scope="module")
+def trl_baseline():
+    """The module under test; TRL takes seconds to import, which every process would spend to list the tests."""
+    from eval import trl_baseline
+
+    return trl_baseline
+
+
 def losses(folder):
     return [r["loss"] for r in read(folder / "metrics.jsonl") if "loss" in r]
 
 
-def test_a_students_generation_settings_do_not_count(tmp_path):
+def test_a_students_generation_settings_do_not_count(trl_baseline, tmp_path):
     """Only its end tokens: a repetition penalty and a cut of the distribution would change what is trained on."""
     hostile = tmp_path / "student"
     shutil.copytree(resolve_path("bundled:demo_student"), hostile)
@@ -47,7 +54,7 @@ def test_a_students_generation_settings_do_not_count(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_stopped_run_resumes_with_the_same_losses_and_writes_a_run_folder(tmp_path, monkeypatch):
+def test_a_stopped_run_resumes_with_the_same_losses_and_writes_a_run_folder(trl_baseline, tmp_path, monkeypatch):
     options = [*OPTIONS, f"run.dir={tmp_path}"]
     seen = []
     tokenize = trl_baseline.Trainer._tokenize_prompts
@@ -121,7 +128,7 @@ class WritesOneToken:
             yield Trajectory(r.key, np.array(r.prompt_ids), np.array([9, 1]), np.zeros(2, np.float32), "stop", 0)
 
 
-def test_the_users_judge_decides_where_the_data_has_no_answer(tmp_path, monkeypatch):
+def test_the_users_judge_decides_where_the_data_has_no_answer(trl_baseline, tmp_path, monkeypatch):
     (tmp_path / "judge_of_trl.py").write_text("def right(output, columns):\n    return True\n")
     monkeypatch.syspath_prepend(str(tmp_path))
     judged = {"judge": "judge_of_trl:right"}
