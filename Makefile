@@ -29,9 +29,11 @@ export NO_MKDOCS_2_WARNING := 1
 
 .PHONY: demo test test-slow examples docs faults soak gpu-check gpu-bench coverage lint lock setup clean
 
+# Half of the 200 steps of `skd train --config demo`. The learner trains on rollouts while vLLM generates the others.
 demo: $(READY)
 	rm -rf runs/demo
-	$(RUN) -m onpolicy_skd.train --config configs/demo.yaml
+	$(RUN) -m onpolicy_skd.train --config configs/demo.yaml run.steps=100 pipeline.streaming=true \
+		data.train_problems=6400 eval.teacher=false
 
 # Each worker of pytest-xdist has its share of the cores. Files with Ray and engines come first: they take longest.
 test: $(READY)
@@ -85,7 +87,7 @@ $(READY): $(LOCK) pyproject.toml setup.py
 	rm -rf $(VENV)
 	$(PYTHON) -m venv $(VENV)
 	$(RUN) -m pip install -q uv==0.13.9
-	$(UV) pip install -q --python $(RUN) --no-deps --compile-bytecode -r $(LOCK) \
+	$(UV) pip install -q --python $(RUN) --no-deps -r $(LOCK) \
 		|| $(RUN) -m pip install -q --no-deps -r $(LOCK)
 ifeq ($(BACKEND),cpu)
 # The bare wheel first: it is all that a CPU build needs. A CUDA build will not import without its libraries.
