@@ -28,6 +28,8 @@ from onpolicy_skd.config.schema import Settings
 from onpolicy_skd.run.machine import check_machine
 
 logger = logging.getLogger(__name__)
+# Ray warns each time that a private cluster has token authentication, which is as it should be.
+AUTHENTICATION_LOGGER = logging.getLogger("ray._private.authentication.authentication_token_setup")
 
 
 class DeferredInitError:
@@ -145,6 +147,7 @@ def _init(address: str, **options: Any) -> None:
         options["runtime_env"] = {"worker_process_setup_hook": siblings.worker_setup()}
     private = address == "local"
     ray_constants.ENABLE_RAY_CLUSTER = not (private or is_loopback(address))
+    AUTHENTICATION_LOGGER.setLevel(logging.ERROR if private else logging.NOTSET)
     with _separate_session() if private else nullcontext():
         ray.init(address=address, logging_level=logging.WARNING, log_to_driver=False, **options)
 

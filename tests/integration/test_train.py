@@ -87,6 +87,7 @@ def finished_run(tmp_path_factory):
                    "eval.divergence_prompts=8", "run.trackers=[tensorboard,wandb,trackio,mlflow]", "run.keep_best=true",
                    "run.name=r", "hub.push=me/pair", environment=environment)  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
+    assert "authentication" not in done.stderr  # Ray's warning that its token is needed
     for name, content in hub.files["me/pair"].items():
         (folder / "hub").mkdir(exist_ok=True)
         (folder / "hub" / name).write_bytes(content)
