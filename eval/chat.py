@@ -25,6 +25,7 @@ from eval.gsm8k import settings_for
 from onpolicy_skd.config.errors import ConfigError
 from onpolicy_skd.config.loading import build_settings, parse_override
 from onpolicy_skd.config.schema import Settings
+from onpolicy_skd.data.demo_task import problems
 from onpolicy_skd.storage.files import config_beside
 from onpolicy_skd.types import RolloutRequest, SamplingParams, seed_of
 
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
 
 NARROWEST = 20  # characters of a column; with less room, answers are shown one below the other
 HINT = "Type a question; an empty line, Ctrl-D or Ctrl-C ends."
+DEMO_HINT = "The bundled models can solve only problems like this one:"
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,8 +137,15 @@ def show(labels: Sequence[str], answers: Iterable[Answer], console: Console) -> 
     console.print(side_by_side(shown, console.width))  # in full: the live table is cut at the screen's height
 
 
-def questions(interactive: bool) -> Iterator[str]:
-    """Yield questions: those typed up to an empty line, or all lines of a pipe that are not blank.
+def hint(settings: Settings) -> str:
+    """Return what a chat in a terminal prints first, with an example of the demo task if the run trained on that."""
+    if all(source.source != "demo" for source in settings.data.sources):
+        return HINT
+    return f"{HINT}\n{DEMO_HINT}\n{next(problems('test'))['question']}"
+
+
+def questions(interactive: bool, hint: str) -> Iterator[str]:
+    """Yield questions: those typed, after ``hint``, up to an empty line, or all lines of a pipe that are not blank.
 
     Raises ConfigError for input that is not valid text.
     """
@@ -151,7 +160,7 @@ def questions(interactive: bool) -> Iterator[str]:
         return
     import readline  # noqa: F401  gives input() its history and arrow keys
 
-    print(HINT)
+    print(hint)
     try:
         while question := input("> ").strip():
             yield question
@@ -164,7 +173,7 @@ def chat(speakers: Sequence[Speaker], settings: Settings, sampling: SamplingPara
     console, refused = Console(highlight=False), False
     labels = [speaker.label for speaker in speakers]
     interactive = sys.stdin.isatty() and console.is_terminal
-    for question in questions(interactive):
+    for question in questions(interactive, hint(settings)):
         if console.is_terminal and not interactive:
             console.print(Text(f"> {question}"))
         answers = reply(question, speakers, settings, sampling)

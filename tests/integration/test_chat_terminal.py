@@ -13,6 +13,8 @@ import time
 
 from helpers import ROOT
 
+from onpolicy_skd.data.demo_task import problems
+
 QUESTION = "Mia has 30 stamps. She buys 17 more stamps. How many stamps does Mia have now?"
 
 
@@ -35,7 +37,9 @@ def test_a_question_is_answered_side_by_side_and_control_d_ends():
     with subprocess.Popen(command, stdin=inner, stdout=inner, stderr=inner, env=environment) as process:
         os.close(inner)
         try:
-            assert "Type a question" in read_until(outer, b"> ")
+            hint = read_until(outer, b"> ")
+            assert "Type a question" in hint
+            assert next(problems("test"))["question"] in hint
             os.write(outer, QUESTION.encode() + b"\n")
             shown = read_until(outer, "┘\r\n> ".encode())
             os.write(outer, b"\x04")
