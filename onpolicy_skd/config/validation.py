@@ -603,3 +603,5 @@ def check_trl(settings: Settings) -> None:
             f"alignment.temperature={temperature}: TRL samples and scores at one temperature; accepted: {sampled_at} "
             "(rollout.temperature)"
         )
+    if settings.hub.push:
+        raise ConfigError(f"hub.push={settings.hub.push}: the student of this baseline is not uploaded; accepted: null")

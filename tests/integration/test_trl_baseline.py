@@ -107,6 +107,8 @@ def test_settings_without_a_counterpart_in_trl_are_refused():
         check_trl(tiny_settings(mode="off_policy", **full))
     with pytest.raises(ConfigError, match=r"one temperature; accepted: 1.0"):
         check_trl(tiny_settings(alignment={"temperature": 2.0}, **full))
+    with pytest.raises(ConfigError, match=r"hub.push=me/pair: .* not uploaded; accepted: null"):
+        check_trl(tiny_settings(hub={"push": "me/pair"}, **full))
 
 
 def test_a_grid_refuses_such_a_row_by_name(tmp_path):
