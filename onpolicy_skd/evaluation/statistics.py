@@ -11,7 +11,7 @@ import numpy as np
 from scipy import stats
 
 LEVEL = 0.95
-CHUNK = 1_000  # resamples whose indices are in memory at once
+BLOCK = 1_000_000  # problem indices of resamples that are in memory at once
 Key = TypeVar("Key")
 
 
@@ -64,7 +64,8 @@ def paired_difference(first_SP: np.ndarray, second_RP: np.ndarray, draws: int = 
     mean = float(first_SP.mean() - second_RP.mean())
     freedom = len(first_SP) + len(second_RP) - 2
     first_SP, second_RP = _widened(first_SP, freedom), _widened(second_RP, freedom)
-    sizes = [min(CHUNK, draws - start) for start in range(0, draws, CHUNK)]
+    block = max(1, BLOCK // first_SP.shape[1])
+    sizes = [min(block, draws - start) for start in range(0, draws, block)]
     differences = np.concatenate([_resampled_differences(rng, first_SP, second_RP, size) for size in sizes])
     tail = (1.0 - LEVEL) / 2
     low, high = np.quantile(differences, [tail, 1.0 - tail])
