@@ -23,7 +23,7 @@ if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # as in a shell's backgro
 
 @pytest.fixture
 def gsm8k() -> Path:
-    """The folder of the real GSM8K; tests that read it say so when it is not beside the checkout."""
+    """The folder of the real GSM8K; tests that read it say so when it is not next to the checkout."""
     folder = Path(os.environ.get("GSM8K_DIR", GSM8K))
     if not (folder / "test.jsonl").exists():
         pytest.skip("GSM8K's train.jsonl and test.jsonl are not here; set GSM8K_DIR to the folder that holds them")

@@ -133,8 +133,8 @@ class WritesOneToken:
 def test_the_users_judge_decides_where_the_data_has_no_answer(trl_baseline, tmp_path, monkeypatch):
     (tmp_path / "judge_of_trl.py").write_text("def right(output, columns):\n    return True\n")
     monkeypatch.syspath_prepend(str(tmp_path))
-    judged = {"judge": "judge_of_trl:right"}
-    run = prepare(tiny_settings(run={"dir": tmp_path}, rollout={"engine": "transformers"}, eval=judged))
+    eval_cfg = {"judge": "judge_of_trl:right"}
+    run = prepare(tiny_settings(run={"dir": tmp_path}, rollout={"engine": "transformers"}, eval=eval_cfg))
     run.folder.mkdir()
     metrics = MetricsLog(run.folder, 0)
     recorder = trl_baseline.Recorder(run, metrics, None, types.SimpleNamespace(named_parameters=dict))

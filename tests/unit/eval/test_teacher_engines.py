@@ -18,6 +18,6 @@ def test_its_learner_knows_the_special_tokens(tmp_path, monkeypatch):
 
     monkeypatch.setattr(learner, "Learner", start)
     settings = tiny_settings(run={"dir": tmp_path, "device": "cpu"}, mode="off_policy")
-    with pytest.raises(LearnerStartedError) as started:
+    with pytest.raises(LearnerStartedError) as error:
         measure(settings, samples=1, steps=1)
-    assert set(started.value.args[0]) == special_ids(load_tokenizer("bundled:demo_student"))
+    assert set(error.value.args[0]) == special_ids(load_tokenizer("bundled:demo_student"))

@@ -110,14 +110,14 @@ def test_nothing_is_asked_of_a_run_on_cpus(gpu, device, driver, visible, caplog)
 def test_the_check_comes_before_a_private_ray_and_not_before_another(gpu, monkeypatch):
     """A cluster's nodes are other machines."""
     without_driver(gpu, None)
-    started = []
-    monkeypatch.setattr(cluster, "_init", lambda address, **_: started.append(address))
+    addresses = []
+    monkeypatch.setattr(cluster, "_init", lambda address, **_: addresses.append(address))
     monkeypatch.setattr(cluster, "ray", types.SimpleNamespace(cluster_resources=dict))
     monkeypatch.setattr(cluster, "answers", lambda _: True)
     monkeypatch.setattr(cluster, "running_here", lambda: None)
     settings = tiny_settings(run={"device": "cuda"})
     with pytest.raises(ConfigError, match="no NVIDIA driver"):
         cluster._join_or_start(None, settings)
-    assert started == []
+    assert addresses == []
     cluster._join_or_start("10.0.0.1:6379", settings)
-    assert started == ["10.0.0.1:6379"]
+    assert addresses == ["10.0.0.1:6379"]
