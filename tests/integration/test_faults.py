@@ -85,25 +85,29 @@ class Actor:
         watch_workers(SimpleNamespace(on_worker_death=lambda _: None, lost_worker=lambda _: lost))
 
 
+@pytest.fixture(scope="module")
+def actor(cluster):
+    """An actor for tests that leave it alive: a process of Ray takes seconds to start."""
+    return Actor.remote()
+
+
 def raised(ref):
     with pytest.raises(ray.exceptions.RayError) as caught:
         ray.get(ref, timeout=60)
     return caught.value
 
 
-def test_what_code_raises_is_no_fault(cluster):
-    actor = Actor.remote()
+def test_what_code_raises_is_no_fault(actor):
     for problem in (ValueError("no"), ConfigError("lr: no"), ZeroDivisionError()):
         assert fault_of(raised(actor.fail.remote(problem))) is None
     assert fault_of(raised(Actor.remote(ValueError("no")).ready.remote())) is None  # it would come again
-    kill(actor, None)
 
 
 @pytest.mark.parametrize(
     "problem", [MemoryError("host"), pytest.param(torch.OutOfMemoryError("CUDA out of memory"), marks=pytest.mark.slow)]
 )
-def test_out_of_memory_is_a_fault_of_the_one_that_ran_out(cluster, problem):
-    actor, other = Actor.remote(), Actor.remote()
+def test_out_of_memory_is_a_fault_of_the_one_that_ran_out(actor, problem):
+    other = Actor.remote()
     actor_id = ray.get(actor.ready.remote()).actor_id
     stream = actor.stream.options(num_returns="streaming").remote(problem)
     assert ray.get(next(stream)) == 1
@@ -112,31 +116,29 @@ def test_out_of_memory_is_a_fault_of_the_one_that_ran_out(cluster, problem):
         assert str(problem) in fault_of(error)
         assert faulty_actor(error) == actor_id
         assert needs_restart(error)
-    kill(actor, None)
     kill(other, None)
 
 
-@pytest.mark.parametrize("lost", [True, False])
-def test_an_error_is_a_fault_if_the_engine_has_lost_a_worker_process(cluster, lost):
+def test_an_error_is_a_fault_if_the_engine_has_lost_a_worker_process(cluster):
     actor = Actor.remote()
-    ray.get(actor.watch.remote(lost))
-    error = raised(actor.fail.remote(RuntimeError("Worker failed with error 'Connection reset by peer'")))
-    assert needs_restart(error) == lost
-    assert (fault_of(error) is None) != lost
+    for lost in (False, True):
+        ray.get(actor.watch.remote(lost))
+        error = raised(actor.fail.remote(RuntimeError("Worker failed with error 'Connection reset by peer'")))
+        assert needs_restart(error) == lost
+        assert (fault_of(error) is None) != lost
     kill(actor, None)
 
 
-def test_a_dead_actor_is_a_fault_also_where_another_one_needed_it(cluster):
-    dead, alive = Actor.remote(), Actor.remote()
+def test_a_dead_actor_is_a_fault_also_where_another_one_needed_it(actor):
+    dead = Actor.remote()
     where = ray.get(dead.ready.remote())
     os.kill(where.pid, signal.SIGKILL)
-    for error in (raised(dead.ready.remote()), raised(alive.get.remote([dead.ready.remote()]))):
+    for error in (raised(dead.ready.remote()), raised(actor.get.remote([dead.ready.remote()]))):
         assert "its process ended" in fault_of(error)
         assert faulty_actor(error) == where.actor_id
         assert not needs_restart(error)
-    assert unresponsive_reason([alive], 30) is None
-    assert "its process ended" in unresponsive_reason([alive, dead], 30)
-    kill(alive, None)
+    assert unresponsive_reason([actor], 30) is None
+    assert "its process ended" in unresponsive_reason([actor, dead], 30)
 
 
 def test_an_actor_that_no_longer_hears_ray_is_killed_too(cluster):
@@ -159,14 +161,13 @@ def test_other_faults_have_words():
     assert "\n" not in fault_of(ActorUnavailableError("rpc\nerror", None))
 
 
-def test_the_log_names_a_role_that_does_not_answer(cluster):
-    actor, lines = Actor.remote(), []
+def test_the_log_names_a_role_that_does_not_answer(actor):
+    lines = []
     ray.get(actor.ready.remote())
     assert get_answers([actor.sleep.remote(1.2)], "teacher", 4, lines.append) == [1.2]
     assert lines == ["the teacher has not answered for 1 s (faults.deadline_minutes allows 4 s)"]
     with pytest.raises(GetTimeoutError, match="the teacher has not answered for 1 s"):
         get_answers(actor.sleep.remote(2.5), "teacher", 1, lines.append)
-    kill(actor, None)
 
 
 def recovery(learner, updates=0, **sections):
@@ -218,12 +219,10 @@ def test_a_learner_that_is_not_where_the_records_are_saves_nothing(tmp_path):
     assert actor.save(tmp_path, 0, 0, {}, 2).name == "step-00000000"
 
 
-def test_an_error_of_code_is_raised_and_restarts_nothing(cluster, tmp_path):
-    actor = Actor.remote()
+def test_an_error_of_code_is_raised_and_restarts_nothing(actor, tmp_path):
     error = raised(actor.fail.remote(ValueError("no")))
     with pytest.raises(ValueError, match="no"):
         recovery(actor).recover(error, tmp_path, lambda _: None)
-    kill(actor, None)
 
 
 def test_a_private_ray_listens_on_loopback_alone(cluster):

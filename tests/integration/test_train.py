@@ -22,7 +22,7 @@ from helpers import GAP, ON_GPU, ROOT
 from hub_server import running_hub
 from huggingface_hub import ModelCard
 
-from eval import paired
+from eval import gsm8k, paired
 from eval.faults.processes import actors, kill_tree
 from onpolicy_skd import train
 from onpolicy_skd.report.metrics_log import read
@@ -236,12 +236,11 @@ def test_the_sampler_agrees_with_the_learner_at_every_step(finished_run):
     assert all(r["version"] == r["step"] + 1 for r in steps)
 
 
-def test_the_final_model_is_a_plain_checkpoint_that_evaluates_alike(finished_run):
+def test_the_final_model_is_a_plain_checkpoint_that_evaluates_alike(finished_run, capsys):
     folder, _ = finished_run
-    done = subprocess.run(
-        [sys.executable, "-m", "eval.gsm8k", "--model", str(folder / "final"), "--out", str(folder / "again"),
-         "rollout.engine=transformers"], capture_output=True, text=True, cwd=ROOT, check=True)  # fmt: skip
-    assert "match:" in done.stdout
+    arguments = ["--model", str(folder / "final"), "--out", str(folder / "again"), "rollout.engine=transformers"]
+    assert gsm8k.main(arguments) == 0
+    assert "match:" in capsys.readouterr().out
     again = json.loads((folder / "again" / "result.json").read_text())
     assert again["match"]["share"] == json.loads((folder / "summary.json").read_text())["exact_match"]["after"]
 
