@@ -29,7 +29,8 @@ export NO_MKDOCS_2_WARNING := 1
 
 .PHONY: demo test test-slow examples docs faults soak gpu-check gpu-bench coverage lint lock setup clean
 
-# Half of the 200 steps of `skd train --config demo`. The learner trains on rollouts while vLLM generates the others.
+# Half of the 200 steps of `skd train --config demo`, with prompts for these steps only and no evaluation of the teacher. The
+# learner trains on rollouts while vLLM generates the others.
 demo: $(READY)
 	rm -rf runs/demo
 	$(RUN) -m onpolicy_skd.train --config configs/demo.yaml run.steps=100 pipeline.streaming=true \

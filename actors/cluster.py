@@ -28,7 +28,7 @@ from onpolicy_skd.config.schema import Settings
 from onpolicy_skd.run.machine import check_machine
 
 logger = logging.getLogger(__name__)
-# Ray warns each time that a private cluster has token authentication, which is as it should be.
+# Its warning says that a private cluster has token authentication, which is intended.
 AUTHENTICATION_LOGGER = logging.getLogger("ray._private.authentication.authentication_token_setup")
 
 

@@ -138,14 +138,14 @@ def show(labels: Sequence[str], answers: Iterable[Answer], console: Console) -> 
 
 
 def hint(settings: Settings) -> str:
-    """Return what a chat in a terminal prints first, with an example of the demo task if the run trained on that."""
+    """Return what a chat in a terminal prints first, with an example question if its data is the demo task."""
     if all(source.source != "demo" for source in settings.data.sources):
         return HINT
     return f"{HINT}\n{DEMO_HINT}\n{next(problems('test'))['question']}"
 
 
-def questions(interactive: bool, hint: str) -> Iterator[str]:
-    """Yield questions: those typed, after ``hint``, up to an empty line, or all lines of a pipe that are not blank.
+def questions(interactive: bool) -> Iterator[str]:
+    """Yield questions: those typed up to an empty line, or all lines of a pipe that are not blank.
 
     Raises ConfigError for input that is not valid text.
     """
@@ -160,7 +160,6 @@ def questions(interactive: bool, hint: str) -> Iterator[str]:
         return
     import readline  # noqa: F401  gives input() its history and arrow keys
 
-    print(hint)
     try:
         while question := input("> ").strip():
             yield question
@@ -173,7 +172,9 @@ def chat(speakers: Sequence[Speaker], settings: Settings, sampling: SamplingPara
     console, refused = Console(highlight=False), False
     labels = [speaker.label for speaker in speakers]
     interactive = sys.stdin.isatty() and console.is_terminal
-    for question in questions(interactive, hint(settings)):
+    if interactive:
+        print(hint(settings))
+    for question in questions(interactive):
         if console.is_terminal and not interactive:
             console.print(Text(f"> {question}"))
         answers = reply(question, speakers, settings, sampling)

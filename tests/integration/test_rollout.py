@@ -370,7 +370,7 @@ def test_the_head_of_a_few_rows_is_the_same_product(rows):
     assert torch.allclose(_project(head, hidden), head(hidden), atol=1e-6)
 
 
-def test_vllm_and_transformers_agree_greedily(engine, requests):
+def test_greedy_answers_are_those_of_a_plain_transformers_engine(engine, requests):
     expected = build_engine(STUDENT, SETTINGS["transformers"]).generate(requests, GREEDY)
     assert same(engine.generate(requests, GREEDY), expected)
 
